@@ -1,0 +1,68 @@
+"""Attention of one new token per sequence over the selected KV groups of a cache."""
+
+import jax.numpy as jnp
+from jaxtyping import Array, Float, Int
+
+from pallas_kernels._dispatch import dispatch
+from pallas_kernels.decode_attention import xla
+
+OP = "sparse_decode_attention"
+
+
+def sparse_decode_attention(
+    q: Float[Array, "B K G H"],
+    k: Float[Array, "B K S H"],
+    v: Float[Array, "B K S H"],
+    lengths: Int[Array, " B"],
+    group_index: Int[Array, "B k"] | None,
+    *,
+    scale: float,
+    window: int | None = None,
+    implementation: str | None = None,
+) -> Float[Array, "B K G H"]:
+    """softmax(scale · q·kᵀ)·v over positions [max(0, length - window), length) of the selected groups' cache.
+
+    The G query heads of a group share its keys and values. `group_index` names the groups to compute in each
+    sequence, in any order; -1 is an absent entry, a repeated one counts once, and None means every group.
+    Groups that are not named come out as exact zeros, as does a sequence of length 0; neither their cache nor
+    positions outside the range influence the result, whatever they hold. Lengths must not exceed S.
+
+    `implementation`: "mosaic" (Pallas, Hopper GPUs), "xla" (anywhere), or None for the best one available.
+    The result has q's dtype; products are accumulated, and the softmax is computed, in float32.
+
+    Raises ValueError for shapes, dtypes or values that don't fit, NotImplementedError when the named
+    implementation can't do the call.
+    """
+    _validate(q, k, v, lengths, group_index, scale, window)
+    call = {"scale": float(scale), "window": window}
+    backends = {
+        "xla": lambda device: xla.sparse_decode_attention(q, k, v, lengths, group_index, **call),
+    }
+    return dispatch(OP, implementation, backends, q, k)
+
+
+def _validate(q, k, v, lengths, group_index, scale, window) -> None:
+    if q.ndim != 4:
+        _fail("q must be [B K G H]", q.shape, "4 axes")
+    batch, groups, _, width = q.shape
+    if k.ndim != 4 or (k.shape[0], k.shape[1], k.shape[3]) != (batch, groups, width):
+        _fail("k must be [B K S H] like q", k.shape, (batch, groups, "S", width))
+    if v.shape != k.shape:
+        _fail("v must have k's shape", v.shape, k.shape)
+    if not (q.dtype == k.dtype == v.dtype) or not jnp.issubdtype(q.dtype, jnp.floating):
+        _fail("q, k and v must share a floating dtype", f"{q.dtype}, {k.dtype}, {v.dtype}", "one dtype")
+    if lengths.shape != (batch,) or not jnp.issubdtype(lengths.dtype, jnp.signedinteger):
+        _fail("lengths must be signed integers [B]", f"{lengths.dtype}{list(lengths.shape)}", [batch])
+    if group_index is not None:
+        if group_index.ndim != 2 or group_index.shape[0] != batch or group_index.shape[1] < 1:
+            _fail("group_index must be [B k] with k > 0", group_index.shape, (batch, "k"))
+        if not jnp.issubdtype(group_index.dtype, jnp.signedinteger):
+            _fail("group_index must be signed integers", group_index.dtype, "int32")
+    if not isinstance(scale, int | float) or not scale > 0 or scale == float("inf"):
+        _fail("scale must be a positive Python number", scale, "for instance H ** -0.5")
+    if window is not None and (not isinstance(window, int) or isinstance(window, bool) or window < 1):
+        _fail("window must be a positive int or None", window, "positions")
+
+
+def _fail(what: str, got: object, expected: object) -> None:
+    raise ValueError(f"{OP}: {what}; got {got}, expected {expected}")
