@@ -1,8 +1,10 @@
 """What a kernel must know about the device that it is compiled for."""
 
 from dataclasses import dataclass
+from typing import Any
 
 import jax
+from jax.core import Tracer
 
 
 @dataclass(frozen=True)
@@ -29,7 +31,7 @@ def current(*arrays: jax.Array) -> Device:
     if abstract is not None:
         return _described(abstract.platform, abstract.device_kind, abstract.num_cores)
     for array in arrays:
-        if not isinstance(array, jax.core.Tracer) and isinstance(array, jax.Array):
+        if not isinstance(array, Tracer) and isinstance(array, jax.Array):
             return _concrete(next(iter(array.devices())))
     default = jax.config.jax_default_device
     return _concrete(default if isinstance(default, jax.Device) else jax.devices(default)[0])
@@ -44,7 +46,7 @@ def require_hopper(device: Device) -> None:
         raise NotImplementedError(f"needs compute capability 9.x; got {found} ({device.kind})")
 
 
-def _concrete(device: jax.Device) -> Device:
+def _concrete(device: Any) -> Device:
     if device.platform != "gpu":
         return Device(device.platform, device.device_kind)
     capability = getattr(device, "compute_capability", None)
