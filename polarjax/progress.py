@@ -1,0 +1,114 @@
+"""Progress of long work: a bar on a terminal; elsewhere a line now and then, if lines were asked for.
+
+Only process 0 of a multi-process run writes, and always to standard error. The command line asks for lines
+where standard error is no terminal; the library by itself does not.
+"""
+
+import contextlib
+import sys
+import time
+from collections.abc import Callable, Iterable, Iterator
+from contextvars import ContextVar
+from dataclasses import dataclass, field
+
+import jax
+from rich import progress as rich_progress
+from rich.console import Console
+
+LINE_INTERVAL = 5.0  # seconds between lines when there is no terminal
+
+_lines: ContextVar[bool] = ContextVar("polarjax_progress_lines", default=False)
+
+
+@contextlib.contextmanager
+def show_lines(enabled: bool = True) -> Iterator[None]:
+    """Within this context, progress prints a line every few seconds when there is no terminal."""
+    token = _lines.set(enabled)
+    try:
+        yield
+    finally:
+        _lines.reset(token)
+
+
+@contextlib.contextmanager
+def task(description: str, total: int | None = None, unit: str = "") -> Iterator[Callable[..., None]]:
+    """Report one piece of long work.
+
+    Args:
+        description: what is being done, a few words.
+        total: how many steps there are; None if unknown.
+        unit: what a step is, in the plural ("tokens", "steps").
+
+    Yields:
+        `advance(steps=1, note="")`: counts finished steps; the note (a loss, a file name) is shown beside.
+    """
+    if jax.process_index() != 0:
+        yield _ignore
+    elif sys.stderr.isatty():
+        with _bar() as bar:
+            row = bar.add_task(description, total=total, unit=unit, note="")
+            yield lambda steps=1, note="": bar.update(row, advance=steps, note=note)
+    elif _lines.get():
+        reporter = _Lines(description, total, unit)
+        yield reporter.advance
+        reporter.close()
+    else:
+        yield _ignore
+
+
+def track[Item](
+    items: Iterable[Item], description: str, total: int | None = None, unit: str = ""
+) -> Iterator[Item]:
+    """Yield the items one by one, reporting each as a finished step of `task`."""
+    if total is None and hasattr(items, "__len__"):
+        total = len(items)  # pyright: ignore[reportArgumentType]
+    with task(description, total, unit) as advance:
+        for item in items:
+            yield item
+            advance()
+
+
+@dataclass
+class _Lines:
+    description: str
+    total: int | None
+    unit: str
+    done: int = 0
+    note: str = ""
+    started: float = field(default_factory=time.monotonic)
+    last: float = field(default_factory=time.monotonic)
+
+    def advance(self, steps: int = 1, note: str = "") -> None:
+        self.done += steps
+        self.note = note or self.note
+        if time.monotonic() - self.last >= LINE_INTERVAL:
+            self.last = time.monotonic()
+            self._print()
+
+    def close(self) -> None:
+        self._print()
+
+    def _print(self) -> None:
+        count = f"{self.done}/{self.total}" if self.total is not None else f"{self.done}"
+        parts = [
+            f"{self.description}: {count} {self.unit}".rstrip(),
+            f"{time.monotonic() - self.started:.0f} s",
+        ]
+        print(", ".join([*parts, self.note] if self.note else parts), file=sys.stderr, flush=True)
+
+
+def _bar() -> rich_progress.Progress:
+    return rich_progress.Progress(
+        rich_progress.TextColumn("{task.description}"),
+        rich_progress.BarColumn(),
+        rich_progress.MofNCompleteColumn(),
+        rich_progress.TextColumn("{task.fields[unit]}"),
+        rich_progress.TimeElapsedColumn(),
+        rich_progress.TimeRemainingColumn(),
+        rich_progress.TextColumn("{task.fields[note]}"),
+        console=Console(stderr=True),
+    )
+
+
+def _ignore(steps: int = 1, note: str = "") -> None:
+    del steps, note
