@@ -2,5 +2,7 @@
 
 from pallas_kernels._dispatch import Choice, record_backends
 from pallas_kernels.decode_attention import sparse_decode_attention
+from pallas_kernels.selection import select_top_k
+from pallas_kernels.sparse_mlp import sparse_mlp
 
-__all__ = ["Choice", "record_backends", "sparse_decode_attention"]
+__all__ = ["Choice", "record_backends", "select_top_k", "sparse_decode_attention", "sparse_mlp"]

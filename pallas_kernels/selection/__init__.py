@@ -1,0 +1,3 @@
+from pallas_kernels.selection.api import select_top_k
+
+__all__ = ["select_top_k"]

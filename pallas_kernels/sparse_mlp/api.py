@@ -1,0 +1,77 @@
+"""The MLP of one layer over the selected neurons only."""
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float, Int
+
+from pallas_kernels._dispatch import dispatch
+from pallas_kernels.sparse_mlp import xla
+
+OP = "sparse_mlp"
+
+
+def sparse_mlp(
+    x: Float[Array, "B D"],
+    w_up: Float[Array, "F D"],
+    w_down: Float[Array, "F D"],
+    index: Int[Array, " k"],
+    *,
+    w_gate: Float[Array, "F D"] | None = None,
+    b_up: Float[Array, " F"] | None = None,
+    b_gate: Float[Array, " F"] | None = None,
+    activation: str = "relu",
+    implementation: str | None = None,
+) -> Float[Array, "B D"]:
+    """Sum over the neurons j in `index` of act(x·w_up[j] + b_up[j]) times w_down[j].
+
+    With `w_gate` the hidden value is act(x·w_gate[j] + b_gate[j]) · (x·w_up[j] + b_up[j]). The bias of the
+    down-projection is the caller's. `index` may be in any order; an entry outside [0, F), -1 by convention,
+    is absent and contributes exact zeros; a neuron counts as often as it is named. Rows that are not named
+    have no influence, whatever they hold. `activation`: "relu", "silu" or "gelu" (the exact one).
+
+    `implementation`: "mosaic" (Pallas, Hopper GPUs), "xla" (anywhere), or None for the best one available.
+    The result has x's dtype; products are accumulated in float32, hidden values are rounded to x's dtype.
+
+    Raises ValueError for shapes, dtypes or names that don't fit, NotImplementedError when the named
+    implementation can't do the call.
+    """
+    _validate(x, w_up, w_down, index, (w_gate, b_up, b_gate), activation)
+    call = {"w_gate": w_gate, "b_up": b_up, "b_gate": b_gate, "activation": activation}
+    backends = {"xla": lambda device: xla.sparse_mlp(x, w_up, w_down, index, **call)}
+    return dispatch(OP, implementation, backends, x, w_up)
+
+
+def _validate(
+    x: jax.Array,
+    w_up: jax.Array,
+    w_down: jax.Array,
+    index: jax.Array,
+    optional: tuple[jax.Array | None, jax.Array | None, jax.Array | None],
+    activation: str,
+) -> None:
+    if x.ndim != 2 or 0 in x.shape:
+        _fail("x must be [B D]", list(x.shape), "2 axes, none empty")
+    if w_up.ndim != 2 or w_up.shape[1] != x.shape[1] or 0 in w_up.shape:
+        _fail("w_up must be [F D], neuron-major", list(w_up.shape), ["F", x.shape[1]])
+    w_gate, b_up, b_gate = optional
+    shapes = (("w_down", w_down, w_up.shape), ("w_gate", w_gate, w_up.shape))
+    shapes += (("b_up", b_up, w_up.shape[:1]), ("b_gate", b_gate, w_up.shape[:1]))
+    for name, array, shape in shapes:
+        if array is not None and array.shape != shape:
+            _fail(f"{name} doesn't fit w_up", list(array.shape), list(shape))
+    for name, array in (("x", x), ("w_up", w_up), *((name, array) for name, array, _ in shapes)):
+        if array is not None and not jnp.issubdtype(array.dtype, jnp.floating):
+            _fail(f"{name} must be floating", array.dtype, "a floating dtype")
+    for name, array in (("w_down", w_down), ("w_gate", w_gate)):
+        if array is not None and array.dtype != w_up.dtype:
+            _fail(f"{name} must have w_up's dtype", array.dtype, w_up.dtype)
+    if index.ndim != 1 or index.shape[0] < 1 or not jnp.issubdtype(index.dtype, jnp.signedinteger):
+        _fail("index must be signed integers [k]", f"{index.dtype}{list(index.shape)}", "int32[k], k > 0")
+    if b_gate is not None and w_gate is None:
+        _fail("b_gate without w_gate", "b_gate", "both or neither")
+    if activation not in xla.ACTIVATIONS:
+        _fail("unknown activation", repr(activation), ", ".join(map(repr, xla.ACTIVATIONS)))
+
+
+def _fail(what: str, got: object, expected: object) -> None:
+    raise ValueError(f"{OP}: {what}; got {got}, expected {expected}")
