@@ -1,0 +1,191 @@
+"""Model configuration: the axes along which one decoder covers several families."""
+
+import dataclasses
+from typing import Any, Literal
+
+from polarjax.errors import UnsupportedConfigError
+
+
+def _check(ok: bool, name: str, got: Any, expected: str) -> None:
+    if not ok:
+        raise UnsupportedConfigError(
+            f"{name} is not usable",
+            where="model config",
+            got=repr(got),
+            expected=expected,
+            mend="correct the value in the source config",
+        )
+
+
+def _check_positive(name: str, value: Any) -> None:
+    _check(type(value) is int and value > 0, name, value, "a positive whole number")
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class RopeConfig:
+    """Rotary position embedding.
+
+    Attributes:
+      theta: base of the frequencies; component i of a head of width H turns by `theta ** (-2 i / H)` per position.
+      scaling: None, "linear" (all frequencies divided by `factor`) or "llama3" (low frequencies divided by
+        `factor`, high ones kept, a linear band between; Llama 3.1 model card).
+      factor: how far the context is stretched.
+      low_freq_factor: wavelengths above `original_max_positions / low_freq_factor` are fully scaled.
+      high_freq_factor: wavelengths below `original_max_positions / high_freq_factor` are kept.
+      original_max_positions: context length before scaling, in tokens ("llama3" only).
+    """
+
+    theta: float = 10_000.0
+    scaling: Literal["linear", "llama3"] | None = None
+    factor: float = 1.0
+    low_freq_factor: float = 1.0
+    high_freq_factor: float = 4.0
+    original_max_positions: int | None = None
+
+    def __post_init__(self) -> None:
+        _check(self.theta > 0, "rope.theta", self.theta, "a positive number")
+        _check(
+            self.scaling in (None, "linear", "llama3"),
+            "rope.scaling",
+            self.scaling,
+            "None, 'linear' or 'llama3'",
+        )
+        _check(self.factor > 0, "rope.factor", self.factor, "a positive number")
+        if self.scaling == "llama3":
+            _check_positive("rope.original_max_positions", self.original_max_positions)
+            _check(
+                0 < self.low_freq_factor < self.high_freq_factor,
+                "rope.low_freq_factor",
+                self.low_freq_factor,
+                f"between 0 and high_freq_factor = {self.high_freq_factor}",
+            )
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class ModelConfig:
+    """Everything that tells one decoder from another; hashable, so it can be static under `jax.jit`.
+
+    Attributes:
+      vocab_size: V, rows of the embedding table.
+      num_layers: L.
+      d_model: D, width of the residual stream.
+      d_ff: F, neurons of each MLP.
+      num_heads: N, query heads.
+      num_kv_heads: K, key/value heads (= groups); divides N.
+      head_dim: H; need not be D / N.
+      max_positions: longest sequence, in tokens.
+      norm: "rms" or "layer"; `norm_eps` is added to the variance; `norm_bias` adds a bias.
+      norm_position: "pre" (before each block) or "post" (after each residual sum).
+      final_norm: whether a norm precedes the head.
+      activation: of the MLP ("gelu" is the exact one).
+      gated_mlp: `act(x w_gate) * (x w_up)` instead of `act(x w_up)`.
+      mlp_bias, qkv_bias, out_bias: which projections have biases.
+      qk_norm: RMS norm of queries and keys over H, before the rotary embedding.
+      positions: "learned" (a table, read at position + `position_offset`) or "rope".
+      sliding_window: None, one width in tokens, or one (or None) per layer: only the latest `window` positions,
+        the current one included, are attended to.
+      embed_dim: E, width of the embedding table where it differs from D (then projections follow and precede it).
+      tie_embeddings: the head reuses the embedding table.
+    """
+
+    vocab_size: int
+    num_layers: int
+    d_model: int
+    d_ff: int
+    num_heads: int
+    num_kv_heads: int
+    head_dim: int
+    max_positions: int
+    norm: Literal["rms", "layer"] = "rms"
+    norm_eps: float = 1e-5
+    norm_bias: bool = False
+    norm_position: Literal["pre", "post"] = "pre"
+    final_norm: bool = True
+    activation: Literal["relu", "silu", "gelu"] = "silu"
+    gated_mlp: bool = True
+    mlp_bias: bool = False
+    qkv_bias: bool = False
+    out_bias: bool = False
+    qk_norm: bool = False
+    positions: Literal["learned", "rope"] = "rope"
+    position_offset: int = 0
+    rope: RopeConfig | None = None
+    sliding_window: int | tuple[int | None, ...] | None = None
+    embed_dim: int | None = None
+    tie_embeddings: bool = False
+
+    def __post_init__(self) -> None:
+        for name in ("vocab_size", "num_layers", "d_model", "d_ff", "num_heads", "num_kv_heads", "head_dim"):
+            _check_positive(name, getattr(self, name))
+        _check_positive("max_positions", self.max_positions)
+        for name, choices in _CHOICES.items():
+            _check(getattr(self, name) in choices, name, getattr(self, name), " or ".join(map(repr, choices)))
+        _check(
+            self.num_heads % self.num_kv_heads == 0,
+            "num_kv_heads",
+            self.num_kv_heads,
+            f"a divisor of num_heads = {self.num_heads}",
+        )
+        _check(self.norm_eps > 0, "norm_eps", self.norm_eps, "a positive number")
+        if self.positions == "rope":
+            _check(self.rope is not None, "rope", self.rope, "a RopeConfig, because positions = 'rope'")
+            _check(
+                self.head_dim % 2 == 0,
+                "head_dim",
+                self.head_dim,
+                "an even number, because positions = 'rope'",
+            )
+        _check(self.position_offset >= 0, "position_offset", self.position_offset, "zero or more")
+        if isinstance(self.sliding_window, tuple):
+            _check(
+                len(self.sliding_window) == self.num_layers,
+                "sliding_window",
+                self.sliding_window,
+                f"one entry for each of the {self.num_layers} layers",
+            )
+        for layer in range(self.num_layers):
+            if self.window(layer) is not None:
+                _check_positive("sliding_window", self.window(layer))
+        if self.embed_dim is not None:
+            _check_positive("embed_dim", self.embed_dim)
+
+    @property
+    def q_per_group(self) -> int:
+        """G = N / K, the query heads that share one KV head."""
+        return self.num_heads // self.num_kv_heads
+
+    @property
+    def neuron_sparsity(self) -> bool:
+        """Whether inactive neurons contribute exact zeros, so that skipping them is free of error (ReLU only)."""
+        return self.activation == "relu"
+
+    def window(self, layer: int) -> int | None:
+        """Sliding-window width of `layer` in tokens, or None for full attention."""
+        return self.sliding_window[layer] if isinstance(self.sliding_window, tuple) else self.sliding_window
+
+    def to_json(self) -> dict[str, Any]:
+        """A plain dictionary that `from_json` turns back into an equal config."""
+        return dataclasses.asdict(self)
+
+    @classmethod
+    def from_json(cls, data: dict[str, Any]) -> "ModelConfig":
+        """Builds a config from `to_json` output; raises `UnsupportedConfigError` on a missing or unknown key."""
+        data = dict(data)
+        fields = {field.name: field for field in dataclasses.fields(cls)}
+        unknown = sorted(set(data) - set(fields))
+        _check(not unknown, "keys", unknown, "known keys only")
+        missing = sorted(n for n, f in fields.items() if f.default is dataclasses.MISSING and n not in data)
+        _check(not missing, "keys", f"none of {missing}", "every required key")
+        if data.get("rope") is not None:
+            data["rope"] = RopeConfig(**data["rope"])
+        if isinstance(data.get("sliding_window"), list):
+            data["sliding_window"] = tuple(data["sliding_window"])
+        return cls(**data)
+
+
+_CHOICES: dict[str, tuple[str, ...]] = {
+    "norm": ("rms", "layer"),
+    "norm_position": ("pre", "post"),
+    "activation": ("relu", "silu", "gelu"),
+    "positions": ("learned", "rope"),
+}

@@ -1,0 +1,121 @@
+"""Parameters with logical axis names, norms, embeddings and the rotary embedding."""
+
+import math
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+from polarjax.configs import ModelConfig, RopeConfig
+from polarjax.types import Array, Float, Int
+
+
+class Maker:
+    """Makes initialised parameters; holds the random stream and the dtype while a decoder is built."""
+
+    def __init__(self, rngs: nnx.Rngs, dtype: jnp.dtype):
+        self._rngs = rngs
+        self._dtype = dtype
+
+    def normal(self, *shape: int, axes: tuple[str, ...], fan_in: int) -> nnx.Param:
+        """A parameter drawn from a normal distribution with standard deviation `fan_in ** -0.5`."""
+        value = jax.random.normal(self._rngs.params(), shape, jnp.float32) * fan_in**-0.5
+        return nnx.Param(value.astype(self._dtype), axes=axes)
+
+    def constant(self, *shape: int, axes: tuple[str, ...], value: float = 0.0) -> nnx.Param:
+        """A parameter filled with one value."""
+        return nnx.Param(jnp.full(shape, value, self._dtype), axes=axes)
+
+
+class Norm(nnx.Module):
+    """RMS or layer norm over the last axis, computed in float32."""
+
+    def __init__(
+        self, config: ModelConfig, make: Maker, *, width: int, axis: str = "embed", kind: str | None = None
+    ):
+        self.kind = kind or config.norm
+        self.eps = config.norm_eps
+        self.scale = make.constant(width, axes=(axis,), value=1.0)
+        self.bias = make.constant(width, axes=(axis,)) if config.norm_bias and kind is None else None
+
+    def __call__(self, x: Float[Array, "... D"]) -> Float[Array, "... D"]:
+        y = x.astype(jnp.float32)
+        if self.kind == "layer":
+            y = y - y.mean(-1, keepdims=True)
+        y = y * jax.lax.rsqrt(jnp.mean(y * y, -1, keepdims=True) + self.eps)
+        scale = jnp.expand_dims(self.scale[...].astype(jnp.float32), range(y.ndim - 1))
+        y = y * scale
+        if self.bias is not None:
+            y = y + jnp.expand_dims(self.bias[...].astype(jnp.float32), range(y.ndim - 1))
+        return y.astype(x.dtype)
+
+
+class Embedding(nnx.Module):
+    """Token (and learned position) embeddings, with the projections of a table narrower than the model."""
+
+    def __init__(self, config: ModelConfig, make: Maker):
+        width = config.embed_dim or config.d_model
+        self.tokens = make.normal(config.vocab_size, width, axes=("vocab", "embed"), fan_in=width)
+        self.positions = self.project_in = self.project_out = None
+        self.position_offset = config.position_offset
+        if config.positions == "learned":
+            rows = config.max_positions + config.position_offset
+            self.positions = make.normal(
+                rows, config.d_model, axes=("positions", "embed"), fan_in=config.d_model
+            )
+        if config.embed_dim is not None:
+            axes = ("table", "embed")
+            self.project_in = make.normal(width, config.d_model, axes=axes, fan_in=width)
+            self.project_out = make.normal(config.d_model, width, axes=axes[::-1], fan_in=config.d_model)
+
+    def __call__(self, tokens: Int[Array, "..."], positions: Int[Array, "..."]) -> Float[Array, "... D"]:
+        x = self.tokens[...][tokens]
+        if self.project_in is not None:
+            x = x @ self.project_in[...]
+        if self.positions is not None:
+            x = x + self.positions[...][positions + self.position_offset]
+        return x
+
+
+class Head(nnx.Module):
+    """The output projection of a model whose embeddings are not tied."""
+
+    def __init__(self, config: ModelConfig, make: Maker):
+        width = config.embed_dim or config.d_model
+        self.w = make.normal(config.vocab_size, width, axes=("vocab", "embed"), fan_in=width)
+
+
+def add_bias(x: Float[Array, "..."], bias: nnx.Param | None) -> Float[Array, "..."]:
+    """Adds a bias over the trailing axes of `x`, or nothing."""
+    if bias is None:
+        return x
+    value = bias[...]
+    return x + jnp.expand_dims(value, range(x.ndim - value.ndim))
+
+
+def rope_frequencies(rope: RopeConfig, head_dim: int) -> Float[Array, "half"]:
+    """Angular frequency of each rotated pair, in radians per position, float32 [H/2]."""
+    exponent = jnp.arange(0, head_dim, 2, dtype=jnp.float32) / head_dim
+    frequency = 1.0 / (rope.theta**exponent)
+    if rope.scaling is None:
+        return frequency
+    if rope.scaling == "linear":
+        return frequency / rope.factor
+    wavelength = 2 * math.pi / frequency
+    context = rope.original_max_positions or 0
+    kept = (context / wavelength - rope.low_freq_factor) / (rope.high_freq_factor - rope.low_freq_factor)
+    kept = jnp.clip(kept, 0.0, 1.0)
+    return (1 - kept) * frequency / rope.factor + kept * frequency
+
+
+def apply_rope(
+    x: Float[Array, "B T *heads H"], positions: Int[Array, "B T"], rope: RopeConfig
+) -> Float[Array, "B T *heads H"]:
+    """Turns the pair (i, i + H/2) of each head by `position * frequency[i]` (the half-split convention of HF)."""
+    half = x.shape[-1] // 2
+    angle = positions[..., None].astype(jnp.float32) * rope_frequencies(rope, x.shape[-1])[None, None]
+    angle = jnp.expand_dims(angle, range(2, x.ndim - 1))
+    cos, sin = jnp.cos(angle), jnp.sin(angle)
+    first, second = x[..., :half].astype(jnp.float32), x[..., half:].astype(jnp.float32)
+    turned = jnp.concatenate([first * cos - second * sin, second * cos + first * sin], -1)
+    return turned.astype(x.dtype)

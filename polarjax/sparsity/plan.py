@@ -1,0 +1,183 @@
+"""How many neurons and groups each layer keeps."""
+
+import bisect
+import dataclasses
+import math
+from typing import Any
+
+from polarjax.configs import ModelConfig
+from polarjax.errors import SparsityError
+
+DENSE_ABOVE = 0.8
+"""Fraction of a layer's neurons above which the dense MLP is cheaper than the gathered one (published value)."""
+
+
+def check_density(density: float, *, where: str) -> float:
+    """Returns `density`; raises `SparsityError` unless 0 < density <= 1."""
+    if not (isinstance(density, int | float) and 0 < density <= 1):
+        raise SparsityError(
+            "a density is a fraction of what is kept",
+            where=where,
+            got=repr(density),
+            expected="above 0 and at most 1",
+            mend="pass for example 0.5",
+        )
+    return float(density)
+
+
+def _check_counts(name: str, counts: tuple[int | None, ...]) -> None:
+    for layer, count in enumerate(counts):
+        if count is not None and not (type(count) is int and count > 0):
+            raise SparsityError(
+                f"layer {layer} keeps no usable number of {name}",
+                where="sparsity plan",
+                got=repr(count),
+                expected="a positive whole number, or None for a dense layer",
+            )
+
+
+@dataclasses.dataclass(frozen=True)
+class SparsityPlan:
+    """Static: how many neurons and groups each layer keeps; None means that the layer is dense.
+
+    Attributes:
+      neurons: L entries, k of each layer's MLP.
+      groups: L entries, k of each layer's attention.
+    """
+
+    neurons: tuple[int | None, ...]
+    groups: tuple[int | None, ...]
+
+    def __post_init__(self) -> None:
+        _check_counts("neurons", self.neurons)
+        _check_counts("groups", self.groups)
+        if len(self.neurons) != len(self.groups):
+            raise SparsityError(
+                "the plan's two halves cover different numbers of layers",
+                where="sparsity plan",
+                got=f"{len(self.neurons)} for neurons, {len(self.groups)} for groups",
+                expected="equal lengths",
+            )
+
+    def check(self, config: ModelConfig) -> None:
+        """Raises `SparsityError` unless the plan fits a model of this configuration."""
+        if len(self.groups) != config.num_layers:
+            raise SparsityError(
+                "the plan is for another number of layers",
+                where="sparsity plan",
+                got=f"{len(self.groups)} layers",
+                expected=f"{config.num_layers}",
+                mend="calibrate this model: polarjax sparsify",
+            )
+        for name, counts, most in (
+            ("neurons", self.neurons, config.d_ff),
+            ("groups", self.groups, config.num_kv_heads),
+        ):
+            kept = max((count for count in counts if count is not None), default=0)
+            if kept > most:
+                raise SparsityError(
+                    f"the plan keeps more {name} than there are",
+                    where="sparsity plan",
+                    got=str(kept),
+                    expected=f"at most {most}",
+                    mend="calibrate this model: polarjax sparsify",
+                )
+
+
+def dense_plan(config: ModelConfig) -> SparsityPlan:
+    """The plan that keeps everything."""
+    return SparsityPlan((None,) * config.num_layers, (None,) * config.num_layers)
+
+
+def uniform_groups(
+    config: ModelConfig, density: float, *, dense_layers: tuple[int, ...] = (0,)
+) -> tuple[int | None, ...]:
+    """The default group counts: `floor(density * K)`, at least 1, in every layer but `dense_layers`.
+
+    Density 1.0 selects all K groups by index, so that it exercises the sparse path and equals the dense model.
+
+    Raises:
+      SparsityError: the density is not above 0 and at most 1.
+    """
+    density = check_density(density, where="head density")
+    kept = max(1, math.floor(density * config.num_kv_heads + 1e-9))
+    return tuple(None if layer in dense_layers else kept for layer in range(config.num_layers))
+
+
+@dataclasses.dataclass(frozen=True)
+class PlanTable:
+    """Calibrated plans by batch size, and the model they are for.
+
+    Attributes:
+      num_layers, num_neurons, num_groups: L, F, K of the model.
+      batch_sizes: increasing.
+      neurons: for each batch size, k of each layer's MLP (None = dense).
+      recall: for each batch size, the measured recall of the truly active neurons in each layer.
+      head_density: default density of groups in every layer but the first.
+    """
+
+    num_layers: int
+    num_neurons: int
+    num_groups: int
+    batch_sizes: tuple[int, ...]
+    neurons: tuple[tuple[int | None, ...], ...]
+    recall: tuple[tuple[float, ...], ...]
+    head_density: float = 0.5
+
+    def __post_init__(self) -> None:
+        check_density(self.head_density, where="plan table")
+        sizes = self.batch_sizes
+        if list(sizes) != sorted(set(sizes)) or not (len(sizes) == len(self.neurons) == len(self.recall)):
+            raise SparsityError(
+                "a plan table needs increasing batch sizes with one plan each",
+                where="plan table",
+                got=str(sizes),
+            )
+        for counts in self.neurons:
+            SparsityPlan(counts, (None,) * self.num_layers)
+
+    def check(self, config: ModelConfig) -> None:
+        """Raises `SparsityError` unless the table was calibrated for a model of this shape."""
+        got = (self.num_layers, self.num_neurons, self.num_groups)
+        expected = (config.num_layers, config.d_ff, config.num_kv_heads)
+        if got != expected:
+            raise SparsityError(
+                "the plans are for another model",
+                where="plan table",
+                got="{} layers, {} neurons, {} groups".format(*got),
+                expected="{}, {}, {}".format(*expected),
+                mend="run polarjax sparsify on this model directory",
+            )
+
+    def for_batch(
+        self, batch_size: int, config: ModelConfig, head_density: float | None = None
+    ) -> SparsityPlan:
+        """The plan of the next larger batch size in the table; above the largest, dense MLPs.
+
+        Args:
+          batch_size: B that will be decoded.
+          config: the model's configuration.
+          head_density: overrides the table's default.
+        """
+        self.check(config)
+        density = self.head_density if head_density is None else head_density
+        row = bisect.bisect_left(self.batch_sizes, batch_size)
+        dense = (None,) * self.num_layers
+        return SparsityPlan(
+            self.neurons[row] if row < len(self.neurons) else dense, uniform_groups(config, density)
+        )
+
+    def to_json(self) -> dict[str, Any]:
+        """A plain dictionary that `from_json` turns back into an equal table."""
+        return dataclasses.asdict(self)
+
+    @classmethod
+    def from_json(cls, data: dict[str, Any]) -> "PlanTable":
+        """Builds a table from `to_json` output; raises `SparsityError` when it is not one."""
+        try:
+            rows = {name: tuple(map(tuple, data[name])) for name in ("neurons", "recall")}
+            return cls(**{**data, **rows, "batch_sizes": tuple(data["batch_sizes"])})
+        except (KeyError, TypeError) as error:
+            raise SparsityError(
+                "not a plan table", where="plans", got=str(error), mend="run polarjax calibrate again"
+            ) from error

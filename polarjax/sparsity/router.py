@@ -1,0 +1,115 @@
+"""Routers: small learned maps from a layer's attention input to scores of its neurons and groups."""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+
+from polarjax.configs import ModelConfig
+from polarjax.errors import SparsityError
+from polarjax.types import Array, Float
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class LayerRouter:
+    """The routers of one layer; both read the output of the layer's pre-attention norm.
+
+    Attributes:
+      w_in: first map of the neuron router [D R], or None where neurons are not routed.
+      w_out: its second map [R F]; no bias and nothing between the two, as published.
+      w_group: the group router [D K].
+      b_group: its bias [K].
+    """
+
+    w_in: Float[Array, "D R"] | None
+    w_out: Float[Array, "R F"] | None
+    w_group: Float[Array, "D K"]
+    b_group: Float[Array, "K"]
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Routers:
+    """The learned selector: one `LayerRouter` a layer."""
+
+    layers: tuple[LayerRouter, ...]
+
+    def group_scores(
+        self, layer: int, x: Float[Array, "... D"], *, norms: Float[Array, "... K"] | None = None
+    ) -> Float[Array, "... K"]:
+        """Logits that a group is among the important ones, float32."""
+        del norms
+        router = self.layers[layer]
+        scores = jnp.dot(x, router.w_group.astype(x.dtype), preferred_element_type=jnp.float32)
+        return scores + jnp.expand_dims(router.b_group.astype(jnp.float32), range(x.ndim - 1))
+
+    def neuron_scores(
+        self, layer: int, x: Float[Array, "... D"], *, activity: Float[Array, "... F"] | None = None
+    ) -> Float[Array, "... F"]:
+        """Logits that a neuron is active, float32."""
+        del activity
+        router = self.layers[layer]
+        if router.w_in is None or router.w_out is None:
+            raise SparsityError(
+                f"layer {layer} has no neuron router",
+                where="routers",
+                mend="train routers for a ReLU model, or use a plan whose neurons are dense",
+            )
+        hidden = jnp.dot(x, router.w_in.astype(x.dtype))
+        return jnp.dot(hidden, router.w_out.astype(x.dtype), preferred_element_type=jnp.float32)
+
+    def check(self, config: ModelConfig) -> None:
+        """Raises `SparsityError` unless these routers fit a model of this configuration."""
+        if len(self.layers) != config.num_layers:
+            raise SparsityError(
+                "the routers are for another model",
+                where="routers",
+                got=f"{len(self.layers)} layers",
+                expected=f"{config.num_layers}",
+                mend="run polarjax sparsify on this model directory",
+            )
+        for layer, router in enumerate(self.layers):
+            got = {"w_group": router.w_group.shape, "b_group": router.b_group.shape}
+            expected = {"w_group": (config.d_model, config.num_kv_heads), "b_group": (config.num_kv_heads,)}
+            if router.w_in is not None and router.w_out is not None:
+                rank = router.w_in.shape[-1]
+                got |= {"w_in": router.w_in.shape, "w_out": router.w_out.shape}
+                expected |= {"w_in": (config.d_model, rank), "w_out": (rank, config.d_ff)}
+            if got != expected:
+                raise SparsityError(
+                    f"the routers of layer {layer} are for another model",
+                    where="routers",
+                    got=str(got),
+                    expected=str(expected),
+                    mend="run polarjax sparsify on this model directory",
+                )
+
+
+def router_rank(config: ModelConfig) -> int:
+    """R: 1024 as published, but no more than D, beyond which the product of the two maps gains no rank."""
+    return min(1024, config.d_model)
+
+
+def init_routers(
+    config: ModelConfig, key: Array, *, rank: int | None = None, neurons: bool | None = None
+) -> Routers:
+    """Untrained routers, float32.
+
+    Args:
+      config: the model's configuration.
+      key: random key.
+      rank: R of the neuron routers; `router_rank(config)` when None.
+      neurons: whether to make neuron routers; by default for ReLU models.
+    """
+    rank = rank or router_rank(config)
+    neurons = config.neuron_sparsity if neurons is None else neurons
+    D, F, K = config.d_model, config.d_ff, config.num_kv_heads
+
+    def layer(key: Array) -> LayerRouter:
+        keys = jax.random.split(key, 3)
+        normal = lambda key, *shape: jax.random.normal(key, shape, jnp.float32) * shape[0] ** -0.5
+        w_in, w_out = (normal(keys[0], D, rank), normal(keys[1], rank, F)) if neurons else (None, None)
+        return LayerRouter(w_in, w_out, normal(keys[2], D, K), jnp.zeros((K,), jnp.float32))
+
+    return Routers(tuple(layer(k) for k in jax.random.split(key, config.num_layers)))

@@ -1,0 +1,49 @@
+"""What a forward pass records for learning: router inputs, neuron activity, group norms."""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+
+from polarjax.types import Array, Bool, Float, UInt8
+
+
+@dataclasses.dataclass(frozen=True)
+class TapSpec:
+    """Which records to keep; static under `jax.jit`.
+
+    Attributes:
+      inputs: the output of each layer's pre-attention norm, which the routers read.
+      activity: which neurons have a positive pre-activation, bit-packed.
+      norms: the L2 norm of each group's attention output before the output projection.
+    """
+
+    inputs: bool = True
+    activity: bool = True
+    norms: bool = True
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Taps:
+    """The records of one forward pass; a field is empty where its `TapSpec` flag is off.
+
+    Attributes:
+      inputs: L arrays [B T D] in the model's dtype.
+      activity: L arrays uint8 [B T ceil(F / 8)]; neuron j is bit `7 - j % 8` of byte `j // 8`.
+      norms: L arrays float32 [B T K].
+    """
+
+    inputs: tuple[Float[Array, "B T D"], ...] = ()
+    activity: tuple[UInt8[Array, "B T bytes"], ...] = ()
+    norms: tuple[Float[Array, "B T K"], ...] = ()
+
+
+def pack(activity: Bool[Array, "... F"]) -> UInt8[Array, "... bytes"]:
+    """Eight neurons a byte, first neuron in the highest bit; the last byte is filled with zeros."""
+    return jnp.packbits(activity, axis=-1)
+
+
+def unpack(packed: UInt8[Array, "... bytes"], num_neurons: int) -> Bool[Array, "... F"]:
+    """The inverse of `pack`."""
+    return jnp.unpackbits(packed, axis=-1, count=num_neurons).astype(bool)
