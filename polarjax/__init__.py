@@ -1,3 +1,36 @@
 """Contextually sparse decoding of large language models in JAX."""
 
+from polarjax import sparsity as sparsity
+from polarjax.cache import KVCache, init_cache
+from polarjax.configs import ModelConfig, RopeConfig
+from polarjax.errors import CheckpointError, InputError, PolarjaxError, SparsityError, UnsupportedConfigError
+from polarjax.generate import Generation, generate
+from polarjax.model import Decoder, decode_step, forward, prefill
+from polarjax.sampling import Categorical, Greedy
+from polarjax.sparsity.plan import PlanTable, SparsityPlan
+from polarjax.sparsity.select import Sparsity
+
 __version__ = "0.1.0"
+
+__all__ = [
+    "Categorical",
+    "CheckpointError",
+    "Decoder",
+    "Generation",
+    "Greedy",
+    "InputError",
+    "KVCache",
+    "ModelConfig",
+    "PlanTable",
+    "PolarjaxError",
+    "RopeConfig",
+    "Sparsity",
+    "SparsityError",
+    "SparsityPlan",
+    "UnsupportedConfigError",
+    "decode_step",
+    "forward",
+    "generate",
+    "init_cache",
+    "prefill",
+]
