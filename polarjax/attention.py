@@ -21,7 +21,7 @@ class Attention(nnx.Module):
         self.wk = make.normal(D, K, H, axes=("embed", *kv_axes), fan_in=D)
         self.wv = make.normal(D, K, H, axes=("embed", *kv_axes), fan_in=D)
         self.wo = make.normal(K, G, H, D, axes=(*q_axes, "embed"), fan_in=K * G * H)
-        self.bq = self.bk = self.bv = self.bo = self.q_norm = self.k_norm = None
+        self.bq = self.bk = self.bv = self.bo = self.q_norm = self.k_norm = nnx.data(None)
         if config.qkv_bias:
             self.bq = make.constant(K, G, H, axes=q_axes)
             self.bk = make.constant(K, H, axes=kv_axes)

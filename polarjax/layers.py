@@ -56,7 +56,7 @@ class Embedding(nnx.Module):
     def __init__(self, config: ModelConfig, make: Maker):
         width = config.embed_dim or config.d_model
         self.tokens = make.normal(config.vocab_size, width, axes=("vocab", "embed"), fan_in=width)
-        self.positions = self.project_in = self.project_out = None
+        self.positions = self.project_in = self.project_out = nnx.data(None)
         self.position_offset = config.position_offset
         if config.positions == "learned":
             rows = config.max_positions + config.position_offset

@@ -21,7 +21,7 @@ class Mlp(nnx.Module):
         self.w_up = make.normal(F, D, axes=axes, fan_in=D)
         self.w_down = make.normal(F, D, axes=axes, fan_in=F)
         self.w_gate = make.normal(F, D, axes=axes, fan_in=D) if config.gated_mlp else None
-        self.b_up = self.b_gate = self.b_down = None
+        self.b_up = self.b_gate = self.b_down = nnx.data(None)
         if config.mlp_bias:
             self.b_up = make.constant(F, axes=axes[:1])
             self.b_gate = make.constant(F, axes=axes[:1]) if config.gated_mlp else None
