@@ -10,6 +10,22 @@ from polarjax.errors import SparsityError
 from polarjax.types import Array, Float
 
 
+def score_groups(
+    x: Float[Array, "... D"], w_group: Float[Array, "D K"], b_group: Float[Array, "K"]
+) -> Float[Array, "... K"]:
+    """Logits that a group is among the important ones, float32; the products are taken in the dtype of `x`."""
+    scores = jnp.dot(x, w_group.astype(x.dtype), preferred_element_type=jnp.float32)
+    return scores + jnp.expand_dims(b_group.astype(jnp.float32), range(x.ndim - 1))
+
+
+def score_neurons(
+    x: Float[Array, "... D"], w_in: Float[Array, "D R"], w_out: Float[Array, "R F"]
+) -> Float[Array, "... F"]:
+    """Logits that a neuron is active, float32; the products are taken in the dtype of `x`."""
+    hidden = jnp.dot(x, w_in.astype(x.dtype))
+    return jnp.dot(hidden, w_out.astype(x.dtype), preferred_element_type=jnp.float32)
+
+
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class LayerRouter:
@@ -40,9 +56,7 @@ class Routers:
     ) -> Float[Array, "... K"]:
         """Logits that a group is among the important ones, float32."""
         del norms
-        router = self.layers[layer]
-        scores = jnp.dot(x, router.w_group.astype(x.dtype), preferred_element_type=jnp.float32)
-        return scores + jnp.expand_dims(router.b_group.astype(jnp.float32), range(x.ndim - 1))
+        return score_groups(x, self.layers[layer].w_group, self.layers[layer].b_group)
 
     def neuron_scores(
         self, layer: int, x: Float[Array, "... D"], *, activity: Float[Array, "... F"] | None = None
@@ -56,8 +70,7 @@ class Routers:
                 where="routers",
                 mend="train routers for a ReLU model, or use a plan whose neurons are dense",
             )
-        hidden = jnp.dot(x, router.w_in.astype(x.dtype))
-        return jnp.dot(hidden, router.w_out.astype(x.dtype), preferred_element_type=jnp.float32)
+        return score_neurons(x, router.w_in, router.w_out)
 
     def check(self, config: ModelConfig) -> None:
         """Raises `SparsityError` unless these routers fit a model of this configuration."""
