@@ -1,0 +1,203 @@
+"""What one decoding step must touch and compute: bytes and floating-point operations, by closed formula."""
+
+import dataclasses
+import math
+from collections.abc import Iterator
+
+import jax.numpy as jnp
+
+from polarjax.configs import ModelConfig
+from polarjax.errors import InputError
+from polarjax.model import abstract, parameters
+from polarjax.sparsity.plan import SparsityPlan, dense_plan
+from polarjax.sparsity.router import router_rank as default_rank
+from polarjax.types import DTypeLike
+
+
+@dataclasses.dataclass(frozen=True)
+class Cost:
+    """The parts of one decoding step, in bytes or in floating-point operations.
+
+    Attributes:
+      batch_size: B, the tokens that the step produces.
+      attention: QKV and output projections with their norms (bytes), or their products (operations).
+      mlp: the MLP neurons that are kept, with the norm before them.
+      head: the output projection, the final norm, and the embedding rows of the step's tokens.
+      cache: keys and values read and appended (bytes), or scores and weighted sums over them (operations).
+      routers: of every layer that the plan makes sparse.
+    """
+
+    batch_size: int
+    attention: int
+    mlp: int
+    head: int
+    cache: int
+    routers: int
+
+    @property
+    def total(self) -> int:
+        """The sum of all parts."""
+        return self.attention + self.mlp + self.head + self.cache + self.routers
+
+    @property
+    def per_token(self) -> float:
+        """The total divided by the B tokens of the step."""
+        return self.total / self.batch_size
+
+    def to_json(self) -> dict[str, float]:
+        """All parts, the total and the share of one token."""
+        return dataclasses.asdict(self) | {"total": self.total, "per_token": self.per_token}
+
+
+def decode_bytes(
+    config: ModelConfig,
+    *,
+    batch_size: int,
+    cache_length: int,
+    plan: SparsityPlan | None = None,
+    dtype: DTypeLike = jnp.bfloat16,
+    router_rank: int | None = None,
+) -> Cost:
+    """Bytes that a decoding step must move at least, each weight read once for the whole batch.
+
+    With e bytes an element, k_g groups and k_f neurons kept (K and F where dense), s = min(S, window), all
+    biases and norms included, summed over layers:
+      attention  e·(2·D·N·H + 2·D·K·H)
+      mlp        e·(2 or, gated, 3)·k_f·D
+      head       e·(V·E + B·E), with learned positions e·B·D more, with projected embeddings e·2·D·E more
+      cache      e·2·B·H·(k_g·s + K): reads of the kept groups, appending to all
+      routers    e·(D·K + K) where groups are selected, e·R·(D + F) where neurons are
+    Activations are left out: they stay in on-chip caches.
+
+    Args:
+      config: the model's configuration.
+      batch_size: B.
+      cache_length: S, positions that each sequence attends to, the new one included.
+      plan: what is kept; None is the dense model.
+      dtype: of weights, routers and cache.
+      router_rank: R of the neuron routers; the default of `init_routers` when None.
+
+    Raises:
+      InputError: `batch_size` or `cache_length` is not positive.
+      SparsityError: the plan is for another model.
+    """
+    _check(config, batch_size, cache_length, plan)
+    rank = router_rank or default_rank(config)
+    width = config.embed_dim or config.d_model
+    norm = config.d_model * (2 if config.norm_bias else 1)
+    head = config.vocab_size * width + (norm if config.final_norm else 0) + batch_size * width
+    head += batch_size * config.d_model if config.positions == "learned" else 0
+    head += 2 * config.embed_dim * config.d_model if config.embed_dim else 0
+    kept = list(_kept(config, cache_length, plan))
+    parts = {
+        "attention": config.num_layers * (_attention_weights(config) + norm),
+        "mlp": sum(neurons * _neuron_weights(config) + _down_bias(config) + norm for neurons, _, _ in kept),
+        "head": head,
+        "cache": sum(
+            2 * batch_size * config.head_dim * (groups * length + config.num_kv_heads)
+            for _, groups, length in kept
+        ),
+        "routers": _router_weights(config, plan, rank, bias=True),
+    }
+    size = jnp.dtype(dtype).itemsize
+    return Cost(batch_size, **{name: size * count for name, count in parts.items()})
+
+
+def decode_flops(
+    config: ModelConfig,
+    *,
+    batch_size: int,
+    cache_length: int,
+    plan: SparsityPlan | None = None,
+    router_rank: int | None = None,
+) -> Cost:
+    """Floating-point operations of the matrix products of a decoding step; 2 for each multiplication and sum.
+
+    With the letters of `decode_bytes`, summed over layers:
+      attention  2·B·(2·D·N·H + 2·D·K·H)
+      mlp        2·B·(2 or, gated, 3)·k_f·D
+      head       2·B·V·E, and 4·B·D·E where embeddings are projected
+      cache      4·B·k_g·G·s·H: scores and weighted sum
+      routers    2·B·D·K where groups are selected, 2·B·R·(D + F) where neurons are
+
+    Raises:
+      InputError: `batch_size` or `cache_length` is not positive.
+      SparsityError: the plan is for another model.
+    """
+    _check(config, batch_size, cache_length, plan)
+    rank = router_rank or default_rank(config)
+    D, H = config.d_model, config.head_dim
+    width = config.embed_dim or D
+    kept = list(_kept(config, cache_length, plan))
+    head = config.vocab_size * width + (2 * D * width if config.embed_dim else 0)
+    pairs = sum(groups * config.q_per_group * length for _, groups, length in kept)
+    parts = {
+        "attention": config.num_layers * 2 * D * H * (config.num_heads + config.num_kv_heads),
+        "mlp": sum(neurons for neurons, _, _ in kept) * _matrices(config) * D,
+        "head": head,
+        "cache": 2 * pairs * H,
+        "routers": _router_weights(config, plan, rank, bias=False),
+    }
+    return Cost(batch_size, **{name: 2 * batch_size * count for name, count in parts.items()})
+
+
+def weights_bytes(config: ModelConfig, dtype: DTypeLike = jnp.bfloat16) -> int:
+    """Bytes of all parameters of the model; a tied embedding table counts once."""
+    shapes = parameters(abstract(config)).values()
+    return jnp.dtype(dtype).itemsize * sum(math.prod(leaf.shape) for leaf in shapes)
+
+
+def cache_bytes_per_token(config: ModelConfig, dtype: DTypeLike = jnp.bfloat16) -> int:
+    """Bytes that one position of one sequence takes in the cache: e·2·L·K·H."""
+    return jnp.dtype(dtype).itemsize * 2 * config.num_layers * config.num_kv_heads * config.head_dim
+
+
+def _check(config: ModelConfig, batch_size: int, cache_length: int, plan: SparsityPlan | None) -> None:
+    for name, value in (("batch_size", batch_size), ("cache_length", cache_length)):
+        if value < 1:
+            raise InputError(f"{name} is too small", where="costs", got=value, expected="at least 1")
+    if plan is not None:
+        plan.check(config)
+
+
+def _kept(
+    config: ModelConfig, cache_length: int, plan: SparsityPlan | None
+) -> Iterator[tuple[int, int, int]]:
+    """Of each layer: neurons kept, groups kept, positions attended to."""
+    plan = plan or dense_plan(config)
+    for layer, (neurons, groups) in enumerate(zip(plan.neurons, plan.groups, strict=True)):
+        length = min(cache_length, config.window(layer) or cache_length)
+        yield neurons or config.d_ff, groups or config.num_kv_heads, length
+
+
+def _attention_weights(config: ModelConfig) -> int:
+    """Elements of one layer's projections, biases and query/key norms."""
+    D, N, K, H = config.d_model, config.num_heads, config.num_kv_heads, config.head_dim
+    count = 2 * D * H * (N + K)
+    count += H * (N + 2 * K) if config.qkv_bias else 0
+    count += D if config.out_bias else 0
+    return count + (2 * H if config.qk_norm else 0)
+
+
+def _matrices(config: ModelConfig) -> int:
+    return 3 if config.gated_mlp else 2
+
+
+def _neuron_weights(config: ModelConfig) -> int:
+    """Elements of one neuron: its rows, and its biases, which the down-projection has none of."""
+    biases = _matrices(config) - 1 if config.mlp_bias else 0
+    return _matrices(config) * config.d_model + biases
+
+
+def _down_bias(config: ModelConfig) -> int:
+    return config.d_model if config.mlp_bias else 0
+
+
+def _router_weights(config: ModelConfig, plan: SparsityPlan | None, rank: int, *, bias: bool) -> int:
+    """Elements of the routers that the plan asks."""
+    if plan is None:
+        return 0
+    D, K = config.d_model, config.num_kv_heads
+    groups = sum(count is not None for count in plan.groups)
+    neurons = sum(count is not None for count in plan.neurons)
+    return groups * (D * K + (K if bias else 0)) + neurons * rank * (D + config.d_ff)
