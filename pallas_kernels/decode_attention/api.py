@@ -4,7 +4,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
 from pallas_kernels._dispatch import dispatch
-from pallas_kernels.decode_attention import xla
+from pallas_kernels.decode_attention import mosaic, xla
 
 OP = "sparse_decode_attention"
 
@@ -25,7 +25,7 @@ def sparse_decode_attention(
     The G query heads of a group share its keys and values. `group_index` names the groups to compute in each
     sequence, in any order; -1 is an absent entry, a repeated one counts once, and None means every group.
     Groups that are not named come out as exact zeros, as does a sequence of length 0; neither their cache nor
-    positions outside the range influence the result, whatever they hold. Lengths must not exceed S.
+    positions outside the range influence the result, whatever they hold. Lengths above S count as S.
 
     `implementation`: "mosaic" (Pallas, Hopper GPUs), "xla" (anywhere), or None for the best one available.
     The result has q's dtype; products are accumulated, and the softmax is computed, in float32.
@@ -35,8 +35,10 @@ def sparse_decode_attention(
     """
     _validate(q, k, v, lengths, group_index, scale, window)
     call = {"scale": float(scale), "window": window}
+    operands = (q, k, v, lengths, group_index)
     backends = {
-        "xla": lambda device: xla.sparse_decode_attention(q, k, v, lengths, group_index, **call),
+        "mosaic": lambda device: mosaic.sparse_decode_attention(*operands, device=device, **call),
+        "xla": lambda _: xla.sparse_decode_attention(*operands, **call),
     }
     return dispatch(OP, implementation, backends, q, k)
 

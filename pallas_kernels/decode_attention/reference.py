@@ -18,7 +18,7 @@ def sparse_decode_attention(
     """As `pallas_kernels.sparse_decode_attention`, in float32 whatever the inputs' dtype."""
     q, k, v = (x.astype(jnp.float32) for x in (q, k, v))
     position = jnp.arange(k.shape[2])[None, :]
-    end = lengths[:, None]
+    end = jnp.minimum(lengths, k.shape[2])[:, None]
     seen = position < end
     if window is not None:
         seen &= position >= end - window

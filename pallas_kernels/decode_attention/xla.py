@@ -32,7 +32,7 @@ def _attend(
     q: jax.Array, k: jax.Array, v: jax.Array, lengths: jax.Array, scale: float, window: int | None
 ) -> jax.Array:
     position = lax.broadcasted_iota(lengths.dtype, (1, k.shape[2]), 1)
-    end = lengths[:, None]
+    end = jnp.minimum(lengths, k.shape[2])[:, None]
     seen = position < end
     if window is not None:
         seen &= position >= end - window

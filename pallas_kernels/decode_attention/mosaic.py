@@ -1,0 +1,366 @@
+"""Split-KV flash decoding over selected groups for Hopper GPUs, in Pallas Mosaic GPU.
+
+One thread block (one warpgroup) takes one (sequence, entry of group_index, split): it streams its share of the
+group's keys and values through a ring of TMA copies, and attends with keys as the rows of wgmma, so that the few
+query heads of a group cost 8 columns and not 64 rows. The splits of a group are a cluster, whose first thread
+block merges the partial results and writes the group's rows of the result. Zeros for unselected groups are
+written on the way, while the first tiles are in flight. One launch, no pass before or after it.
+"""
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jax.experimental import pallas as pl
+from jax.experimental.pallas import mosaic_gpu as plgpu
+from jaxtyping import Array, Float, Int
+
+from pallas_kernels._device import Device, require_hopper
+from pallas_kernels.decode_attention.tiles import WIDE, Problem, Tiles, heuristic
+
+KERNEL_NAME = "sparse_decode_attention"
+ROWS = plgpu.Layout.WGMMA
+TURNED = plgpu.Layout.WGMMA_TRANSPOSED  # of a [rows, heads] array that is stored as [heads, rows]
+PER_HEAD = ROWS.reduce(0)
+NEVER = -1e30  # the score of a position that doesn't count; finite, so that no difference of two is NaN
+
+
+def sparse_decode_attention(
+    q: Float[Array, "B K G H"],
+    k: Float[Array, "B K S H"],
+    v: Float[Array, "B K S H"],
+    lengths: Int[Array, " B"],
+    group_index: Int[Array, "B k"] | None,
+    *,
+    scale: float,
+    window: int | None = None,
+    device: Device,
+    tiles: Tiles | None = None,
+    interpret: plgpu.InterpretGPUParams | None = None,
+) -> Float[Array, "B K G H"]:
+    """As `pallas_kernels.sparse_decode_attention`; `tiles=None` takes the heuristic's, `interpret` runs on a CPU.
+
+    Raises NotImplementedError for a device, dtype or shape that the kernel can't do.
+    """
+    require_hopper(device)
+    if q.dtype not in (jnp.bfloat16, jnp.float16):
+        raise NotImplementedError(f"needs bfloat16 or float16; got {q.dtype}")
+    selected = q.shape[1] if group_index is None else group_index.shape[1]
+    problem = Problem.of(q.shape, k.shape, selected)
+    problem.require_supported()
+    tiles = tiles or heuristic(problem, device)
+    tiles.require_fit(problem, device)
+    kernel = _Kernel(
+        problem, tiles, scale * math.log2(math.e), window, jnp.dtype(q.dtype), group_index is None
+    )
+    index = () if group_index is None else (group_index.astype(jnp.int32),)
+    return kernel.build(interpret)(q, k, v, lengths.astype(jnp.int32), *index)[0]
+
+
+class _Work(NamedTuple):
+    """What a thread block does: `steps` blocks of positions from `origin` on, of which [start, end) count."""
+
+    row: jax.Array
+    group: jax.Array
+    present: jax.Array
+    origin: jax.Array
+    start: jax.Array
+    end: jax.Array
+    steps: jax.Array
+
+
+class _State(NamedTuple):
+    """A running softmax: 64-row pieces of the result [H, heads], maximum [heads], sum of the weights."""
+
+    out: tuple[jax.Array, ...]
+    peak: jax.Array
+    total: jax.Array
+
+
+class _Ring(NamedTuple):
+    """Blocks of keys or values on their way from `source` into the slots of `shared`."""
+
+    source: Any
+    shared: Any
+    full: Any
+
+    def slot(self, step: jax.Array) -> jax.Array:
+        return lax.rem(step, jnp.int32(self.shared.shape[0]))
+
+    def fetch(self, work: _Work, step: jax.Array) -> None:
+        _, block, columns = self.shared.shape
+        width = self.source.shape[-1]
+        rows = (
+            block if columns == width else 8
+        )  # a copy fills whole columns of a slot, or one row of its tiles
+        slot = self.slot(step)
+        for first in range(0, block, rows):
+            there = self.source.at[work.row, work.group, pl.ds(work.origin + step * block + first, rows), :]
+            here = (
+                self.shared.at[slot, pl.ds(first, rows), pl.ds(0, width)]
+                if rows < block
+                else self.shared.at[slot]
+            )
+            plgpu.copy_gmem_to_smem(there, here, self.full.at[slot])
+
+
+@dataclass(frozen=True)
+class _Kernel:
+    problem: Problem
+    tiles: Tiles
+    factor: float  # scale · log2(e): the softmax is taken in base 2
+    window: int | None
+    dtype: Any
+    dense: bool
+
+    def build(self, interpret: plgpu.InterpretGPUParams | None) -> Callable[..., Any]:
+        """The function (q, k, v, lengths[, group_index]) -> [out, ...partial results of the splits]."""
+        p, t = self.problem, self.tiles
+        out = [jax.ShapeDtypeStruct((p.batch, p.groups, p.queries, p.width), self.dtype)]
+        cluster: dict[str, Any] = {}
+        if t.splits > 1:
+            cluster = {"cluster": (t.splits,), "cluster_names": ("split",)}
+            share = (p.batch, p.selected, t.splits)
+            out.append(jax.ShapeDtypeStruct((*share, len(p.row_pieces), WIDE, p.heads), jnp.float32))
+            out.append(jax.ShapeDtypeStruct((*share, 2, p.heads), jnp.float32))
+        return plgpu.kernel(
+            self._body,
+            out_type=out,
+            scratch_types=self._scratch(),
+            grid=(p.batch, p.selected),
+            grid_names=("row", "entry"),
+            num_threads=1,
+            thread_name="warpgroup",
+            compiler_params=plgpu.CompilerParams(approx_math=True),
+            kernel_name=KERNEL_NAME,
+            interpret=interpret,
+            **cluster,
+        )
+
+    def _scratch(self) -> dict[str, Any]:
+        p, t = self.problem, self.tiles
+        swizzled = (plgpu.TilingTransform((8, p.swizzle // 2)), plgpu.SwizzleTransform(p.swizzle))
+        scratch = {
+            "q_raw": plgpu.SMEM((p.heads, p.padded_width), self.dtype),
+            "q_s": plgpu.SMEM((p.heads, p.padded_width), self.dtype, transforms=swizzled),
+            "k_s": plgpu.SMEM((t.stages, t.block, p.width), self.dtype, transforms=swizzled),
+            "v_s": plgpu.SMEM((t.stages, t.block, p.value_width), self.dtype, transforms=swizzled),
+            "p_s": plgpu.SMEM((p.heads, t.block), self.dtype, transforms=swizzled),
+            "o_s": plgpu.SMEM((p.heads, p.padded_width), self.dtype),
+            "q_full": plgpu.Barrier(num_arrivals=1 if p.padded_width == p.width else p.queries),
+            "k_full": plgpu.Barrier(num_barriers=t.stages),
+            "v_full": plgpu.Barrier(
+                num_barriers=t.stages, num_arrivals=1 if p.value_width == p.width else t.block // 8
+            ),
+        }
+        if t.splits > 1:
+            scratch["merge"] = plgpu.ClusterBarrier(collective_axes=("split",))
+        return scratch
+
+    def _body(
+        self, q_g, k_g, v_g, lengths_g, *refs, q_raw, q_s, p_s, o_s, q_full, merge=None, **ring
+    ) -> None:
+        index_g = None if self.dense else refs[0]
+        out_g, *partial_g = refs if self.dense else refs[1:]
+        work = self._work(lengths_g, index_g)
+        keys = _Ring(k_g, ring["k_s"], ring["k_full"])
+        values = _Ring(v_g, ring["v_s"], ring["v_full"])
+        self._fetch_queries(q_g.at[work.row, work.group], q_raw, q_full)
+        for first in range(self.tiles.stages):
+
+            @pl.when(first < work.steps)
+            def _(step=first):
+                keys.fetch(work, jnp.int32(step))
+                values.fetch(work, jnp.int32(step))
+
+        if index_g is not None:
+            self._write_zeros(work, index_g, out_g, o_s)
+        plgpu.barrier_wait(q_full)
+        q_s.T[...] = plgpu.load(q_raw.T, layout=TURNED, optimized=False)
+        plgpu.commit_smem()
+
+        def step(t, state):
+            return self._attend(work, t, state, keys, values, q_s, p_s)
+
+        state = lax.fori_loop(0, work.steps, step, self._empty())
+        out, peak, total = state.out, state.peak, state.total.sum(axis=0)
+        if merge is None:
+            self._write(work, out, total, out_g, o_s)
+        else:
+            self._merge(
+                work, out, peak, total, partial_g, merge, lambda o, t: self._write(work, o, t, out_g, o_s)
+            )
+
+    def _work(self, lengths_g, index_g) -> _Work:
+        p, t = self.problem, self.tiles
+        row, entry = lax.axis_index("row"), lax.axis_index("entry")
+        group = entry if index_g is None else index_g[row, entry]
+        present = (group >= 0) & (group < p.groups)
+        end = lax.min(lengths_g[row], jnp.int32(p.capacity))
+        start = jnp.int32(0) if self.window is None else lax.max(end - self.window, jnp.int32(0))
+        origin = lax.div(start, jnp.int32(8)) * 8  # where a TMA copy may begin
+        blocks = pl.cdiv(end - origin, jnp.int32(t.block))
+        first, steps = jnp.int32(0), blocks
+        if t.splits > 1:
+            share = pl.cdiv(blocks, jnp.int32(t.splits))
+            first = lax.min(lax.axis_index("split") * share, blocks)
+            steps = lax.min(first + share, blocks) - first
+        return _Work(
+            row=row,
+            group=lax.max(lax.min(group, jnp.int32(p.groups - 1)), jnp.int32(0)),
+            present=present,
+            origin=origin + first * t.block,
+            start=start,
+            end=end,
+            steps=jnp.where(present, steps, 0),
+        )
+
+    def _fetch_queries(self, q_g, q_raw, full) -> None:
+        p = self.problem
+        if p.padded_width == p.width:
+            plgpu.copy_gmem_to_smem(q_g, q_raw.at[pl.ds(0, p.queries)], full)
+            return
+        for query in range(p.queries):
+            plgpu.copy_gmem_to_smem(q_g.at[query], q_raw.at[query, pl.ds(0, p.width)], full)
+
+    def _write_zeros(self, work: _Work, index_g, out_g, o_s) -> None:
+        """Zeros to this thread block's share of the groups that `index_g` does not name."""
+        p, t = self.problem, self.tiles
+        if p.groups == 1:
+            return
+        o_s[...] = jnp.zeros(o_s.shape, self.dtype)
+        plgpu.commit_smem()
+        entry = lax.axis_index("entry")
+        share = entry if t.splits == 1 else entry * t.splits + lax.axis_index("split")
+        named = [index_g[work.row, i] for i in range(p.selected)]
+        for first in range(0, p.groups, p.selected * t.splits):
+            group = first + share
+            wanted = group < p.groups
+            for name in named:
+                wanted &= name != group
+            pl.when(wanted)(lambda group=group: self._copy_out(o_s, out_g.at[work.row, group]))
+        plgpu.wait_smem_to_gmem(0)
+
+    def _copy_out(self, o_s, out_g) -> None:
+        p = self.problem
+        if p.padded_width == p.width:
+            plgpu.copy_smem_to_gmem(o_s.at[pl.ds(0, p.queries)], out_g)
+            return
+        for query in range(p.queries):
+            plgpu.copy_smem_to_gmem(o_s.at[query, pl.ds(0, p.width)], out_g.at[query])
+
+    def _empty(self) -> _State:
+        p = self.problem
+        zeros = lambda rows: plgpu.layout_cast(jnp.zeros((rows, p.heads), jnp.float32), ROWS)
+        peak = plgpu.layout_cast(jnp.full((p.heads,), NEVER, jnp.float32), PER_HEAD)
+        return _State(tuple(zeros(WIDE) for _ in p.row_pieces), peak, zeros(self.tiles.block))
+
+    def _attend(self, work: _Work, step, state: _State, keys: _Ring, values: _Ring, q_s, p_s) -> _State:
+        p, t = self.problem, self.tiles
+        slot, origin = keys.slot(step), work.origin + step * t.block
+        more = step + t.stages < work.steps
+        plgpu.barrier_wait(keys.full.at[slot])
+
+        def score(acc):
+            queries = q_s if p.padded_width == p.width else q_s.at[:, pl.ds(0, p.width)]
+            plgpu.wgmma(acc, keys.shared.at[slot], queries.T)
+            return acc[...]
+
+        scores = pl.run_scoped(score, plgpu.ACC((t.block, p.heads), jnp.float32))
+        pl.when(more)(lambda: keys.fetch(work, step + t.stages))
+        counts = self._counts(work, origin, (t.block, p.heads))
+        scores = jnp.where(counts, scores * self.factor, NEVER)
+        peak = jnp.maximum(state.peak, scores.max(axis=0))
+        fade = jnp.exp2(state.peak - peak)
+        weights = jnp.exp2(scores - _down(peak, t.block))
+        total = state.total * _down(fade, t.block) + weights
+        p_s.T[...] = plgpu.layout_cast(weights.astype(self.dtype), TURNED)
+        plgpu.commit_smem()
+        plgpu.barrier_wait(values.full.at[slot])
+        pl.when((origin + t.block > work.end) | (origin < work.start))(
+            lambda: self._clear_uncounted(work, origin, values.shared.at[slot])
+        )
+
+        def combine(*accs):
+            for acc, first in zip(accs, p.row_pieces, strict=True):
+                plgpu.wgmma(acc, values.shared.at[slot, :, pl.ds(first, WIDE)].T, p_s.T)
+            return tuple(acc[...] for acc in accs)
+
+        added = pl.run_scoped(combine, *(plgpu.ACC((WIDE, p.heads), jnp.float32) for _ in p.row_pieces))
+        out = tuple(old * _down(fade, WIDE) + new for old, new in zip(state.out, added, strict=True))
+        pl.when(more)(lambda: values.fetch(work, step + t.stages))
+        return _State(out, peak, total)
+
+    def _counts(self, work: _Work, origin, shape: tuple[int, int]) -> jax.Array:
+        position = plgpu.broadcasted_iota(jnp.int32, shape, 0, layout=ROWS) + origin
+        counts = position < work.end
+        return counts if self.window is None else counts & (position >= work.start)
+
+    def _clear_uncounted(self, work: _Work, origin, block_s) -> None:
+        """Zeros in the rows of a block of values that don't count: their weight is 0, but 0 · NaN is NaN."""
+        for first in range(0, self.tiles.block, WIDE):
+            for column in self.problem.row_pieces:
+                piece = block_s.at[pl.ds(first, WIDE), pl.ds(column, WIDE)]
+                counts = self._counts(work, origin + first, (WIDE, WIDE))
+                piece[...] = jnp.where(counts, plgpu.load(piece, layout=ROWS), jnp.zeros((), self.dtype))
+        plgpu.commit_smem()
+
+    def _merge(self, work: _Work, out, peak, total, partial_g, merge, write) -> None:
+        """The cluster's first thread block combines what all of them leave in `partial_g`, and writes it."""
+        out_g, sums_g = (ref.at[work.row, lax.axis_index("entry")] for ref in partial_g)
+        split = lax.axis_index("split")
+
+        @pl.when(split != 0)
+        def _():
+            for piece, array in enumerate(out):
+                out_g[split, piece] = array
+            sums_g[split, 0] = peak
+            sums_g[split, 1] = total
+            _global_fence()
+
+        plgpu.barrier_arrive(merge)
+        plgpu.barrier_wait(merge)
+
+        @pl.when((split == 0) & work.present)
+        def _():
+            merged, top, weight = out, peak, total
+            for other in range(1, self.tiles.splits):
+                its_peak = plgpu.load(sums_g.at[other, 0], layout=PER_HEAD, optimized=False)
+                its_total = plgpu.load(sums_g.at[other, 1], layout=PER_HEAD, optimized=False)
+                new_top = jnp.maximum(top, its_peak)
+                mine, its = jnp.exp2(top - new_top), jnp.exp2(its_peak - new_top)
+                merged = tuple(
+                    array * _down(mine, WIDE)
+                    + plgpu.load(out_g.at[other, piece], layout=ROWS, optimized=False) * _down(its, WIDE)
+                    for piece, array in enumerate(merged)
+                )
+                top, weight = new_top, weight * mine + its_total * its
+            write(merged, weight)
+
+    def _write(self, work: _Work, out, total, out_g, o_s) -> None:
+        share = _down(1.0 / jnp.maximum(total, 1e-30), WIDE)
+        for piece, first in zip(out, self.problem.row_pieces, strict=True):
+            o_s.at[:, pl.ds(first, WIDE)].T[...] = plgpu.layout_cast(
+                (piece * share).astype(self.dtype), TURNED
+            )
+        plgpu.commit_smem()
+        pl.when(work.present)(lambda: self._copy_out(o_s, out_g.at[work.row, work.group]))
+        plgpu.wait_smem_to_gmem(0)
+
+
+def _down(per_head: jax.Array, rows: int) -> jax.Array:
+    """[heads] repeated over `rows` rows."""
+    return lax.broadcast_in_dim(per_head, (rows, per_head.shape[0]), [1])
+
+
+@plgpu.inline_mgpu()
+def _global_fence(_) -> None:
+    """Makes this thread's writes to global memory visible to the card before what follows."""
+    from jaxlib.mlir import ir  # only where a GPU kernel is built
+    from jaxlib.mlir.dialects import llvm
+
+    llvm.inline_asm(ir.Type.parse("!llvm.void"), [], "fence.acq_rel.gpu;", "", has_side_effects=True)

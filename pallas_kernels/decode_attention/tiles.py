@@ -1,0 +1,153 @@
+"""How the Hopper kernel cuts up its work: the configuration, what it needs, which are worth trying, which is best."""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+from pallas_kernels._device import Device
+
+SM_SMEM = 233472  # bytes of shared memory of one Hopper multiprocessor
+BLOCK_RESERVE = 1024  # bytes of it that each resident thread block costs beyond its own
+WIDE = 64  # rows of one wgmma
+MAX_HEADS = 64
+MAX_WIDTH = 256
+
+
+@dataclass(frozen=True, kw_only=True)
+class Problem:
+    """The static shape of a call: B K G H S, and `selected` groups a sequence (= K when dense)."""
+
+    batch: int
+    groups: int
+    queries: int
+    width: int
+    capacity: int
+    selected: int
+
+    def __post_init__(self) -> None:
+        if min(self.batch, self.groups, self.queries, self.width, self.capacity, self.selected) < 1:
+            raise ValueError(f"attention problem: every size must be positive; got {self}")
+
+    @classmethod
+    def of(cls, q_shape: tuple[int, ...], k_shape: tuple[int, ...], selected: int) -> "Problem":
+        batch, groups, queries, width = q_shape
+        return cls(
+            batch=batch, groups=groups, queries=queries, width=width, capacity=k_shape[2], selected=selected
+        )
+
+    @property
+    def heads(self) -> int:
+        """Query heads of a group as wgmma counts them: a multiple of 8."""
+        return -(-self.queries // 8) * 8
+
+    @property
+    def swizzle(self) -> int:
+        """Bytes of the widest shared-memory swizzle that divides a head."""
+        return next(s for s in (128, 64, 32) if 2 * self.width % s == 0)
+
+    @property
+    def padded_width(self) -> int:
+        """Columns that a query or a result takes in shared memory: whole wgmma rows, of which the first H are used."""
+        return -(-self.width // WIDE) * WIDE
+
+    @property
+    def value_width(self) -> int:
+        """Columns that a value tile takes in shared memory: at least one wgmma's rows."""
+        return max(self.width, WIDE)
+
+    @property
+    def row_pieces(self) -> tuple[int, ...]:
+        """First head dimension of each 64-row piece of the result; the last two overlap when H % 64 != 0."""
+        last = self.value_width - WIDE
+        return (*range(0, last, WIDE), last)
+
+    def require_supported(self) -> None:
+        """Raises NotImplementedError for a shape that the kernel can't do."""
+        if self.width % 16 or self.width > MAX_WIDTH:
+            raise NotImplementedError(
+                f"head width must be a multiple of 16 up to {MAX_WIDTH}; got {self.width}"
+            )
+        if self.queries > MAX_HEADS:
+            raise NotImplementedError(f"at most {MAX_HEADS} query heads a group; got {self.queries}")
+        if self.capacity % 8:
+            raise NotImplementedError(f"cache capacity must be a multiple of 8; got {self.capacity}")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Tiles:
+    """block: cache positions a step. stages: steps in flight. splits: thread blocks (one cluster) a group."""
+
+    block: int = 64
+    stages: int = 3
+    splits: int = 1
+
+    def __post_init__(self) -> None:
+        if self.block not in (64, 128, 256):
+            raise ValueError(f"attention tiles: block must be 64, 128 or 256; got {self.block}")
+        if not 1 <= self.stages <= 16:
+            raise ValueError(f"attention tiles: stages must be 1 to 16; got {self.stages}")
+        if self.splits not in (1, 2, 4, 8):
+            raise ValueError(f"attention tiles: splits must be 1, 2, 4 or 8 (a cluster); got {self.splits}")
+
+    def smem_bytes(self, problem: Problem) -> int:
+        """Shared memory of one thread block, an upper bound."""
+        ring = self.stages * self.block * (problem.width + problem.value_width)
+        small = problem.heads * (3 * problem.padded_width + self.block)
+        return 2 * (ring + small) + 6 * 1024
+
+    def resident(self, problem: Problem) -> int:
+        """Thread blocks that fit on one multiprocessor at a time."""
+        return SM_SMEM // (self.smem_bytes(problem) + BLOCK_RESERVE)
+
+    def fits(self, problem: Problem, device: Device) -> bool:
+        return self.smem_bytes(problem) <= device.smem_bytes
+
+    def require_fit(self, problem: Problem, device: Device) -> None:
+        """Raises ValueError when `device` has less shared memory than these tiles need."""
+        if not self.fits(problem, device):
+            need, have = self.smem_bytes(problem), device.smem_bytes
+            raise ValueError(f"attention tiles: {self} needs {need} B of shared memory; got {have} B")
+
+
+def search_space(problem: Problem, device: Device) -> Iterator[Tiles]:
+    """Every configuration worth measuring for `problem`."""
+    for block in (64, 128, 256):
+        for stages in range(1, 9):
+            for splits in (1, 2, 4, 8):
+                tiles = Tiles(block=block, stages=stages, splits=splits)
+                if tiles.fits(problem, device) and splits * block <= max(problem.capacity, block):
+                    yield tiles
+
+
+def heuristic(problem: Problem, device: Device) -> Tiles:
+    """The configuration to use where nothing was measured.
+
+    Two thread blocks a multiprocessor with 3 steps each in flight (96 KB at H = 128), and as many splits as make
+    the selected work, B·k·splits thread blocks, finish soonest by `_finish_time`.
+    """
+    wide = problem.width > 128
+    base = Tiles(block=64, stages=2 if wide else max(3, min(6, 384 // problem.value_width)))
+    choices = [
+        Tiles(block=base.block, stages=base.stages, splits=splits)
+        for splits in (1, 2, 4, 8)
+        if splits == 1 or splits * 2 * base.block <= problem.capacity
+    ]
+    slots = device.num_sms * base.resident(problem)
+    return min(choices, key=lambda tiles: (_finish_time(problem, tiles, slots), tiles.splits))
+
+
+SPEED_LIMIT = (
+    2.5  # a thread block alone on its multiprocessor reads this much faster than its share of the card
+)
+SPLIT_COST = 0.015  # of a full card's time for 64 MB: what merging the splits of a cluster costs, once
+
+
+def _finish_time(problem: Problem, tiles: Tiles, slots: int) -> float:
+    """Relative time until the last thread block ends, were memory shared equally among those running."""
+    blocks = problem.batch * problem.selected * tiles.splits
+    work = 1 / blocks
+    waves, rest = divmod(blocks, slots)
+    time = waves * slots * work
+    if rest:
+        time += work * max(rest, slots / SPEED_LIMIT)
+    total = problem.batch * problem.selected * problem.capacity * problem.width * 4
+    return time + (SPLIT_COST * 64e6 / total if tiles.splits > 1 else 0.0)
