@@ -243,7 +243,7 @@ class _Kernel:
             for name in named:
                 wanted &= name != group
             pl.when(wanted)(lambda group=group: self._copy_out(o_s, out_g.at[work.row, group]))
-        plgpu.wait_smem_to_gmem(0)
+        plgpu.wait_smem_to_gmem(0, wait_read_only=True)
 
     def _copy_out(self, o_s, out_g) -> None:
         p = self.problem
@@ -349,7 +349,7 @@ class _Kernel:
             )
         plgpu.commit_smem()
         pl.when(work.present)(lambda: self._copy_out(o_s, out_g.at[work.row, work.group]))
-        plgpu.wait_smem_to_gmem(0)
+        plgpu.wait_smem_to_gmem(0, wait_read_only=True)
 
 
 def _down(per_head: jax.Array, rows: int) -> jax.Array:
