@@ -1,0 +1,131 @@
+"""The `polarjax` command. A verb's code is imported when that verb is called, so that help is instant.
+
+A verb is a plain function with typer annotations. It prints what a person wants to read and returns what a
+program wants to read: a dict that JSON can hold. With `--json`, which every verb gets here, standard output is
+that dict alone and the printed text goes to standard error. A new verb is one line in `VERBS`.
+"""
+
+import contextlib
+import functools
+import importlib
+import inspect
+import json
+import sys
+from collections.abc import Callable, Sequence
+from importlib.metadata import version
+from pathlib import PurePath
+from typing import Annotated, Any, NamedTuple
+
+import typer
+
+from polarjax.errors import PolarjaxError
+
+BAD_INPUT = 2  # exit code; typer uses the same for a wrong option
+
+
+class Verb(NamedTuple):
+    """Where a verb's function is (`module:function`) and the line that `polarjax --help` shows for it."""
+
+    function: str
+    summary: str
+
+
+VERBS = {
+    "convert": Verb(
+        "checkpoints_convert.cli:convert", "Turn a HuggingFace checkpoint into a model directory."
+    ),
+    "sparsify": Verb("polarjax.cli.sparsify:sparsify", "Collect, train routers and calibrate in one go."),
+    "collect": Verb("polarjax.cli.collect:collect", "Record which neurons and heads a text makes active."),
+    "train-routers": Verb("polarjax.cli.train_routers:train_routers", "Learn to predict that activity."),
+    "calibrate": Verb("polarjax.cli.calibrate:calibrate", "Find how many neurons each batch size needs."),
+    "generate": Verb("polarjax.cli.generate:generate", "Continue prompts, dense or sparse."),
+    "eval": Verb("polarjax.cli.eval:evaluate", "Measure the quality of sparse decoding against dense."),
+    "demo": Verb("polarjax.cli.demo:demo", "All of it on the small model that comes with polarjax."),
+}
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Runs the command and exits: 0 on success, 2 with one line on standard error on bad input.
+
+    Args:
+        arguments: the words after `polarjax`; by default those of this process.
+    """
+    words = list(sys.argv[1:] if arguments is None else arguments)
+    called = next((word for word in words if not word.startswith("-")), None)
+    _app(called)(args=words, prog_name="polarjax")
+
+
+def _app(called: str | None) -> typer.Typer:
+    """The command with the function of `called` loaded; of the other verbs only the names and summaries."""
+    app = typer.Typer(
+        add_completion=False,
+        no_args_is_help=True,
+        rich_markup_mode=None,
+        pretty_exceptions_enable=False,
+        help="Contextually sparse decoding of large language models in JAX.",
+    )
+    app.callback()(_options)
+    for name, verb in VERBS.items():
+        function = _command(verb.function) if name == called else _not_called
+        app.command(name, short_help=verb.summary)(function)
+    return app
+
+
+def _print_version(wanted: bool) -> None:
+    if wanted:
+        print(f"polarjax {version('polarjax')}")
+        raise typer.Exit
+
+
+def _options(
+    _version: Annotated[
+        bool,
+        typer.Option("--version", callback=_print_version, is_eager=True, help="Print the version and exit."),
+    ] = False,
+) -> None: ...
+
+
+def _not_called() -> None: ...
+
+
+def _command(target: str) -> Callable[..., None]:
+    """Loads `module:function` and gives it `--json`, progress lines and one-line errors."""
+    module, _, name = target.partition(":")
+    function = getattr(importlib.import_module(module), name)
+
+    @functools.wraps(function)
+    def command(*args: Any, as_json: bool, **kwargs: Any) -> None:
+        from polarjax.progress import show_lines  # imports JAX
+
+        try:
+            with show_lines(), contextlib.redirect_stdout(sys.stderr if as_json else sys.stdout):
+                result = function(*args, **kwargs)
+        except PolarjaxError as error:
+            print(f"polarjax: {error}", file=sys.stderr)
+            raise typer.Exit(BAD_INPUT) from error
+        if as_json:
+            print(json.dumps(result, default=_plain))
+
+    option = typer.Option("--json", help="Print the result as JSON, and nothing else, on standard output.")
+    signature = inspect.signature(function)
+    parameter = inspect.Parameter(
+        "as_json", inspect.Parameter.KEYWORD_ONLY, default=False, annotation=Annotated[bool, option]
+    )
+    command.__signature__ = signature.replace(  # pyright: ignore[reportAttributeAccessIssue]
+        parameters=[*signature.parameters.values(), parameter], return_annotation=None
+    )
+    command.__annotations__ = function.__annotations__ | {"as_json": parameter.annotation}
+    return command
+
+
+def _plain(value: Any) -> Any:
+    """What JSON holds in place of paths and of array scalars or arrays."""
+    if isinstance(value, PurePath):
+        return str(value)
+    if hasattr(value, "tolist"):
+        return value.tolist()
+    raise TypeError(f"a verb returned {type(value).__name__}, which JSON cannot hold")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,109 @@
+"""The command's frame: the verb table, help, `--json`, errors and exit codes, with a verb made here."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+from typing import Annotated, Any
+
+import numpy as np
+import pytest
+import typer
+
+from polarjax import progress
+from polarjax.cli import main as command
+from polarjax.errors import CheckpointError
+
+
+def stretch(
+    folder: Annotated[Path, typer.Argument(help="Where to.")],
+    *,
+    factor: Annotated[int, typer.Option(help="How far.")] = 1,
+) -> dict[str, Any]:
+    """Stretches a folder."""
+    if factor < 1:
+        raise CheckpointError(
+            "cannot shrink", where="--factor", got=factor, expected="1 or more", mend="leave it out"
+        )
+    print("stretching", folder)
+    with progress.task("stretch", 3, "steps") as advance:
+        advance(3, note="done")
+    return {"folder": folder, "factor": np.float32(factor), "sizes": np.arange(3)}
+
+
+@pytest.fixture
+def polarjax(monkeypatch, capsys):
+    """Runs the command with the verb `stretch` added; gives exit code, standard output and standard error."""
+    monkeypatch.setitem(command.VERBS, "stretch", command.Verb(f"{__name__}:stretch", "Make it longer."))
+    monkeypatch.setitem(sys.modules, __name__, sys.modules[__name__])
+
+    def run(*words: str) -> tuple[int, str, str]:
+        with pytest.raises(SystemExit) as exit_:
+            command.main(words)
+        return exit_.value.code, *capsys.readouterr()
+
+    return run
+
+
+def test_help_lists_every_verb(polarjax):
+    code, out, _ = polarjax("--help")
+    assert code == 0
+    assert [
+        line for verb, (_, summary) in command.VERBS.items() for line in (verb, summary) if line not in out
+    ] == []
+
+
+def test_help_of_a_verb_shows_its_own_text_and_json(polarjax):
+    code, out, _ = polarjax("stretch", "--help")
+    assert code == 0
+    assert all(text in out for text in ("Stretches a folder.", "--factor", "--json"))
+
+
+def test_version(polarjax):
+    assert polarjax("--version") == (0, "polarjax 0.1.0\n", "")
+
+
+def test_a_verb_prints_for_people(polarjax):
+    code, out, err = polarjax("stretch", "a/b")
+    assert (code, out) == (0, "stretching a/b\n")
+    assert err.startswith("stretch: 3/3 steps, ")
+
+
+def test_json_has_standard_output_for_itself(polarjax):
+    code, out, err = polarjax("stretch", "a/b", "--factor", "2", "--json")
+    assert code == 0
+    assert json.loads(out) == {"folder": "a/b", "factor": 2.0, "sizes": [0, 1, 2]}
+    assert err.startswith("stretching a/b\n")
+
+
+@pytest.mark.parametrize("extra", [[], ["--json"]])
+def test_bad_input_is_one_line_and_exit_code_2(polarjax, extra):
+    expected = "polarjax: --factor: cannot shrink; got 0, expected 1 or more. Mend: leave it out\n"
+    assert polarjax("stretch", "a", "--factor", "0", *extra) == (2, "", expected)
+
+
+@pytest.mark.parametrize(
+    ("words", "named"),
+    [(["strech"], "strech"), (["stretch"], "folder"), (["stretch", "a", "--fast"], "--fast")],
+)
+def test_wrong_usage_names_the_word_and_exits_with_2(polarjax, words, named):
+    code, out, err = polarjax(*words)
+    assert (code, out) == (2, "")
+    assert named in err
+
+
+def test_help_imports_neither_jax_nor_transformers():
+    code = (
+        "import sys\nfrom polarjax.cli.main import main\ntry: main(['--help'])\nfinally: print(*sys.modules)"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    loaded = done.stdout.split()
+    assert "polarjax.cli.main" in loaded
+    assert not {"jax", "transformers", "flax"} & set(loaded)
+
+
+@pytest.mark.parametrize("verb", list(command.VERBS))
+def test_every_verb_can_be_called(polarjax, verb):
+    code, out, _ = polarjax(verb, "--help")
+    assert code == 0
+    assert out.startswith(f"Usage: polarjax {verb} ")

@@ -1,0 +1,22 @@
+"""Set-up of every test: JAX on the CPU and strict about shapes, no network, the GPU compiler within reach."""
+
+import importlib.util
+import os
+import sys
+from pathlib import Path
+
+ROOT = Path(__file__).parents[1]
+os.environ["JAX_PLATFORMS"] = os.environ.get("POLARJAX_TEST_PLATFORM", "cpu")
+os.environ |= {"HF_HUB_OFFLINE": "1", "TRANSFORMERS_NO_ADVISORY_WARNINGS": "1", "MPLBACKEND": "agg"}
+
+_aot = str(Path(sys.prefix, "aot"))  # where `make test` puts the GPU compiler
+if importlib.util.find_spec("jax_cuda13_plugin") is None and Path(_aot).is_dir():
+    sys.path.append(_aot)
+    os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, [os.environ.get("PYTHONPATH"), _aot]))
+
+import hypothesis  # noqa: E402
+import jax  # noqa: E402
+
+jax.config.update("jax_numpy_rank_promotion", "raise")
+hypothesis.settings.register_profile("polarjax", deadline=None, derandomize=True, max_examples=25)
+hypothesis.settings.load_profile("polarjax")

@@ -1,0 +1,54 @@
+"""Progress is silent in a library, a line now and then in the command, and process 0's business alone."""
+
+import pytest
+
+from polarjax import progress
+
+
+def work():
+    with progress.task("train", total=4, unit="steps") as advance:
+        for loss in (0.5, 0.25):
+            advance(2, note=f"loss {loss}")
+
+
+def test_silent_unless_asked(capsys):
+    work()
+    assert list(progress.track(range(3), "count")) == [0, 1, 2]
+    assert capsys.readouterr() == ("", "")
+
+
+def test_lines_when_asked(capsys, monkeypatch):
+    monkeypatch.setattr(progress, "LINE_INTERVAL", 0.0)
+    with progress.show_lines():
+        work()
+    out, err = capsys.readouterr()
+    assert out == ""
+    assert err.splitlines() == [
+        "train: 2/4 steps, 0 s, loss 0.5",
+        "train: 4/4 steps, 0 s, loss 0.25",
+        "train: 4/4 steps, 0 s, loss 0.25",
+    ]
+
+
+def test_lines_are_rare_and_the_last_always_comes(capsys):
+    with progress.show_lines():
+        assert sum(progress.track(range(1000), "add", unit="numbers")) == 499500
+    assert capsys.readouterr().err == "add: 1000/1000 numbers, 0 s\n"
+
+
+def test_only_process_0_writes(capsys, monkeypatch):
+    monkeypatch.setattr(progress.jax, "process_index", lambda: 1)
+    with progress.show_lines():
+        work()
+    assert capsys.readouterr() == ("", "")
+
+
+def test_a_terminal_gets_a_bar(capsys, monkeypatch):
+    monkeypatch.setattr(progress.sys.stderr, "isatty", lambda: True, raising=False)
+    work()
+    assert "train" in capsys.readouterr().err
+
+
+def test_failure_inside_is_not_swallowed():
+    with pytest.raises(ZeroDivisionError), progress.show_lines(), progress.task("divide") as advance:
+        advance(1 // 0)
