@@ -1,0 +1,148 @@
+"""Every command and Python block of the README runs, in order, in a folder that looks like a clone."""
+
+import os
+import re
+import shlex
+import subprocess
+import sys
+import tomllib
+from collections.abc import Callable
+from pathlib import Path
+from typing import NamedTuple
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+README = ROOT / "README.md"
+FENCE = re.compile(r"^```(\w+)\n(.*?)^```$", re.MULTILINE | re.DOTALL)
+
+
+class Snippet(NamedTuple):
+    """One shell command, or one Python block, and the line of the README it begins on."""
+
+    language: str
+    line: int
+    text: str
+
+
+def snippets(markdown: str) -> list[Snippet]:
+    found = []
+    for block in FENCE.finditer(markdown):
+        line = markdown.count("\n", 0, block.start()) + 2
+        if block[1] == "python":
+            found.append(Snippet("python", line, block[2]))
+        elif block[1] in {"console", "bash"}:
+            found.extend(commands(block[2], line, prompt="$ " if block[1] == "console" else ""))
+    return found
+
+
+def commands(text: str, first_line: int, prompt: str) -> list[Snippet]:
+    """The commands of a shell block: with a prompt, other lines are output; a final backslash continues a line."""
+    joined = re.sub(r"\\\n\s*", lambda match: " " + "\0" * match[0].count("\n"), text)
+    found, line = [], first_line
+    for each in joined.splitlines():
+        command = each.replace("\0", "").partition(" #")[0].strip()
+        if command.startswith(prompt) and not command.startswith("#") and command:
+            found.append(Snippet("shell", line, command.removeprefix(prompt)))
+        line += 1 + each.count("\0")
+    return found
+
+
+def makes(words: list[str]) -> None:
+    targets = re.findall(r"^([\w-]+):", ROOT.joinpath("Makefile").read_text(), re.MULTILINE)
+    assert {word for word in words[1:] if "=" not in word} <= set(targets)
+
+
+def installs(words: list[str]) -> None:
+    project = tomllib.loads(ROOT.joinpath("pyproject.toml").read_text())["project"]
+    wanted = [word for word in words if re.match(r"(polarjax|\.)(\[|$)", word)]
+    assert wanted, f"installs something else than polarjax: {words}"
+    extras = {extra for word in wanted for extra in re.findall(r"[\w-]+", word.partition("[")[2])}
+    assert extras <= set(project["optional-dependencies"])
+
+
+def clones(words: list[str]) -> None:
+    assert words[1] == "clone"
+    assert words[-1].removesuffix(".git").endswith("polarjax")
+
+
+def changes_folder(words: list[str]) -> None:
+    assert words[1:] == ["polarjax"]
+
+
+# commands that set up a machine: what they name must exist, but they are not run
+CHECKED: dict[str, Callable[[list[str]], None]] = {
+    "make": makes,
+    "pip": installs,
+    "uv": installs,
+    "git": clones,
+    "cd": changes_folder,
+}
+
+
+@pytest.fixture(scope="module")
+def clone(tmp_path_factory) -> Path:
+    """A folder with links to everything in the project, so that what a command writes lands elsewhere."""
+    folder = tmp_path_factory.mktemp("readme") / "polarjax"
+    folder.mkdir()
+    for entry in ROOT.iterdir():
+        if not entry.name.startswith("."):
+            folder.joinpath(entry.name).symlink_to(entry)
+    return folder
+
+
+def run(words: list[str], folder: Path) -> None:
+    path = os.pathsep.join([str(Path(sys.executable).parent), os.environ["PATH"]])
+    done = subprocess.run(
+        words,
+        cwd=folder,
+        env=os.environ | {"PATH": path},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+    )
+    assert done.returncode == 0, done.stdout
+
+
+@pytest.mark.parametrize(
+    "snippet", snippets(README.read_text()), ids=lambda each: f"line-{each.line}-{each.text.split()[0]}"
+)
+def test_readme(snippet, clone):
+    if snippet.language == "python":
+        run([sys.executable, "-c", snippet.text], clone)
+        return
+    words = shlex.split(snippet.text)
+    if words[0] in CHECKED:
+        CHECKED[words[0]](words)
+    else:
+        run(["bash", "-euo", "pipefail", "-c", snippet.text], clone)
+
+
+def test_the_reader_finds_commands_and_blocks():
+    console = "```console\n$ make demo  # all\nout\n$ ls \\\n    -l\n$ pwd\n```\n"
+    others = "```bash\n# no\nls\n```\n```python\n1\n```\n"
+    assert snippets("A\n" + console + others) == [
+        Snippet("shell", 3, "make demo"),
+        Snippet("shell", 5, "ls  -l"),
+        Snippet("shell", 7, "pwd"),
+        Snippet("shell", 11, "ls"),
+        Snippet("python", 14, "1\n"),
+    ]
+
+
+@pytest.mark.parametrize(
+    "line", ["make demmo", "pip install 'polarjax[cuda99]'", "git clone a/b", "cd elsewhere"]
+)
+def test_setup_commands_that_name_nothing_fail(line):
+    words = shlex.split(line)
+    with pytest.raises(AssertionError):
+        CHECKED[words[0]](words)
+
+
+def test_readme_shows_what_matters():
+    lines = {snippet.text for snippet in snippets(README.read_text())}
+    assert {"make demo", "make test"} <= lines
+
+
+def test_ci_runs_the_readmes_test_command():
+    assert "exec make test" in ROOT.joinpath(".ci", "run").read_text().splitlines()
