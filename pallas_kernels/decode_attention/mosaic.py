@@ -16,6 +16,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 from jax.experimental import pallas as pl
+from jax.experimental.mosaic.gpu.utils import inline_ptx
 from jax.experimental.pallas import mosaic_gpu as plgpu
 from jaxtyping import Array, Float, Int
 
@@ -323,10 +324,11 @@ class _Kernel:
             _global_fence()
 
         plgpu.barrier_arrive(merge)
-        plgpu.barrier_wait(merge)
+        plgpu.barrier_wait(merge)  # all wait: a thread block must not end while others may still signal it
 
         @pl.when((split == 0) & work.present)
         def _():
+            _global_fence()
             merged, top, weight = out, peak, total
             for other in range(1, self.tiles.splits):
                 its_peak = plgpu.load(sums_g.at[other, 0], layout=PER_HEAD, optimized=False)
@@ -359,8 +361,5 @@ def _down(per_head: jax.Array, rows: int) -> jax.Array:
 
 @plgpu.inline_mgpu()
 def _global_fence(_) -> None:
-    """Makes this thread's writes to global memory visible to the card before what follows."""
-    from jaxlib.mlir import ir  # only where a GPU kernel is built
-    from jaxlib.mlir.dialects import llvm
-
-    llvm.inline_asm(ir.Type.parse("!llvm.void"), [], "fence.acq_rel.gpu;", "", has_side_effects=True)
+    """Orders this thread's accesses to global memory, and those it knows of, for the whole card."""
+    inline_ptx("fence.acq_rel.gpu;", has_side_effects=True)

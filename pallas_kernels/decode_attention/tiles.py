@@ -1,7 +1,7 @@
-"""How the Hopper kernel cuts up its work: the configuration, what it needs, which are worth trying, which is best."""
+"""How the Hopper kernel cuts up its work: a configuration, what it needs, which are worth trying."""
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from pallas_kernels._device import Device
 
@@ -46,7 +46,7 @@ class Problem:
 
     @property
     def padded_width(self) -> int:
-        """Columns that a query or a result takes in shared memory: whole wgmma rows, of which the first H are used."""
+        """Columns that a query or a result takes in shared memory: whole wgmma rows, H of them used."""
         return -(-self.width // WIDE) * WIDE
 
     @property
@@ -118,20 +118,19 @@ def search_space(problem: Problem, device: Device) -> Iterator[Tiles]:
                     yield tiles
 
 
-def heuristic(problem: Problem, device: Device) -> Tiles:
-    """The configuration to use where nothing was measured.
+def heuristic(
+    problem: Problem, device: Device, *, block: int | None = None, stages: int | None = None
+) -> Tiles:
+    """The configuration to use where nothing was measured; `block` and `stages` may be given.
 
-    Two thread blocks a multiprocessor with 3 steps each in flight (96 KB at H = 128), and as many splits as make
-    the selected work, B·k·splits thread blocks, finish soonest by `_finish_time`.
+    Two thread blocks a multiprocessor with 96 KB in flight each, and as many splits as make the selected work,
+    B·k·splits thread blocks, finish soonest by `_finish_time`.
     """
-    wide = problem.width > 128
-    base = Tiles(block=64, stages=2 if wide else max(3, min(6, 384 // problem.value_width)))
-    choices = [
-        Tiles(block=base.block, stages=base.stages, splits=splits)
-        for splits in (1, 2, 4, 8)
-        if splits == 1 or splits * 2 * base.block <= problem.capacity
-    ]
-    slots = device.num_sms * base.resident(problem)
+    block = block or 64
+    stages = stages or max(2, min(6, 24576 // (block * problem.value_width)))
+    whole = Tiles(block=block, stages=stages)
+    slots = device.num_sms * max(1, whole.resident(problem))
+    choices = [replace(whole, splits=n) for n in (1, 2, 4, 8) if n == 1 or n * 2 * block <= problem.capacity]
     return min(choices, key=lambda tiles: (_finish_time(problem, tiles, slots), tiles.splits))
 
 

@@ -1,0 +1,353 @@
+"""Decode attention on a GPU: correctness against the float32 oracle first, then device time.
+
+    python3 -m bench.bench_decode_attention check            every head width, dtype, window, ragged lengths, -1
+    python3 -m bench.bench_decode_attention sweep            tile configurations on a few workloads
+    python3 -m bench.bench_decode_attention table [MODEL..]  the named workloads, beside XLA and cuDNN
+
+Several verbs run one after the other. With the variable OUT set, JSON lines go into that folder.
+"""
+
+import argparse
+import functools
+import sys
+import time
+import zlib
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from bench import report, timing
+from bench.workloads import MODELS, AttentionCase, attention_cases
+from pallas_kernels import _device
+from pallas_kernels.decode_attention import mosaic, reference, xla
+from pallas_kernels.decode_attention.tiles import Problem, Tiles, heuristic
+
+LIMIT = {"bfloat16": 8e-3, "float16": 2e-3}  # |out - oracle| / |oracle|, both as vectors
+COLUMNS = ("case", "kernel", "time_us", "spread_us", "bytes", "gbps", "pct_peak", "speedup_vs_dense", "error")
+SWEEP = ("64x3", "64x2", "64x6", "128x3", "128x1")
+SWEEP_CASES = (
+    ("opt-6.7b", 16, 1920, (1.0, 0.3)),
+    ("llama-2-7b", 16, 3968, (1.0, 0.3)),
+    ("llama-3.1-8b", 16, 8192, (1.0, 0.625, 0.3)),
+    ("opt-66b", 64, 1920, (1.0, 0.3)),
+    ("llama-3.1-70b", 64, 8192, (0.3,)),
+    ("llama-3.1-8b", 1, 8192, (1.0,)),
+)
+
+
+@dataclass(frozen=True)
+class Operands:
+    """One call's arrays; `index` is None for dense."""
+
+    q: jax.Array
+    k: jax.Array
+    v: jax.Array
+    lengths: jax.Array
+    index: jax.Array | None
+
+    def rows(self, rows: Sequence[int]) -> "Operands":
+        pick = jnp.asarray(rows)
+        index = None if self.index is None else self.index[pick]
+        return Operands(self.q[pick], self.k[pick], self.v[pick], self.lengths[pick], index)
+
+
+# ---- correctness -----------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, kw_only=True)
+class Check:
+    """A small adversarial call: shapes, lengths, entries of the index (None = dense), tiles (None = heuristic)."""
+
+    groups: int = 4
+    queries: int = 1
+    width: int = 128
+    capacity: int = 328
+    lengths: tuple[int, ...] = (0, 1, 63, 64, 65, 328)
+    index: tuple[tuple[int, ...], ...] | None = (
+        (3, 0, -1),
+        (0, 1, 2),
+        (-1, -1, -1),
+        (2, 2, 1),
+        (1, -1, 3),
+        (0, 3, 1),
+    )
+    dtype: str = "bfloat16"
+    window: int | None = None
+    tiles: Tiles | None = None
+
+
+def checks() -> Iterable[Check]:
+    """What must be right before anything is timed."""
+    for i, width in enumerate((32, 64, 80, 96, 128, 256)):
+        yield Check(width=width, dtype=("bfloat16", "float16")[i % 2], queries=1 + i)
+        yield Check(width=width, dtype=("float16", "bfloat16")[i % 2], window=100)
+    for splits in (1, 2, 4, 8):
+        yield Check(tiles=Tiles(block=64, stages=3, splits=splits), queries=4)
+        yield Check(tiles=Tiles(block=64, stages=2, splits=splits), index=None, window=37)
+    yield Check(tiles=Tiles(block=128, stages=3), queries=8)
+    yield Check(tiles=Tiles(block=128, stages=1, splits=2), queries=16)
+    yield Check(queries=12, width=64, index=None)
+    yield Check(groups=1, index=None, queries=7)
+
+
+def poisoned(check: Check) -> Operands:
+    """The call's operands, with NaN in everything that must not influence the result."""
+    rng = np.random.default_rng(zlib.crc32(repr(check).encode()))
+    batch = len(check.lengths)
+    shape = (batch, check.groups, check.capacity, check.width)
+    q = rng.standard_normal((batch, check.groups, check.queries, check.width), np.float32)
+    k, v = (rng.standard_normal(shape, np.float32) for _ in range(2))
+    for row, length in enumerate(check.lengths):
+        start = 0 if check.window is None else max(0, length - check.window)
+        skipped = [] if check.index is None else [g for g in range(check.groups) if g not in check.index[row]]
+        for cache in (k, v):
+            cache[row, :, length:] = np.nan
+            cache[row, :, :start] = np.nan
+            cache[row, skipped] = np.nan
+        q[row, skipped] = np.nan
+    dtype = jnp.dtype(check.dtype)
+    index = None if check.index is None else jnp.asarray(check.index, jnp.int32)
+    arrays = (jnp.asarray(x, dtype) for x in (q, k, v))
+    return Operands(*arrays, jnp.asarray(check.lengths, jnp.int32), index)
+
+
+def run_checks() -> bool:
+    """Prints one line a check; whether all are right."""
+    right = True
+    for check in checks():
+        started = time.perf_counter()
+        operands = poisoned(check)
+        call = kernel_call(check.width**-0.5, check.window, check.tiles)
+        out = np.asarray(jax.jit(call)(*vars(operands).values()).astype(jnp.float32))
+        with jax.default_device(jax.devices("cpu")[0]):
+            here = [None if x is None else np.asarray(x) for x in vars(operands).values()]
+            oracle = functools.partial(
+                reference.sparse_decode_attention, scale=check.width**-0.5, window=check.window
+            )
+            want = np.asarray(jax.jit(oracle)(*here))
+        found = error(out, want)
+        fine = found <= LIMIT[check.dtype] and bool((out[want == 0] == 0).all())
+        right &= fine
+        seconds = time.perf_counter() - started
+        print(f"{'ok  ' if fine else 'FAIL'} {found:8.1e} {seconds:5.1f}s {_brief(check)}", flush=True)
+    return right
+
+
+def _brief(check: Check) -> str:
+    given = {name: value for name, value in vars(check).items() if value != getattr(Check, name, None)}
+    return ", ".join(f"{name}={value}" for name, value in given.items()) or "defaults"
+
+
+def error(out: Any, want: Any) -> float:
+    """|out - want| / |want| as vectors; infinite where anything is not a number."""
+    out, want = np.asarray(out, np.float64), np.asarray(want, np.float64)
+    if not np.isfinite(out).all():
+        return float("inf")
+    return float(np.linalg.norm(out - want) / np.linalg.norm(want))
+
+
+# ---- speed -----------------------------------------------------------------------------------------------
+
+
+def kernel_call(
+    scale: float, window: int | None = None, tiles: Tiles | None = None
+) -> Callable[..., jax.Array]:
+    return functools.partial(
+        mosaic.sparse_decode_attention, scale=scale, window=window, tiles=tiles, device=_device.current()
+    )
+
+
+def operand_sets(case: AttentionCase) -> list[Operands]:
+    """Random operands, as many sets as it takes to touch four times the L2."""
+    model, keys = case.model, iter(jax.random.split(jax.random.key(1), 64))
+    cache = (case.batch, model.kv_heads, case.cache, model.head_dim)
+
+    @functools.partial(jax.jit, static_argnums=1)
+    def normal(key, shape):
+        return jax.random.normal(key, shape, jnp.bfloat16)
+
+    def index(key):
+        scores = jax.random.uniform(key, (case.batch, model.kv_heads))
+        return jnp.sort(jnp.argsort(scores, -1)[:, : case.selected], -1).astype(jnp.int32)
+
+    lengths = jnp.full((case.batch,), case.cache, jnp.int32)
+    q = normal(next(keys), (case.batch, model.kv_heads, model.queries, model.head_dim))
+    return [
+        Operands(q, normal(next(keys), cache), normal(next(keys), cache), lengths, None)
+        if case.selected is None
+        else Operands(q, normal(next(keys), cache), normal(next(keys), cache), lengths, index(next(keys)))
+        for _ in range(timing.sets_needed(case.cache_bytes))
+    ]
+
+
+def measure(
+    case: AttentionCase, sets: list[Operands], call: Callable[..., jax.Array], kernel: str, peak: float
+) -> dict[str, Any]:
+    """A row of the table; the time is missing when the result is wrong."""
+    rows = sorted({0, case.batch // 2, case.batch - 1})
+    picked = sets[0].rows(rows)
+    want = jax.jit(_oracle, static_argnums=0)(kernel, *vars(picked).values())
+    out = jax.jit(call)(*vars(sets[0]).values())[jnp.asarray(rows)].astype(jnp.float32)
+    row: dict[str, Any] = {
+        "case": str(case),
+        "kernel": kernel,
+        "error": error(out, want),
+        "bytes": case.cache_bytes,
+    }
+    if row["error"] > LIMIT["bfloat16"]:
+        return row | {"wrong": True}
+    calls = max(4, min(32, round(4e-3 / (case.cache_bytes / peak))))
+    run = timing.chained(call, calls)
+    operands = [tuple(vars(s).values())[1:] for s in sets]
+    seconds, spread = timing.seconds_per_call(lambda: run(sets[0].q, operands), calls)
+    rate = case.cache_bytes / seconds
+    return row | {
+        "time_us": seconds * 1e6,
+        "spread_us": spread * 1e6,
+        "gbps": rate / 1e9,
+        "pct_peak": 100 * rate / peak,
+    }
+
+
+def _tiles(spec: str, problem: Problem) -> Tiles:
+    """ "64x3" is block x stages with the heuristic's splits for it; "64x3s2" names the splits too."""
+    size, _, splits = spec.partition("s")
+    block, stages = map(int, size.split("x"))
+    if splits:
+        return Tiles(block=block, stages=stages, splits=int(splits))
+    return heuristic(problem, _device.current(), block=block, stages=stages)
+
+
+def problem_of(case: AttentionCase) -> Problem:
+    model = case.model
+    return Problem(
+        batch=case.batch,
+        groups=model.kv_heads,
+        queries=model.queries,
+        width=model.head_dim,
+        capacity=case.cache,
+        selected=case.selected or model.kv_heads,
+    )
+
+
+def sweep(peak: float, specs: Sequence[str]) -> list[dict[str, Any]]:
+    """Every configuration on every workload of SWEEP_CASES."""
+    rows = []
+    for name, batch, cache, densities in SWEEP_CASES:
+        dense: dict[str, float] = {}
+        for density in densities:
+            case = AttentionCase(MODELS[name], batch, cache, density)
+            sets = operand_sets(case)
+            for spec in specs:
+                tiles = _tiles(spec, problem_of(case))
+                row = _try(case, sets, kernel_call(case.model.head_dim**-0.5, tiles=tiles), spec, peak)
+                row |= {"block": tiles.block, "stages": tiles.stages, "splits": tiles.splits}
+                if density == 1 and "time_us" in row:
+                    dense[spec] = row["time_us"]
+                _compare(row, dense.get(spec))
+                rows.append(row)
+    return rows
+
+
+def full_table(peak: float, models: Sequence[str]) -> list[dict[str, Any]]:
+    """The named workloads with the heuristic's tiles, beside plain XLA and cuDNN."""
+    rows, dense = [], {}
+    cases = [case for case in attention_cases(20e9) if not models or case.model.name in models]
+    for case in sorted(cases, key=lambda c: (c.model.name, c.cache, c.batch, -c.density)):
+        scale = case.model.head_dim**-0.5
+        sets = operand_sets(case)
+        calls = {"mosaic": kernel_call(scale)}
+        if case.batch in (1, 16, 64) and case.held_bytes < 8e9:
+            calls["xla"] = functools.partial(xla.sparse_decode_attention, scale=scale)
+        if case.selected is None:
+            calls["cudnn"] = functools.partial(_cudnn, scale=scale)
+        for kernel, call in calls.items():
+            row = _try(case, sets, call, kernel, peak)
+            if case.selected is None and kernel == "mosaic":
+                dense[case.model.name, case.batch, case.cache] = row.get("time_us")
+            _compare(row, dense.get((case.model.name, case.batch, case.cache)))
+            rows.append(row)
+    return rows
+
+
+def _cudnn(q, k, v, lengths, index, *, scale):
+    """cuDNN's dense attention, on the same bytes read as its own layout [B S K H]."""
+    batch, groups, queries, width = q.shape
+    k, v = (x.reshape(batch, -1, groups, width) for x in (k, v))
+    out = jax.nn.dot_product_attention(
+        q.reshape(batch, 1, groups * queries, width),
+        k,
+        v,
+        key_value_seq_lengths=lengths,
+        query_seq_lengths=jnp.ones_like(lengths),
+        scale=scale,
+        implementation="cudnn",
+    )
+    return out.reshape(q.shape)
+
+
+def _oracle(kernel, q, k, v, lengths, index):
+    if kernel == "cudnn":
+        batch, groups, length, width = k.shape
+        k, v = (x.reshape(batch, length, groups, width).swapaxes(1, 2) for x in (k, v))
+    return reference.sparse_decode_attention(q, k, v, lengths, index, scale=q.shape[-1] ** -0.5)
+
+
+def _try(case, sets, call, kernel, peak) -> dict[str, Any]:
+    try:
+        row = measure(case, sets, call, kernel, peak)
+    except Exception as failure:  # a configuration that fails is a row of the table
+        row = {
+            "case": str(case),
+            "kernel": kernel,
+            "failed": f"{type(failure).__name__}: {str(failure)[:200]}",
+        }
+    problem = row.get("failed") or ("WRONG" if row.get("wrong") else "")
+    numbers = " ".join(f"{row[key]:.1f}" for key in ("time_us", "gbps", "pct_peak") if key in row)
+    print(f"  {case} {kernel}: {numbers} {problem}", flush=True)
+    return row
+
+
+def _compare(row: dict[str, Any], dense_us: float | None) -> None:
+    if dense_us and "time_us" in row:
+        row["speedup_vs_dense"] = dense_us / row["time_us"]
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("verbs", nargs="+", choices=("check", "sweep", "table"))
+    parser.add_argument(
+        "--tiles", nargs="+", default=SWEEP, help="for sweep: BLOCKxSTAGES or BLOCKxSTAGESsSPLITS"
+    )
+    parser.add_argument(
+        "--models", nargs="*", default=(), choices=tuple(MODELS), help="for table: only these"
+    )
+    args = parser.parse_args()
+    if "check" in args.verbs and not run_checks():
+        print("wrong results: no speed is reported", file=sys.stderr)
+        return 1
+    if args.verbs == ["check"]:
+        return 0
+    peak = timing.copy_bandwidth()
+    head = report.provenance(copy_gbps=peak / 1e9, read_gbps=timing.read_bandwidth() / 1e9)
+    print(head, flush=True)
+    rows = []
+    if "sweep" in args.verbs:
+        rows += sweep(peak, args.tiles)
+    if "table" in args.verbs:
+        rows += full_table(peak, args.models)
+    print(report.table(rows, (*COLUMNS, "splits")))
+    if path := report.results_path("decode_attention.jsonl"):
+        report.append_jsonl(path, rows, head)
+    print(head)
+    return int(any(row.get("wrong") for row in rows))
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,70 @@
+"""Rows of measurements as a table for people and as JSON lines that say where they come from."""
+
+import json
+import os
+import subprocess
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import jax
+
+ROOT = Path(__file__).parents[1]
+
+
+def provenance(**more: Any) -> dict[str, Any]:
+    """Device, driver-independent versions and commit, for the head of a results file."""
+    device = jax.devices()[0]
+    return {
+        "device": device.device_kind,
+        "platform": device.platform,
+        "jax": jax.__version__,
+        "commit": _commit(),
+        **more,
+    }
+
+
+def _commit() -> str:
+    if known := os.environ.get("BENCH_COMMIT"):
+        return known
+    command = ["git", "-C", str(ROOT), "rev-parse", "--short=12", "HEAD"]
+    try:
+        found = subprocess.run(command, capture_output=True, text=True, check=False)
+    except FileNotFoundError:
+        return "unknown"
+    return found.stdout.strip() or "unknown"
+
+
+def table(rows: Sequence[Mapping[str, Any]], columns: Sequence[str]) -> str:
+    """`columns` of `rows` in aligned columns, numbers to three figures or so."""
+    cells = [list(columns), *([_show(row.get(name)) for name in columns] for row in rows)]
+    widths = [max(len(line[i]) for line in cells) for i in range(len(columns))]
+    return "\n".join(
+        "  ".join(
+            cell.ljust(width) if i == 0 else cell.rjust(width)
+            for i, (cell, width) in enumerate(zip(line, widths, strict=True))
+        )
+        for line in cells
+    )
+
+
+def _show(value: Any) -> str:
+    if value is None:
+        return "-"
+    if isinstance(value, float):
+        return f"{value:.0f}" if abs(value) >= 1000 else f"{value:.3g}"
+    return str(value)
+
+
+def append_jsonl(path: Path, rows: Sequence[Mapping[str, Any]], head: Mapping[str, Any]) -> None:
+    """One line of JSON a row, each with `head` in it."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with path.open("a", encoding="utf-8") as file:
+        for row in rows:
+            file.write(json.dumps({**head, **row}) + "\n")
+
+
+def results_path(default: str) -> Path | None:
+    """Where to write JSON lines: in the folder that the variable OUT names; None where it is not set."""
+    folder = os.environ.get("OUT")
+    return Path(folder) / default if folder else None

@@ -1,0 +1,66 @@
+"""Device time of a call: many calls chained inside one jit, few host round trips, differences of two lengths."""
+
+import statistics
+import time
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+L2_BYTES = 60 * 2**20
+
+
+def chained(call: Callable[..., jax.Array], calls: int) -> Callable[..., jax.Array]:
+    """x, sets -> `call` applied `calls` times to its own result, with the sets of other operands in turn.
+
+    The result of a call must have the shape and dtype of its first operand, so that no two calls overlap.
+    """
+    inner = jax.jit(call)
+
+    def run(x: jax.Array, sets: Sequence[Any]) -> jax.Array:
+        for i in range(calls):
+            x = inner(x, *sets[i % len(sets)])
+        return x
+
+    return jax.jit(run)
+
+
+def seconds_per_call(
+    run: Callable[[], Any], calls: int, *, min_seconds: float = 0.02, repeats: int = 5
+) -> tuple[float, float]:
+    """Median and spread (max - min) over `repeats` of the time of one of the `calls` that `run` enqueues."""
+    jax.block_until_ready(run())
+    jax.block_until_ready(run())
+    started = time.perf_counter()
+    jax.block_until_ready(run())
+    rounds = max(2, round(min_seconds / (time.perf_counter() - started)))
+    times = []
+    for _ in range(repeats):
+        started = time.perf_counter()
+        for _ in range(rounds):
+            result = run()
+        jax.block_until_ready(result)
+        times.append((time.perf_counter() - started) / (rounds * calls))
+    return statistics.median(times), max(times) - min(times)
+
+
+def sets_needed(touched_bytes: int) -> int:
+    """How many operand sets to rotate so that a call finds nothing of its own in the L2."""
+    return max(1, -(-4 * L2_BYTES // touched_bytes))
+
+
+def copy_bandwidth(size: int = 2 * 2**30) -> float:
+    """Bytes per second of a device-to-device copy of `size` bytes, reads and writes counted."""
+    x = jax.random.bits(jax.random.key(0), (size // 4,), jnp.uint32)
+    flip = jax.jit(lambda x: x ^ jnp.uint32(0x5A5A5A5A))
+    seconds, _ = seconds_per_call(lambda: flip(x), 1, min_seconds=0.05)
+    return 2 * x.nbytes / seconds
+
+
+def read_bandwidth(size: int = 4 * 2**30) -> float:
+    """Bytes per second of a sum over `size` bytes."""
+    x = jax.random.bits(jax.random.key(0), (size // 4,), jnp.uint32)
+    total = jax.jit(lambda x: x.sum())
+    seconds, _ = seconds_per_call(lambda: total(x), 1, min_seconds=0.05)
+    return x.nbytes / seconds
