@@ -1,0 +1,164 @@
+"""Perplexity and agreement: against numpy, between the two modes, at density 1.0, and what they refuse."""
+
+import math
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import nnx
+
+from polarjax.configs import ModelConfig
+from polarjax.errors import InputError, SparsityError
+from polarjax.evaluation import agreement, perplexity, scoring
+from polarjax.generate import generate
+from polarjax.model import Decoder, forward
+from polarjax.sparsity.plan import SparsityPlan, uniform_groups
+from polarjax.sparsity.router import init_routers
+from polarjax.sparsity.select import Oracle, Random, Sparsity
+from tests.tolerances import assert_close
+
+CONFIG = ModelConfig(
+    vocab_size=50,
+    num_layers=2,
+    d_model=16,
+    d_ff=24,
+    num_heads=4,
+    num_kv_heads=4,
+    head_dim=8,
+    max_positions=32,
+    norm="layer",
+    norm_bias=True,
+    activation="relu",
+    gated_mlp=False,
+    mlp_bias=True,
+    positions="learned",
+    tie_embeddings=True,
+)
+MODEL = Decoder(CONFIG, rngs=nnx.Rngs(0))
+WINDOWS = np.random.default_rng(0).integers(0, 50, (5, 12), dtype=np.int32)
+ROUTERS = init_routers(CONFIG, jax.random.key(1))
+FULL = Sparsity(ROUTERS, SparsityPlan((24, 24), uniform_groups(CONFIG, 1.0, dense_layers=())))
+HALF = Sparsity(ROUTERS, SparsityPlan((8, 16), uniform_groups(CONFIG, 0.5)))
+
+
+def numpy_nll(sparsity=None, first=1) -> np.ndarray:
+    lengths = jnp.full(len(WINDOWS), WINDOWS.shape[1], jnp.int32)
+    logits = np.asarray(forward(MODEL, jnp.asarray(WINDOWS), lengths, sparsity=sparsity)[0], np.float64)
+    probabilities = np.exp(logits) / np.exp(logits).sum(-1, keepdims=True)
+    rows, columns = np.indices(WINDOWS.shape)
+    chosen = probabilities[rows[:, first:], columns[:, first:] - 1, WINDOWS[:, first:]]
+    return -np.log(chosen)
+
+
+@pytest.mark.parametrize(
+    ("mode", "batch_size", "context"),
+    [("masked", 2, 0), ("masked", 5, 5), ("decode", 5, 0), ("decode", 2, 5)],
+)
+def test_dense_perplexity_is_that_of_numpy(mode, batch_size, context):
+    expected = numpy_nll(first=max(context, 1))
+    result = perplexity(MODEL, WINDOWS, mode=mode, batch_size=batch_size, context=context)
+    assert_close(result.token_nll, expected, "rounding")
+    assert result.tokens == expected.size
+    assert result.perplexity == pytest.approx(np.exp(expected.mean()), rel=1e-5)
+    assert result.bits_per_byte(100) == pytest.approx(expected.sum() / math.log(2) / 100, rel=1e-5)
+
+
+def test_masked_sparse_perplexity_is_that_of_forward():
+    result = perplexity(MODEL, WINDOWS, sparsity=HALF, mode="masked")
+    assert_close(result.token_nll, numpy_nll(HALF), "rounding")
+    assert result.nll != pytest.approx(numpy_nll().mean(), abs=1e-3)
+
+
+def test_modes_agree_at_batch_1_and_part_where_neurons_are_shared():
+    masked = perplexity(MODEL, WINDOWS, sparsity=HALF, mode="masked")
+    alone = perplexity(MODEL, WINDOWS, sparsity=HALF, mode="decode", batch_size=1)
+    together = perplexity(MODEL, WINDOWS, sparsity=HALF, mode="decode", batch_size=5)
+    assert_close(alone.token_nll, masked.token_nll, "rounding")
+    assert abs(together.token_nll - masked.token_nll).max() > 1e-3
+
+
+def test_context_is_read_densely_in_decode():
+    sparse = perplexity(MODEL, WINDOWS, sparsity=HALF, mode="decode", context=6)
+    dense = perplexity(MODEL, WINDOWS, context=6)
+    assert_close(sparse.token_nll[:, 0], dense.token_nll[:, 0], "rounding")  # the prefill predicts it
+    assert abs(sparse.token_nll[:, 1:] - dense.token_nll[:, 1:]).max() > 1e-3
+
+
+def test_decode_scores_what_generation_draws():
+    prompts, lengths = WINDOWS[:, :4], jnp.full(5, 4, jnp.int32)
+    drawn = np.asarray(generate(MODEL, prompts, lengths, max_new_tokens=6, sparsity=HALF).tokens)
+    text = np.concatenate([prompts, drawn], 1)
+    scored = perplexity(MODEL, text, sparsity=HALF, mode="decode", batch_size=5, context=4)
+    alternatives = [
+        perplexity(
+            MODEL, np.where(np.arange(10) == 9, other, text), sparsity=HALF, mode="decode", context=4
+        ).token_nll[:, -1]
+        for other in range(50)
+    ]
+    assert_close(scored.token_nll[:, -1], np.min(alternatives, 0), "rounding")
+
+
+@pytest.mark.parametrize("mode", ["masked", "decode"])
+def test_full_density_agrees_and_half_does_not(mode):
+    full = agreement(MODEL, WINDOWS, FULL, mode=mode, batch_size=5)
+    half = agreement(MODEL, WINDOWS, HALF, mode=mode, batch_size=5)
+    assert (full.top1, full.tokens) == (1.0, 5 * 11)
+    assert abs(full.kl) < 1e-6
+    assert half.top1 < 1.0
+    assert half.kl > 1e-3
+
+
+def test_kl_is_that_of_numpy():
+    lengths = jnp.full(5, 12, jnp.int32)
+    logits = [
+        np.asarray(forward(MODEL, jnp.asarray(WINDOWS), lengths, sparsity=each)[0], np.float64)[:, :-1]
+        for each in (None, HALF)
+    ]
+    p, q = (np.exp(each) / np.exp(each).sum(-1, keepdims=True) for each in logits)
+    result = agreement(MODEL, WINDOWS, HALF)
+    assert result.kl == pytest.approx((p * np.log(p / q)).sum(-1).mean(), rel=1e-4)
+    assert result.top1 == (p.argmax(-1) == q.argmax(-1)).mean()
+
+
+def test_one_trace_for_all_batches_of_a_size():
+    before = scoring._masked._cache_size()
+    many = np.tile(WINDOWS[:, :7], (4, 1))
+    perplexity(MODEL, many, sparsity=HALF, batch_size=5)
+    perplexity(
+        MODEL, many, sparsity=Sparsity(init_routers(CONFIG, jax.random.key(2)), HALF.plan), batch_size=5
+    )
+    assert scoring._masked._cache_size() == before + 1
+
+
+@pytest.mark.parametrize("selector", [Oracle(), Random(jax.random.key(0))])
+def test_selectors_for_studies_mask_but_do_not_decode(selector):
+    sparsity = Sparsity(selector, SparsityPlan((None, None), (None, 2)))
+    assert math.isfinite(perplexity(MODEL, WINDOWS, sparsity=sparsity).perplexity)
+    with pytest.raises(SparsityError, match="cannot skip work"):
+        perplexity(MODEL, WINDOWS, sparsity=sparsity, mode="decode")
+
+
+@pytest.mark.parametrize(
+    ("windows", "options", "message"),
+    [
+        (WINDOWS, {"mode": "fast"}, "no such mode; got 'fast'"),
+        (WINDOWS, {"batch_size": 0}, "batch_size is too small; got 0"),
+        (WINDOWS, {"context": 12}, "no token is left to score; got 12, expected 0 to 11"),
+        (WINDOWS, {"context": 11, "mode": "decode"}, "got 11, expected 0 to 10"),
+        (WINDOWS, {"context": -1}, "no token is left to score; got -1"),
+        (WINDOWS[:, :1], {}, "nothing to score"),
+        (WINDOWS[:0], {}, "nothing to score"),
+        (np.zeros((1, 33), np.int32), {}, "got 33 tokens, expected at most 32"),
+        (WINDOWS + 40, {}, "outside the vocabulary"),
+        (WINDOWS - 40, {}, "outside the vocabulary"),
+    ],
+)
+def test_refusals(windows, options, message):
+    with pytest.raises(InputError, match=message):
+        perplexity(MODEL, windows, **options)
+
+
+def test_a_plan_for_another_model_is_refused():
+    with pytest.raises(SparsityError, match="another number of layers"):
+        perplexity(MODEL, WINDOWS, sparsity=Sparsity(ROUTERS, SparsityPlan((None,), (None,))))
