@@ -28,13 +28,11 @@ from pallas_kernels.decode_attention.tiles import Problem, Tiles, heuristic
 
 LIMIT = {"bfloat16": 8e-3, "float16": 2e-3}  # |out - oracle| / |oracle|, both as vectors
 COLUMNS = ("case", "kernel", "time_us", "spread_us", "bytes", "gbps", "pct_peak", "speedup_vs_dense", "error")
-SWEEP = ("64x3", "64x2", "64x6", "128x3", "128x1")
+SWEEP = ("64x3", "64x2", "128x3")
 SWEEP_CASES = (
     ("opt-6.7b", 16, 1920, (1.0, 0.3)),
-    ("llama-2-7b", 16, 3968, (1.0, 0.3)),
-    ("llama-3.1-8b", 16, 8192, (1.0, 0.625, 0.3)),
+    ("llama-3.1-8b", 16, 8192, (1.0, 0.3)),
     ("opt-66b", 64, 1920, (1.0, 0.3)),
-    ("llama-3.1-70b", 64, 8192, (0.3,)),
     ("llama-3.1-8b", 1, 8192, (1.0,)),
 )
 
@@ -111,8 +109,8 @@ def poisoned(check: Check) -> Operands:
         q[row, skipped] = np.nan
     dtype = jnp.dtype(check.dtype)
     index = None if check.index is None else jnp.asarray(check.index, jnp.int32)
-    arrays = (jnp.asarray(x, dtype) for x in (q, k, v))
-    return Operands(*arrays, jnp.asarray(check.lengths, jnp.int32), index)
+    q, k, v = (jnp.asarray(x, dtype) for x in (q, k, v))
+    return Operands(q, k, v, jnp.asarray(check.lengths, jnp.int32), index)
 
 
 def run_checks() -> bool:
@@ -191,7 +189,10 @@ def measure(
     rows = sorted({0, case.batch // 2, case.batch - 1})
     picked = sets[0].rows(rows)
     want = jax.jit(_oracle, static_argnums=0)(kernel, *vars(picked).values())
-    out = jax.jit(call)(*vars(sets[0]).values())[jnp.asarray(rows)].astype(jnp.float32)
+    calls = max(4, min(16, round(4e-4 / (case.cache_bytes / peak))))
+    run = timing.chained(call, calls)
+    operands = [tuple(vars(s).values())[1:] for s in sets]
+    out = run(sets[0].q, operands)[0][jnp.asarray(rows)].astype(jnp.float32)
     row: dict[str, Any] = {
         "case": str(case),
         "kernel": kernel,
@@ -200,9 +201,6 @@ def measure(
     }
     if row["error"] > LIMIT["bfloat16"]:
         return row | {"wrong": True}
-    calls = max(4, min(32, round(4e-3 / (case.cache_bytes / peak))))
-    run = timing.chained(call, calls)
-    operands = [tuple(vars(s).values())[1:] for s in sets]
     seconds, spread = timing.seconds_per_call(lambda: run(sets[0].q, operands), calls)
     rate = case.cache_bytes / seconds
     return row | {

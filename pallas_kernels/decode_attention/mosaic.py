@@ -10,7 +10,7 @@ written on the way, while the first tiles are in flight. One launch, no pass bef
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 import jax
 import jax.numpy as jnp
@@ -18,6 +18,7 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.mosaic.gpu.utils import inline_ptx
 from jax.experimental.pallas import mosaic_gpu as plgpu
+from jax.experimental.pallas.mosaic_gpu import ACC  # pyright: ignore[reportPrivateImportUsage]
 from jaxtyping import Array, Float, Int
 
 from pallas_kernels._device import Device, require_hopper
@@ -144,7 +145,8 @@ class _Kernel:
 
     def _scratch(self) -> dict[str, Any]:
         p, t = self.problem, self.tiles
-        swizzled = (plgpu.TilingTransform((8, p.swizzle // 2)), plgpu.SwizzleTransform(p.swizzle))
+        tiled, swizzle = (cast(Any, kind) for kind in (plgpu.TilingTransform, plgpu.SwizzleTransform))
+        swizzled = (tiled((8, p.swizzle // 2)), swizzle(p.swizzle))
         scratch = {
             "q_raw": plgpu.SMEM((p.heads, p.padded_width), self.dtype),
             "q_s": plgpu.SMEM((p.heads, p.padded_width), self.dtype, transforms=swizzled),
@@ -271,7 +273,7 @@ class _Kernel:
             plgpu.wgmma(acc, keys.shared.at[slot], queries.T)
             return acc[...]
 
-        scores = pl.run_scoped(score, plgpu.ACC((t.block, p.heads), jnp.float32))
+        scores = pl.run_scoped(score, ACC((t.block, p.heads), jnp.float32))
         pl.when(more)(lambda: keys.fetch(work, step + t.stages))
         counts = self._counts(work, origin, (t.block, p.heads))
         scores = jnp.where(counts, scores * self.factor, NEVER)
@@ -291,7 +293,7 @@ class _Kernel:
                 plgpu.wgmma(acc, values.shared.at[slot, :, pl.ds(first, WIDE)].T, p_s.T)
             return tuple(acc[...] for acc in accs)
 
-        added = pl.run_scoped(combine, *(plgpu.ACC((WIDE, p.heads), jnp.float32) for _ in p.row_pieces))
+        added = pl.run_scoped(combine, *(ACC((WIDE, p.heads), jnp.float32) for _ in p.row_pieces))
         out = tuple(old * _down(fade, WIDE) + new for old, new in zip(state.out, added, strict=True))
         pl.when(more)(lambda: values.fetch(work, step + t.stages))
         return _State(out, peak, total)
@@ -359,7 +361,7 @@ def _down(per_head: jax.Array, rows: int) -> jax.Array:
     return lax.broadcast_in_dim(per_head, (rows, per_head.shape[0]), [1])
 
 
-@plgpu.inline_mgpu()
-def _global_fence(_) -> None:
+def _global_fence() -> None:
     """Orders this thread's accesses to global memory, and those it knows of, for the whole card."""
-    inline_ptx("fence.acq_rel.gpu;", has_side_effects=True)
+    fence: Any = plgpu.inline_mgpu()(lambda _: inline_ptx("fence.acq_rel.gpu;", has_side_effects=True))
+    fence()
