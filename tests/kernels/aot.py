@@ -1,0 +1,91 @@
+"""Compiles for an H200 on a machine without a GPU, and reads what the compiler says about the kernels.
+
+Import this before anything is compiled for a GPU (tests/kernels/conftest.py does): Mosaic GPU reads where to
+write its reports once, when it compiles its first kernel.
+"""
+
+import os
+import re
+import tempfile
+from collections.abc import Callable
+from functools import cache
+from pathlib import Path
+from typing import Any, NamedTuple
+
+_reports = tempfile.TemporaryDirectory(prefix="polarjax-aot-")
+os.environ["MOSAIC_GPU_DUMP_TO"] = _reports.name
+os.environ["MOSAIC_GPU_DUMP_PTX"] = "1"
+os.environ["MOSAIC_GPU_DUMP_PTXAS"] = "1"
+
+import jax  # noqa: E402
+from jax.experimental import topologies  # noqa: E402
+
+SMEM_LIMIT = 232448  # bytes of shared memory that one thread block may use on Hopper
+REGISTER_LIMIT = 255
+
+
+class Kernel(NamedTuple):
+    """What ptxas and Mosaic say about one kernel; sizes in bytes."""
+
+    name: str
+    registers: int
+    spilled: int
+    smem: int
+    ptx: str
+
+
+class Program(NamedTuple):
+    """A compiled program and those of its kernels that this process had not compiled before."""
+
+    compiled: Any
+    kernels: tuple[Kernel, ...]
+
+
+@cache
+def h200_sharding() -> jax.sharding.Sharding:
+    """Everything on one H200 that need not be there."""
+    target = (Path(__file__).parent / "h200.txtpb").read_text(encoding="utf-8")
+    topology = topologies.get_topology_desc(platform="cuda", target_config=target, topology="1x1x1")
+    mesh = jax.sharding.Mesh(topology.devices[:1], ("device",))
+    return jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec())
+
+
+def compile_for_h200(function: Callable[..., Any], *arguments: Any, **jit_options: Any) -> Program:
+    """Lowers `function` for pytrees of `jax.ShapeDtypeStruct`s and compiles it down to machine code.
+
+    Raises what JAX, Mosaic or ptxas raise. A kernel that equals one compiled before is not reported again.
+    """
+    for report in Path(_reports.name).iterdir():
+        report.unlink()
+    sharding = h200_sharding()
+    structs = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding), arguments)
+    traced = jax.jit(function, out_shardings=sharding, **jit_options).trace(*structs)
+    compiled = traced.lower(lowering_platforms=("cuda",)).compile()
+    return Program(compiled, tuple(_read(report) for report in sorted(Path(_reports.name).glob("*.ptxas"))))
+
+
+def _read(report: Path) -> Kernel:
+    said = report.read_text(encoding="utf-8")
+    resources = report.with_suffix(".resources.txt").read_text(encoding="utf-8")
+    return Kernel(
+        name=report.stem,
+        registers=int(_only(r"Used (\d+) registers", said)),
+        spilled=sum(map(int, re.findall(r"(\d+) bytes spill", said))),
+        smem=int(_only(r"smem_scratch_bytes=(\d+)", resources)),
+        ptx=report.with_suffix(".ptx").read_text(encoding="utf-8"),
+    )
+
+
+def _only(pattern: str, text: str) -> str:
+    found = re.search(pattern, text)
+    if found is None:
+        raise LookupError(f"the compiler's report holds no {pattern!r}: {text[:200]!r}")
+    return found[1]
+
+
+def assert_fit(program: Program) -> None:
+    """Fails where a kernel spills registers to memory or needs more shared memory than there is."""
+    for kernel in program.kernels:
+        assert kernel.spilled == 0, f"{kernel.name} spills {kernel.spilled} bytes"
+        assert kernel.registers <= REGISTER_LIMIT, f"{kernel.name} uses {kernel.registers} registers"
+        assert kernel.smem <= SMEM_LIMIT, f"{kernel.name} uses {kernel.smem} bytes of shared memory"
