@@ -1,0 +1,172 @@
+"""Reading the keys of a HuggingFace config.json: each is used, known to be harmless, or refused by name."""
+
+from collections.abc import Mapping
+from typing import Any, cast
+
+from polarjax.configs import RopeConfig
+from polarjax.errors import UnsupportedConfigError
+
+HARMLESS = frozenset(
+    """
+    model_type architectures auto_map transformers_version torch_dtype dtype use_cache name_or_path
+    _name_or_path _commit_hash attn_implementation _attn_implementation _attn_implementation_autoset
+    bos_token_id eos_token_id pad_token_id sep_token_id decoder_start_token_id prefix tokenizer_class
+    initializer_range init_std attention_dropout activation_dropout hidden_dropout dropout layerdrop
+    resid_pdrop embd_pdrop classifier_dropout pretraining_tp unsloth_fixed unsloth_version
+    output_attentions output_hidden_states return_dict gradient_checkpointing use_bfloat16 tf_legacy_loss
+    id2label label2id num_labels problem_type finetuning_task task_specific_params
+    temperature top_k top_p typical_p repetition_penalty length_penalty no_repeat_ngram_size
+    encoder_no_repeat_ngram_size bad_words_ids num_return_sequences output_scores return_dict_in_generate
+    forced_bos_token_id forced_eos_token_id remove_invalid_values exponential_decay_length_penalty
+    suppress_tokens begin_suppress_tokens max_length min_length max_new_tokens do_sample early_stopping
+    num_beams num_beam_groups diversity_penalty
+    """.split()
+)
+"""Keys without influence on the logits of a trained model: names, training, token ids, generation defaults."""
+
+FIXED: dict[str, tuple[Any, ...]] = {
+    "add_cross_attention": (False,),
+    "chunk_size_feed_forward": (0,),
+    "cross_attention_hidden_size": (None,),
+    "is_decoder": (False, True),
+    "is_encoder_decoder": (False,),
+    "layer_norm_elementwise_affine": (True,),
+    "partial_rotary_factor": (None, 1),
+    "per_layer_config": (None,),
+    "pruned_heads": (None, {}),
+    "quantization_config": (None,),
+    "tie_encoder_decoder": (False,),
+    "tie_last_hidden_states": (None,),
+    "torchscript": (False,),
+    "use_mrope": (None, False),
+}
+"""Keys that polarjax knows in one meaning only: the values that leave the model as it is."""
+
+_MEND = {
+    "quantization_config": "quantised checkpoints are unsupported; take the original weights",
+    "partial_rotary_factor": "only full rotary embedding is supported",
+}
+_ROPE_KEYS = {
+    "default": {"rope_theta"},
+    "linear": {"rope_theta", "factor"},
+    "llama3": {
+        "rope_theta", "factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings"
+    },
+}  # fmt: skip
+_ACTIVATIONS = {"relu": "relu", "silu": "silu", "swish": "silu", "gelu": "gelu"}
+_REQUIRED = object()
+
+
+class ConfigReader:
+    """The keys of one config.json; remembers which were asked for.
+
+    Args:
+      data: the parsed file.
+      where: the file, for errors.
+    """
+
+    def __init__(self, data: Mapping[str, Any], where: object):
+        self._data = data
+        self._where = where
+        self._used: set[str] = set()
+
+    def get(self, key: str, default: Any, kind: type | tuple[type, ...], expected: str) -> Any:
+        """The value of `key`, or the default where the key is absent or null; raises if it is of another kind."""
+        self._used.add(key)
+        value = self._data.get(key)
+        if value is None:
+            if default is _REQUIRED:
+                raise self.refuse(
+                    key, "a key is missing", None, expected, "take config.json from the source again"
+                )
+            return default
+        if not isinstance(value, kind) or (isinstance(value, bool) and kind is not bool):
+            raise self.refuse(key, "a value of the wrong kind", value, expected, "correct config.json")
+        return value
+
+    def size(self, key: str, default: Any = _REQUIRED) -> int:
+        """A positive whole number."""
+        value = self.get(key, default, int, "a positive whole number")
+        if value is not None and value <= 0:
+            raise self.refuse(
+                key, "a value out of range", value, "a positive whole number", "correct config.json"
+            )
+        return value
+
+    def number(self, key: str, default: float) -> float:
+        """A positive number."""
+        value = self.get(key, default, (int, float), "a positive number")
+        if not 0 < value < float("inf"):
+            raise self.refuse(key, "a value out of range", value, "a positive number", "correct config.json")
+        return float(value)
+
+    def flag(self, key: str, default: bool) -> bool:
+        """True or false."""
+        return self.get(key, default, bool, "true or false")
+
+    def activation(self, key: str, default: str) -> str:
+        """The activation function, in our spelling."""
+        value = self.get(key, default, str, "a name")
+        if value not in _ACTIVATIONS:
+            expected = ", ".join(sorted(_ACTIVATIONS))
+            raise self.refuse(
+                key, "an unsupported activation", value, expected, "take a model with one of these"
+            )
+        return _ACTIVATIONS[value]
+
+    def rope(self, max_positions: int) -> RopeConfig:
+        """The rotary embedding, in the old spelling (rope_theta, rope_scaling) or the new (rope_parameters)."""
+        theta = self.number("rope_theta", 10_000.0)
+        old = self.get("rope_scaling", {}, dict, "an object")
+        new = self.get("rope_parameters", {}, dict, "an object")
+        if old and new and old != new:
+            mend = "keep one of the two"
+            raise self.refuse("rope_scaling", "it contradicts rope_parameters", old, new, mend)
+        key = "rope_scaling" if old else "rope_parameters"
+        inner = ConfigReader(old or new, f"{self._where} ({key})")
+        inner.check_fixed()
+        kind = inner._rope_type()
+        factors = {
+            name: inner.number(name, default)
+            for name, default in (("factor", 1.0), ("low_freq_factor", 1.0), ("high_freq_factor", 4.0))
+            if name in _ROPE_KEYS[kind]
+        }
+        if kind == "llama3":
+            factors["original_max_positions"] = inner.size("original_max_position_embeddings", max_positions)
+        theta = inner.number("rope_theta", theta)
+        inner.finish()
+        scaling = None if kind == "default" else kind
+        return RopeConfig(theta=theta, scaling=cast(Any, scaling), **cast(Any, factors))
+
+    def _rope_type(self) -> str:
+        kinds = {self.get(key, None, str, "a name") for key in ("rope_type", "type")} - {None}
+        kind = kinds.pop() if len(kinds) == 1 else ("default" if not kinds else f"{sorted(kinds)}")
+        if kind not in _ROPE_KEYS:
+            mend = "take a model with one of these"
+            raise self.refuse("rope_type", "an unsupported RoPE", kind, ", ".join(_ROPE_KEYS), mend)
+        for key in sorted(_ROPE_KEYS[kind] - {"rope_theta", "original_max_position_embeddings"}):
+            self.number(key, cast(Any, _REQUIRED))
+        return kind
+
+    def check_fixed(self) -> None:
+        """Refuses known keys whose value changes the model in a way that polarjax does not follow."""
+        for key in FIXED.keys() & self._data.keys():
+            value = self._data[key]
+            if not any(value == allowed for allowed in FIXED[key]):
+                expected = " or ".join(map(repr, FIXED[key]))
+                mend = _MEND.get(key, "take a model without it")
+                raise self.refuse(key, "an unsupported value", value, expected, mend)
+
+    def finish(self) -> None:
+        """Refuses keys that nothing has asked for; null counts as absent."""
+        known = self._used | HARMLESS | FIXED.keys()
+        for key in sorted(self._data.keys() - known):
+            if self._data[key] is not None:
+                mend = "if it does not change the model, remove it from config.json"
+                raise self.refuse(key, "an unknown key", self._data[key], None, mend)
+
+    def refuse(self, key: str, what: str, got: object, expected: object, mend: str) -> UnsupportedConfigError:
+        """The error that names the key and its value."""
+        shown = None if got is None else f"{key} = {str(got)[:100]!r}"
+        what = what if got is not None else f"{what}: {key}"
+        return UnsupportedConfigError(what, where=self._where, got=shown, expected=expected, mend=mend)

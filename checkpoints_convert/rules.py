@@ -1,0 +1,266 @@
+"""Rules from HuggingFace tensors to parameters, and the accounting that every one is used exactly once.
+
+A rule's layout is written in the project's letters, for example `(K G H) D -> D K G H`: how the axes of the
+source tensor split, and in which order ours follow. Ours are always the source's, rotated, so a layout can be
+run backwards for export.
+"""
+
+import dataclasses
+import math
+import re
+from collections.abc import Callable, Iterator, Mapping, Sequence
+
+import numpy as np
+
+from checkpoints_convert.config_reader import ConfigReader
+from polarjax.configs import ModelConfig
+from polarjax.errors import CheckpointError
+from polarjax.model import abstract, parameters
+
+SHOWN = 10
+"""How many names a report lists of each kind of fault."""
+
+_ROWS = 256  # of a block that is transposed at once: keeps the writes within the cache
+
+
+@dataclasses.dataclass(frozen=True)
+class Layout:
+    """The axes of a source tensor and of the parameter it becomes.
+
+    Attributes:
+      source: letters of each source axis, for example `("KGH", "D")`.
+      target: letters of the parameter's axes, a rotation of the source's, for example `"DKGH"`.
+    """
+
+    source: tuple[str, ...]
+    target: str
+
+    @classmethod
+    def parse(cls, text: str) -> "Layout":
+        """Reads `"(K G H) D -> D K G H"`."""
+        left, _, right = text.partition("->")
+        groups = re.findall(r"\(([^)]*)\)|(\S)", left)
+        layout = cls(tuple((many or one).replace(" ", "") for many, one in groups), right.replace(" ", ""))
+        if "".join(layout.source[layout.turn :] + layout.source[: layout.turn]) != layout.target:
+            raise ValueError(f"not a rotation of whole axes: {text}")
+        return layout
+
+    @property
+    def turn(self) -> int:
+        """How many source axes move to the end: 1 is a transposition, 0 none."""
+        return next((i for i, axis in enumerate(self.source) if axis[0] == self.target[0]), 0)
+
+    def source_shape(self, sizes: Mapping[str, int]) -> tuple[int, ...]:
+        """Shape of the source tensor when each letter has the given size."""
+        return tuple(math.prod(sizes[letter] for letter in axis) for axis in self.source)
+
+    def to_target(self, array: np.ndarray, shape: Sequence[int]) -> np.ndarray:
+        """The parameter from the source tensor; its `shape` splits the axes."""
+        return (transposed(array) if self.turn else array).reshape(shape)
+
+    def to_source(self, array: np.ndarray, shape: Sequence[int]) -> np.ndarray:
+        """The source tensor of `shape` from the parameter."""
+        return transposed(array.reshape(shape[::-1])) if self.turn else array.reshape(shape)
+
+
+def transposed(array: np.ndarray) -> np.ndarray:
+    """The transpose of a matrix as a contiguous copy, made in blocks (several times faster than in one go)."""
+    bits = array.view(f"u{array.itemsize}")
+    out = np.empty(bits.shape[::-1], bits.dtype)
+    for row in range(0, len(bits), _ROWS):
+        out[:, row : row + _ROWS] = bits[row : row + _ROWS].T
+    return out.view(array.dtype)
+
+
+@dataclasses.dataclass(frozen=True)
+class Rule:
+    """Which source tensor becomes which parameter; `{i}` in both names stands for the layer."""
+
+    source: str
+    target: str
+    layout: Layout
+
+
+def rules(table: str, *, source: str = "", target: str = "") -> tuple[Rule, ...]:
+    """Reads a table with the columns source name, parameter name and layout; the prefixes go before the names."""
+    rows = [line.split(None, 2) for line in table.strip().splitlines()]
+    return tuple(Rule(source + row[0], target + row[1], Layout.parse(row[2])) for row in rows)
+
+
+@dataclasses.dataclass(frozen=True)
+class Family:
+    """What there is to know of one HuggingFace `model_type`.
+
+    Attributes:
+      model_type: its name in config.json.
+      read_config: the configuration from the keys of config.json.
+      rules: for every parameter that any member has; those that a config does not ask for are left out.
+      prefixes: what names may begin with on disk, and what they then begin with in `rules`.
+      buffers: pattern of tensors that follow from the config and are skipped.
+    """
+
+    model_type: str
+    read_config: Callable[[ConfigReader], ModelConfig]
+    rules: tuple[Rule, ...]
+    prefixes: tuple[tuple[str, str], ...]
+    buffers: re.Pattern[str]
+
+
+@dataclasses.dataclass(frozen=True)
+class Step:
+    """One tensor's way: from `source` (as named on disk) to the parameter `target` of `shape`."""
+
+    source: str
+    target: str
+    shape: tuple[int, ...]
+    layout: Layout
+
+
+@dataclasses.dataclass(frozen=True)
+class Plan:
+    """Everything a conversion does.
+
+    Attributes:
+      steps: every source tensor but the skipped, every parameter exactly once.
+      equal: pairs of source tensors that must hold the same values (an explicit head of a tied model).
+      skipped: source tensors that follow from the config.
+    """
+
+    steps: tuple[Step, ...]
+    equal: tuple[tuple[str, str], ...]
+    skipped: tuple[str, ...]
+
+
+HEAD, HEAD_TARGET, TABLE_TARGET = "lm_head.weight", "head.w", "embed.tokens"
+
+
+def letter_sizes(config: ModelConfig) -> dict[str, int]:
+    """The size of each letter of a layout."""
+    return {
+        "V": config.vocab_size,
+        "D": config.d_model,
+        "E": config.embed_dim or config.d_model,
+        "F": config.d_ff,
+        "K": config.num_kv_heads,
+        "G": config.q_per_group,
+        "H": config.head_dim,
+        "P": config.max_positions + config.position_offset,
+    }
+
+
+def expected_tensors(family: Family, config: ModelConfig) -> dict[str, Step]:
+    """The steps that fill every parameter of `config`, by the source's name in the rules.
+
+    Raises:
+      CheckpointError: the rules leave a parameter out or fill one twice (a fault of the table).
+    """
+    shapes = {name: leaf.shape for name, leaf in parameters(abstract(config)).items()}
+    steps = {step.source: step for step in _expand(family.rules, config.num_layers, shapes)}
+    filled = sorted(step.target for step in steps.values())
+    if filled != sorted(shapes):
+        wrong = sorted({*shapes} ^ {*filled}) or [name for name in filled if filled.count(name) > 1]
+        raise CheckpointError(f"the rules of {family.model_type} do not fit the config", got=_some(wrong))
+    return steps
+
+
+def _expand(table: Sequence[Rule], layers: int, shapes: Mapping[str, tuple[int, ...]]) -> Iterator[Step]:
+    for rule in table:
+        for i in range(layers) if "{i}" in rule.source else (0,):
+            target = rule.target.format(i=i)
+            if target in shapes:
+                yield Step(rule.source.format(i=i), target, shapes[target], rule.layout)
+
+
+def make_plan(
+    family: Family, config: ModelConfig, found: Mapping[str, tuple[int, ...]], *, where: object
+) -> Plan:
+    """Matches the tensors of a checkpoint with the parameters of its config.
+
+    Args:
+      family: whose rules apply.
+      config: what is to be filled.
+      found: shape of every tensor of the checkpoint, by its name on disk.
+      where: the checkpoint, for the report.
+
+    Raises:
+      CheckpointError: tensors are missing, unknown, doubled or of the wrong shape; one report of all of it.
+    """
+    expected = expected_tensors(family, config)
+    names, doubled = _canonical(family, found)
+    skipped = {name for name in names if name not in expected and family.buffers.search(name)}
+    spare_head = config.tie_embeddings and HEAD in names
+    unknown = sorted(
+        names[name] for name in names.keys() - expected.keys() - skipped - {HEAD if spare_head else ""}
+    )
+    missing = sorted(expected.keys() - names.keys())
+    sizes = letter_sizes(config)
+    shapes = {name: step.layout.source_shape(sizes) for name, step in expected.items() if name in names}
+    misshaped = [
+        f"{names[name]} {list(found[names[name]])} instead of {list(shape)}"
+        for name, shape in sorted(shapes.items())
+        if tuple(found[names[name]]) != shape
+    ]
+    _report(where, missing=missing, unknown=unknown, doubled=doubled, misshaped=misshaped)
+    steps = tuple(dataclasses.replace(step, source=names[name]) for name, step in expected.items())
+    table = next(step.source for step in steps if step.target == TABLE_TARGET)
+    equal = ((names[HEAD], table),) if spare_head else ()
+    return Plan(steps, equal, tuple(sorted(names[name] for name in skipped)))
+
+
+def _canonical(family: Family, found: Mapping[str, object]) -> tuple[dict[str, str], list[str]]:
+    """Names on disk by their name in the rules, and those on disk that mean the same as another."""
+    names: dict[str, str] = {}
+    doubled = []
+    for name in sorted(found):
+        key = _with_prefix(family, name)
+        if key in names:
+            doubled += [names[key], name]
+        names[key] = name
+    return names, sorted(set(doubled))
+
+
+def _with_prefix(family: Family, name: str) -> str:
+    for found, meant in family.prefixes:
+        if name.startswith(found):
+            return meant + name.removeprefix(found)
+    return name
+
+
+def _report(
+    where: object, *, missing: list[str], unknown: list[str], doubled: list[str], misshaped: list[str]
+) -> None:
+    faults = []
+    if missing:
+        faults.append(f"{len(missing)} missing: {_some(missing)}")
+    if unknown:
+        faults.append(f"{len(unknown)} unknown: {_some(unknown)}")
+    if doubled:
+        faults.append(f"{len(doubled)} of the same meaning: {_some(doubled)}")
+    if misshaped:
+        faults.append(f"{len(misshaped)} of the wrong shape: {_some(misshaped)}")
+    if faults:
+        raise CheckpointError(
+            "the tensors do not fit config.json",
+            where=where,
+            got="; ".join(faults),
+            mend=_mend(missing, unknown),
+        )
+
+
+def _mend(missing: list[str], unknown: list[str]) -> str:
+    if any(re.search(QUANTISED, name) for name in unknown):
+        return "quantised checkpoints are unsupported; take the original weights"
+    if missing == [HEAD]:
+        return "set tie_word_embeddings to true in config.json if the head shares the embeddings"
+    return "check that config.json and the weights belong together and that every shard was downloaded"
+
+
+QUANTISED = (
+    r"\.(qweight|qzeros|scales|g_idx|SCB|weight_scale(_inv)?|weight_format|absmax|quant_map)$|\.quant_state\."
+)
+"""Names of the tensors that GPTQ, AWQ, bitsandbytes and fp8 checkpoints add."""
+
+
+def _some(names: Sequence[str]) -> str:
+    more = f" and {len(names) - SHOWN} more" if len(names) > SHOWN else ""
+    return ", ".join(names[:SHOWN]) + more

@@ -1,0 +1,148 @@
+"""Named arrays on disk: an orbax checkpoint written piece by piece, with a record that catches damage.
+
+Orbax's current format has no checksum over uncompressed array data, so the record keeps one for every file.
+"""
+
+import contextlib
+import hashlib
+from collections.abc import Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+from orbax.checkpoint.experimental import v1 as ocp
+
+from polarjax.errors import CheckpointError
+from polarjax.types import Array, DTypeLike
+
+type Record = dict[str, Any]  # {"arrays": {name: {"shape", "dtype"}}, "files": {path: {"bytes", "sha256"}}}
+
+BATCH_BYTES = 1 << 26  # small arrays are written together, up to this many bytes
+CHUNK_BYTES = 1 << 26  # the unit in which a shard of a large array can be read back
+_THREADS = 8
+
+
+class ArrayWriter:
+    """Writes named arrays one after another, holding little more than the largest in memory.
+
+    Args:
+      folder: where the orbax checkpoint will be; must not exist.
+      batch_bytes: arrays are gathered up to this size before they are written.
+    """
+
+    def __init__(self, folder: Path, *, batch_bytes: int = BATCH_BYTES):
+        self._folder = folder
+        self._limit = batch_bytes
+        self._batch: dict[str, np.ndarray] = {}
+        self._arrays: dict[str, dict[str, Any]] = {}
+
+    @property
+    def arrays(self) -> dict[str, dict[str, Any]]:
+        """Shape and dtype of everything added so far, by name."""
+        return self._arrays
+
+    def reserve(self, size: int) -> None:
+        """Writes out what is held if `size` more bytes would exceed the batch; call it before making an array."""
+        if self._batch and size + sum(array.nbytes for array in self._batch.values()) > self._limit:
+            self._write()
+
+    def add(self, name: str, array: np.ndarray) -> None:
+        """Adds an array; it must not be changed afterwards."""
+        self.reserve(array.nbytes)
+        self._batch[name] = array
+        self._arrays[name] = {"shape": list(array.shape), "dtype": array.dtype.name}
+
+    def close(self) -> Record:
+        """Finishes the checkpoint and returns its record."""
+        self._write()
+        with _orbax("cannot write the arrays", self._folder):
+            ocp.partial.finalize(self._folder)
+        return {"arrays": self._arrays, "files": _digests(self._folder, _files(self._folder))}
+
+    def _write(self) -> None:
+        if self._batch:
+            with _orbax("cannot write the arrays", self._folder), _context():
+                ocp.partial.save(self._folder, self._batch)
+        self._batch = {}
+
+
+def read_arrays(
+    folder: Path,
+    record: Record,
+    *,
+    dtype: DTypeLike | None = None,
+    shardings: Mapping[str, jax.sharding.Sharding] | None = None,
+    mend: str,
+) -> dict[str, Array]:
+    """Reads back everything that a record names, after checking that no file changed.
+
+    Args:
+      folder: the orbax checkpoint.
+      record: what `ArrayWriter.close` returned.
+      dtype: to convert to; None keeps the stored one.
+      shardings: where each array goes; None puts all on the default device.
+      mend: told to the reader when files are damaged.
+
+    Raises:
+      CheckpointError: a file is missing or has changed, or the record does not fit.
+    """
+    _verify(folder, record, mend)
+    device = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
+    targets = {
+        name: jax.ShapeDtypeStruct(
+            tuple(entry["shape"]),
+            np.dtype(entry["dtype"] if dtype is None else dtype),
+            sharding=device if shardings is None else shardings[name],
+        )
+        for name, entry in record["arrays"].items()
+    }
+    with _orbax("the arrays cannot be read", folder, mend):
+        return ocp.load(folder, targets)
+
+
+def _context() -> ocp.Context:
+    context = ocp.Context()
+    context.array_options.saving.use_compression = False
+    context.array_options.saving.storage_options.chunk_byte_size = CHUNK_BYTES
+    context.memory_options.deepcopy_host_arrays = False
+    return context
+
+
+@contextlib.contextmanager
+def _orbax(what: str, folder: Path, mend: str | None = None) -> Iterator[None]:
+    try:
+        yield
+    except (ValueError, KeyError, RuntimeError) as error:
+        detail = next(iter(str(error).splitlines()), "")[:200]
+        raise CheckpointError(what, where=folder, got=detail, mend=mend) from error
+
+
+def _files(folder: Path) -> list[str]:
+    return sorted(path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file())
+
+
+def _digests(folder: Path, names: list[str]) -> dict[str, dict[str, Any]]:
+    def digest(name: str) -> dict[str, Any]:
+        with open(folder / name, "rb") as file:
+            return {
+                "bytes": (folder / name).stat().st_size,
+                "sha256": hashlib.file_digest(file, "sha256").hexdigest(),
+            }
+
+    with ThreadPoolExecutor(_THREADS) as pool:
+        return dict(zip(names, pool.map(digest, names), strict=True))
+
+
+def _verify(folder: Path, record: Record, mend: str) -> None:
+    expected = record["files"]
+    missing = sorted(name for name in expected if not (folder / name).is_file())
+    if missing:
+        raise CheckpointError("files are missing", where=folder, got=", ".join(missing[:10]), mend=mend)
+    found = _digests(folder, sorted(expected))
+    damaged = sorted(name for name in expected if found[name] != expected[name])
+    if damaged:
+        raise CheckpointError(
+            "files have changed since they were written", where=folder, got=", ".join(damaged[:10]), mend=mend
+        )

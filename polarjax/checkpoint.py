@@ -1,0 +1,329 @@
+"""A model directory: config, parameters, tokenizer, routers, plans and the manifest that holds them together.
+
+config.json     ModelConfig and the format version
+params/         orbax checkpoint of the parameters, one array for each dotted path
+tokenizer/      the HuggingFace files, generation_config.json among them
+routers/        manifest.json and arrays/, an orbax checkpoint, once routers were trained
+plans.json      the PlanTable, once it was calibrated
+manifest.json   format version, dtype, source, shapes and checksums of params/
+"""
+
+import contextlib
+import dataclasses
+import json
+import os
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+import polarjax
+from polarjax.arrays import BATCH_BYTES, ArrayWriter, Record, read_arrays
+from polarjax.configs import ModelConfig
+from polarjax.errors import CheckpointError, SparsityError
+from polarjax.model import Decoder, abstract, parameters, with_parameters
+from polarjax.sparsity.plan import PlanTable
+from polarjax.sparsity.router import LayerRouter, Routers
+from polarjax.sparsity.select import Sparsity
+from polarjax.storage import absolute, atomic_folder
+from polarjax.tokenizer import Tokenizer, has_tokenizer
+from polarjax.types import Array, DTypeLike
+
+FORMAT = 1
+"""Version of the layout above; a reader refuses a newer one."""
+
+_AGAIN = "convert the source again: polarjax convert HF_DIR OUT --overwrite"
+_SPARSIFY = "run polarjax sparsify again"
+
+
+@dataclasses.dataclass(frozen=True)
+class Bundle:
+    """What a model directory holds.
+
+    Attributes:
+      model: the decoder with its parameters.
+      tokenizer: None where the source had none.
+      routers: None until they are trained.
+      plans: None until they are calibrated.
+      model_type: the HuggingFace family that the model was converted from, if it was.
+    """
+
+    model: Decoder
+    tokenizer: Tokenizer | None = None
+    routers: Routers | None = None
+    plans: PlanTable | None = None
+    model_type: str | None = None
+
+    def sparsity(self, batch_size: int, head_density: float | None = None) -> Sparsity:
+        """What to skip when decoding `batch_size` sequences.
+
+        Args:
+          batch_size: B; neurons are taken from the plan of the next larger calibrated batch.
+          head_density: fraction of groups to keep, above 0 and at most 1; None takes the calibrated default.
+
+        Raises:
+          SparsityError: there are no routers or plans yet, or the density is not one.
+        """
+        for part, name in ((self.routers, "routers"), (self.plans, "plans")):
+            if part is None:
+                mend = "run polarjax sparsify OUT --text FILE first"
+                raise SparsityError(f"the model has no {name} yet", where="Bundle.sparsity", mend=mend)
+        plan = self.plans.for_batch(batch_size, self.model.config, head_density)  # pyright: ignore[reportOptionalMemberAccess]
+        return Sparsity(self.routers, plan)  # pyright: ignore[reportArgumentType]
+
+
+class ModelWriter:
+    """Fills a model directory that is being made; see `new_model`."""
+
+    def __init__(self, folder: Path, config: ModelConfig, *, model_type: str | None, batch_bytes: int):
+        self.folder = folder
+        self._config = config
+        self._expected = {name: leaf.shape for name, leaf in parameters(abstract(config)).items()}
+        self._model_type = model_type
+        self._params = ArrayWriter(folder / "params", batch_bytes=batch_bytes)
+
+    @property
+    def tokenizer_folder(self) -> Path:
+        """Where tokenizer files and generation_config.json belong."""
+        folder = self.folder / "tokenizer"
+        folder.mkdir(exist_ok=True)
+        return folder
+
+    def reserve(self, size: int) -> None:
+        """Announces an array of `size` bytes, so that memory is freed before it is made."""
+        self._params.reserve(size)
+
+    def add(self, name: str, array: np.ndarray) -> None:
+        """Writes the parameter with the dotted path `name`; every one exactly once, in any order."""
+        if name in self._params.arrays or array.shape != self._expected.get(name):
+            expected = self._expected.get(name, "no such parameter")
+            raise CheckpointError(
+                "unknown, repeated or mis-shaped parameter", where=name, got=array.shape, expected=expected
+            )
+        self._params.add(name, array)
+
+    def finish(self) -> None:
+        """Writes the configuration and the manifest; raises `CheckpointError` if parameters are missing."""
+        missing = sorted(self._expected.keys() - self._params.arrays.keys())
+        if missing:
+            got = f"none of {', '.join(missing[:10])}"
+            raise CheckpointError("parameters are missing", where="model directory", got=got)
+        record = self._params.close()
+        _write_json(self.folder / "config.json", {"format": FORMAT, **self._config.to_json()})
+        manifest = {
+            "format": FORMAT,
+            "polarjax": polarjax.__version__,
+            "model_type": self._model_type,
+            "dtype": record["arrays"]["embed.tokens"]["dtype"],
+            "params": record,
+        }
+        _write_json(self.folder / "manifest.json", manifest)
+
+
+@contextlib.contextmanager
+def new_model(
+    path: str | os.PathLike[str],
+    config: ModelConfig,
+    *,
+    model_type: str | None = None,
+    overwrite: bool = False,
+    batch_bytes: int = BATCH_BYTES,
+) -> Iterator[ModelWriter]:
+    """Makes a model directory that appears at `path` only when the block ends without an exception.
+
+    Args:
+      path: the directory to make.
+      config: of the model; its parameters are all expected.
+      model_type: the HuggingFace family it comes from.
+      overwrite: whether an existing model directory is replaced.
+      batch_bytes: parameters are gathered up to this size before they are written.
+
+    Raises:
+      CheckpointError: `path` exists, the disk refuses, or a parameter is missing, unknown or mis-shaped.
+    """
+    with atomic_folder(absolute(path), overwrite=overwrite, may_replace=is_model_directory) as folder:
+        writer = ModelWriter(folder, config, model_type=model_type, batch_bytes=batch_bytes)
+        yield writer
+        writer.finish()
+
+
+def is_model_directory(path: Path) -> bool:
+    """Whether `path` was written by this module."""
+    return (path / "manifest.json").is_file() and (path / "params").is_dir()
+
+
+def save(path: str | os.PathLike[str], bundle: Bundle, *, overwrite: bool = False) -> None:
+    """Writes a model directory; parameters keep their dtypes.
+
+    Raises:
+      CheckpointError: `path` exists and `overwrite` is False, or the disk refuses.
+      SparsityError: routers or plans do not fit the model.
+    """
+    model = bundle.model
+    with new_model(path, model.config, model_type=bundle.model_type, overwrite=overwrite) as writer:
+        for name, value in parameters(model).items():
+            writer.reserve(value.nbytes)
+            writer.add(name, np.asarray(value))
+        if bundle.tokenizer is not None:
+            shutil.copytree(bundle.tokenizer.folder, writer.tokenizer_folder, dirs_exist_ok=True)
+        if bundle.routers is not None:
+            bundle.routers.check(model.config)
+            _write_routers(writer.folder / "routers", bundle.routers)
+        if bundle.plans is not None:
+            bundle.plans.check(model.config)
+            _write_json(writer.folder / "plans.json", bundle.plans.to_json())
+
+
+def load(path: str | os.PathLike[str], *, dtype: DTypeLike | None = None) -> Bundle:
+    """Reads a model directory onto the default device.
+
+    Args:
+      path: the directory.
+      dtype: of the parameters; None keeps the stored one. Routers keep theirs.
+
+    Raises:
+      CheckpointError: a part is missing or damaged, or was written by a newer polarjax.
+      SparsityError: routers or plans are for another model.
+    """
+    folder = absolute(path)
+    manifest = read_manifest(folder)
+    config = read_config(folder)
+    flat = read_arrays(folder / "params", manifest["params"], dtype=dtype, mend=_AGAIN)
+    return Bundle(
+        model=with_parameters(config, flat),
+        tokenizer=Tokenizer.load(folder / "tokenizer") if has_tokenizer(folder / "tokenizer") else None,
+        routers=_read_routers(folder / "routers", config),
+        plans=_read_plans(folder / "plans.json", config),
+        model_type=manifest["model_type"],
+    )
+
+
+def read_manifest(folder: Path) -> dict[str, Any]:
+    """The manifest of a model directory; raises `CheckpointError` when it is none, or newer than this code."""
+    if not folder.is_dir():
+        mend = "give a folder that polarjax convert wrote"
+        raise CheckpointError("no such model directory", where=folder, mend=mend)
+    if not (folder / "manifest.json").is_file():
+        hint = "this looks like a HuggingFace folder, so run: polarjax convert" if _is_hf(folder) else _AGAIN
+        raise CheckpointError("not a model directory: manifest.json is missing", where=folder, mend=hint)
+    return _read_json(folder / "manifest.json", ("format", "model_type", "dtype", "params"))
+
+
+def read_config(folder: Path) -> ModelConfig:
+    """The configuration of a model directory."""
+    data = _read_json(folder / "config.json", ("format",))
+    data.pop("format")
+    return ModelConfig.from_json(data)
+
+
+def write_routers(path: str | os.PathLike[str], routers: Routers) -> None:
+    """Puts trained routers into the model directory `path`, replacing earlier ones in one step.
+
+    Raises:
+      CheckpointError: `path` is no model directory.
+      SparsityError: the routers are for another model.
+    """
+    folder = absolute(path)
+    read_manifest(folder)
+    _located(folder / "routers", routers.check, read_config(folder))
+    with atomic_folder(folder / "routers", overwrite=True) as temporary:
+        _write_routers(temporary, routers)
+
+
+def write_plans(path: str | os.PathLike[str], plans: PlanTable) -> None:
+    """Puts a calibrated table into the model directory `path`, replacing an earlier one in one step.
+
+    Raises:
+      CheckpointError: `path` is no model directory.
+      SparsityError: the plans are for another model.
+    """
+    folder = absolute(path)
+    read_manifest(folder)
+    _located(folder / "plans.json", plans.check, read_config(folder))
+    temporary = folder / ".plans.json.polarjax-tmp"
+    _write_json(temporary, plans.to_json())
+    temporary.replace(folder / "plans.json")
+
+
+def _write_routers(folder: Path, routers: Routers) -> None:
+    folder.mkdir(exist_ok=True)
+    writer = ArrayWriter(folder / "arrays")
+    for i, layer in enumerate(routers.layers):
+        for field in dataclasses.fields(LayerRouter):
+            value = getattr(layer, field.name)
+            if value is not None:
+                writer.add(f"layers.{i}.{field.name}", np.asarray(value))
+    _write_json(folder / "manifest.json", {"format": FORMAT, "arrays": writer.close()})
+
+
+def _read_routers(folder: Path, config: ModelConfig) -> Routers | None:
+    if not folder.is_dir():
+        return None
+    record: Record = _read_json(folder / "manifest.json", ("format", "arrays"))["arrays"]
+    flat = read_arrays(folder / "arrays", record, mend=_SPARSIFY)
+    layers: dict[int, dict[str, Array]] = {}
+    for name, value in flat.items():
+        _, layer, field = name.split(".")
+        layers.setdefault(int(layer), {})[field] = value
+    routers = Routers(tuple(LayerRouter(**{**_NO_NEURONS, **layers[i]}) for i in sorted(layers)))
+    _located(folder, routers.check, config)
+    return routers
+
+
+_NO_NEURONS: dict[str, Any] = {"w_in": None, "w_out": None}
+
+
+def _read_plans(file: Path, config: ModelConfig) -> PlanTable | None:
+    if not file.is_file():
+        return None
+    plans = PlanTable.from_json(_read_json(file, ()))
+    _located(file, plans.check, config)
+    return plans
+
+
+def _located(where: Path, check: Any, config: ModelConfig) -> None:
+    """Runs `check(config)`; its error is told with the place where the part lies."""
+    try:
+        check(config)
+    except SparsityError as error:
+        raise SparsityError(
+            error.what, where=where, got=error.got, expected=error.expected, mend=_SPARSIFY
+        ) from error
+
+
+def _is_hf(folder: Path) -> bool:
+    return (folder / "config.json").is_file() and "model_type" in (folder / "config.json").read_text(
+        "utf-8", "replace"
+    )
+
+
+def _write_json(file: Path, data: dict[str, Any]) -> None:
+    with open(file, "w", encoding="utf-8") as stream:
+        json.dump(data, stream, indent=2)
+        stream.write("\n")
+        stream.flush()
+        os.fsync(stream.fileno())
+
+
+def _read_json(file: Path, keys: tuple[str, ...]) -> dict[str, Any]:
+    try:
+        data = json.loads(file.read_text("utf-8"))
+    except FileNotFoundError as error:
+        raise CheckpointError("a part of the model directory is missing", where=file, mend=_AGAIN) from error
+    except (OSError, ValueError) as error:
+        raise CheckpointError("not readable as JSON", where=file, got=str(error), mend=_AGAIN) from error
+    if not isinstance(data, dict) or not all(key in data for key in keys):
+        raise CheckpointError(
+            "not a polarjax file", where=file, expected=f"the keys {', '.join(keys)}", mend=_AGAIN
+        )
+    if data.get("format", FORMAT) != FORMAT:
+        raise CheckpointError(
+            "written in another format",
+            where=file,
+            got=f"format {data['format']}",
+            expected=f"format {FORMAT}",
+            mend="update polarjax, or convert the source again with this version",
+        )
+    return data

@@ -1,0 +1,130 @@
+"""Folders on disk that appear whole or not at all."""
+
+import contextlib
+import fcntl
+import glob
+import os
+import secrets
+import shutil
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+from polarjax.errors import CheckpointError
+
+_MARK = ".polarjax-tmp-"
+_LOCK = ".lock"
+
+
+@contextlib.contextmanager
+def atomic_folder(
+    path: Path, *, overwrite: bool = False, may_replace: Callable[[Path], bool] | None = None
+) -> Iterator[Path]:
+    """Yields a temporary sibling folder that becomes `path` when the block ends, and is removed if it raises.
+
+    Its files are flushed to the disk before the rename. Temporary folders that an earlier, killed process left
+    beside `path` are removed first; those of a process still running are left alone.
+
+    Args:
+      path: the folder to make; its parents are made too.
+      overwrite: whether an existing `path` may be replaced.
+      may_replace: whether what exists at `path` is of the kind that may be replaced; asked only with `overwrite`.
+
+    Raises:
+      CheckpointError: `path` exists and must not be replaced, or the disk refuses.
+    """
+    path = absolute(path)
+    _check_free(path, overwrite, may_replace)
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        remove_stale(path)
+        temporary = _sibling(path)
+        temporary.mkdir()
+    except OSError as error:
+        raise _refused(path, error) from error
+    try:
+        with _locked(temporary):
+            yield temporary
+            _flush(temporary)
+            _put(temporary, path)
+    except OSError as error:
+        raise _refused(path, error) from error
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+
+
+def absolute(path: str | os.PathLike[str]) -> Path:
+    """`path` with `~` expanded, relative to nothing, without `..`; symbolic links are kept."""
+    return Path(os.path.abspath(Path(path).expanduser()))
+
+
+def remove_stale(path: Path) -> None:
+    """Removes the temporary folders that killed processes left beside `path`."""
+    for folder in path.parent.glob(f".{glob.escape(path.name)}{_MARK}*"):
+        with contextlib.suppress(BlockingIOError), _locked(folder):
+            shutil.rmtree(folder)
+
+
+def _sibling(path: Path) -> Path:
+    return path.with_name(f".{path.name}{_MARK}{secrets.token_hex(4)}")
+
+
+@contextlib.contextmanager
+def _locked(folder: Path) -> Iterator[None]:
+    """Holds the folder's lock, which the system releases when the process dies."""
+    handle = os.open(folder / _LOCK, os.O_CREAT | os.O_RDWR)
+    try:
+        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        yield
+    finally:
+        os.close(handle)
+
+
+def _check_free(path: Path, overwrite: bool, may_replace: Callable[[Path], bool] | None) -> None:
+    if not os.path.lexists(path):
+        return
+    if not overwrite:
+        mend = "choose another folder, or pass overwrite (--overwrite)"
+        raise CheckpointError("the output already exists", where=path, mend=mend)
+    empty = path.is_dir() and not path.is_symlink() and not any(path.iterdir())
+    if not empty and may_replace is not None and not may_replace(path):
+        raise CheckpointError(
+            "overwriting is refused: this was not written by polarjax",
+            where=path,
+            mend="choose another folder",
+        )
+
+
+def _flush(folder: Path) -> None:
+    (folder / _LOCK).unlink()
+    for root, _, files in os.walk(folder):
+        for name in files:
+            _sync(Path(root, name))
+        _sync(Path(root))
+
+
+def _sync(path: Path) -> None:
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
+def _put(temporary: Path, path: Path) -> None:
+    """Renames `temporary` to `path`; what was there is moved aside first and removed afterwards."""
+    if os.path.lexists(path):
+        old = _sibling(path)
+        path.rename(old)
+        temporary.rename(path)
+        if old.is_dir() and not old.is_symlink():
+            shutil.rmtree(old)
+        else:
+            old.unlink()
+    else:
+        temporary.rename(path)
+    _sync(path.parent)
+
+
+def _refused(path: Path, error: OSError) -> CheckpointError:
+    mend = "make room, or choose a folder that can be written"
+    return CheckpointError("cannot write here", where=path, got=error.strerror or str(error), mend=mend)
