@@ -1,7 +1,8 @@
 """Contextually sparse decoding of large language models in JAX."""
 
-from polarjax import sparsity as sparsity
+from polarjax import costs, evaluation, sparsity
 from polarjax.cache import KVCache, init_cache
+from polarjax.checkpoint import Bundle, load, save
 from polarjax.configs import ModelConfig, RopeConfig
 from polarjax.errors import CheckpointError, InputError, PolarjaxError, SparsityError, UnsupportedConfigError
 from polarjax.generate import Generation, generate
@@ -13,6 +14,7 @@ from polarjax.sparsity.select import Sparsity
 __version__ = "0.1.0"
 
 __all__ = [
+    "Bundle",
     "Categorical",
     "CheckpointError",
     "Decoder",
@@ -28,9 +30,14 @@ __all__ = [
     "SparsityError",
     "SparsityPlan",
     "UnsupportedConfigError",
+    "costs",
     "decode_step",
+    "evaluation",
     "forward",
     "generate",
     "init_cache",
+    "load",
     "prefill",
+    "save",
+    "sparsity",
 ]
