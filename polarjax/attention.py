@@ -103,7 +103,7 @@ def attend_cached(
         q,
         k_cache,
         v_cache,
-        length + 1,
+        jnp.minimum(length + 1, k_cache.shape[2]),  # a full cache has dropped the new token
         group_index,
         scale=config.head_dim**-0.5,
         window=window,
