@@ -1,38 +1,75 @@
 """`polarjax convert`: a HuggingFace checkpoint becomes a model directory."""
 
-import time
+import contextlib
+import dataclasses
+import signal
+from collections.abc import Iterator
+from enum import StrEnum
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 
-from checkpoints_convert.convert import convert_checkpoint, summary
-from polarjax.errors import InputError
+from checkpoints_convert.convert import Conversion, convert_checkpoint
+from polarjax.progress import task
 
-DTYPES = ("float32", "bfloat16", "float16")
+TERMINATED = 128 + signal.SIGTERM  # the exit code that shells use
+
+
+class Dtype(StrEnum):
+    """What parameters may be stored as."""
+
+    KEEP = "keep"
+    FLOAT32 = "float32"
+    FLOAT16 = "float16"
+    BFLOAT16 = "bfloat16"
 
 
 def convert(
     source: Annotated[Path, typer.Argument(metavar="HF_DIR", help="A HuggingFace folder with safetensors.")],
     out: Annotated[Path, typer.Argument(metavar="OUT", help="The model directory to make.")],
-    dtype: Annotated[
-        str | None, typer.Option(help="float32, bfloat16 or float16; default: as stored.")
-    ] = None,
+    dtype: Annotated[Dtype, typer.Option(help="Of the parameters; keep: as in the source.")] = Dtype.KEEP,
     overwrite: Annotated[
         bool, typer.Option("--overwrite", help="Replace an existing model directory.")
     ] = False,
     allow_nonfinite: Annotated[
-        bool, typer.Option("--allow-nonfinite", help="Let NaN weights through.")
+        bool, typer.Option("--allow-nonfinite", help="Let NaN and infinite weights through.")
     ] = False,
 ) -> dict[str, Any]:
-    """Turn a HuggingFace checkpoint (OPT or LLaMA) into a model directory."""
-    if dtype is not None and dtype not in DTYPES:
-        raise InputError("unknown dtype", where="--dtype", got=repr(dtype), expected=" or ".join(DTYPES))
-    start = time.perf_counter()
-    done = convert_checkpoint(source, out, dtype=dtype, overwrite=overwrite, allow_nonfinite=allow_nonfinite)
-    seconds = time.perf_counter() - start
-    print(
-        f"{done.model_type}: {done.tensors} tensors, {done.num_bytes / 1e6:.1f} MB in {seconds:.1f} s"
-        f"{'' if done.tokenizer else ', no tokenizer'} -> {done.path}"
+    """Turn a HuggingFace checkpoint into a model directory."""
+    with _unwound_by_sigterm():
+        done = convert_checkpoint(
+            source,
+            out,
+            dtype=None if dtype is Dtype.KEEP else dtype.value,
+            overwrite=overwrite,
+            allow_nonfinite=allow_nonfinite,
+            progress=task,
+        )
+    print(_summary(done))
+    return {**dataclasses.asdict(done), "config": done.config.to_json()}
+
+
+def _summary(done: Conversion) -> str:
+    skipped = f" ({len(done.skipped)} more not needed)" if done.skipped else ""
+    tokenizer = (
+        "" if any("tokenizer" in name or "vocab" in name for name in done.copied) else ", no tokenizer"
     )
-    return {**summary(done), "seconds": seconds}
+    return (
+        f"{done.model_type}: {done.tensors} tensors{skipped}, {done.num_bytes / 1e6:.1f} MB, {done.dtype}"
+        f"{tokenizer}, {done.seconds:.1f} s -> {done.path}"
+    )
+
+
+@contextlib.contextmanager
+def _unwound_by_sigterm() -> Iterator[None]:
+    """Makes SIGTERM an exception, so that the unfinished output is removed."""
+
+    def end(_signal: int, _frame: object) -> None:
+        raise SystemExit(TERMINATED)
+
+    before = signal.signal(signal.SIGTERM, end)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)

@@ -1,7 +1,7 @@
 """Reading the keys of a HuggingFace config.json: each is used, known to be harmless, or refused by name."""
 
 from collections.abc import Mapping
-from typing import Any, cast
+from typing import Any, Literal, cast
 
 from polarjax.configs import RopeConfig
 from polarjax.errors import UnsupportedConfigError
@@ -53,7 +53,9 @@ _ROPE_KEYS = {
         "rope_theta", "factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings"
     },
 }  # fmt: skip
-_ACTIVATIONS = {"relu": "relu", "silu": "silu", "swish": "silu", "gelu": "gelu"}
+type Activation = Literal["relu", "silu", "gelu"]
+
+_ACTIVATIONS: dict[str, Activation] = {"relu": "relu", "silu": "silu", "swish": "silu", "gelu": "gelu"}
 _REQUIRED = object()
 
 
@@ -84,13 +86,17 @@ class ConfigReader:
             raise self.refuse(key, "a value of the wrong kind", value, expected, "correct config.json")
         return value
 
-    def size(self, key: str, default: Any = _REQUIRED) -> int:
-        """A positive whole number."""
+    def size(self, key: str, default: int | None = None) -> int:
+        """A positive whole number; without a default, the key must be there."""
+        value = self.optional_size(key, _REQUIRED if default is None else default)
+        return cast(int, value)
+
+    def optional_size(self, key: str, default: Any = None) -> int | None:
+        """A positive whole number, or the default."""
         value = self.get(key, default, int, "a positive whole number")
         if value is not None and value <= 0:
-            raise self.refuse(
-                key, "a value out of range", value, "a positive whole number", "correct config.json"
-            )
+            mend = "correct config.json"
+            raise self.refuse(key, "a value out of range", value, "a positive whole number", mend)
         return value
 
     def number(self, key: str, default: float) -> float:
@@ -104,7 +110,7 @@ class ConfigReader:
         """True or false."""
         return self.get(key, default, bool, "true or false")
 
-    def activation(self, key: str, default: str) -> str:
+    def activation(self, key: str, default: str) -> Activation:
         """The activation function, in our spelling."""
         value = self.get(key, default, str, "a name")
         if value not in _ACTIVATIONS:

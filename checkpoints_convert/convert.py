@@ -1,23 +1,27 @@
-"""From a HuggingFace folder to a model directory, tensor by tensor."""
+"""A HuggingFace folder -> a model directory, one tensor at a time."""
 
+import contextlib
 import dataclasses
-import os
 import shutil
+import time
+from collections import Counter
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager
 from pathlib import Path
-from typing import Any
 
 import jax.numpy as jnp
 import numpy as np
 
-from checkpoints_convert.config_reader import ConfigReader
-from checkpoints_convert.families import FAMILIES
-from checkpoints_convert.rules import Family, Plan, make_plan
-from checkpoints_convert.weights_io import Weights, open_weights, read_json
-from polarjax.checkpoint import ModelWriter, new_model
+from checkpoints_convert.hf_config import read_config
+from checkpoints_convert.rules import Plan, Step, make_plan, some
+from checkpoints_convert.weights_io import DTYPES, Tensor, open_weights
+from polarjax.checkpoint import ModelWriter, absolute, new_model
 from polarjax.configs import ModelConfig
-from polarjax.errors import CheckpointError, UnsupportedConfigError
-from polarjax.progress import task
+from polarjax.errors import CheckpointError, InputError
 from polarjax.types import DTypeLike
+from polarjax.types import Path as PathLike
+
+type Progress = Callable[[str, int, str], AbstractContextManager[Callable[..., None]]]
 
 TOKENIZER_FILES = (
     "tokenizer.json",
@@ -28,8 +32,11 @@ TOKENIZER_FILES = (
     "special_tokens_map.json",
     "added_tokens.json",
     "chat_template.jinja",
+    "chat_template.json",
     "generation_config.json",
 )
+_MB = 1_000_000
+_BLOCK = 1 << 18  # elements looked at in one go: a buffer that stays in the cache
 
 
 @dataclasses.dataclass(frozen=True)
@@ -38,131 +45,187 @@ class Conversion:
 
     Attributes:
       path: the model directory.
-      config: of the model.
       model_type: the HuggingFace family.
-      tensors: how many parameters were written.
-      num_bytes: their size as read.
-      skipped: source tensors that follow from the config and were left out.
-      tokenizer: whether tokenizer files were copied.
+      config: of the model.
+      dtype: of its parameters.
+      tensors: how many source tensors became parameters.
+      num_bytes: their size in the source.
+      skipped: source tensors that follow from the config or from others.
+      copied: tokenizer and generation files.
+      seconds: that it took.
     """
 
     path: Path
-    config: ModelConfig
     model_type: str
+    config: ModelConfig
+    dtype: str
     tensors: int
     num_bytes: int
     skipped: tuple[str, ...]
-    tokenizer: bool
-
-
-def config_from_hf(folder: str | os.PathLike[str]) -> ModelConfig:
-    """The configuration of a HuggingFace folder.
-
-    Raises:
-      CheckpointError: there is no readable config.json.
-      UnsupportedConfigError: the model_type or a key is unknown, or a value cannot be represented.
-    """
-    return _read_config(Path(folder))[1]
+    copied: tuple[str, ...]
+    seconds: float
 
 
 def convert_checkpoint(
-    source: str | os.PathLike[str],
-    out: str | os.PathLike[str],
+    src: PathLike,
+    out: PathLike,
     *,
     dtype: DTypeLike | None = None,
     overwrite: bool = False,
     allow_nonfinite: bool = False,
+    progress: Progress | None = None,
 ) -> Conversion:
-    """Converts a HuggingFace folder with safetensors weights into a model directory.
+    """Converts a HuggingFace checkpoint; the result is at `out` whole, or not at all.
 
-    Every source tensor is used exactly once and every parameter filled exactly once. Tensors are read, laid out
-    and written one by one; `out` appears only when everything is there.
+    Holds about twice the largest tensor in memory. Nothing of the source is executed or changed.
 
     Args:
-      source: folder with config.json and model.safetensors, or shards with their index.
+      src: folder with config.json and safetensors, a single file or shards with their index.
       out: the model directory to make.
-      dtype: to convert to; None keeps each tensor's own.
+      dtype: float32, float16 or bfloat16 for all parameters; None keeps the source's, exactly.
       overwrite: whether an existing model directory is replaced.
-      allow_nonfinite: whether NaN and infinities are let through.
+      allow_nonfinite: whether NaN and infinity are let through.
+      progress: called with a description, a total and its unit; `polarjax.progress.task` is one.
 
     Raises:
-      CheckpointError: files are missing, damaged or do not fit the config, or `out` cannot be written.
-      UnsupportedConfigError: the model cannot be represented.
+      CheckpointError: the source is incomplete or damaged, does not fit its config, or `out` cannot be written.
+      UnsupportedConfigError: config.json asks for what polarjax cannot do.
     """
-    source, out = Path(os.path.abspath(source)), Path(os.path.abspath(out))
-    family, config = _read_config(source)
-    if source == out or source in out.parents:
-        mend = "write to another place"
-        raise CheckpointError("the output lies inside the source", where=out, got=source, mend=mend)
-    weights = open_weights(source)
-    plan = make_plan(family, config, weights.shapes, where=source)
-    with new_model(out, config, model_type=family.model_type, overwrite=overwrite) as writer:
-        _check_equal(weights, plan)
-        _write_all(writer, weights, plan, dtype=dtype, allow_nonfinite=allow_nonfinite)
-        tokenizer = _copy_tokenizer(source, writer)
-    num_bytes = sum(weights.sizes[step.source] for step in plan.steps)
-    return Conversion(out, config, family.model_type, len(plan.steps), num_bytes, plan.skipped, tokenizer)
+    started = time.monotonic()
+    source, target = absolute(src), absolute(out)
+    family, config = read_config(source)
+    _check_apart(source, target)
+    tensors = open_weights(source)
+    plan = make_plan(family, config, {name: each.shape for name, each in tensors.items()}, where=source)
+    used = [tensors[step.source] for step in plan.steps]
+    wanted = _parameter_dtype(dtype, used, source)
+    largest = max(tensor.num_bytes for tensor in used)
+    with new_model(
+        target, config, model_type=family.model_type, overwrite=overwrite, largest=largest
+    ) as writer:
+        _check_equal(plan, tensors)
+        with _counter(progress, sum(tensor.num_bytes for tensor in used)) as advance:
+            _transfer(plan.steps, tensors, writer, dtype=wanted, finite=not allow_nonfinite, advance=advance)
+        copied = _copy_tokenizer(source, writer)
+    return Conversion(
+        path=target,
+        model_type=family.model_type,
+        config=config,
+        dtype=wanted.name,
+        tensors=len(used),
+        num_bytes=sum(tensor.num_bytes for tensor in used),
+        skipped=plan.skipped + tuple(head for head, _ in plan.equal),
+        copied=copied,
+        seconds=time.monotonic() - started,
+    )
 
 
-def _read_config(folder: Path) -> tuple[Family, ModelConfig]:
-    if not folder.is_dir():
-        mend = "give a folder as save_pretrained writes it"
-        raise CheckpointError("no such folder", where=folder, mend=mend)
-    file = folder / "config.json"
-    data = read_json(file)
-    model_type = data.get("model_type")
-    if model_type not in FAMILIES:
-        raise UnsupportedConfigError(
-            "unsupported model_type", where=file, got=repr(model_type), expected=" or ".join(sorted(FAMILIES))
-        )
-    reader = ConfigReader(data, file)
-    config = FAMILIES[model_type].read_config(reader)
-    reader.finish()
-    return FAMILIES[model_type], config
+def _check_apart(source: Path, target: Path) -> None:
+    inner, outer = target.resolve(), source.resolve()
+    if inner.is_relative_to(outer) or outer.is_relative_to(inner):
+        mend = "choose an output outside the source"
+        raise CheckpointError("output and source lie within one another", where=target, got=source, mend=mend)
 
 
-def _write_all(
-    writer: ModelWriter, weights: Weights, plan: Plan, *, dtype: DTypeLike | None, allow_nonfinite: bool
-) -> None:
-    total = sum(weights.sizes[step.source] for step in plan.steps)
-    nonfinite = []
-    with task("converting", total=total, unit="bytes") as advance:
-        for step in plan.steps:
-            size = weights.sizes[step.source]
-            writer.reserve(size)
-            array = weights.read(step.source)
-            if not np.isfinite(array).all():
-                nonfinite.append(step.source)
-            array = step.layout.to_target(array, step.shape)
-            writer.add(step.target, array if dtype is None else array.astype(jnp.dtype(dtype)))
-            advance(size, step.source)
-    if nonfinite and not allow_nonfinite:
-        raise CheckpointError(
-            "weights are NaN or infinite",
-            where=weights.folder,
-            got=f"{len(nonfinite)} tensors: {', '.join(nonfinite[:10])}",
-            mend="take an undamaged checkpoint, or pass --allow-nonfinite",
-        )
+def _parameter_dtype(dtype: DTypeLike | None, tensors: Sequence[Tensor], where: Path) -> np.dtype:
+    if dtype is not None:
+        if jnp.dtype(dtype) not in DTYPES.values():
+            expected = " or ".join(each.name for each in DTYPES.values())
+            raise InputError("unusable dtype", where="dtype", got=jnp.dtype(dtype).name, expected=expected)
+        return jnp.dtype(dtype)
+    found = Counter(tensor.dtype for tensor in tensors)
+    if len(found) > 1:
+        got = ", ".join(f"{count} tensors of {kind.name}" for kind, count in found.most_common())
+        mend = "choose one for all parameters: dtype (--dtype), for example bfloat16"
+        raise CheckpointError("the tensors have several dtypes", where=where, got=got, mend=mend)
+    return tensors[0].dtype
 
 
-def _check_equal(weights: Weights, plan: Plan) -> None:
-    for left, right in plan.equal:
-        if not np.array_equal(weights.read(left), weights.read(right)):
+def _check_equal(plan: Plan, tensors: Mapping[str, Tensor]) -> None:
+    for head, table in plan.equal:
+        if not _same(tensors[head], tensors[table]):
             raise CheckpointError(
-                "the config ties the head to the embeddings, but the two differ",
-                where=weights.folder,
-                got=f"{left} unequal to {right}",
+                "config.json ties the head to the embeddings, but the two differ",
+                where=tensors[head].file,
+                got=f"{head} unequal to {table}",
                 mend="set tie_word_embeddings to false in config.json if the head is meant",
             )
 
 
-def _copy_tokenizer(source: Path, writer: ModelWriter) -> bool:
-    found = [source / name for name in TOKENIZER_FILES if (source / name).is_file()]
-    for file in found:
-        shutil.copyfile(file, writer.tokenizer_folder / file.name)
-    return any(file.name.startswith(("tokenizer", "vocab")) for file in found)
+def _same(one: Tensor, two: Tensor, block: int = 1 << 24) -> bool:
+    if (one.shape, one.kind) != (two.shape, two.kind):
+        return False
+    with open(one.file, "rb") as first, open(two.file, "rb") as second:
+        first.seek(one.offset)
+        second.seek(two.offset)
+        sizes = [block] * (one.num_bytes // block) + [one.num_bytes % block]
+        return all(first.read(size) == second.read(size) for size in sizes)
 
 
-def summary(conversion: Conversion) -> dict[str, Any]:
-    """A conversion as JSON holds it."""
-    return {**dataclasses.asdict(conversion), "config": conversion.config.to_json()}
+def _transfer(
+    steps: Sequence[Step],
+    tensors: Mapping[str, Tensor],
+    writer: ModelWriter,
+    *,
+    dtype: np.dtype,
+    finite: bool,
+    advance: Callable[[int], None],
+) -> None:
+    """Reads the tensors in the order in which they lie on the disk; after a bad one it only looks for more."""
+    bad: list[str] = []
+    for step in sorted(steps, key=lambda step: (tensors[step.source].file, tensors[step.source].offset)):
+        tensor = tensors[step.source]
+        writer.reserve(tensor.num_bytes)
+        array = _cast(tensor.read(), dtype)
+        if finite and not all_finite(array):
+            bad.append(step.source)
+        if not bad:
+            writer.add(step.target, step.layout.to_target(array, step.shape))
+        advance(tensor.num_bytes)
+    if bad:
+        raise CheckpointError(
+            f"{len(bad)} tensors hold NaN or infinity as {dtype.name}",
+            where=tensors[bad[0]].file.parent,
+            got=some(bad),
+            mend="take an undamaged checkpoint or a wider dtype, or pass allow_nonfinite (--allow-nonfinite)",
+        )
+
+
+def _cast(array: np.ndarray, dtype: np.dtype) -> np.ndarray:
+    if array.dtype == dtype:
+        return array
+    with np.errstate(over="ignore", invalid="ignore"):  # what overflows is found as infinity
+        return array.astype(dtype)
+
+
+def all_finite(array: np.ndarray) -> bool:
+    """Whether no element of a float array is NaN or infinite; read from the bits, in blocks."""
+    infinity = np.array(np.inf, array.dtype).view(f"u{array.itemsize}")[()]
+    magnitude = infinity.dtype.type(np.iinfo(infinity.dtype).max >> 1)  # all bits but the sign
+    bits = array.reshape(-1).view(infinity.dtype)
+    return all((bits[i : i + _BLOCK] & magnitude).max() < infinity for i in range(0, bits.size, _BLOCK))
+
+
+@contextlib.contextmanager
+def _counter(progress: Progress | None, total: int) -> Iterator[Callable[[int], None]]:
+    """Counts bytes; reports them in whole megabytes with their rate."""
+    if progress is None:
+        yield lambda size: None
+        return
+    with progress("converting", -(-total // _MB), "MB") as report:
+        done, started = 0, time.monotonic()
+
+        def advance(size: int) -> None:
+            nonlocal done
+            before, done = -(-done // _MB), done + size
+            rate = done / _MB / max(time.monotonic() - started, 1e-9)
+            report(-(-done // _MB) - before, note=f"{rate:.0f} MB/s")
+
+        yield advance
+
+
+def _copy_tokenizer(source: Path, writer: ModelWriter) -> tuple[str, ...]:
+    names = tuple(name for name in TOKENIZER_FILES if (source / name).is_file())
+    for name in names:
+        shutil.copyfile(source / name, writer.tokenizer_folder / name)
+    return names

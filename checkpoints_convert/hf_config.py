@@ -1,12 +1,12 @@
 """config.json of a HuggingFace folder -> ModelConfig. Needs neither transformers nor torch."""
 
-import json
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from checkpoints_convert.config_reader import ConfigReader
 from checkpoints_convert.families import FAMILIES
+from checkpoints_convert.json_files import read_json
 from checkpoints_convert.rules import Family
 from polarjax.configs import ModelConfig
 from polarjax.errors import CheckpointError, UnsupportedConfigError
@@ -32,7 +32,11 @@ def read_config(source: PathLike | Mapping[str, Any]) -> tuple[Family, ModelConf
     """The family beside the configuration; see `config_from_hf`."""
     if isinstance(source, Mapping):
         return _interpret(source, CONFIG)
-    return _interpret(_parse(Path(source) / CONFIG), Path(source) / CONFIG)
+    file = Path(source) / CONFIG
+    if not file.is_file():
+        what = f"{CONFIG} is missing" if file.parent.is_dir() else "no such folder"
+        raise CheckpointError(what, where=file.parent, mend="give the folder of a HuggingFace model")
+    return _interpret(read_json(file), file)
 
 
 def _interpret(data: Mapping[str, Any], where: object) -> tuple[Family, ModelConfig]:
@@ -51,35 +55,3 @@ def _interpret(data: Mapping[str, Any], where: object) -> tuple[Family, ModelCon
     config = family.read_config(reader)
     reader.finish()
     return family, config
-
-
-def _parse(file: Path) -> dict[str, Any]:
-    if not file.is_file():
-        mend = "give the folder of a HuggingFace model"
-        if not file.parent.is_dir():
-            raise CheckpointError("no such folder", where=file.parent, mend=mend)
-        raise CheckpointError(f"{CONFIG} is missing", where=file.parent, mend=mend)
-    return read_json(file)
-
-
-def read_json(file: Path) -> dict[str, Any]:
-    """A JSON object from a file; raises `CheckpointError` when it is anything else or names a key twice."""
-    try:
-        data = json.loads(file.read_bytes(), object_pairs_hook=unique_keys)
-    except (OSError, ValueError, RecursionError) as error:
-        mend = "download the file again"
-        raise CheckpointError("not readable as JSON", where=file, got=str(error), mend=mend) from error
-    if not isinstance(data, dict):
-        raise CheckpointError(
-            "not a JSON object", where=file, got=type(data).__name__, mend="download it again"
-        )
-    return data
-
-
-def unique_keys(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    """For `json.loads`: an object's dictionary; raises `ValueError` when a key occurs twice."""
-    data = dict(pairs)
-    if len(data) != len(pairs):
-        keys = [key for key, _ in pairs]
-        raise ValueError(f"the key {next(key for key in keys if keys.count(key) > 1)!r} occurs twice")
-    return data

@@ -159,7 +159,7 @@ def expected_tensors(family: Family, config: ModelConfig) -> dict[str, Step]:
     filled = sorted(step.target for step in steps.values())
     if filled != sorted(shapes):
         wrong = sorted({*shapes} ^ {*filled}) or [name for name in filled if filled.count(name) > 1]
-        raise CheckpointError(f"the rules of {family.model_type} do not fit the config", got=_some(wrong))
+        raise CheckpointError(f"the rules of {family.model_type} do not fit the config", got=some(wrong))
     return steps
 
 
@@ -200,7 +200,8 @@ def make_plan(
         for name, shape in sorted(shapes.items())
         if tuple(found[names[name]]) != shape
     ]
-    _report(where, missing=missing, unknown=unknown, doubled=doubled, misshaped=misshaped)
+    faults = {"missing": missing, "unknown": unknown, "of the same meaning": doubled}
+    _report(where, {**faults, "of the wrong shape": misshaped})
     steps = tuple(dataclasses.replace(step, source=names[name]) for name, step in expected.items())
     table = next(step.source for step in steps if step.target == TABLE_TARGET)
     equal = ((names[HEAD], table),) if spare_head else ()
@@ -226,24 +227,12 @@ def _with_prefix(family: Family, name: str) -> str:
     return name
 
 
-def _report(
-    where: object, *, missing: list[str], unknown: list[str], doubled: list[str], misshaped: list[str]
-) -> None:
-    faults = []
-    if missing:
-        faults.append(f"{len(missing)} missing: {_some(missing)}")
-    if unknown:
-        faults.append(f"{len(unknown)} unknown: {_some(unknown)}")
-    if doubled:
-        faults.append(f"{len(doubled)} of the same meaning: {_some(doubled)}")
-    if misshaped:
-        faults.append(f"{len(misshaped)} of the wrong shape: {_some(misshaped)}")
-    if faults:
+def _report(where: object, faults: Mapping[str, list[str]]) -> None:
+    told = [f"{len(names)} {fault}: {some(names)}" for fault, names in faults.items() if names]
+    if told:
+        mend = _mend(faults["missing"], faults["unknown"])
         raise CheckpointError(
-            "the tensors do not fit config.json",
-            where=where,
-            got="; ".join(faults),
-            mend=_mend(missing, unknown),
+            "the tensors do not fit config.json", where=where, got="; ".join(told), mend=mend
         )
 
 
@@ -261,6 +250,7 @@ QUANTISED = (
 """Names of the tensors that GPTQ, AWQ, bitsandbytes and fp8 checkpoints add."""
 
 
-def _some(names: Sequence[str]) -> str:
+def some(names: Sequence[str]) -> str:
+    """The first few names, and how many more there are."""
     more = f" and {len(names) - SHOWN} more" if len(names) > SHOWN else ""
     return ", ".join(names[:SHOWN]) + more

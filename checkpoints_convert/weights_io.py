@@ -1,162 +1,181 @@
-"""Reading the tensors of a HuggingFace folder, one at a time, from safetensors files with or without an index."""
+"""The tensors of a HuggingFace folder: where each lies, and reading them one at a time.
 
-import contextlib
+The safetensors library validates the headers. The bytes are then read straight from the file: through the
+library's memory map they would be held twice.
+"""
+
 import dataclasses
-import json
+import os
+import re
 from collections import Counter
-from collections.abc import Iterator, Mapping
-from pathlib import Path, PurePosixPath
-from typing import Any
+from collections.abc import Mapping
+from pathlib import Path
 
+import ml_dtypes
 import numpy as np
 from safetensors import SafetensorError, safe_open
 
+from checkpoints_convert.json_files import parse_json, read_json
+from checkpoints_convert.rules import some
 from polarjax.errors import CheckpointError
 
-SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
+INDEX, SINGLE = "model.safetensors.index.json", "model.safetensors"
+DTYPES = {
+    "F32": np.dtype(np.float32),
+    "F16": np.dtype(np.float16),
+    "BF16": np.dtype(ml_dtypes.bfloat16),
+}
+"""The dtypes that a weight may have, as safetensors spells them."""
 
-_DTYPES = {"F32": 4, "F16": 2, "BF16": 2}
-"""Bytes of the safetensors dtypes that a weight may have."""
-
-_SHOWN = 10
-_DOWNLOAD = "download the checkpoint again"
+_DOWNLOAD = "download the file again"
 
 
 @dataclasses.dataclass(frozen=True)
-class Weights:
-    """The tensors of a checkpoint: where each lies, and its shape. Nothing is held in memory.
+class Tensor:
+    """Where a tensor lies.
 
     Attributes:
-      folder: the checkpoint.
-      files: the file of every tensor, by name.
-      shapes: the shape of every tensor, by name.
-      sizes: the bytes of every tensor, by name.
+      name: in the checkpoint.
+      file: that holds it.
+      kind: its dtype as the file spells it.
+      shape: of the tensor.
+      offset: of its first byte in the file.
     """
 
-    folder: Path
-    files: Mapping[str, Path]
-    shapes: Mapping[str, tuple[int, ...]]
-    sizes: Mapping[str, int]
+    name: str
+    file: Path
+    kind: str
+    shape: tuple[int, ...]
+    offset: int
 
-    def read(self, name: str) -> np.ndarray:
-        """One tensor in its stored dtype (bfloat16 as ml_dtypes' type)."""
-        with _opened(self.files[name]) as file:
-            return file.get_tensor(name)
-
-
-def open_weights(folder: Path) -> Weights:
-    """Lists the tensors of `folder` and checks that its files hold just them.
-
-    Raises:
-      CheckpointError: no weights, a file that is missing, damaged or not safetensors, an index that points
-        out of the folder or does not agree with the files, a dtype that is not a float of 16 or 32 bits.
-    """
-    if (folder / INDEX).is_file():
-        files = _indexed(folder)
-    elif (folder / SINGLE).exists():
-        files = dict.fromkeys(_names(folder / SINGLE), folder / SINGLE)
-    else:
-        expected = f"{SINGLE} or {INDEX}"
-        mend = "give a folder with safetensors weights, as save_pretrained writes it"
-        raise CheckpointError("no weights", where=folder, expected=expected, mend=mend)
-    shapes: dict[str, tuple[int, ...]] = {}
-    sizes: dict[str, int] = {}
-    for path in sorted(set(files.values())):
-        with _opened(path) as file:
-            for name in (name for name, where in files.items() if where == path):
-                shapes[name], sizes[name] = _described(file.get_slice(name), name, path)
-    return Weights(folder, files, shapes, sizes)
-
-
-def _described(tensor: Any, name: str, path: Path) -> tuple[tuple[int, ...], int]:
-    shape, dtype = tuple(tensor.get_shape()), tensor.get_dtype()
-    if dtype not in _DTYPES:
-        mend = "quantised checkpoints are unsupported; take the original weights"
-        raise CheckpointError(
-            f"unsupported dtype of {name}", where=path, got=dtype, expected=", ".join(_DTYPES), mend=mend
-        )
-    return shape, int(np.prod(shape, dtype=np.int64)) * _DTYPES[dtype]
-
-
-def _indexed(folder: Path) -> dict[str, Path]:
-    """The file of every tensor as the index says, once the files have been seen to agree."""
-    where = folder / INDEX
-    weight_map = read_json(where).get("weight_map")
-    if not isinstance(weight_map, dict) or not all(isinstance(file, str) for file in weight_map.values()):
-        raise CheckpointError("not an index of weights", where=where, expected="a weight_map", mend=_DOWNLOAD)
-    shards = sorted(set(weight_map.values()))
-    for shard in shards:
-        if PurePosixPath(shard).name != shard or "\\" in shard or not shard.endswith(".safetensors"):
+    @property
+    def dtype(self) -> np.dtype:
+        """The dtype; raises `CheckpointError` unless it is one of `DTYPES`."""
+        if self.kind not in DTYPES:
             raise CheckpointError(
-                "the index points out of its folder", where=where, got=shard, mend=_DOWNLOAD
+                f"unsupported dtype of {self.name}",
+                where=self.file,
+                got=self.kind,
+                expected=", ".join(DTYPES),
+                mend="quantised checkpoints are unsupported; take the original weights",
             )
-        if not (folder / shard).exists():
-            raise CheckpointError("a shard is missing", where=folder / shard, mend=_DOWNLOAD)
-    held = {shard: _names(folder / shard) for shard in shards}
-    _agree(where, weight_map, held)
-    return {name: folder / shard for name, shard in weight_map.items()}
+        return DTYPES[self.kind]
+
+    @property
+    def num_bytes(self) -> int:
+        """Size in bytes."""
+        return int(np.prod(self.shape, dtype=np.int64)) * self.dtype.itemsize
+
+    def read(self) -> np.ndarray:
+        """Reads the tensor into memory; raises `CheckpointError` when the file no longer holds it."""
+        count = self.num_bytes // self.dtype.itemsize
+        try:
+            array = np.fromfile(self.file, self.dtype, count=count, offset=self.offset)
+        except OSError as error:
+            raise CheckpointError("cannot be read", where=self.file, got=error.strerror) from error
+        if array.size != count:
+            raise CheckpointError(f"the file ends within {self.name}", where=self.file, mend=_DOWNLOAD)
+        return array.reshape(self.shape)
 
 
-def _agree(where: Path, weight_map: Mapping[str, str], held: Mapping[str, frozenset[str]]) -> None:
-    times = Counter(name for names in held.values() for name in names)
-    faults = {
-        "not in its shard": [name for name, shard in weight_map.items() if name not in held[shard]],
-        "in two shards": [name for name, count in times.items() if count > 1],
-        "not in the index": [name for name in times if name not in weight_map],
-    }
-    told = [
-        f"{len(names)} {fault}: {', '.join(sorted(names)[:_SHOWN])}"
-        for fault, names in faults.items()
-        if names
-    ]
-    if told:
-        raise CheckpointError("index and shards disagree", where=where, got="; ".join(told), mend=_DOWNLOAD)
-
-
-def _names(path: Path) -> frozenset[str]:
-    with _opened(path) as file:
-        return frozenset(file.keys())
-
-
-@contextlib.contextmanager
-def _opened(path: Path) -> Iterator[Any]:
-    try:
-        with safe_open(path, framework="np") as file:
-            yield file
-    except (SafetensorError, OSError) as error:
-        what, mend = _diagnosis(path)
-        got = next(iter(str(error).splitlines()), type(error).__name__)[:200]
-        raise CheckpointError(what, where=path, got=got, mend=mend) from error
-
-
-def _diagnosis(path: Path) -> tuple[str, str]:
-    """What a file that is not safetensors is instead, and the mend."""
-    if path.is_dir():
-        return "a directory where a weights file should be", _DOWNLOAD
-    with open(path, "rb") as file:
-        head = file.read(64)
-    if head.startswith(b"version https://git-lfs"):
-        return "this is a Git LFS pointer, not the weights", "run git lfs pull"
-    if head.lstrip()[:1] == b"<":
-        return "this is a web page, not the weights", _DOWNLOAD
-    return "empty weights file" if not head else "damaged weights file", _DOWNLOAD
-
-
-def read_json(file: Path) -> dict[str, Any]:
-    """The object in a JSON file.
+def open_weights(folder: Path) -> dict[str, Tensor]:
+    """Every tensor of a HuggingFace folder, by name; only headers are read.
 
     Raises:
-      CheckpointError: the file is missing, or holds anything else.
+      CheckpointError: there are no weights, or a file or the index is damaged; it is named.
     """
-    try:
-        data = json.loads(file.read_text("utf-8"))
-    except FileNotFoundError as error:
-        mend = "give a folder as save_pretrained writes it"
-        raise CheckpointError("no such file", where=file, mend=mend) from error
-    except (OSError, ValueError) as error:
+    if (folder / INDEX).exists():
+        return _sharded(folder)
+    if os.path.lexists(folder / SINGLE):
+        return _read_header(_inside(folder, SINGLE))
+    others = sorted(path.name for path in folder.glob("*.safetensors"))
+    mend = f"download {INDEX} too" if others else "give a folder with safetensors weights"
+    got = some(others) if others else None
+    raise CheckpointError("no weights", where=folder, got=got, expected=f"{SINGLE} or {INDEX}", mend=mend)
+
+
+def _sharded(folder: Path) -> dict[str, Tensor]:
+    weight_map = _read_index(folder / INDEX)
+    files = {name: _inside(folder, name) for name in sorted(set(weight_map.values()))}
+    shards = {name: _read_header(path) for name, path in files.items()}
+    times = Counter(name for shard in shards.values() for name in shard)
+    faults = {
+        "in two shards": [name for name, count in times.items() if count > 1],
+        "not in the shard that the index names": [
+            name for name, shard in weight_map.items() if name not in shards[shard]
+        ],
+        "not listed in the index": [name for name in times if name not in weight_map],
+    }
+    told = [f"{len(names)} {fault}: {some(sorted(names))}" for fault, names in faults.items() if names]
+    if told:
+        mend = "download the whole folder again"
         raise CheckpointError(
-            "not readable as JSON", where=file, got=str(error)[:200], mend=_DOWNLOAD
-        ) from error
-    if not isinstance(data, dict):
-        raise CheckpointError("not a JSON object", where=file, got=type(data).__name__, mend=_DOWNLOAD)
-    return data
+            "index and shards disagree", where=folder / INDEX, got="; ".join(told), mend=mend
+        )
+    return {name: shards[shard][name] for name, shard in weight_map.items()}
+
+
+def _read_index(file: Path) -> Mapping[str, str]:
+    weight_map = read_json(file).get("weight_map")
+    if not isinstance(weight_map, dict) or not weight_map:
+        raise CheckpointError("not an index of weights", where=file, expected="a weight_map", mend=_DOWNLOAD)
+    for shard in weight_map.values():
+        if not isinstance(shard, str) or not re.fullmatch(r"\w[\w. +=-]*", shard):
+            expected = "the name of a file beside the index"
+            mend = "do not trust this checkpoint"
+            raise CheckpointError(
+                "the index points out of its folder",
+                where=file,
+                got=repr(shard),
+                expected=expected,
+                mend=mend,
+            )
+    return weight_map
+
+
+def _inside(folder: Path, name: str) -> Path:
+    """The file `name` of `folder`; links may lead into the folder itself or to a hub cache's blobs, no further."""
+    path = folder / name
+    if not os.path.lexists(path):
+        raise CheckpointError("a shard is missing", where=path, mend="download it too")
+    root = folder.resolve()
+    allowed = {root, root.parents[1] / "blobs"} if root.parent.name == "snapshots" else {root}
+    if path.resolve().parent not in allowed:
+        got, mend = path.resolve(), "copy the file into the folder if you trust it"
+        raise CheckpointError("a weights file links out of its folder", where=path, got=got, mend=mend)
+    return path
+
+
+def _read_header(file: Path) -> dict[str, Tensor]:
+    """The tensors of one safetensors file, validated."""
+    try:
+        with safe_open(file, "np"):
+            pass
+        with open(file, "rb") as stream:
+            size = int.from_bytes(stream.read(8), "little")
+            header = parse_json(stream.read(size))
+    except (SafetensorError, OSError, ValueError) as error:
+        what, mend = _diagnosis(file)
+        raise CheckpointError(what, where=file, got=str(error)[:200], mend=mend) from error
+    header.pop("__metadata__", None)
+    return {
+        name: Tensor(name, file, entry["dtype"], tuple(entry["shape"]), 8 + size + entry["data_offsets"][0])
+        for name, entry in header.items()
+    }
+
+
+def _diagnosis(file: Path) -> tuple[str, str]:
+    """What a file that is not safetensors is instead, and the mend."""
+    if not file.is_file():
+        what = "a folder where a weights file should be" if file.is_dir() else "the weights file is missing"
+        return what, _DOWNLOAD
+    with open(file, "rb") as stream:
+        start = stream.read(64)
+    if start.startswith(b"version https://git-lfs"):
+        return "this is a Git LFS pointer, not the weights", "run git lfs pull in that folder"
+    if start.lstrip()[:1] == b"<":
+        return (
+            "this is a web page, not the weights",
+            "download the file itself, logged in if the model is gated",
+        )
+    return "the weights file is empty" if not start else "a truncated or damaged weights file", _DOWNLOAD

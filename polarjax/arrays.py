@@ -58,13 +58,13 @@ class ArrayWriter:
         """Finishes the checkpoint and returns its record."""
         self._write()
         with _orbax("cannot write the arrays", self._folder):
-            ocp.partial.finalize(self._folder)
+            ocp.partial.finalize(str(self._folder))
         return {"arrays": self._arrays, "files": _digests(self._folder, _files(self._folder))}
 
     def _write(self) -> None:
         if self._batch:
             with _orbax("cannot write the arrays", self._folder), _context():
-                ocp.partial.save(self._folder, self._batch)
+                ocp.partial.save(str(self._folder), self._batch)
         self._batch = {}
 
 
@@ -99,7 +99,7 @@ def read_arrays(
         for name, entry in record["arrays"].items()
     }
     with _orbax("the arrays cannot be read", folder, mend):
-        return ocp.load(folder, targets)
+        return ocp.load(str(folder), targets)
 
 
 def _context() -> ocp.Context:

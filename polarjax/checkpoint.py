@@ -10,7 +10,6 @@ manifest.json   format version, dtype, source, shapes and checksums of params/
 
 import contextlib
 import dataclasses
-import json
 import os
 import shutil
 from collections.abc import Iterator
@@ -27,7 +26,7 @@ from polarjax.model import Decoder, abstract, parameters, with_parameters
 from polarjax.sparsity.plan import PlanTable
 from polarjax.sparsity.router import LayerRouter, Routers
 from polarjax.sparsity.select import Sparsity
-from polarjax.storage import absolute, atomic_folder
+from polarjax.storage import absolute, atomic_folder, read_json, write_json
 from polarjax.tokenizer import Tokenizer, has_tokenizer
 from polarjax.types import Array, DTypeLike
 
@@ -111,7 +110,7 @@ class ModelWriter:
             got = f"none of {', '.join(missing[:10])}"
             raise CheckpointError("parameters are missing", where="model directory", got=got)
         record = self._params.close()
-        _write_json(self.folder / "config.json", {"format": FORMAT, **self._config.to_json()})
+        write_json(self.folder / "config.json", {"format": FORMAT, **self._config.to_json()})
         manifest = {
             "format": FORMAT,
             "polarjax": polarjax.__version__,
@@ -119,7 +118,7 @@ class ModelWriter:
             "dtype": record["arrays"]["embed.tokens"]["dtype"],
             "params": record,
         }
-        _write_json(self.folder / "manifest.json", manifest)
+        write_json(self.folder / "manifest.json", manifest)
 
 
 @contextlib.contextmanager
@@ -129,7 +128,7 @@ def new_model(
     *,
     model_type: str | None = None,
     overwrite: bool = False,
-    batch_bytes: int = BATCH_BYTES,
+    largest: int = 0,
 ) -> Iterator[ModelWriter]:
     """Makes a model directory that appears at `path` only when the block ends without an exception.
 
@@ -138,13 +137,13 @@ def new_model(
       config: of the model; its parameters are all expected.
       model_type: the HuggingFace family it comes from.
       overwrite: whether an existing model directory is replaced.
-      batch_bytes: parameters are gathered up to this size before they are written.
+      largest: bytes of the largest parameter, if known; that much is gathered before it is written.
 
     Raises:
       CheckpointError: `path` exists, the disk refuses, or a parameter is missing, unknown or mis-shaped.
     """
     with atomic_folder(absolute(path), overwrite=overwrite, may_replace=is_model_directory) as folder:
-        writer = ModelWriter(folder, config, model_type=model_type, batch_bytes=batch_bytes)
+        writer = ModelWriter(folder, config, model_type=model_type, batch_bytes=max(largest, BATCH_BYTES))
         yield writer
         writer.finish()
 
@@ -173,7 +172,7 @@ def save(path: str | os.PathLike[str], bundle: Bundle, *, overwrite: bool = Fals
             _write_routers(writer.folder / "routers", bundle.routers)
         if bundle.plans is not None:
             bundle.plans.check(model.config)
-            _write_json(writer.folder / "plans.json", bundle.plans.to_json())
+            write_json(writer.folder / "plans.json", bundle.plans.to_json())
 
 
 def load(path: str | os.PathLike[str], *, dtype: DTypeLike | None = None) -> Bundle:
@@ -243,7 +242,7 @@ def write_plans(path: str | os.PathLike[str], plans: PlanTable) -> None:
     read_manifest(folder)
     _located(folder / "plans.json", plans.check, read_config(folder))
     temporary = folder / ".plans.json.polarjax-tmp"
-    _write_json(temporary, plans.to_json())
+    write_json(temporary, plans.to_json())
     temporary.replace(folder / "plans.json")
 
 
@@ -255,7 +254,7 @@ def _write_routers(folder: Path, routers: Routers) -> None:
             value = getattr(layer, field.name)
             if value is not None:
                 writer.add(f"layers.{i}.{field.name}", np.asarray(value))
-    _write_json(folder / "manifest.json", {"format": FORMAT, "arrays": writer.close()})
+    write_json(folder / "manifest.json", {"format": FORMAT, "arrays": writer.close()})
 
 
 def _read_routers(folder: Path, config: ModelConfig) -> Routers | None:
@@ -299,25 +298,11 @@ def _is_hf(folder: Path) -> bool:
     )
 
 
-def _write_json(file: Path, data: dict[str, Any]) -> None:
-    with open(file, "w", encoding="utf-8") as stream:
-        json.dump(data, stream, indent=2)
-        stream.write("\n")
-        stream.flush()
-        os.fsync(stream.fileno())
-
-
 def _read_json(file: Path, keys: tuple[str, ...]) -> dict[str, Any]:
-    try:
-        data = json.loads(file.read_text("utf-8"))
-    except FileNotFoundError as error:
-        raise CheckpointError("a part of the model directory is missing", where=file, mend=_AGAIN) from error
-    except (OSError, ValueError) as error:
-        raise CheckpointError("not readable as JSON", where=file, got=str(error), mend=_AGAIN) from error
-    if not isinstance(data, dict) or not all(key in data for key in keys):
-        raise CheckpointError(
-            "not a polarjax file", where=file, expected=f"the keys {', '.join(keys)}", mend=_AGAIN
-        )
+    data = read_json(file, mend=_AGAIN)
+    if not all(key in data for key in keys):
+        expected = f"the keys {', '.join(keys)}"
+        raise CheckpointError("not a polarjax file", where=file, expected=expected, mend=_AGAIN)
     if data.get("format", FORMAT) != FORMAT:
         raise CheckpointError(
             "written in another format",

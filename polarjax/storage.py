@@ -1,13 +1,15 @@
-"""Folders on disk that appear whole or not at all."""
+"""Folders on disk that appear whole or not at all, and JSON files in them."""
 
 import contextlib
 import fcntl
 import glob
+import json
 import os
 import secrets
 import shutil
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 from polarjax.errors import CheckpointError
 
@@ -64,6 +66,28 @@ def remove_stale(path: Path) -> None:
             shutil.rmtree(folder)
 
 
+def write_json(file: Path, data: dict[str, Any]) -> None:
+    """Writes an object as JSON, down to the disk."""
+    with open(file, "w", encoding="utf-8") as stream:
+        json.dump(data, stream, indent=2)
+        stream.write("\n")
+        stream.flush()
+        os.fsync(stream.fileno())
+
+
+def read_json(file: Path, *, mend: str) -> dict[str, Any]:
+    """The object in a JSON file; raises `CheckpointError` when there is none."""
+    try:
+        data = json.loads(file.read_text("utf-8"))
+    except FileNotFoundError as error:
+        raise CheckpointError("the file is missing", where=file, mend=mend) from error
+    except (OSError, ValueError, RecursionError) as error:
+        raise CheckpointError("not readable as JSON", where=file, got=str(error), mend=mend) from error
+    if not isinstance(data, dict):
+        raise CheckpointError("not a JSON object", where=file, got=type(data).__name__, mend=mend)
+    return data
+
+
 def _sibling(path: Path) -> Path:
     return path.with_name(f".{path.name}{_MARK}{secrets.token_hex(4)}")
 
@@ -115,7 +139,11 @@ def _put(temporary: Path, path: Path) -> None:
     if os.path.lexists(path):
         old = _sibling(path)
         path.rename(old)
-        temporary.rename(path)
+        try:
+            temporary.rename(path)
+        except OSError:
+            old.rename(path)
+            raise
         if old.is_dir() and not old.is_symlink():
             shutil.rmtree(old)
         else:

@@ -28,7 +28,7 @@ def _common(
 ) -> ModelConfig:
     """What the kin share; the arguments are the defaults of keys that are absent, and the fields that differ."""
     width, heads = reader.size("hidden_size"), reader.size("num_attention_heads")
-    head_dim = reader.size("head_dim", head_dim)
+    head_dim = reader.optional_size("head_dim", head_dim)
     if head_dim is None and width % heads:
         mend = "correct config.json"
         raise reader.refuse(
@@ -46,7 +46,7 @@ def _common(
         max_positions=max_positions,
         norm="rms",
         norm_eps=reader.number("rms_norm_eps", 1e-6),
-        activation=reader.activation("hidden_act", "silu"),  # pyright: ignore[reportArgumentType]
+        activation=reader.activation("hidden_act", "silu"),
         gated_mlp=True,
         positions="rope",
         rope=reader.rope(max_positions),

@@ -1,0 +1,35 @@
+"""JSON objects from files that come from elsewhere."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+from polarjax.errors import CheckpointError
+
+
+def read_json(file: Path) -> dict[str, Any]:
+    """A JSON object from a file; raises `CheckpointError` when it is anything else or names a key twice."""
+    mend = "download the file again"
+    try:
+        data = parse_json(file.read_bytes())
+    except (OSError, ValueError) as error:
+        raise CheckpointError("not readable as JSON", where=file, got=str(error)[:200], mend=mend) from error
+    if not isinstance(data, dict):
+        raise CheckpointError("not a JSON object", where=file, got=type(data).__name__, mend=mend)
+    return data
+
+
+def parse_json(text: bytes) -> Any:
+    """Like `json.loads`, but raises `ValueError` for a key that occurs twice and for boundless nesting."""
+    try:
+        return json.loads(text, object_pairs_hook=_unique)
+    except RecursionError as error:
+        raise ValueError("nested too deeply") from error
+
+
+def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    data = dict(pairs)
+    if len(data) != len(pairs):
+        keys = [key for key, _ in pairs]
+        raise ValueError(f"the key {next(key for key in keys if keys.count(key) > 1)!r} occurs twice")
+    return data
