@@ -61,7 +61,12 @@ class Routers:
     def neuron_scores(
         self, layer: int, x: Float[Array, "... D"], *, activity: Float[Array, "... F"] | None = None
     ) -> Float[Array, "... F"]:
-        """Logits that a neuron is active, float32."""
+        """Evidence that a neuron is active, above 0, float32: `-log(1 - p)` = softplus of the router's logit.
+
+        Summed over a batch, as decoding does, it ranks neurons by the probability that any token makes them
+        active. The published score is the positive part of the logit: its corner ties all neurons below 0, so
+        that reaching a recall of .99 takes nearly all of them.
+        """
         del activity
         router = self.layers[layer]
         if router.w_in is None or router.w_out is None:
@@ -70,7 +75,7 @@ class Routers:
                 where="routers",
                 mend="train routers for a ReLU model, or use a plan whose neurons are dense",
             )
-        return score_neurons(x, router.w_in, router.w_out)
+        return jax.nn.softplus(score_neurons(x, router.w_in, router.w_out))
 
     def check(self, config: ModelConfig) -> None:
         """Raises `SparsityError` unless these routers fit a model of this configuration."""
@@ -107,7 +112,7 @@ def router_rank(config: ModelConfig) -> int:
 def init_routers(
     config: ModelConfig, key: Array, *, rank: int | None = None, neurons: bool | None = None
 ) -> Routers:
-    """Untrained routers, float32.
+    """Untrained routers, float32. Group routers begin at zero: one linear map needs no symmetry broken.
 
     Args:
       config: the model's configuration.
@@ -120,9 +125,9 @@ def init_routers(
     D, F, K = config.d_model, config.d_ff, config.num_kv_heads
 
     def layer(key: Array) -> LayerRouter:
-        keys = jax.random.split(key, 3)
+        keys = jax.random.split(key)
         normal = lambda key, *shape: jax.random.normal(key, shape, jnp.float32) * shape[0] ** -0.5
         w_in, w_out = (normal(keys[0], D, rank), normal(keys[1], rank, F)) if neurons else (None, None)
-        return LayerRouter(w_in, w_out, normal(keys[2], D, K), jnp.zeros((K,), jnp.float32))
+        return LayerRouter(w_in, w_out, jnp.zeros((D, K)), jnp.zeros((K,)))
 
     return Routers(tuple(layer(k) for k in jax.random.split(key, config.num_layers)))
