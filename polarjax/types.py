@@ -20,7 +20,7 @@ from typing import Literal
 
 from jax import Array
 from jax.typing import ArrayLike, DTypeLike
-from jaxtyping import Bool, Float, Int, Int32, Key, UInt8
+from jaxtyping import Bool, Float, Int, Int32, Key, Num, UInt8
 
 type Path = str | os.PathLike[str]
 type Implementation = Literal["xla", "mosaic"] | None  # None: the best one available
@@ -35,6 +35,7 @@ __all__ = [
     "Int",
     "Int32",
     "Key",
+    "Num",
     "Path",
     "UInt8",
 ]

@@ -1,0 +1,161 @@
+"""Recorded activations on disk: what routers learn from, memory-mapped."""
+
+import dataclasses
+import json
+import math
+from pathlib import Path
+from typing import Literal, get_args
+
+import jax.numpy as jnp
+import numpy as np
+
+from polarjax import types
+from polarjax.configs import ModelConfig
+from polarjax.errors import InputError, SparsityError
+
+FORMAT = 1
+Part = Literal["train", "validation", "test"]
+Record = Literal["activity", "norms"]
+COLLECT = "collect them again: polarjax collect"
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Activations:
+    """What a model did at n tokens; the arrays are memory-mapped when they come from a folder.
+
+    Attributes:
+      config: of the model that was recorded.
+      fingerprint: of its weights (see `polarjax.sparsity.collect`), "" if unknown.
+      dtype: of the router inputs, which is the model's.
+      inputs: router inputs [L n D]; bfloat16 is stored as its uint16 bits.
+      activity: packed neuron activity, uint8 [L n ceil(F / 8)], as in `Taps`; None if not recorded.
+      norms: group norms, float32 [L n K]; None if not recorded.
+      part: which part each token belongs to, uint8 [n]: 0 train, 1 validation, 2 test.
+    """
+
+    config: ModelConfig
+    fingerprint: str = ""
+    dtype: types.DTypeLike
+    inputs: np.ndarray
+    activity: np.ndarray | None
+    norms: np.ndarray | None
+    part: np.ndarray
+
+    @property
+    def num_tokens(self) -> int:
+        """n, all parts together."""
+        return len(self.part)
+
+    def rows(self, part: Part | None = None) -> np.ndarray:
+        """The row numbers of the tokens in `part` (all tokens for None), ascending."""
+        if part is None:
+            return np.arange(self.num_tokens)
+        if part not in get_args(Part):
+            raise InputError("no such part", got=repr(part), expected=" | ".join(get_args(Part)))
+        return np.flatnonzero(self.part == get_args(Part).index(part))
+
+    def router_inputs(self, rows: np.ndarray, layer: slice = slice(None)) -> np.ndarray:
+        """The router inputs at `rows`, [L b D] in the model's dtype."""
+        raw = np.stack([of_layer[rows] for of_layer in self.inputs[layer]])
+        return raw.view(jnp.dtype(self.dtype))
+
+    def records(self, kind: Record, rows: np.ndarray, layer: slice = slice(None)) -> np.ndarray:
+        """The packed activity [L b bytes] or the norms [L b K] at `rows`; `SparsityError` if not recorded."""
+        stored = self.activity if kind == "activity" else self.norms
+        if stored is None:
+            raise SparsityError(f"these activations hold no {kind}", where="activations", mend=COLLECT)
+        return np.stack([of_layer[rows] for of_layer in stored[layer]])
+
+    def check(self, config: ModelConfig, fingerprint: str | None = None) -> None:
+        """Raises `SparsityError` unless they were recorded from a model of this config (and these weights)."""
+        if config != self.config:
+            mine, other = self.config.to_json(), config.to_json()
+            name = next(name for name in mine if mine[name] != other[name])
+            _refuse_model(f"{name} {mine[name]}", f"{other[name]}")
+        if fingerprint is not None and self.fingerprint not in ("", fingerprint):
+            _refuse_model(f"weights {self.fingerprint[:12]}", fingerprint[:12])
+
+
+def _refuse_model(got: str, expected: str) -> None:
+    raise SparsityError(
+        "the activations are of another model", where="activations", got=got, expected=expected, mend=COLLECT
+    )
+
+
+def array_specs(
+    config: ModelConfig, dtype: types.DTypeLike, tokens: int
+) -> dict[str, tuple[tuple[int, ...], np.dtype]]:
+    """Name -> (shape, stored dtype) of every array of a recording; neuron activity for ReLU models only."""
+    L, D, F, K = config.num_layers, config.d_model, config.d_ff, config.num_kv_heads
+    dtype = jnp.dtype(dtype)
+    specs = {
+        "inputs": ((L, tokens, D), np.dtype(np.uint16) if dtype == jnp.bfloat16 else dtype),
+        "activity": ((L, tokens, -(-F // 8)), np.dtype(np.uint8)),
+        "norms": ((L, tokens, K), np.dtype(np.float32)),
+        "part": ((tokens,), np.dtype(np.uint8)),
+    }
+    return {name: spec for name, spec in specs.items() if config.neuron_sparsity or name != "activity"}
+
+
+def row_bytes(config: ModelConfig, dtype: types.DTypeLike) -> int:
+    """Bytes on disk of one token of a recording."""
+    return sum(math.prod(shape) * stored.itemsize for shape, stored in array_specs(config, dtype, 1).values())
+
+
+def is_activations(path: Path) -> bool:
+    """Whether `path` is a folder of activations."""
+    return (path / "meta.json").is_file() and (path / "inputs.npy").is_file()
+
+
+def write_meta(
+    folder: Path, config: ModelConfig, dtype: types.DTypeLike, *, tokens: int, fingerprint: str
+) -> None:
+    """Writes what `open_activations` reads beside the arrays."""
+    meta = {
+        "format": FORMAT,
+        "config": config.to_json(),
+        "fingerprint": fingerprint,
+        "dtype": jnp.dtype(dtype).name,
+        "tokens": tokens,
+    }
+    (folder / "meta.json").write_text(json.dumps(meta, indent=1) + "\n", encoding="utf-8")
+
+
+def open_activations(path: types.Path) -> Activations:
+    """Opens a folder that `collect` wrote, without reading the arrays into memory.
+
+    Raises:
+      InputError: the folder is missing, damaged, or of another format version.
+    """
+    folder = Path(path)
+    try:
+        meta = json.loads((folder / "meta.json").read_text("utf-8"))
+        if meta["format"] != FORMAT:
+            raise _unreadable(folder, f"format {meta['format']}", f"format {FORMAT}")
+        config, fingerprint = ModelConfig.from_json(meta["config"]), str(meta["fingerprint"])
+        dtype = jnp.dtype(meta["dtype"])
+        specs = array_specs(config, dtype, meta["tokens"])
+        arrays = {name: np.load(folder / f"{name}.npy", mmap_mode="r") for name in specs}
+    except InputError:
+        raise
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise _unreadable(folder, f"{type(error).__name__}: {error}") from error
+    for name, (shape, stored) in specs.items():
+        if (arrays[name].shape, arrays[name].dtype) != (shape, stored):
+            got, expected = f"{arrays[name].dtype} {arrays[name].shape}", f"{stored} {shape}"
+            raise _unreadable(folder, f"{name}: {got}", expected)
+    return Activations(
+        config=config,
+        fingerprint=fingerprint,
+        dtype=dtype,
+        inputs=arrays["inputs"],
+        activity=arrays.get("activity"),
+        norms=arrays["norms"],
+        part=np.array(arrays["part"]),
+    )
+
+
+def _unreadable(folder: Path, got: str, expected: str | None = None) -> InputError:
+    return InputError(
+        "not a usable folder of activations", where=folder, got=got, expected=expected, mend=COLLECT
+    )
