@@ -5,6 +5,7 @@ Orbax's current format has no checksum over uncompressed array data, so the reco
 
 import contextlib
 import hashlib
+import tempfile
 from collections.abc import Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -57,14 +58,14 @@ class ArrayWriter:
     def close(self) -> Record:
         """Finishes the checkpoint and returns its record."""
         self._write()
-        with _orbax("cannot write the arrays", self._folder):
-            ocp.partial.finalize(str(self._folder))
+        with _orbax("cannot write the arrays", self._folder), _plain(self._folder) as path:
+            ocp.partial.finalize(path)
         return {"arrays": self._arrays, "files": _digests(self._folder, _files(self._folder))}
 
     def _write(self) -> None:
         if self._batch:
-            with _orbax("cannot write the arrays", self._folder), _context():
-                ocp.partial.save(str(self._folder), self._batch)
+            with _orbax("cannot write the arrays", self._folder), _plain(self._folder) as path, _context():
+                ocp.partial.save(path, self._batch)
         self._batch = {}
 
 
@@ -98,8 +99,8 @@ def read_arrays(
         )
         for name, entry in record["arrays"].items()
     }
-    with _orbax("the arrays cannot be read", folder, mend):
-        return ocp.load(str(folder), targets)
+    with _orbax("the arrays cannot be read", folder, mend), _plain(folder) as path:
+        return ocp.load(path, targets)
 
 
 def _context() -> ocp.Context:
@@ -117,6 +118,18 @@ def _orbax(what: str, folder: Path, mend: str | None = None) -> Iterator[None]:
     except (ValueError, KeyError, RuntimeError) as error:
         detail = next(iter(str(error).splitlines()), "")[:200]
         raise CheckpointError(what, where=folder, got=detail, mend=mend) from error
+
+
+@contextlib.contextmanager
+def _plain(folder: Path) -> Iterator[str]:
+    """`folder` by a name that orbax, which takes paths for glob patterns, can be given."""
+    if not set("*?[") & set(str(folder)):
+        yield str(folder)
+        return
+    with tempfile.TemporaryDirectory() as place:
+        link = Path(place, "link")
+        link.symlink_to(folder.parent, target_is_directory=True)
+        yield str(link / folder.name)
 
 
 def _files(folder: Path) -> list[str]:

@@ -39,7 +39,7 @@ VERBS = {
     "train-routers": Verb("polarjax.cli.train_routers:train_routers", "Learn to predict that activity."),
     "calibrate": Verb("polarjax.cli.calibrate:calibrate", "Find how many neurons each batch size needs."),
     "generate": Verb("polarjax.cli.generate:generate", "Continue prompts, dense or sparse."),
-    "eval": Verb("polarjax.cli.eval:evaluate", "Measure the quality of sparse decoding against dense."),
+    "eval": Verb("polarjax.cli.evaluate:evaluate", "Measure the quality of sparse decoding against dense."),
     "demo": Verb("polarjax.cli.demo:demo", "All of it on the small model that comes with polarjax."),
 }
 

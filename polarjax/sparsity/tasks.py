@@ -53,11 +53,9 @@ class GroupTask:
 
     Attributes:
       kept: how many groups of each token are positive, and are selected.
-      energy: weigh a mistake by what it loses, instead of the published weights.
     """
 
     kept: int
-    energy: bool = False
     name: ClassVar[str] = "groups"
     record: ClassVar[Record] = "norms"
     fields: ClassVar[tuple[str, ...]] = ("w_group", "b_group")
@@ -72,17 +70,8 @@ class GroupTask:
         return top_mask(norms, self.kept)
 
     def importance(self, label: Float[Array, "b K"], norms: Float[Array, "b K"]) -> Float[Array, "b K"]:
-        """Published weights: a positive counts 1, a negative `mean(label)`.
-
-        With `energy`: how far the group's squared norm lies from the border between kept and skipped (midway
-        between the two norms beside it), divided by the mean of that: the energy that the mistake loses.
-        """
-        if not self.energy or self.kept >= norms.shape[-1]:
-            return jnp.where(label > 0, 1.0, jnp.mean(label))
-        ordered = jnp.sort(norms, -1, descending=True)
-        border = (ordered[:, self.kept - 1 : self.kept] + ordered[:, self.kept : self.kept + 1]) / 2
-        lost = jnp.abs(norms**2 - border**2)
-        return lost / jnp.maximum(jnp.mean(lost), 1e-30)
+        """Published weights: a positive counts 1, a negative `mean(label)`."""
+        return jnp.where(label > 0, 1.0, jnp.mean(label))
 
     def chosen(self, scores: Float[Array, "b K"]) -> Bool[Array, "b K"]:
         """The groups that decoding would select."""

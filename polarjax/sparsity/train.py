@@ -35,7 +35,6 @@ class TrainOptions:
       patience: a layer stops after so many epochs without a gain on the validation tokens.
       good_enough: a layer stops when its measure (see `TrainReport`) exceeds this.
       rank: R of the neuron routers; None takes `router_rank(config)`.
-      group_energy: weigh a group router's mistakes by the squared norm they lose, not as published.
       memory_bytes: training tokens are kept on the device up to this size, and read from disk beyond it.
     """
 
@@ -47,7 +46,6 @@ class TrainOptions:
     patience: int = 5
     good_enough: float = 0.99
     rank: int | None = None
-    group_energy: bool = False
     memory_bytes: int = 4 * 10**9
 
     def __post_init__(self) -> None:
@@ -128,7 +126,7 @@ def train_routers(
     initial_key, neuron_key, group_key = jax.random.split(key, 3)
     initial = _stack(init_routers(config, initial_key, rank=options.rank))
     kept = max(1, math.floor(density * config.num_kv_heads + 1e-9))
-    groups = GroupTask(kept, options.group_energy)
+    groups = GroupTask(kept)
     weights, quality = fit(groups, weights_of(groups, initial), activations, group_key, options)
     neuron_quality = None
     if config.neuron_sparsity:

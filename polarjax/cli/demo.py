@@ -1,0 +1,39 @@
+"""`polarjax demo`: the whole way on the small model that comes with polarjax."""
+
+import json
+import time
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+import polarjax
+from checkpoints_convert import convert_checkpoint
+from polarjax.demo import DemoOptions, run
+from polarjax.demo.pictures import draw
+from polarjax.demo.report import text
+from polarjax.storage import absolute
+
+MODEL = Path(polarjax.__file__).parent / "assets" / "opt-6m"
+
+
+def demo(
+    out: Annotated[Path, typer.Option(help="Where everything is written.")] = Path("polarjax-demo"),
+    quick: Annotated[bool, typer.Option("--quick", help="A tenth of the work, for a first look.")] = False,
+) -> dict[str, Any]:
+    """Convert, record, train routers, calibrate, generate and measure; nothing is downloaded."""
+    started = time.perf_counter()
+    out = absolute(out)
+    convert_checkpoint(MODEL, out / "model", overwrite=True)
+    options = (
+        DemoOptions(learn=56, measure=4, epochs=1, new_tokens=8, densities=(1.0, 0.75)) if quick else None
+    )
+    results = run(out / "model", options)
+    print(text(results))
+    (out / "results.json").write_text(json.dumps(results, indent=1))
+    try:
+        draw(results, out)
+    except ImportError:
+        print("\nNo pictures, because matplotlib is not installed. Mend: pip install 'polarjax[plot]'")
+    print(f"\n{time.perf_counter() - started:.0f} s. Model, results.json and pictures are in {out}")
+    return results

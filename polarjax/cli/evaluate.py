@@ -1,0 +1,85 @@
+"""`polarjax eval`: perplexity of a model directory on a text, dense and sparse, and their agreement."""
+
+from pathlib import Path
+from typing import Annotated, Any
+
+import numpy as np
+import typer
+
+from polarjax.cli.generate import densities
+from polarjax.cli.inputs import load_with_tokenizer, text_windows
+from polarjax.data import read_text
+from polarjax.errors import InputError
+from polarjax.evaluation import agreement, perplexity
+from polarjax.evaluation.perplexity import Perplexity
+from polarjax.tokenizer import Tokenizer
+
+
+def evaluate(
+    folder: Annotated[Path, typer.Argument(help="A model directory.")],
+    text: Annotated[
+        list[Path], typer.Option(help="A UTF-8 text (.txt, .txt.xz); may be given several times.")
+    ],
+    window: Annotated[int | None, typer.Option(help="Tokens of a window; default: up to 512.")] = None,
+    max_tokens: Annotated[int, typer.Option(help="Most tokens to score, spread evenly.")] = 32_768,
+    batch_size: Annotated[int, typer.Option(help="Windows at a time, and the batch decoded.")] = 8,
+    context: Annotated[int, typer.Option(help="Tokens of a window read densely, unscored.")] = 1,
+    head_density: Annotated[float | None, typer.Option(help="Fraction of heads (groups) to keep.")] = None,
+    dense: Annotated[bool, typer.Option("--dense", help="Measure the dense model alone.")] = False,
+    dtype: Annotated[str | None, typer.Option(help="Of the computation; default: as stored.")] = None,
+) -> dict[str, Any]:
+    """Measure how well the model predicts a text, dense and sparse, masked at every position and as decoded."""
+    if dense and head_density is not None:
+        raise InputError("--dense and --head-density contradict each other", mend="give one of them")
+    texts = [read_text(path) for path in text]
+    bundle, tokenizer = load_with_tokenizer(folder, dtype)
+    length = min(512, bundle.model.config.max_positions) if window is None else window
+    source = ", ".join(map(str, text))
+    windows = text_windows(texts, tokenizer, length, most=max_tokens // max(length, 1), source=source)
+    options: dict[str, Any] = {"batch_size": batch_size, "context": context}
+    measured = perplexity(bundle.model, windows, **options, description="dense")
+    num_bytes = _scored_bytes(windows, context, tokenizer)
+    result: dict[str, Any] = {
+        "windows": len(windows),
+        "window": length,
+        **options,
+        "scored_tokens": measured.tokens,
+        "scored_bytes": num_bytes,
+        "dense": _numbers(measured, num_bytes),
+    }
+    _print_dense(result)
+    if not dense:
+        for mode, size in (("masked", 1), ("decode", batch_size)):
+            sparsity = bundle.sparsity(size, head_density)
+            common: dict[str, Any] = {"mode": mode, **options, "description": f"sparse, {mode}"}
+            result[mode] = {
+                "density": densities(sparsity.plan, bundle.model.config),
+                **_numbers(perplexity(bundle.model, windows, sparsity=sparsity, **common), num_bytes),
+                **agreement(bundle.model, windows, sparsity, **common).to_json(),
+            }
+            _print_sparse(mode, result)
+    return result
+
+
+def _scored_bytes(windows: np.ndarray, context: int, tokenizer: Tokenizer) -> int:
+    texts = tokenizer.decode(windows[:, max(context, 1) :])
+    return sum(len(text.encode()) for text in texts)
+
+
+def _numbers(measured: Perplexity, num_bytes: int) -> dict[str, float]:
+    return measured.to_json() | {"bits_per_byte": measured.bits_per_byte(num_bytes)}
+
+
+def _print_dense(result: dict[str, Any]) -> None:
+    print("{windows} windows of {window} tokens, {scored_tokens} tokens scored".format(**result))
+    print("dense   perplexity {perplexity:8.3f}   {bits_per_byte:.3f} bits/byte".format(**result["dense"]))
+
+
+def _print_sparse(mode: str, result: dict[str, Any]) -> None:
+    row, base = result[mode], result["dense"]["perplexity"]
+    change = row["perplexity"] / base - 1
+    print(
+        f"{mode}  perplexity {row['perplexity']:8.3f}   {row['bits_per_byte']:.3f} bits/byte   {change:+.1%}, "
+        f"same next token {row['top1']:.1%}, KL {row['kl']:.4f} nats, "
+        "keeping {neurons:.0%} of neurons, {groups:.0%} of heads".format(**row["density"])
+    )

@@ -1,0 +1,69 @@
+"""The demo's two pictures; matplotlib is the extra `polarjax[plot]`."""
+
+from pathlib import Path
+from typing import Any
+
+_LOOKS = {
+    "router": ("#0072B2", "o-"),
+    "oracle": ("#009E73", "s--"),
+    "random": ("#D55E00", "^-"),
+    "static": ("#CC79A7", "d:"),
+}  # colours that colour-blind readers can tell apart (Okabe and Ito)
+
+
+def draw(results: dict[str, Any], out: Path) -> list[Path]:
+    """Writes `perplexity.png` and `neurons.png` into `out`.
+
+    Raises:
+      ImportError: matplotlib is not installed.
+    """
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    paths = [out / "perplexity.png", out / "neurons.png"]
+    for path, fill in zip(paths, (_perplexity, _neurons), strict=True):
+        figure, axes = pyplot.subplots(figsize=(7, 4.2), layout="constrained")
+        fill(results, figure, axes)
+        figure.savefig(path, dpi=150)
+        pyplot.close(figure)
+    return paths
+
+
+def _perplexity(results: dict[str, Any], figure: Any, axes: Any) -> None:
+    quality = results["quality"]
+    densities = [row["density"] for row in quality["rows"]]
+    for name, (colour, style) in _LOOKS.items():
+        axes.plot(densities, [row[name] for row in quality["rows"]], style, color=colour, label=name)
+    axes.axhline(quality["dense"], color="0.5", linewidth=1, label="dense")
+    axes.set(
+        yscale="log",
+        xlabel="fraction of heads kept in every layer but the first",
+        ylabel="perplexity (log scale)",
+        title=f"Which heads are kept matters: {quality['tokens']:,} held-out tokens",
+    )
+    ticks = [quality["dense"] * factor for factor in (1, 2, 5, 10, 20)]
+    axes.set_yticks(ticks, [f"{tick:.0f}" for tick in ticks])
+    axes.minorticks_off()
+    axes.set_xticks(densities, [f"{density:g}" for density in densities])
+    axes.invert_xaxis()
+    axes.legend(frameon=False)
+    axes.spines[["top", "right"]].set_visible(False)
+
+
+def _neurons(results: dict[str, Any], figure: Any, axes: Any) -> None:
+    plans = results["plans"]
+    densities = [plan["density"] for plan in plans]
+    image = axes.imshow(list(zip(*densities, strict=True)), vmin=0, vmax=1, cmap="cividis", aspect="auto")
+    for row, values in enumerate(zip(*densities, strict=True)):
+        for column, value in enumerate(values):
+            colour = "white" if value < 0.6 else "black"
+            axes.text(column, row, f"{value:.0%}", ha="center", va="center", color=colour, fontsize=8)
+    axes.set_xticks(range(len(plans)), [plan["batch_size"] for plan in plans])
+    axes.set(
+        xlabel="sequences decoded together",
+        ylabel="layer",
+        title="Neurons kept: a batch needs the union of what its sequences need",
+    )
+    figure.colorbar(image, label="fraction of neurons kept")

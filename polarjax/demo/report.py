@@ -1,0 +1,131 @@
+"""The demo's numbers as text: tables, the two continuations side by side, and a reading of them."""
+
+from collections.abc import Iterable, Sequence
+from typing import Any
+
+NOTICEABLE = 0.2
+"""The rise of perplexity by random selection at which selections are compared."""
+
+_WIDTH = 50
+
+
+def text(results: dict[str, Any]) -> str:
+    """Everything that the demo prints at its end."""
+    parts = (
+        _generation(results["generation"]),
+        _quality(results["quality"]),
+        _plans(results["plans"], results["costs"]),
+        _pace(results),
+        "What it says\n" + "\n".join(f"- {line}" for line in reading(results)),
+    )
+    return "\n\n".join(parts)
+
+
+def reading(results: dict[str, Any]) -> list[str]:
+    """Plain sentences computed from the numbers."""
+    quality, plans = results["quality"], results["plans"]
+    lines = []
+    found = compared(quality)
+    if found is None:
+        lines.append(
+            "Random selection costs little at every density of the table, so there is nothing to compare."
+        )
+    else:
+        density, rise = found
+        told = ", ".join(f"{name} {value:+.1%}" for name, value in rise.items())
+        lines.append(f"Perplexity at head density {density:g}, every position masked: {told}.")
+        lines.append(
+            f"The routers avoid {1 - rise['router'] / rise['random']:.0%} of what random selection costs."
+        )
+    same = results["generation"]["density_1_equals_dense"]
+    lines.append(
+        f"Density 1.0 generates {'the same tokens as' if same else 'OTHER tokens than'} the dense model."
+    )
+    if plans:
+        worst = min(min(row["recall"]) for row in plans)
+        first, last = plans[0], plans[-1]
+        lines.append(
+            f"The plan keeps {_mean(first['density']):.0%} of the neurons at batch {first['batch_size']} and "
+            f"{_mean(last['density']):.0%} at batch {last['batch_size']}; the lowest recall of truly active "
+            f"neurons in any layer, on text that nothing was learnt from, is {worst:.3f}."
+        )
+    return lines
+
+
+def compared(quality: dict[str, Any]) -> tuple[float, dict[str, float]] | None:
+    """The highest density at which random selection raises perplexity noticeably, and every selection's rise."""
+    for row in quality["rows"]:
+        rise = {name: value / quality["dense"] - 1 for name, value in row.items() if name != "density"}
+        if rise["random"] >= NOTICEABLE:
+            return row["density"], rise
+    return None
+
+
+def table(header: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
+    """Columns aligned to the right."""
+    cells = [list(header), *map(list, rows)]
+    widths = [max(len(row[i]) for row in cells) for i in range(len(header))]
+    return "\n".join(
+        "  ".join(cell.rjust(width) for cell, width in zip(row, widths, strict=True)) for row in cells
+    )
+
+
+def _generation(generation: dict[str, Any]) -> str:
+    lines = ["Dense and sparse continuations (greedy)"]
+    rows = zip(generation["prompts"], generation["dense"], generation["sparse"], strict=True)
+    for prompt, dense, sparse in rows:
+        lines += ["", f"  prompt {prompt!r}"]
+        pairs = zip(_cut(dense), _cut(sparse), strict=True)
+        lines += [f"    {left:<{_WIDTH}} | {right}" for left, right in pairs if left or right]
+    return "\n".join(lines)
+
+
+def _cut(text: str) -> list[str]:
+    """Three lines of a text as Python would show it."""
+    shown = repr(text)[1:-1]
+    return [shown[i * _WIDTH : (i + 1) * _WIDTH] for i in range(3)]
+
+
+def _quality(quality: dict[str, Any]) -> str:
+    names = [name for name in quality["rows"][0] if name != "density"]
+    rows = [
+        [
+            f"{row['density']:g}",
+            *(f"{row[name]:.2f} ({row[name] / quality['dense'] - 1:+.1%})" for name in names),
+        ]
+        for row in quality["rows"]
+    ]
+    title = (
+        f"Perplexity of {quality['tokens']:,} held-out tokens by head density; dense {quality['dense']:.2f}"
+    )
+    return f"{title}\n{table(['density', *names], rows)}"
+
+
+def _plans(plans: list[dict[str, Any]], costs: list[dict[str, Any]]) -> str:
+    rows = [
+        [
+            str(plan["batch_size"]),
+            f"{_mean(plan['density']):.0%}",
+            f"{min(plan['recall']):.3f}",
+            f"{cost['dense'] / 1e3:,.0f} kB",
+            f"{cost['sparse'] / 1e3:,.0f} kB",
+            f"{cost['sparse'] / cost['dense']:.2f}",
+        ]
+        for plan, cost in zip(plans, costs, strict=True)
+    ]
+    header = ["batch", "neurons kept", "lowest recall", "bytes/token dense", "sparse", "ratio"]
+    title = "The plan by batch size, and the bytes a decoding step must touch (bfloat16, full cache)"
+    return f"{title}\n{table(header, rows)}"
+
+
+def _pace(results: dict[str, Any]) -> str:
+    pace, settings = results["generation"]["tokens_per_second"], results["settings"]
+    return (
+        f"Measured here ({settings['device']}, {len(results['generation']['prompts'])} sequences, float32, "
+        f"second run): {pace['dense']:.0f} tokens/s dense, {pace['sparse']:.0f} sparse. "
+        "A model this small is bound by overhead, not by bytes."
+    )
+
+
+def _mean(values: Sequence[float]) -> float:
+    return sum(values) / len(values)

@@ -1,0 +1,213 @@
+"""The stages of the demo; each returns what `results.json` keeps of it."""
+
+import dataclasses
+import tempfile
+import time
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from polarjax import checkpoint, costs, data
+from polarjax.cli.inputs import load_with_tokenizer, text_windows
+from polarjax.evaluation import perplexity
+from polarjax.generate import Generation, generate
+from polarjax.sparsity import collect, sparsify
+from polarjax.sparsity.activations import open_activations
+from polarjax.sparsity.calibrate import measure_recall
+from polarjax.sparsity.pipeline import CollectOptions
+from polarjax.sparsity.plan import SparsityPlan, dense_plan, uniform_groups
+from polarjax.sparsity.select import Oracle, Random, Selector, Sparsity, Static
+from polarjax.sparsity.train import TrainOptions
+
+DENSITIES = (1.0, 0.75, 0.625, 0.5, 0.375)
+PROMPTS = (
+    "def main(",
+    "import os\nimport sys\n\n\nclass ",
+    "He looked at her and",
+    "    def __init__(self, ",
+    "It was a dark night, and the wind",
+    "for i in range(",
+    "The old house stood at the end of the",
+    "try:\n    import json\nexcept ImportError:\n",
+)
+
+
+@dataclasses.dataclass(frozen=True)
+class DemoOptions:
+    """How much the demo does; the defaults take a few minutes on two CPU cores.
+
+    Attributes:
+      length: tokens of a window.
+      learn: windows of held-out text that routers and plans are made from.
+      measure: windows of other held-out text that quality is measured on.
+      epochs: passes of router training.
+      new_tokens: added to each prompt.
+      densities: head densities of the table; the first one is 1.
+      head_density: of the sparse generation.
+    """
+
+    length: int = 256
+    learn: int = 112
+    measure: int = 33
+    epochs: int = 4
+    new_tokens: int = 32
+    densities: tuple[float, ...] = DENSITIES
+    head_density: float = 0.75
+
+
+def run(folder: Path, options: DemoOptions | None = None) -> dict[str, Any]:
+    """Runs all stages on a model directory, which gets routers and plans; returns everything measured.
+
+    Args:
+      folder: model directory of a ReLU model with a tokenizer.
+      options: how much to do.
+    """
+    options = options or DemoOptions()
+    bundle, tokenizer = load_with_tokenizer(folder, "float32")
+    learn, held_out = (
+        text_windows(
+            [data.standard_library_text(split)],
+            tokenizer,
+            options.length,
+            most=most,
+            source="standard library",
+        )
+        for split, most in (("calibration", options.learn), ("evaluation", options.measure))
+    )
+    started = time.perf_counter()
+    bundle, static, learnt = _learn(bundle, folder, learn, options)
+    return {
+        "settings": dataclasses.asdict(options)
+        | {"device": jax.devices()[0].device_kind, "jax": jax.__version__},
+        "learning": learnt | {"seconds": time.perf_counter() - started},
+        "plans": _plans(bundle, held_out),
+        "generation": _generation(bundle, options),
+        "quality": _quality(bundle, static, held_out, options),
+        "costs": _costs(bundle, options),
+    }
+
+
+def _learn(
+    bundle: checkpoint.Bundle, folder: Path, windows: np.ndarray, options: DemoOptions
+) -> tuple[checkpoint.Bundle, Static, dict[str, Any]]:
+    training = TrainOptions(learning_rate=1e-3, neuron_batch=256, group_batch=256, max_epochs=options.epochs)
+    with tempfile.TemporaryDirectory(prefix="polarjax-demo-") as temporary:
+        keep = Path(temporary, "activations")
+        routers, plans, report = sparsify(
+            bundle.model,
+            windows,
+            jax.random.key(0),
+            head_density=options.head_density,
+            collecting=CollectOptions(folder=keep),
+            training=training,
+        )
+        norms = _mean_norms(keep, bundle)
+    checkpoint.write_routers(folder, routers)
+    checkpoint.write_plans(folder, plans)
+    learnt = {
+        "tokens": report.tokens,
+        "stages": report.seconds,
+        "training": dataclasses.asdict(report.training),
+    }
+    return dataclasses.replace(bundle, routers=routers, plans=plans), Static(norms), learnt
+
+
+def _mean_norms(folder: Path, bundle: checkpoint.Bundle) -> jax.Array:
+    """The mean norm of every group over the recorded tokens [L K]: the scores of static selection."""
+    activations = open_activations(folder)
+    norms = activations.records("norms", activations.rows("train"))
+    return jnp.asarray(np.asarray(norms, np.float32).mean(1))
+
+
+def _plans(bundle: checkpoint.Bundle, windows: np.ndarray) -> list[dict[str, Any]]:
+    """Neuron density of the plan by batch size, and its recall on text that nothing was learnt from."""
+    plans, routers, config = bundle.plans, bundle.routers, bundle.model.config
+    if plans is None or routers is None:
+        return []
+    with tempfile.TemporaryDirectory(prefix="polarjax-demo-") as temporary:
+        other = collect(bundle.model, windows, Path(temporary, "activations"), held_out=(0.0, 0.0))
+        recall = measure_recall(other, routers, plans, key=jax.random.key(1), part=None)
+    return [
+        {
+            "batch_size": size,
+            "density": [(k or config.d_ff) / config.d_ff for k in counts],
+            "recall": list(found),
+        }
+        for size, counts, found in zip(plans.batch_sizes, plans.neurons, recall, strict=True)
+    ]
+
+
+def _generation(bundle: checkpoint.Bundle, options: DemoOptions) -> dict[str, Any]:
+    """The prompts continued dense and sparse, both timed on a second run, and dense against density 1."""
+    tokenizer, config = bundle.tokenizer, bundle.model.config
+    if tokenizer is None:
+        return {}
+    tokens, lengths = tokenizer.encode(PROMPTS)
+
+    def continued(sparsity: Sparsity | None) -> tuple[Generation, float]:
+        call = lambda: jax.block_until_ready(
+            generate(bundle.model, tokens, lengths, max_new_tokens=options.new_tokens, sparsity=sparsity)
+        )
+        call()
+        started = time.perf_counter()
+        made = call()
+        return made, int(made.lengths.sum()) / (time.perf_counter() - started)
+
+    sparse = bundle.sparsity(len(PROMPTS), options.head_density)
+    everything = SparsityPlan((config.d_ff,) * config.num_layers, (config.num_kv_heads,) * config.num_layers)
+    dense_made, dense_pace = continued(None)
+    sparse_made, sparse_pace = continued(sparse)
+    full_made, _ = continued(Sparsity(sparse.routers, everything))
+    texts = lambda made: tokenizer.decode(np.asarray(made.tokens), np.asarray(made.lengths))
+    return {
+        "prompts": list(PROMPTS),
+        "prompt_tokens": lengths.tolist(),
+        "dense": texts(dense_made),
+        "sparse": texts(sparse_made),
+        "tokens_per_second": {"dense": dense_pace, "sparse": sparse_pace},
+        "density_1_equals_dense": bool(np.array_equal(full_made.tokens, dense_made.tokens)),
+    }
+
+
+def _quality(
+    bundle: checkpoint.Bundle, static: Static, windows: np.ndarray, options: DemoOptions
+) -> dict[str, Any]:
+    """Perplexity of every selection at every head density; selection at every position, neurons dense."""
+    model, config = bundle.model, bundle.model.config
+    if bundle.routers is None:
+        return {}
+    selectors: dict[str, Selector] = {
+        "router": bundle.routers,
+        "oracle": Oracle(),
+        "random": Random(jax.random.key(2)),
+        "static": static,
+    }
+    dense = perplexity(model, windows, batch_size=11, description="perplexity, dense")
+    rows = []
+    for density in options.densities:
+        plan = SparsityPlan(dense_plan(config).neurons, uniform_groups(config, density))
+        row: dict[str, Any] = {"density": density}
+        for name, selector in selectors.items():
+            label = f"perplexity, {name} at {density:g}"
+            sparsity = Sparsity(selector, plan)
+            found = perplexity(model, windows, sparsity=sparsity, batch_size=11, description=label)
+            row[name] = found.perplexity
+        rows.append(row)
+    return {"dense": dense.perplexity, "tokens": dense.tokens, "rows": rows}
+
+
+def _costs(bundle: checkpoint.Bundle, options: DemoOptions) -> list[dict[str, Any]]:
+    """Bytes a decoding step must touch for each token, dense and with the plan, in bfloat16."""
+    config, plans = bundle.model.config, bundle.plans
+    if plans is None:
+        return []
+    rows = []
+    for size in plans.batch_sizes:
+        call = {"batch_size": size, "cache_length": config.max_positions}
+        plan = plans.for_batch(size, config, options.head_density)
+        dense, sparse = (costs.decode_bytes(config, plan=each, **call) for each in (None, plan))
+        rows.append({"batch_size": size, "dense": dense.per_token, "sparse": sparse.per_token})
+    return rows

@@ -1,0 +1,218 @@
+"""Reading config.json: both spellings, and refusals by name."""
+
+import json
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+import polarjax as pj
+from checkpoints_convert import config_from_hf
+from tests.convert import hf_models
+
+OPT = {
+    "_name_or_path": "opt-125m",
+    "_remove_final_layer_norm": False,
+    "activation_dropout": 0.0,
+    "activation_function": "relu",
+    "architectures": ["OPTForCausalLM"],
+    "attention_dropout": 0.0,
+    "bos_token_id": 2,
+    "do_layer_norm_before": True,
+    "dropout": 0.1,
+    "eos_token_id": 2,
+    "ffn_dim": 3072,
+    "hidden_size": 768,
+    "init_std": 0.02,
+    "layerdrop": 0.0,
+    "max_position_embeddings": 2048,
+    "model_type": "opt",
+    "num_attention_heads": 12,
+    "num_hidden_layers": 12,
+    "pad_token_id": 1,
+    "prefix": "</s>",
+    "torch_dtype": "float16",
+    "transformers_version": "4.21.0.dev0",
+    "use_cache": True,
+    "vocab_size": 50272,
+    "word_embed_proj_dim": 768,
+}
+LLAMA = {
+    "architectures": ["LlamaForCausalLM"],
+    "attention_bias": False,
+    "attention_dropout": 0.0,
+    "bos_token_id": 128000,
+    "eos_token_id": [128001, 128008, 128009],
+    "hidden_act": "silu",
+    "hidden_size": 4096,
+    "initializer_range": 0.02,
+    "intermediate_size": 14336,
+    "max_position_embeddings": 131072,
+    "mlp_bias": False,
+    "model_type": "llama",
+    "num_attention_heads": 32,
+    "num_hidden_layers": 32,
+    "num_key_value_heads": 8,
+    "pretraining_tp": 1,
+    "rms_norm_eps": 1e-05,
+    "rope_scaling": {
+        "factor": 8.0,
+        "low_freq_factor": 1.0,
+        "high_freq_factor": 4.0,
+        "original_max_position_embeddings": 8192,
+        "rope_type": "llama3",
+    },
+    "rope_theta": 500000.0,
+    "tie_word_embeddings": False,
+    "torch_dtype": "bfloat16",
+    "transformers_version": "4.43.0.dev0",
+    "use_cache": True,
+    "vocab_size": 128256,
+}
+
+
+def new_spelling(old: dict) -> dict:
+    new = {
+        key: value for key, value in old.items() if key not in ("rope_theta", "rope_scaling", "torch_dtype")
+    }
+    scaling = dict(old.get("rope_scaling") or {"rope_type": "default"})
+    scaling["rope_type"] = scaling.pop("type", scaling.get("rope_type"))
+    return {
+        **new,
+        "dtype": old["torch_dtype"],
+        "rope_parameters": {**scaling, "rope_theta": old["rope_theta"]},
+    }
+
+
+def test_llama3_both_spellings():
+    config = config_from_hf(LLAMA)
+    assert config == config_from_hf(new_spelling(LLAMA))
+    assert config.rope == pj.RopeConfig(
+        theta=500000.0, scaling="llama3", factor=8.0, original_max_positions=8192
+    )
+    assert (config.num_heads, config.num_kv_heads, config.head_dim, config.d_ff) == (32, 8, 128, 14336)
+    assert (config.norm, config.norm_eps, config.qkv_bias, config.tie_embeddings) == (
+        "rms",
+        1e-5,
+        False,
+        False,
+    )
+
+
+@pytest.mark.parametrize(
+    "scaling", [None, {"type": "linear", "factor": 2.0}, {"rope_type": "linear", "factor": 2}]
+)
+def test_other_ropes_both_spellings(scaling):
+    old = {**LLAMA, "rope_scaling": scaling}
+    assert config_from_hf(old) == config_from_hf(new_spelling(old))
+
+
+def test_llama2_defaults_for_absent_keys():
+    absent = ("num_key_value_heads", "rope_theta", "rope_scaling", "tie_word_embeddings", "attention_bias")
+    config = config_from_hf({key: value for key, value in LLAMA.items() if key not in absent})
+    assert config.num_kv_heads == config.num_heads
+    assert config.rope == pj.RopeConfig(theta=10_000.0)
+    assert not config.tie_embeddings
+
+
+def test_opt():
+    config = config_from_hf(OPT)
+    assert (config.norm_position, config.final_norm, config.embed_dim) == ("pre", True, None)
+    assert (config.activation, config.gated_mlp, config.position_offset) == ("relu", False, 2)
+    assert config.tie_embeddings
+    assert config.norm_bias and config.qkv_bias and config.out_bias and config.mlp_bias
+
+
+def test_opt_350m():
+    config = config_from_hf({**OPT, "word_embed_proj_dim": 512, "do_layer_norm_before": False})
+    assert (config.norm_position, config.final_norm, config.embed_dim) == ("post", False, 512)
+
+
+@pytest.mark.parametrize("name", hf_models.MODELS)
+def test_what_transformers_writes_is_read(name):
+    written = hf_models.make(name).config
+    assert config_from_hf(json.loads(written.to_json_string())) == config_from_hf(written.to_dict())
+
+
+@pytest.mark.parametrize(
+    ("base", "change", "words"),
+    [
+        (LLAMA, {"model_type": "gpt2"}, ["unsupported model_type", "gpt2", "opt or llama"]),
+        (LLAMA, {"model_type": None}, ["unsupported model_type"]),
+        (LLAMA, {"model_type": ["llama"]}, ["unsupported model_type"]),
+        (LLAMA, {"logit_scale": 2.0}, ["an unknown key", "logit_scale", "2.0"]),
+        (LLAMA, {"sliding_window": 5}, ["an unknown key", "sliding_window"]),
+        (OPT, {"num_key_value_heads": 4}, ["an unknown key", "num_key_value_heads"]),
+        (LLAMA, {"quantization_config": {"bits": 4}}, ["quantization_config", "quantised checkpoints"]),
+        (LLAMA, {"partial_rotary_factor": 0.5}, ["partial_rotary_factor"]),
+        (LLAMA, {"rope_scaling": {"type": "yarn", "factor": 2.0}}, ["unsupported RoPE", "yarn"]),
+        (LLAMA, {"rope_scaling": {"type": "dynamic", "factor": 2.0}}, ["unsupported RoPE", "dynamic"]),
+        (LLAMA, {"rope_scaling": {"type": "linear", "rope_type": "llama3"}}, ["unsupported RoPE"]),
+        (LLAMA, {"rope_scaling": {"type": "linear"}}, ["a key is missing: factor"]),
+        (LLAMA, {"rope_scaling": {"type": "linear", "factor": 2, "beta": 1}}, ["an unknown key", "beta"]),
+        (LLAMA, {"rope_parameters": {"rope_type": "default"}}, ["contradicts rope_parameters"]),
+        (LLAMA, {"hidden_act": "gelu_new"}, ["an unsupported activation", "gelu_new"]),
+        (LLAMA, {"hidden_act": "fatrelu"}, ["an unsupported activation", "fatrelu"]),
+        (LLAMA, {"hidden_size": "4096"}, ["a value of the wrong kind", "hidden_size"]),
+        (LLAMA, {"hidden_size": True}, ["a value of the wrong kind", "hidden_size"]),
+        (LLAMA, {"hidden_size": 4097}, ["the heads do not divide it", "4097"]),
+        (LLAMA, {"hidden_size": None}, ["a key is missing: hidden_size"]),
+        (LLAMA, {"num_hidden_layers": -1}, ["a value out of range", "num_hidden_layers"]),
+        (LLAMA, {"num_hidden_layers": 10**12}, ["a value out of range", "num_hidden_layers"]),
+        (LLAMA, {"num_hidden_layers": 0}, ["a value out of range", "num_hidden_layers"]),
+        (LLAMA, {"num_key_value_heads": 5}, ["num_kv_heads"]),
+        (LLAMA, {"rms_norm_eps": 0}, ["a value out of range", "rms_norm_eps"]),
+        (LLAMA, {"rms_norm_eps": float("nan")}, ["a value out of range", "rms_norm_eps"]),
+        (LLAMA, {"tie_word_embeddings": "no"}, ["a value of the wrong kind", "tie_word_embeddings"]),
+        (OPT, {"layer_norm_elementwise_affine": False}, ["layer_norm_elementwise_affine"]),
+        (OPT, {"hidden_size": 100}, ["the heads do not divide it"]),
+        (OPT, {"ffn_dim": None}, ["a key is missing: ffn_dim"]),
+        (OPT, {"is_encoder_decoder": True}, ["is_encoder_decoder"]),
+    ],
+    ids=str,
+)
+def test_refused_by_name(base, change, words):
+    with pytest.raises(pj.UnsupportedConfigError) as error:
+        config_from_hf({**base, **change})
+    assert all(word in str(error.value) for word in words), str(error.value)
+    assert "\n" not in str(error.value)
+
+
+VALUES = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=5),
+    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=5), inner, max_size=3),
+    max_leaves=5,
+)
+
+
+@given(st.sampled_from([OPT, LLAMA]), st.data())
+def test_changed_configs_are_read_or_refused(base, data):
+    keys = st.sampled_from([*base, "rope_parameters", "head_dim", "enable_bias"]) | st.text(max_size=5)
+    changes = data.draw(st.dictionaries(keys, VALUES, max_size=4))
+    try:
+        config_from_hf({**base, **changes})
+    except pj.PolarjaxError as error:
+        assert "\n" not in str(error)
+
+
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [
+        (None, "config.json is missing"),
+        ("{", "not readable as JSON"),
+        ("[1]", "not a JSON object"),
+        ('{"model_type": "opt", "model_type": "llama"}', "occurs twice"),
+        ("[" * 100_000, "not readable as JSON"),
+    ],
+    ids=["absent", "cut", "list", "doubled", "deep"],
+)
+def test_unreadable_files(tmp_path, text, words):
+    if text is not None:
+        (tmp_path / "config.json").write_text(text)
+    with pytest.raises(pj.CheckpointError, match=words):
+        config_from_hf(tmp_path)
+
+
+def test_missing_folder(tmp_path):
+    with pytest.raises(pj.CheckpointError, match="no such folder"):
+        config_from_hf(tmp_path / "nothing")

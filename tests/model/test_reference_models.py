@@ -1,0 +1,65 @@
+"""The bundled models: HF folders that torch reads alike, with a tokenizer that loses nothing, that have learnt."""
+
+import math
+from pathlib import Path
+
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+import polarjax as pj
+from checkpoints_convert import convert_checkpoint
+from polarjax import data
+
+ASSETS = Path(pj.__file__).parent / "assets"
+MODELS = ("opt-6m", "llama-6m")
+MEGABYTE = 1_000_000
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_size_and_dtype(name: str):
+    weights = ASSETS / name / "model.safetensors"
+    assert weights.stat().st_size <= 12 * MEGABYTE
+    model = AutoModelForCausalLM.from_pretrained(ASSETS / name)
+    assert model.dtype == torch.bfloat16
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_tokenizer_opens_with_bos_and_returns_every_text(name: str):
+    tokenizer = AutoTokenizer.from_pretrained(ASSETS / name)
+    text = "def f(x):\n\tif  x:\n        return {'a': 1}   \n\n\n# Grüße, 日本 \r\n <pad> isn't .  , \x00\x7f"
+    ids = tokenizer(text).input_ids
+    assert (tokenizer.pad_token_id, tokenizer.bos_token_id, tokenizer.eos_token_id) == (0, 1, 1)
+    assert ids[0] == 1
+    assert tokenizer(text, add_special_tokens=False).input_ids == ids[1:]
+    assert tokenizer.decode(ids, skip_special_tokens=True) == text
+    assert max(ids) < len(tokenizer) == 4096
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_same_logits_as_torch_and_learnt(name: str, tmp_path: Path):
+    tokenizer = AutoTokenizer.from_pretrained(ASSETS / name)
+    text = data.standard_library_text("evaluation")[:60_000]
+    stream = data.token_stream(text, lambda each: tokenizer.backend_tokenizer.encode(each).ids[1:], separator=None)
+    rows = data.windows(stream, 256, first=tokenizer.bos_token_id)[:4]
+    exact, theirs = (torch_logits(name, rows, dtype) for dtype in (torch.float64, torch.float32))
+
+    convert_checkpoint(ASSETS / name, tmp_path / "model")
+    model = pj.load(tmp_path / "model", dtype="float32").model
+    lengths = jnp.full(len(rows), rows.shape[1], jnp.int32)
+    ours = np.asarray(pj.forward(model, jnp.asarray(rows), lengths)[0])
+
+    # logits reach 30, so float32 itself errs by about 1e-4 here: torch's own error is the measure
+    assert np.abs(ours - exact).max() <= 1.5 * np.abs(theirs - exact).max()
+    np.testing.assert_array_equal(ours.argmax(-1), theirs.argmax(-1))
+    scores = ours - np.log(np.exp(ours).sum(-1, keepdims=True))
+    picked = np.take_along_axis(scores[:, :-1], rows[:, 1:, None], -1)
+    assert math.exp(-picked.mean()) < 30  # measured on all of it: 9.8 (OPT); a unigram model is above 1,000
+
+
+def torch_logits(name: str, rows: np.ndarray, dtype: torch.dtype) -> np.ndarray:
+    model = AutoModelForCausalLM.from_pretrained(ASSETS / name, dtype=dtype).eval()
+    with torch.inference_mode():
+        return model(torch.from_numpy(rows.astype(np.int64))).logits.numpy()

@@ -1,0 +1,178 @@
+"""Tiny models, one for every kind of decoder, with no parameter left at its trivial value."""
+
+import dataclasses
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+import polarjax as pj
+from polarjax.model import abstract, parameters, with_parameters
+from polarjax.sparsity.router import Routers, init_routers
+from polarjax.sparsity.select import Static
+from polarjax.sparsity.taps import Taps, TapSpec
+
+VOCAB = 61
+POSITIONS = 48
+WIDTH = 14
+
+_LLAMA = pj.ModelConfig(
+    vocab_size=VOCAB,
+    num_layers=2,
+    d_model=24,
+    d_ff=40,
+    num_heads=4,
+    num_kv_heads=4,
+    head_dim=8,
+    max_positions=POSITIONS,
+    rope=pj.RopeConfig(),
+)
+_OPT = dataclasses.replace(
+    _LLAMA,
+    norm="layer",
+    norm_bias=True,
+    activation="relu",
+    gated_mlp=False,
+    mlp_bias=True,
+    qkv_bias=True,
+    out_bias=True,
+    positions="learned",
+    position_offset=2,
+    rope=None,
+    tie_embeddings=True,
+)
+_LLAMA3 = pj.RopeConfig(
+    theta=500.0, scaling="llama3", factor=4.0, high_freq_factor=3.0, original_max_positions=12
+)
+
+CONFIGS: dict[str, pj.ModelConfig] = {
+    "opt": _OPT,
+    "opt-350m": dataclasses.replace(_OPT, norm_position="post", final_norm=False, embed_dim=16),
+    "llama-mha": _LLAMA,
+    "llama-gqa": dataclasses.replace(_LLAMA, num_kv_heads=2, rope=_LLAMA3),
+    "llama-mqa": dataclasses.replace(_LLAMA, num_kv_heads=1, tie_embeddings=True),
+    "relu-gated": dataclasses.replace(_LLAMA, num_kv_heads=2, activation="relu", mlp_bias=True),
+    "qkv-bias": dataclasses.replace(
+        _LLAMA, num_kv_heads=2, qkv_bias=True, rope=pj.RopeConfig(scaling="linear", factor=3.0)
+    ),
+    "qk-norm": dataclasses.replace(_LLAMA, num_kv_heads=2, qk_norm=True, head_dim=10),
+    "window": dataclasses.replace(_LLAMA, num_kv_heads=2, sliding_window=(3, None), activation="gelu"),
+}
+DTYPES = ("float32", "bfloat16")
+RELU = tuple(name for name, config in CONFIGS.items() if config.neuron_sparsity)
+
+prefill = jax.jit(pj.prefill)
+_decode_step = jax.jit(pj.decode_step)
+_forward = jax.jit(functools.partial(pj.forward, taps=TapSpec()))
+
+
+def forward(
+    model: pj.Decoder, tokens, lengths, *, sparsity: pj.Sparsity | None = None
+) -> tuple[jax.Array, Taps]:
+    """Logits and all taps, always at width `WIDTH`, so that a model is compiled once for all tests."""
+    tokens = jnp.pad(tokens, ((0, 0), (0, WIDTH - tokens.shape[1])))
+    return _forward(model, tokens, lengths, sparsity=sparsity)
+
+
+def decode_step(
+    model: pj.Decoder, token, cache: pj.KVCache, *, sparsity: pj.Sparsity | None = None
+) -> tuple[jax.Array, pj.KVCache]:
+    """As `pj.decode_step`, compiled; naming `sparsity` in every call makes dense calls share one program."""
+    return _decode_step(model, token, cache, sparsity=sparsity)
+
+
+@functools.cache
+def model(name: str, dtype: str = "float32") -> pj.Decoder:
+    """The decoder of `CONFIGS[name]`; the bfloat16 one is the float32 one, rounded."""
+    random = np.random.default_rng(1)
+    shapes = parameters(abstract(CONFIGS[name]))
+    made = {path: _draw(random, path, shape.shape) for path, shape in shapes.items()}
+    return with_parameters(CONFIGS[name], {path: jnp.asarray(value, dtype) for path, value in made.items()})
+
+
+def _draw(random: np.random.Generator, path: str, shape: tuple[int, ...]) -> np.ndarray:
+    noise = random.normal(size=shape)
+    kind = path.rsplit(".", 1)[1]
+    if kind == "scale":
+        return 1 + 0.1 * noise
+    if kind.startswith("b"):
+        return 0.1 * noise
+    return noise * _LLAMA.d_model**-0.5
+
+
+@functools.cache
+def batch(rows: int = 3, width: int = 9, seed: int = 0) -> tuple[jax.Array, jax.Array]:
+    """Random prompts [rows width] and their lengths, which differ; the first row is full, the last has one."""
+    random = np.random.default_rng(seed)
+    tokens = random.integers(0, VOCAB, (rows, width))
+    lengths = np.linspace(width, 1, rows).round() if rows > 1 else np.array([width])
+    return jnp.asarray(tokens, jnp.int32), jnp.asarray(lengths, jnp.int32)
+
+
+def empty_cache(model: pj.Decoder, batch_size: int, capacity: int = 24) -> pj.KVCache:
+    """A cache without a position filled."""
+    return pj.init_cache(model.config, batch_size=batch_size, capacity=capacity, dtype=model.dtype)
+
+
+def everything(config: pj.ModelConfig) -> pj.SparsityPlan:
+    """Density 1.0: all neurons and all groups of every layer, by index."""
+    layers = config.num_layers
+    return pj.SparsityPlan((config.d_ff,) * layers, (config.num_kv_heads,) * layers)
+
+
+@functools.cache
+def routers(name: str, dtype: str = "float32") -> Routers:
+    """Untrained routers that tell neurons and groups apart by chance."""
+    random = np.random.default_rng(2)
+    draw = lambda leaf: jnp.asarray(random.normal(size=leaf.shape) * leaf.shape[0] ** -0.5, dtype)
+    return jax.tree.map(draw, init_routers(CONFIGS[name], jax.random.key(0), neurons=True))
+
+
+@functools.cache
+def static(name: str) -> Static:
+    """The same arbitrary selection for every token."""
+    config, random = CONFIGS[name], np.random.default_rng(4)
+    groups = random.uniform(size=(config.num_layers, config.num_kv_heads))
+    neurons = random.uniform(size=(config.num_layers, config.d_ff))
+    return Static(jnp.asarray(groups, jnp.float32), jnp.asarray(neurons, jnp.float32))
+
+
+def half(config: pj.ModelConfig) -> pj.SparsityPlan:
+    """Half of all neurons and groups in every layer."""
+    layers = config.num_layers
+    return pj.SparsityPlan((config.d_ff // 2,) * layers, (max(1, config.num_kv_heads // 2),) * layers)
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class FixedNeurons:
+    """A selector whose groups are routed, each row for itself, and whose neurons are always the same."""
+
+    routers: Routers
+    neurons: Static
+
+    def group_scores(self, layer, x, *, norms=None):
+        """As the routers do."""
+        return self.routers.group_scores(layer, x, norms=norms)
+
+    def neuron_scores(self, layer, x, *, activity=None):
+        """As the static selector does."""
+        return self.neurons.neuron_scores(layer, x, activity=activity)
+
+    def check(self, config):
+        """Fits what its parts fit."""
+        self.routers.check(config)
+        self.neurons.check(config)
+
+
+def with_parameter(model: pj.Decoder, name: str, value: jax.Array) -> pj.Decoder:
+    """The model with another value of one parameter."""
+    return with_parameters(model.config, parameters(model) | {name: value})
+
+
+def with_rows(model: pj.Decoder, name: str, rows, value: float) -> pj.Decoder:
+    """The model with `value` written into rows of the parameter `name`."""
+    new = np.array(parameters(model)[name])
+    new[rows] = value
+    return with_parameter(model, name, jnp.asarray(new))
