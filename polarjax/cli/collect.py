@@ -5,12 +5,43 @@ from typing import Annotated, Any
 
 import typer
 
-from polarjax.cli.inputs import load_with_tokenizer, text_windows
-from polarjax.data import read_text
-from polarjax.errors import InputError
-from polarjax.model import Decoder
+from polarjax.cli import learning
 from polarjax.sparsity import collect as record
-from polarjax.sparsity.collect import MAX_BYTES, plan_recording
-from polarjax.sparsity.pipeline import CollectOptions, plan
-from polarjax.tokenizer import Tokenizer
-from polarjax.types import Int32
+from polarjax.sparsity.pipeline import CollectOptions
+
+
+def collect(
+    folder: learning.Folder,
+    text: learning.Texts,
+    to: Annotated[Path, typer.Option(help="The folder of activations to make.")],
+    window: learning.Window = None,
+    max_tokens: learning.MaxTokens = learning.MAX_TOKENS,
+    max_gb: learning.MaxGb = learning.MAX_GB,
+    fit: learning.Fit = False,
+    validation: learning.Validation = learning.VALIDATION,
+    test: learning.Test = learning.TEST,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace earlier activations.")] = False,
+    dtype: learning.Dtype = None,
+) -> dict[str, Any]:
+    """Record router inputs, active neurons and attention norms of a model on text, for train-routers."""
+    options = CollectOptions(held_out=(validation, test), max_bytes=int(max_gb * 1e9), fit=fit)
+    bundle, windows = learning.load_and_cut(folder, text, window, max_tokens, dtype)
+    recording = learning.announce(bundle, windows, options)
+    record(
+        bundle.model,
+        windows,
+        to,
+        held_out=options.held_out,
+        max_bytes=options.max_bytes,
+        fit=fit,
+        overwrite=overwrite,
+    )
+    print(f"Written to {to}. Next: polarjax train-routers {folder} --activations {to}")
+    return {
+        "activations": to,
+        "windows": len(windows),
+        "window": windows.shape[1],
+        "tokens": len(recording.part),
+        "tokens_offered": recording.offered,
+        "bytes": recording.num_bytes,
+    }

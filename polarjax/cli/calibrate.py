@@ -1,0 +1,41 @@
+"""`polarjax calibrate`: find how many neurons each layer needs at each batch size."""
+
+from typing import Any
+
+import jax
+
+from polarjax import checkpoint
+from polarjax.cli import learning
+from polarjax.errors import SparsityError
+from polarjax.sparsity import calibrate as find_plans
+from polarjax.sparsity.calibrate import measure_recall
+
+
+def calibrate(
+    folder: learning.Folder,
+    activations: learning.Recorded,
+    head_density: learning.HeadDensity = 0.5,
+    target_recall: learning.Recall = 0.99,
+    max_batch: learning.MaxBatch = learning.LARGEST_BATCH,
+    seed: learning.Seed = 0,
+) -> dict[str, Any]:
+    """Make the plans of a model directory that has routers; earlier plans are replaced."""
+    options = learning.calibrate_options(target_recall, max_batch)
+    bundle, recorded = learning.open_for(folder, activations)
+    if bundle.routers is None:
+        mend = f"run polarjax train-routers {folder} --activations {activations}"
+        raise SparsityError("the model has no routers yet", where=folder, mend=mend)
+    keys = jax.random.split(jax.random.key(seed))
+    plans = find_plans(
+        recorded,
+        bundle.routers,
+        bundle.model.config,
+        key=keys[0],
+        head_density=head_density,
+        options=options,
+    )
+    recall = measure_recall(recorded, bundle.routers, plans, key=keys[1], options=options)
+    checkpoint.write_plans(folder, plans)
+    learning.print_plans(plans, recall)
+    print(f"\nPlans are in {folder}. Next: polarjax generate {folder} --prompt TEXT")
+    return {"plans": plans.to_json(), "recall": recall}

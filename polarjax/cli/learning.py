@@ -1,0 +1,125 @@
+"""What `collect`, `train-routers`, `calibrate` and `sparsify` share: options, the text, the tables they print."""
+
+from pathlib import Path
+from typing import Annotated
+
+import numpy as np
+import typer
+
+from polarjax import checkpoint
+from polarjax.cli.inputs import load_with_tokenizer, text_windows
+from polarjax.data import read_text
+from polarjax.errors import InputError
+from polarjax.sparsity.activations import Activations, open_activations
+from polarjax.sparsity.calibrate import BATCH_SIZES, CalibrateOptions
+from polarjax.sparsity.collect import HELD_OUT, MAX_BYTES, fingerprint
+from polarjax.sparsity.pipeline import CollectOptions, Recording, plan
+from polarjax.sparsity.plan import PlanTable
+from polarjax.sparsity.router import Routers
+from polarjax.sparsity.train import TrainOptions, TrainReport
+from polarjax.types import Int32
+
+Folder = Annotated[Path, typer.Argument(help="A model directory.")]
+Texts = Annotated[list[Path], typer.Option(help="A UTF-8 text (.txt, .txt.xz); may be given several times.")]
+Window = Annotated[int | None, typer.Option(help="Tokens of a window; default: up to 512.")]
+MaxTokens = Annotated[int, typer.Option(help="Most tokens to use, spread evenly.")]
+MaxGb = Annotated[float, typer.Option(help="Most disk space for activations, in GB.")]
+Fit = Annotated[bool, typer.Option("--fit", help="Record fewer tokens where they would exceed --max-gb.")]
+Validation = Annotated[float, typer.Option(help="Fraction of the text kept to choose epochs and plans by.")]
+Test = Annotated[float, typer.Option(help="Fraction of the text kept to measure the plans on.")]
+Dtype = Annotated[str | None, typer.Option(help="Of the computation; default: as stored.")]
+Recorded = Annotated[Path, typer.Option(help="Activations that polarjax collect wrote.")]
+HeadDensity = Annotated[float, typer.Option(help="Fraction of heads (groups) to keep.")]
+LearningRate = Annotated[float, typer.Option(help="Of AdamW.")]
+Batch = Annotated[int, typer.Option(help="Tokens of a training step.")]
+Epochs = Annotated[int, typer.Option(help="Most passes over the training tokens.")]
+Recall = Annotated[float, typer.Option(help="Of the active neurons, for the plans to reach.")]
+MaxBatch = Annotated[int, typer.Option(help="Largest batch to make a plan for.")]
+Seed = Annotated[int, typer.Option(help="Of the random choices.")]
+
+MAX_TOKENS = 65_536
+MAX_GB = MAX_BYTES / 1e9
+VALIDATION, TEST = HELD_OUT
+LARGEST_BATCH = BATCH_SIZES[-1]
+DEFAULTS = TrainOptions()
+
+
+def load_and_cut(
+    folder: Path, text: list[Path], window: int | None, max_tokens: int, dtype: str | None
+) -> tuple[checkpoint.Bundle, Int32[np.ndarray, "n T"]]:
+    """The model directory, and the texts cut into token windows."""
+    texts = [read_text(path) for path in text]
+    bundle, tokenizer = load_with_tokenizer(folder, dtype)
+    length = min(512, bundle.model.config.max_positions) if window is None else window
+    source = ", ".join(map(str, text))
+    return bundle, text_windows(texts, tokenizer, length, most=max_tokens // max(length, 1), source=source)
+
+
+def announce(
+    bundle: checkpoint.Bundle, windows: Int32[np.ndarray, "n T"], options: CollectOptions
+) -> Recording:
+    """Prints how much will be recorded, before it is."""
+    recording = plan(bundle.model, windows.shape, options)
+    count, length = windows.shape
+    print(f"{count} windows of {length} tokens; recording {recording}")
+    return recording
+
+
+def open_for(folder: Path, activations: Path) -> tuple[checkpoint.Bundle, Activations]:
+    """The model directory and activations that were recorded from it.
+
+    Raises:
+      SparsityError: they were recorded from another model.
+    """
+    recorded = open_activations(activations)
+    bundle = checkpoint.load(folder, dtype=recorded.dtype)
+    recorded.check(bundle.model.config, fingerprint(bundle.model))
+    return bundle, recorded
+
+
+def write_routers(folder: Path, routers: Routers) -> None:
+    """Puts routers into the model directory; plans of earlier routers mean nothing to them, and go first."""
+    (folder / "plans.json").unlink(missing_ok=True)
+    checkpoint.write_routers(folder, routers)
+
+
+def train_options(learning_rate: float, batch: int, epochs: int) -> TrainOptions:
+    """The published options but for what the command line sets."""
+    return TrainOptions(learning_rate=learning_rate, neuron_batch=batch, group_batch=batch, max_epochs=epochs)
+
+
+def calibrate_options(target_recall: float, max_batch: int) -> CalibrateOptions:
+    """Powers of two up to `max_batch`."""
+    if max_batch < 1:
+        raise InputError(
+            "no batch to make a plan for", where="--max-batch", got=max_batch, expected="1 or more"
+        )
+    sizes = tuple(2**i for i in range(max_batch.bit_length()))
+    return CalibrateOptions(batch_sizes=sizes, target_recall=target_recall)
+
+
+def print_training(report: TrainReport) -> None:
+    """Validation quality, a line for each layer."""
+    print(f"\nRouters, measured on {report.validation_tokens:,} validation tokens")
+    print("layer   neurons: recall  precision     f1   groups: recall  precision     f1   top groups found")
+    groups, neurons = report.groups, report.neurons
+    for i in range(len(groups.recall)):
+        of_neurons = " " * 16 + "not routed".rjust(15)
+        if neurons is not None:
+            of_neurons = f"{neurons.recall[i]:16.3f}{neurons.precision[i]:11.3f}{neurons.f1[i]:7.3f}"
+        print(
+            f"{i:5}{of_neurons}{groups.recall[i]:17.3f}{groups.precision[i]:11.3f}{groups.f1[i]:7.3f}"
+            f"{groups.selected[i]:19.3f}"
+        )
+
+
+def print_plans(table: PlanTable, recall: tuple[tuple[float, ...], ...]) -> None:
+    """Neurons kept in each layer, a line for each batch size; `recall` is that on text held out from everything."""
+    print(f"\nNeurons kept of {table.num_neurons}, by batch size (all: the layer is dense)")
+    rows = zip(table.batch_sizes, table.neurons, recall, strict=True)
+    for size, counts, found in rows:
+        kept = " ".join(f"{'all' if count is None else count:>6}" for count in counts)
+        mean = np.mean([(count or table.num_neurons) / table.num_neurons for count in counts])
+        print(
+            f"batch {size:5}: {kept}   mean {mean:4.0%}, recall {np.mean(found):.3f}, least {min(found):.3f}"
+        )

@@ -1,0 +1,55 @@
+"""`polarjax sparsify`: routers and plans for a model directory, from text, in one go."""
+
+from pathlib import Path
+from typing import Annotated, Any
+
+import jax
+import typer
+
+from polarjax import checkpoint
+from polarjax.cli import learning
+from polarjax.sparsity import sparsify as learn
+from polarjax.sparsity.pipeline import CollectOptions
+
+
+def sparsify(
+    folder: learning.Folder,
+    text: learning.Texts,
+    window: learning.Window = None,
+    max_tokens: learning.MaxTokens = learning.MAX_TOKENS,
+    max_gb: learning.MaxGb = learning.MAX_GB,
+    fit: learning.Fit = False,
+    validation: learning.Validation = learning.VALIDATION,
+    test: learning.Test = learning.TEST,
+    activations: Annotated[Path | None, typer.Option(help="Keep the activations in this new folder.")] = None,
+    head_density: learning.HeadDensity = 0.5,
+    learning_rate: learning.LearningRate = learning.DEFAULTS.learning_rate,
+    batch: learning.Batch = learning.DEFAULTS.neuron_batch,
+    epochs: learning.Epochs = learning.DEFAULTS.max_epochs,
+    target_recall: learning.Recall = 0.99,
+    max_batch: learning.MaxBatch = learning.LARGEST_BATCH,
+    seed: learning.Seed = 0,
+    dtype: learning.Dtype = None,
+) -> dict[str, Any]:
+    """Learn from text what a model directory can skip: collect, train-routers and calibrate in one go."""
+    collecting = CollectOptions(activations, (validation, test), int(max_gb * 1e9), fit)
+    training = learning.train_options(learning_rate, batch, epochs)
+    calibration = learning.calibrate_options(target_recall, max_batch)
+    bundle, windows = learning.load_and_cut(folder, text, window, max_tokens, dtype)
+    learning.announce(bundle, windows, collecting)
+    routers, plans, report = learn(
+        bundle.model,
+        windows,
+        jax.random.key(seed),
+        head_density=head_density,
+        collecting=collecting,
+        training=training,
+        calibration=calibration,
+    )
+    learning.write_routers(folder, routers)
+    checkpoint.write_plans(folder, plans)
+    learning.print_training(report.training)
+    learning.print_plans(plans, report.recall)
+    spent = ", ".join(f"{stage} {seconds:.0f} s" for stage, seconds in report.seconds.items())
+    print(f"\n{spent}. Routers and plans are in {folder}. Next: polarjax generate {folder} --prompt TEXT")
+    return {"plans": plans.to_json(), **report.to_json()}

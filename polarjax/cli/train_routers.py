@@ -1,0 +1,29 @@
+"""`polarjax train-routers`: learn, from recorded activations, to predict them."""
+
+from typing import Any
+
+import jax
+
+from polarjax.cli import learning
+from polarjax.sparsity import train_routers as train
+
+
+def train_routers(
+    folder: learning.Folder,
+    activations: learning.Recorded,
+    head_density: learning.HeadDensity = 0.5,
+    learning_rate: learning.LearningRate = learning.DEFAULTS.learning_rate,
+    batch: learning.Batch = learning.DEFAULTS.neuron_batch,
+    epochs: learning.Epochs = learning.DEFAULTS.max_epochs,
+    seed: learning.Seed = 0,
+) -> dict[str, Any]:
+    """Train the routers of a model directory; earlier routers, and the plans made for them, are replaced."""
+    options = learning.train_options(learning_rate, batch, epochs)
+    bundle, recorded = learning.open_for(folder, activations)
+    routers, report = train(
+        recorded, bundle.model.config, jax.random.key(seed), head_density=head_density, options=options
+    )
+    learning.write_routers(folder, routers)
+    learning.print_training(report)
+    print(f"\nRouters are in {folder}. Next: polarjax calibrate {folder} --activations {activations}")
+    return report.to_json()
