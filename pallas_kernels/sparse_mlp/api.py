@@ -5,7 +5,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
 from pallas_kernels._dispatch import dispatch
-from pallas_kernels.sparse_mlp import xla
+from pallas_kernels.sparse_mlp import mosaic, xla
 
 OP = "sparse_mlp"
 
@@ -37,7 +37,10 @@ def sparse_mlp(
     """
     _validate(x, w_up, w_down, index, (w_gate, b_up, b_gate), activation)
     call = {"w_gate": w_gate, "b_up": b_up, "b_gate": b_gate, "activation": activation}
-    backends = {"xla": lambda device: xla.sparse_mlp(x, w_up, w_down, index, **call)}
+    backends = {
+        "mosaic": lambda device: mosaic.sparse_mlp(x, w_up, w_down, index, device=device, **call),
+        "xla": lambda device: xla.sparse_mlp(x, w_up, w_down, index, **call),
+    }
     return dispatch(OP, implementation, backends, x, w_up)
 
 

@@ -1,0 +1,397 @@
+"""Selective MLP on Hopper (Pallas Mosaic GPU): two products over gathered rows, in one kernel or two.
+
+A thread block streams stages of `rows` gathered weight rows times `cols` columns through a ring in shared memory.
+One warpgroup fills the ring, one (the loader) brings the other operand, the rest multiply: weights from shared
+memory to registers as wgmma's left operand, the batch as its N.
+  up:   part[tile, 64 neurons, batch] += W[rows, cols] · x[cols, batch]
+  down: part[tile, 64 columns, batch] += W[rows, cols]ᵀ · hidden[rows, batch]
+`schedule.Split` deals the units of a product evenly to the blocks; the partial sums of a tile are added afterwards.
+"""
+
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jax.experimental import pallas as pl
+from jax.experimental.pallas import mosaic_gpu as plgpu
+
+from pallas_kernels.sparse_mlp import gather
+from pallas_kernels.sparse_mlp.plan import Plan
+
+WGMMA = plgpu.Layout.WGMMA
+ROW = WGMMA.reduce(1)
+BULK = plgpu.OOBFillMode.PROMISE_IN_BOUNDS
+ACTIVATIONS = {"relu": lambda a: jnp.maximum(a, 0.0), "silu": lambda a: a / (1.0 + jnp.exp(-a))}
+REGISTERS = {1: (232, 104, 104), 2: (176, 56, 104)}  # consumers, producer, loader; in all 512 a lane at most
+HIDDEN_WIDTH = 32  # columns of hidden values that are completed at once in a fused kernel
+COMPILER = plgpu.CompilerParams(
+    lowering_semantics=plgpu.LoweringSemantics.Lane,  # the other one can't slice padded rows
+    unsafe_no_auto_barriers=True,
+    approx_math=True,
+)
+
+
+def _wait(semaphore, value: int) -> None:
+    plgpu.semaphore_wait(semaphore, value, decrement=False, memory_scope="gpu")
+
+
+def _int(value: int) -> jax.Array:
+    return jnp.int32(value)
+
+
+class Block:
+    """What one thread block does; the methods are the roles of its warpgroups.
+
+    refs: the kernel's references by name. It multiplies up if there is an "x", down if there is a "w_down".
+    """
+
+    def __init__(self, plan: Plan, refs: dict[str, Any], interpret: bool):
+        self.plan, self.tiles, self.refs, self.interpret = plan, plan.tiles, refs, interpret
+        self.block = lax.axis_index("block")
+        self.up = self._range(plan.up, "x")
+        self.down = self._range(plan.down, "w_down")
+        self.up_stages = (self.up[1] - self.up[0]) * _int(plan.tiles.groups)
+        self.stages = self.up_stages + self.down[1] - self.down[0]
+
+    def _range(self, split, needs):
+        if needs not in self.refs:
+            return _int(0), _int(0)
+        return split.start(self.block), split.start(self.block + 1)
+
+    # The ring of weights. Stage t lies in slot t % stages.
+
+    def _slot(self, t):
+        return lax.rem(t, _int(self.tiles.stages))
+
+    def _locate_up(self, t):
+        """(matrix, first entry of the index, first column) of a stage of the up-projection."""
+        m, rows = self.tiles.groups, self.tiles.rows
+        unit = self.up[0] + lax.div(t, _int(m))
+        tile, chunk = self._tile_chunk(self.plan.up, unit)
+        within = lax.rem(tile, _int(self.plan.row_tiles))
+        entry = (within * m + lax.rem(t, _int(m))) * rows
+        return lax.div(tile, _int(self.plan.row_tiles)), entry, chunk * self.tiles.cols
+
+    def _locate_down(self, t):
+        tile, chunk = self._tile_chunk(self.plan.down, self.down[0] + t - self.up_stages)
+        return _int(0), chunk * self.tiles.rows, tile * self.tiles.cols
+
+    def _tile_chunk(self, split, unit):
+        return lax.div(unit, _int(split.chunks)), lax.rem(unit, _int(split.chunks))
+
+    def produce(self):
+        """Fills the ring, for the down-projection without waiting for the end of the up-projection."""
+        plgpu.set_max_registers(REGISTERS[self.tiles.warpgroups][1], action="decrease")
+        fill = self._fill_rows if self.tiles.copy == "rows" else self._fill_inline
+        if "x" in self.refs:
+            fill(_int(0), self.up_stages, self._locate_up, [self.refs["w_up"], self.refs.get("w_gate")])
+        if "w_down" in self.refs:
+            fill(self.up_stages, self.stages, self._locate_down, [self.refs["w_down"]])
+        first = lax.max(self.stages - self.tiles.stages, _int(0))
+        pl.loop(first, self.stages)(lambda t: plgpu.barrier_wait(self.refs["empty"].at[self._slot(t)]))
+
+    def _await_empty(self, t):
+        empty = self.refs["empty"].at[self._slot(t)]
+        pl.when(t >= self.tiles.stages)(lambda: plgpu.barrier_wait(empty))
+
+    def _fill_inline(self, start, end, locate, matrices):
+        rows, refs = self.tiles.rows, self.refs
+        load = gather.load_ids(rows, self.plan.num_neurons)
+        issue = gather.issue_rows(rows, self.tiles.cols, self.tiles.copy)
+
+        def stage(t, ids):
+            now, soon = ids
+            later = load(refs["index"], locate(t + 2)[1])
+            self._await_empty(t)
+            matrix, _, column = locate(t)
+            for i, w in enumerate(w for w in matrices if w is not None):
+                pl.when(matrix == i)(
+                    lambda w=w: issue(w, now, refs["w_ring"], refs["full"], self._slot(t), column)
+                )
+            return soon, later
+
+        first = (load(refs["index"], locate(start)[1]), load(refs["index"], locate(start + 1)[1]))
+        lax.fori_loop(start, end, stage, first)
+
+    def _fill_rows(self, start, end, locate, matrices):
+        refs, rows, cols = self.refs, self.tiles.rows, self.tiles.cols
+
+        @pl.loop(start, end)
+        def _(t):
+            self._await_empty(t)
+            slot = self._slot(t)
+            matrix, entry, column = locate(t)
+
+            @plgpu.warp_map
+            def _(warp):
+                @pl.loop(0, rows // 4)
+                def _(j):
+                    row = j * 4 + warp
+                    neuron = refs["index"][entry + row]
+                    target = refs["w_ring"].at[slot, row, pl.ds(0, cols)]
+
+                    def copy(source):
+                        plgpu.copy_gmem_to_smem(source, target, refs["full"].at[slot], oob_mode=BULK)
+
+                    for i, w in enumerate(w for w in matrices if w is not None):
+                        pl.when((neuron >= 0) & (matrix == i))(
+                            lambda w=w: copy(w.at[neuron, pl.ds(column, cols)])
+                        )
+                    pl.when(neuron < 0)(lambda: copy(refs["zeros"].at[pl.ds(0, cols)]))
+
+    def _await_full(self, t):
+        if self.tiles.copy == "rows":
+            plgpu.barrier_wait(self.refs["full"].at[self._slot(t)])
+        else:
+            parity = lax.rem(lax.div(t, _int(self.tiles.stages)), _int(2))
+            gather.wait(self.refs["full"], self._slot(t), parity)
+
+    def _release(self, t):
+        if not self.interpret:
+            plgpu.wgmma_wait(0)
+        plgpu.commit_smem()  # what was read may be overwritten by asynchronous copies
+        plgpu.barrier_arrive(self.refs["empty"].at[self._slot(t)])
+
+    # The loader
+
+    def load(self):
+        """Brings the input, then the hidden values; in a fused kernel it helps to compute these in between."""
+        plgpu.set_max_registers(REGISTERS[self.tiles.warpgroups][2], action="decrease")
+        if "x" in self.refs:
+            self._load_input()
+        if "x" in self.refs and "w_down" in self.refs:
+            self._complete_hidden()
+        if "w_down" in self.refs:
+            self._load_hidden()
+
+    def _load_input(self):
+        refs, tiles = self.refs, self.tiles
+        pieces = tiles.cols // tiles.x_cols
+        count = (self.up[1] - self.up[0]) * pieces
+
+        def wait(i):
+            plgpu.barrier_wait(refs["x_empty"].at[lax.rem(i, _int(tiles.x_slots))])
+
+        @pl.loop(0, count)
+        def _(i):
+            pl.when(i >= tiles.x_slots)(lambda: wait(i))
+            _, chunk = self._tile_chunk(self.plan.up, self.up[0] + lax.div(i, _int(pieces)))
+            column = chunk * tiles.cols + lax.rem(i, _int(pieces)) * tiles.x_cols
+            slot = lax.rem(i, _int(tiles.x_slots))
+            source = refs["x"].at[:, pl.ds(column, tiles.x_cols)]
+            plgpu.copy_gmem_to_smem(source, refs["x_ring"].at[slot], refs["x_full"].at[slot])
+
+        pl.loop(lax.max(count - tiles.x_slots, _int(0)), count)(wait)
+
+    def _load_hidden(self):
+        refs, slots = self.refs, self.tiles.hidden_slots
+        count = self.down[1] - self.down[0]
+
+        def wait(i):
+            plgpu.barrier_wait(refs["h_empty"].at[lax.rem(i, _int(slots))])
+
+        @pl.loop(0, count)
+        def _(i):
+            pl.when(i >= slots)(lambda: wait(i))
+            _, group = self._tile_chunk(self.plan.down, self.down[0] + i)
+            slot, per = lax.rem(i, _int(slots)), self.tiles.warpgroups
+            source = refs["hidden"].at[pl.ds(group * per, per)]
+            plgpu.copy_gmem_to_smem(source, refs["h_ring"].at[slot], refs["h_full"].at[slot])
+
+        pl.loop(lax.max(count - slots, _int(0)), count)(wait)
+
+    def _complete_hidden(self):
+        """Once all partial sums are there, turns this block's share of them into hidden values; waits for all."""
+        refs, plan, grid = self.refs, self.plan, self.plan.grid
+        _wait(refs["arrived"].at[0], plan.up.blocks * self.tiles.warpgroups)
+        width = min(self.tiles.batch, HIDDEN_WIDTH)
+        pieces = self.tiles.batch // width
+        count = plan.hidden[0] * pieces
+
+        @pl.loop(0, lax.div(_int(count - 1) - self.block + _int(grid), _int(grid)))
+        def _(i):
+            piece = self.block + i * grid
+            block, column = lax.div(piece, _int(pieces)), lax.rem(piece, _int(pieces)) * width
+            values = self._hidden_values(block, column, width)
+            plgpu.wait_smem_to_gmem(0)
+            gather.sync_warpgroup()
+            refs["h_stage"][...] = values.astype(plan.dtype)
+            plgpu.commit_smem()
+            plgpu.copy_smem_to_gmem(refs["h_stage"], refs["hidden"].at[block, :, pl.ds(column, width)])
+
+        plgpu.wait_smem_to_gmem(0)
+        plgpu.semaphore_signal(refs["arrived"].at[1], memory_scope="gpu")
+        _wait(refs["arrived"].at[1], grid)
+
+    def _hidden_values(self, block, column, width):
+        """[64 width] float32: columns of a block of 64 neurons."""
+        per = self.tiles.warpgroups
+        group = lax.div(block, _int(per))
+        tile = lax.div(group, _int(self.tiles.groups))
+        place = lax.rem(group, _int(self.tiles.groups)) * per + lax.rem(block, _int(per))
+        act = ACTIVATIONS[self.plan.activation]
+        up = self._sum_parts(tile, place, column, width)
+        if not self.plan.gated:
+            return act(up)
+        return act(self._sum_parts(tile + self.plan.row_tiles, place, column, width)) * up
+
+    def _sum_parts(self, tile, place, column, width):
+        split, parts = self.plan.up, self.refs["up_parts"]
+        first, last = split.owner(tile * split.chunks), split.owner((tile + 1) * split.chunks - 1)
+        total = None
+        for i in range(split.contributions.shape[1]):
+            owner = lax.min(first + i, last)
+            number = owner * split.max_parts + tile - split.first_tile(owner)
+            source = parts.at[number, place, :, pl.ds(column, width)]
+            part = plgpu.load(source, layout=WGMMA, optimized=False)
+            if total is None:
+                total = part
+            else:
+                total = total + part * (first + i <= last).astype(jnp.float32)
+        return total
+
+    # The consumers
+
+    def consume(self, warpgroup):
+        """Multiplies; `warpgroup` owns 64 rows of each stage going up, a share of its columns going down."""
+        plgpu.set_max_registers(REGISTERS[self.tiles.warpgroups][0], action="increase")
+        if "x" in self.refs:
+            self._for_each_part(self.plan.up, self.up, lambda *args: self._up_part(warpgroup, *args))
+        if "x" in self.refs and "w_down" in self.refs:
+            gather.sync_warpgroup()
+            plgpu.semaphore_signal(self.refs["arrived"].at[0], memory_scope="gpu")
+        if "w_down" in self.refs:
+            self._for_each_part(self.plan.down, self.down, lambda *args: self._down_part(warpgroup, *args))
+
+    def _for_each_part(self, split, units, body):
+        """body(number of the partial sum, its tile, first unit, end) for each tile that the block touches."""
+        first = lax.div(units[0], _int(split.chunks))
+        last = lax.div(lax.max(units[1] - 1, units[0]), _int(split.chunks))
+
+        @pl.loop(0, lax.select(units[1] > units[0], last - first + 1, _int(0)))
+        def _(part):
+            tile = first + part
+            start = lax.max(units[0], tile * split.chunks)
+            end = lax.min(units[1], (tile + 1) * split.chunks)
+            body(self.block * split.max_parts + part, tile, start, end)
+
+    def _up_part(self, warpgroup, number, tile, start, end):
+        tiles, refs = self.tiles, self.refs
+        pieces = tiles.cols // tiles.x_cols
+        bias = self._bias(warpgroup, tile)
+        rows = pl.ds(warpgroup * 64, 64)
+
+        def unit(u, multiply):
+            for g in range(tiles.groups):
+                t = (u - self.up[0]) * tiles.groups + g
+                self._await_full(t)
+                for p in range(pieces):
+                    slot = lax.rem((u - self.up[0]) * pieces + p, _int(tiles.x_slots))
+                    if g == 0:
+                        plgpu.barrier_wait(refs["x_full"].at[slot])
+                    depth = min(tiles.x_cols, 128 if tiles.groups * tiles.batch <= 128 else 64)
+                    for c in range(0, tiles.x_cols, depth):
+                        a = refs["w_ring"].at[self._slot(t), rows, pl.ds(p * tiles.x_cols + c, depth)]
+                        multiply(g, a, refs["x_ring"].at[slot, :, pl.ds(c, depth)].T)
+                self._release(t)
+            for p in range(pieces):
+                slot = lax.rem((u - self.up[0]) * pieces + p, _int(tiles.x_slots))
+                plgpu.barrier_arrive(refs["x_empty"].at[slot])
+
+        total = self._accumulate(tiles.groups, start, end, unit)
+        begins = lax.rem(start, _int(self.plan.up.chunks)) == 0
+        for g in range(tiles.groups):
+            part = total[g * 64 : (g + 1) * 64]
+            if bias is not None:
+                part = part + bias(g) * begins.astype(jnp.float32)
+            refs["up_parts"][number, g * tiles.warpgroups + warpgroup] = part
+
+    def _bias(self, warpgroup, tile) -> Callable | None:
+        """-> f(g), the bias [64 batch] of the rows of group g of a tile; None without biases."""
+        tiles, refs = self.tiles, self.refs
+        biases = [refs[name] for name in ("b_up", "b_gate") if name in refs]
+        if not biases:
+            return None
+        out = refs["bias"].at[warpgroup]
+        entry = lax.rem(tile, _int(self.plan.row_tiles)) * (tiles.groups * tiles.rows) + warpgroup * 64
+        for i, source in enumerate(biases):
+            chosen = lax.div(tile, _int(self.plan.row_tiles)) == i
+            pl.when(chosen)(lambda source=source: self._take_bias(source, out, entry))
+
+        def broadcast(g):
+            row = plgpu.load(out.at[pl.ds(g * 64, 64)], layout=ROW)
+            return lax.broadcast_in_dim(row, (64, tiles.batch), [0])
+
+        return broadcast
+
+    def _take_bias(self, source, out, entry):
+        rows, stride = 64 * self.tiles.groups, self.tiles.rows
+        if not self.interpret:
+            take = gather.load_bias(rows, stride, self.plan.num_neurons)
+            take(self.refs["index"], source, out, entry)
+            return
+
+        @pl.loop(0, rows)
+        def _(i):
+            at = entry + lax.div(i, _int(64)) * stride + lax.rem(i, _int(64))
+            neuron = self.refs["index"][at]
+            value = source[lax.max(neuron, _int(0))].astype(jnp.float32)
+            out[i] = jnp.where(neuron >= 0, value, 0.0)
+
+    def _down_part(self, warpgroup, number, tile, start, end):
+        tiles, refs = self.tiles, self.refs
+        share = tiles.cols // tiles.warpgroups
+
+        def unit(v, multiply):
+            t = self.up_stages + v - self.down[0]
+            self._await_full(t)
+            slot = lax.rem(v - self.down[0], _int(tiles.hidden_slots))
+            plgpu.barrier_wait(refs["h_full"].at[slot])
+            for r in range(tiles.warpgroups):
+                for p in range(share // 64):
+                    columns = pl.ds(warpgroup * share + p * 64, 64)
+                    a = refs["w_ring"].at[self._slot(t), pl.ds(r * 64, 64), columns]
+                    multiply(p, a.T, refs["h_ring"].at[slot, r])
+            self._release(t)
+            plgpu.barrier_arrive(refs["h_empty"].at[slot])
+
+        total = self._accumulate(share // 64, start, end, unit)
+        for p in range(share // 64):
+            out = refs["down_parts"].at[number, warpgroup * (share // 64) + p]
+            part = total[p * 64 : (p + 1) * 64]
+            if self.interpret:
+                out[...] = part.T
+            else:
+                gather.store_transposed(part, out)
+
+    def _accumulate(self, pieces, start, end, unit):
+        """Sum over units of what `unit(u, multiply)` multiplies; multiply(i, a, b) adds a · b to rows 64 i."""
+        shape = (64 * pieces, self.tiles.batch)
+        if self.interpret:  # the interpreter's wgmma takes no operand from registers
+            return lax.fori_loop(start, end, _interpreted(unit, pieces, shape), jnp.zeros(shape, jnp.float32))
+
+        def run(acc):
+            def multiply(i, a, b):
+                target = acc if pieces == 1 else acc.at[pl.ds(i * 64, 64)]
+                plgpu.wgmma(target, plgpu.load(a, layout=WGMMA), b)
+
+            pl.loop(start, end)(lambda u: unit(u, multiply))
+            return acc[...]
+
+        return pl.run_scoped(run, plgpu.ACC(shape, jnp.float32))
+
+
+def _interpreted(unit, pieces, shape):
+    def step(u, total):
+        sums = [jnp.zeros((64, shape[1]), jnp.float32)] * pieces
+
+        def multiply(i, a, b):
+            a, b = plgpu.load(a).astype(jnp.float32), plgpu.load(b).astype(jnp.float32)
+            sums[i] = sums[i] + jnp.dot(a, b)
+
+        unit(u, multiply)
+        return total + jnp.concatenate(sums)
+
+    return step

@@ -1,0 +1,180 @@
+"""Selective MLP on Hopper: prepares the operands, launches the kernels of `kernel.py`, adds up partial sums."""
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jax.experimental import pallas as pl
+from jax.experimental.pallas import mosaic_gpu as plgpu
+from jaxtyping import Array, Float, Int
+
+from pallas_kernels import _device
+from pallas_kernels.sparse_mlp import gather
+from pallas_kernels.sparse_mlp.kernel import ACTIVATIONS, COMPILER, HIDDEN_WIDTH, Block
+from pallas_kernels.sparse_mlp.plan import Plan
+from pallas_kernels.sparse_mlp.schedule import Split
+from pallas_kernels.sparse_mlp.tiles import BATCHES, PADDING, Tiles, heuristic
+
+
+def sparse_mlp(
+    x: Float[Array, "B D"],
+    w_up: Float[Array, "F D"],
+    w_down: Float[Array, "F D"],
+    index: Int[Array, " k"],
+    *,
+    w_gate: Float[Array, "F D"] | None = None,
+    b_up: Float[Array, " F"] | None = None,
+    b_gate: Float[Array, " F"] | None = None,
+    activation: str,
+    device: _device.Device,
+    tiles: Tiles | None = None,
+    interpret: bool = False,
+) -> Float[Array, "B D"]:
+    """As `pallas_kernels.sparse_mlp`, for bfloat16 or float16 and D a multiple of 128.
+
+    tiles: a configuration to use, its batch not below the (padded) batch; None for the heuristic's.
+    interpret: run in Pallas's GPU interpreter on the CPU, which takes `tiles.copy == "rows"`.
+
+    Raises NotImplementedError for what these kernels can't do.
+    """
+    if not interpret:
+        _device.require_hopper(device)
+    _require(x, w_up, activation)
+    largest = BATCHES[-1]
+    if x.shape[0] > largest:
+        call = {"w_gate": w_gate, "b_up": b_up, "b_gate": b_gate, "activation": activation}
+        call |= {"device": device, "tiles": tiles, "interpret": interpret}
+        pieces = [x[i : i + largest] for i in range(0, x.shape[0], largest)]
+        return jnp.concatenate([sparse_mlp(piece, w_up, w_down, index, **call) for piece in pieces])
+    if tiles is None:
+        tiles = heuristic(x.shape[0], x.shape[1], device)
+    num_neurons, d_model = w_up.shape
+    plan = Plan(d_model, num_neurons, index.shape[0], w_gate is not None, activation, x.dtype.name, tiles)
+    operands = {"x": jnp.pad(x, ((0, tiles.batch - x.shape[0]), (0, 0))), "index": index.astype(jnp.int32)}
+    optional = {"w_gate": w_gate, "b_up": b_up, "b_gate": b_gate}
+    operands |= {"w_up": w_up, "w_down": w_down} | {n: a for n, a in optional.items() if a is not None}
+    if tiles.copy == "rows":
+        operands |= _for_rows(plan, operands["index"])
+    return _run(plan, operands, interpret)[: x.shape[0]].astype(x.dtype)
+
+
+def _require(x: jax.Array, w_up: jax.Array, activation: str) -> None:
+    if x.dtype != w_up.dtype or x.dtype not in (jnp.bfloat16, jnp.float16):
+        raise NotImplementedError(f"needs bfloat16 or float16 throughout; got {x.dtype} and {w_up.dtype}")
+    if x.shape[1] % 128:
+        raise NotImplementedError(f"needs a model width in steps of 128; got {x.shape[1]}")
+    if activation not in ACTIVATIONS:
+        raise NotImplementedError(f"knows the activations {', '.join(ACTIVATIONS)}; got {activation}")
+
+
+def _for_rows(plan: Plan, index: jax.Array) -> dict[str, jax.Array]:
+    """What Pallas's own copies need: entries up to the last tile, absent ones -1, and zeros to copy for them."""
+    index = jnp.where((index >= 0) & (index < plan.num_neurons), index, -1)
+    index = jnp.pad(index, (0, plan.padded - index.shape[0]), constant_values=-1)
+    return {"index": index, "zeros": jnp.zeros((plan.tiles.cols,), plan.dtype)}
+
+
+def _scratch(plan: Plan, has_up: bool, has_down: bool) -> dict[str, Any]:
+    tiles, dtype = plan.tiles, plan.dtype
+    swizzle = min(128, 2 * tiles.batch)
+    ring = plgpu.SMEM((tiles.stages, tiles.rows, tiles.cols + PADDING), dtype)
+    wide = (plgpu.TilingTransform((8, 64)), plgpu.SwizzleTransform(128))
+    x_ring = plgpu.SMEM((tiles.x_slots, tiles.batch, tiles.x_cols), dtype, transforms=wide)
+    narrow = (plgpu.TilingTransform((8, swizzle // 2)), plgpu.SwizzleTransform(swizzle))
+    shape = (tiles.hidden_slots, tiles.warpgroups, 64, tiles.batch)
+    h_ring = plgpu.SMEM(shape, dtype, transforms=narrow)
+
+    def barriers(count, arrivals=1):
+        return plgpu.Barrier(num_arrivals=arrivals, num_barriers=count)
+
+    rows = tiles.copy == "rows"
+    full = barriers(tiles.stages, tiles.rows) if rows else plgpu.SMEM((2 * tiles.stages,), jnp.int32)
+    scratch = {"w_ring": ring, "full": full, "empty": barriers(tiles.stages, tiles.warpgroups)}
+    scratch["operand"] = plgpu.RefUnion(x_ring, h_ring)
+    if has_up:
+        scratch |= {"x_full": barriers(tiles.x_slots), "x_empty": barriers(tiles.x_slots, tiles.warpgroups)}
+        scratch["bias"] = plgpu.SMEM((tiles.warpgroups, 64 * tiles.groups), jnp.float32)
+    if has_up and has_down:
+        width = min(tiles.batch, HIDDEN_WIDTH)
+        transforms = (plgpu.TilingTransform((8, width)), plgpu.SwizzleTransform(2 * width))
+        scratch["h_stage"] = plgpu.SMEM((64, width), dtype, transforms=transforms)
+    if has_down:
+        count = tiles.hidden_slots
+        scratch |= {"h_full": barriers(count), "h_empty": barriers(count, tiles.warpgroups)}
+    return scratch
+
+
+def _kernel(plan: Plan, operands: dict[str, jax.Array], interpret: bool = False) -> dict[str, jax.Array]:
+    """Runs the products that the operands allow; returns their partial sums by name."""
+    tiles = plan.tiles
+    has_up, has_down = "x" in operands, "w_down" in operands
+    outputs = {}
+    if has_up:
+        outputs["up_parts"] = jax.ShapeDtypeStruct(plan.up_parts, jnp.float32)
+    if has_up and has_down:
+        outputs["hidden"] = jax.ShapeDtypeStruct(plan.hidden, jnp.dtype(plan.dtype))
+    if has_down:
+        outputs["down_parts"] = jax.ShapeDtypeStruct(plan.down_parts, jnp.float32)
+    scratch = _scratch(plan, has_up, has_down)
+    names = [*operands, *outputs, *scratch]
+
+    def body(*references):
+        refs = dict(zip(names, references, strict=True))
+        refs["x_ring"], refs["h_ring"] = refs.pop("operand")
+        if has_up and has_down:
+            refs["arrived"] = pl.get_global(plgpu.SemaphoreType.REGULAR((2,)))
+        if tiles.copy != "rows":
+            gather.init_barriers(tiles.stages, tiles.copy)(refs["full"])
+        block = Block(plan, refs, interpret)
+        warpgroup = lax.axis_index("warpgroup")
+
+        pl.when(warpgroup < tiles.warpgroups)(lambda: block.consume(warpgroup))
+        pl.when(warpgroup == tiles.warpgroups)(block.produce)
+        pl.when(warpgroup == tiles.warpgroups + 1)(block.load)
+
+    kernel = plgpu.kernel(
+        body,
+        out_type=list(outputs.values()),
+        grid=(plan.grid,),
+        grid_names=("block",),
+        num_threads=tiles.warpgroups + 2,
+        thread_name="warpgroup",
+        scratch_types=list(scratch.values()),
+        compiler_params=COMPILER,
+        interpret=plgpu.InterpretGPUParams(detect_races=True) if interpret else None,
+        kernel_name="_".join(["sparse_mlp", *(["up"] * has_up), *(["down"] * has_down)]),
+    )
+    return dict(zip(outputs, kernel(*operands.values()), strict=True))
+
+
+def _sum_parts(parts: jax.Array, split: Split) -> jax.Array:
+    """[tiles ...]: the partial sums of each tile, added in order."""
+    total = None
+    for numbers in split.contributions.T:
+        chosen = parts.at[jnp.maximum(numbers, 0)].get(mode="promise_in_bounds")
+        chosen = jnp.where((numbers >= 0).reshape((-1,) + (1,) * (parts.ndim - 1)), chosen, 0.0)
+        total = chosen if total is None else total + chosen
+    return total
+
+
+def _hidden(plan: Plan, up_parts: jax.Array) -> jax.Array:
+    """Hidden values [blocks of 64 neurons, 64, batch] from the partial sums of the up-projection."""
+    total = _sum_parts(up_parts, plan.up)  # [matrices · row_tiles, groups, 64, batch]
+    total = total.reshape((2 if plan.gated else 1, -1, 64, plan.tiles.batch))
+    act = ACTIVATIONS[plan.activation]
+    hidden = act(total[1]) * total[0] if plan.gated else act(total[0])
+    return hidden[: plan.hidden[0]].astype(plan.dtype)
+
+
+def _run(plan: Plan, operands: dict[str, jax.Array], interpret: bool = False) -> jax.Array:
+    """[batch D] float32 from x [batch D], index [k], w_up, w_down [F D] and the optional w_gate, b_up, b_gate."""
+    if plan.tiles.fused:
+        parts = _kernel(plan, operands)["down_parts"]
+    else:
+        up = {name: array for name, array in operands.items() if name != "w_down"}
+        down = {name: operands[name] for name in ("index", "w_down", "zeros") if name in operands}
+        up_parts = _kernel(plan, up, interpret)["up_parts"]
+        parts = _kernel(plan, {**down, "hidden": _hidden(plan, up_parts)}, interpret)["down_parts"]
+    total = _sum_parts(parts, plan.down).reshape(-1, plan.tiles.batch, 64)
+    return total.transpose(1, 0, 2).reshape(plan.tiles.batch, plan.d_model)

@@ -1,0 +1,66 @@
+"""One call of the Mosaic kernels, all of it static: shapes, tiles, and who computes what."""
+
+from dataclasses import dataclass
+from functools import cached_property
+
+from pallas_kernels.sparse_mlp.schedule import Split
+from pallas_kernels.sparse_mlp.tiles import Tiles
+
+
+@dataclass(frozen=True)
+class Plan:
+    """d_model D, num_neurons F, selected k; gated: two matrices in the up-projection; activation: its name."""
+
+    d_model: int
+    num_neurons: int
+    selected: int
+    gated: bool
+    activation: str
+    dtype: str
+    tiles: Tiles
+
+    @cached_property
+    def groups(self) -> int:
+        """Stages of rows that hold the selected neurons."""
+        return -(-self.selected // self.tiles.rows)
+
+    @cached_property
+    def row_tiles(self) -> int:
+        """Output tiles of one matrix in the up-projection."""
+        return -(-self.groups // self.tiles.groups)
+
+    @property
+    def padded(self) -> int:
+        """Entries of the index up to the end of the last output tile of the up-projection."""
+        return self.row_tiles * self.tiles.groups * self.tiles.rows
+
+    @cached_property
+    def up(self) -> Split:
+        tiles = self.row_tiles * (2 if self.gated else 1)
+        return Split(tiles, self.d_model // self.tiles.cols, self.tiles.blocks)
+
+    @cached_property
+    def down(self) -> Split:
+        return Split(self.d_model // self.tiles.cols, self.groups, self.tiles.blocks)
+
+    @property
+    def grid(self) -> int:
+        """Thread blocks to launch, the same for either product and for both."""
+        return max(self.up.blocks, self.down.blocks)
+
+    @property
+    def up_parts(self) -> tuple[int, int, int, int]:
+        """Shape of the partial sums of the up-projection, in blocks of 64 neurons."""
+        t = self.tiles
+        return (self.up.blocks * self.up.max_parts, t.groups * t.warpgroups, 64, t.batch)
+
+    @property
+    def hidden(self) -> tuple[int, int, int]:
+        """Shape of the hidden values, in blocks of 64 neurons."""
+        return (self.groups * self.tiles.warpgroups, 64, self.tiles.batch)
+
+    @property
+    def down_parts(self) -> tuple[int, int, int, int]:
+        """Shape of the partial sums of the down-projection, in blocks of 64 columns."""
+        t = self.tiles
+        return (self.down.blocks * self.down.max_parts, t.cols // 64, t.batch, 64)

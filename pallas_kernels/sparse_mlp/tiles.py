@@ -1,0 +1,129 @@
+"""How the Hopper kernel cuts its work: a configuration, its limits, the choice by shape, which are worth trying."""
+
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+
+from pallas_kernels._device import Device
+
+PADDING = 8  # elements after each row in shared memory: eight rows meet eight different groups of banks
+BATCHES = (16, 32, 64, 128)  # padded batch; a larger one is cut into pieces of the last
+COPIES = ("bulk", "async", "rows")
+SMEM_RESERVE = 2048  # bytes for barriers and for the compiler
+DENSE_ABOVE = {16: 0.95, 32: 0.95, 64: 0.9, 128: 0.7}  # density, by padded batch; not measured on a GPU yet
+
+
+@dataclass(frozen=True, kw_only=True)
+class Tiles:
+    """batch: padded batch, the N of the products. warpgroups: that multiply, each owning 64 of a stage's rows.
+    groups: stages of rows whose sums are held together going up, so that the input is read once for all of them.
+    cols: columns of a stage: of the contraction going up, of the output going down.
+    stages: depth of the ring of weights. x_cols, x_slots: columns and depth of the input's ring.
+    blocks: thread blocks at most. fused: one kernel with a barrier among all its blocks, which must therefore run
+    at the same time, else one kernel a projection.
+    copy: how rows are gathered: "bulk" (one cp.async.bulk each), "async" (cp.async, 16 bytes a lane), both in
+    inline PTX, or "rows" (Pallas's own copy, slow, but the interpreter knows it).
+    """
+
+    batch: int
+    warpgroups: int = 1
+    groups: int
+    cols: int
+    stages: int
+    x_cols: int
+    x_slots: int
+    blocks: int
+    copy: str = "bulk"
+    fused: bool = True
+
+    def __post_init__(self) -> None:
+        problems = [
+            (self.batch in BATCHES, f"batch must be one of {BATCHES}"),
+            (self.warpgroups in (1, 2), "warpgroups must be 1 or 2"),
+            (self.cols % (64 * self.warpgroups) == 0, "cols must be a multiple of 64 a warpgroup"),
+            (self.x_cols % 64 == 0 and self.cols % self.x_cols == 0, "x_cols must divide cols, by 64"),
+            (
+                self.x_slots > self.cols // self.x_cols - (self.groups == 1),
+                "x_slots must hold one chunk and more",
+            ),
+            (min(self.groups, self.stages, self.blocks) > 0, "groups, stages and blocks must be positive"),
+            (self.copy in COPIES, f"copy must be one of {COPIES}"),
+            (self.copy != "async" or self.cols % 256 == 0, "async copies need cols in steps of 256"),
+            (not (self.fused and self.copy == "rows"), "rows can't be fused"),
+            (self.hidden_slots > 1, "the input's ring is too small for two stages of hidden values"),
+            (max(self.groups, self.cols // 64 // self.warpgroups) * self.batch <= 256, "sums need registers"),
+            (self.smem_bytes <= 232448, "too much shared memory"),
+        ]
+        for fine, problem in problems:
+            if not fine:
+                raise ValueError(f"sparse_mlp tiles: {problem}; got {self}")
+
+    @property
+    def rows(self) -> int:
+        """Rows of a stage."""
+        return 64 * self.warpgroups
+
+    @property
+    def hidden_slots(self) -> int:
+        """Stages of hidden values that fit where the input was."""
+        return min(4, self.x_cols * self.x_slots // self.rows)
+
+    @property
+    def smem_bytes(self) -> int:
+        """Shared memory of the fused kernel, the larger one."""
+        ring = self.stages * self.rows * (self.cols + PADDING) * 2
+        arrays = (
+            ring,
+            self.x_slots * self.batch * self.x_cols * 2,
+            self.rows * self.groups * 4,
+            64 * 32 * 2,
+            1,
+        )
+        return sum(-(-size // 1024) * 1024 for size in arrays) + SMEM_RESERVE
+
+
+def padded(batch: int) -> int:
+    """The smallest supported batch that holds `batch`, at most the largest."""
+    return next((size for size in BATCHES if size >= batch), BATCHES[-1])
+
+
+_CHOICE = {  # padded batch -> tiles for rows of at least this many columns
+    16: {"groups": 2, "cols": 512, "stages": 3, "x_cols": 256, "x_slots": 3},
+    32: {"groups": 2, "cols": 256, "stages": 5, "x_cols": 128, "x_slots": 4},
+    64: {"groups": 4, "cols": 256, "stages": 4, "x_cols": 128, "x_slots": 3},
+    128: {"warpgroups": 2, "groups": 2, "cols": 256, "stages": 2, "x_cols": 64, "x_slots": 5},
+}
+
+
+def heuristic(batch: int, d_model: int, device: Device) -> Tiles:
+    """Tiles for a batch of at most 128 and rows of d_model columns, which must be a multiple of 128."""
+    size = padded(batch)
+    chosen = Tiles(batch=size, blocks=device.num_sms, **_CHOICE[size])
+    while d_model % chosen.cols:
+        cols = chosen.cols // 2
+        x_cols = min(chosen.x_cols, cols // 2)
+        deeper = {"stages": chosen.stages + 1, "x_cols": x_cols, "x_slots": max(3, chosen.x_slots)}
+        chosen = replace(chosen, cols=cols, **deeper)
+    return chosen
+
+
+def candidates(batch: int, d_model: int, device: Device) -> Iterator[Tiles]:
+    """Configurations worth measuring for a shape: the heuristic's first."""
+    best = heuristic(batch, d_model, device)
+    seen = set()
+    for changes in (
+        {},
+        {"fused": False},
+        {"copy": "async"},
+        {"copy": "async", "fused": False},
+        {"groups": best.groups * 2},
+        {"groups": max(1, best.groups // 2)},
+        {"cols": best.cols // 2, "stages": best.stages * 2, "x_cols": best.x_cols // 2},
+        {"warpgroups": 2, "groups": max(1, best.groups // 2), "stages": max(2, best.stages // 2)},
+    ):
+        try:
+            tiles = replace(best, **changes)
+        except ValueError:
+            continue
+        if tiles not in seen and d_model % tiles.cols == 0:
+            seen.add(tiles)
+            yield tiles
