@@ -121,13 +121,18 @@ def search_space(problem: Problem, device: Device) -> Iterator[Tiles]:
 def heuristic(
     problem: Problem, device: Device, *, block: int | None = None, stages: int | None = None
 ) -> Tiles:
-    """The configuration to use where nothing was measured; `block` and `stages` may be given.
+    """The configuration to use where this very problem was not measured; `block` and `stages` may be given.
 
-    Two thread blocks a multiprocessor with 96 KB in flight each, and as many splits as make the selected work,
-    B·k·splits thread blocks, finish soonest by `_finish_time`.
+    Block and stages follow an H200 at H = 128 (bench/results/decode_attention.jsonl). Two steps of 64 positions
+    beat deeper rings where many thread blocks share the card: the room buys one more of them a multiprocessor.
+    With several queries a group and too few (sequence, group) pairs to fill the card, three of 128 did better.
+    Splits are as many as make the selected work, B·k·splits thread blocks, finish soonest by `_finish_time`.
     """
+    few = problem.queries > 1 and problem.batch * problem.selected <= device.num_sms // 2
+    if block is None and stages is None and few and Tiles(block=128, stages=3).fits(problem, device):
+        block, stages = 128, 3
     block = block or 64
-    stages = stages or max(2, min(6, 24576 // (block * problem.value_width)))
+    stages = stages or (2 if Tiles(block=block, stages=2).fits(problem, device) else 1)
     whole = Tiles(block=block, stages=stages)
     slots = device.num_sms * max(1, whole.resident(problem))
     choices = [replace(whole, splits=n) for n in (1, 2, 4, 8) if n == 1 or n * 2 * block <= problem.capacity]
