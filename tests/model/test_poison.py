@@ -1,8 +1,5 @@
 """NaN in everything that must not be read leaves the results as they were, bit for bit."""
 
-import dataclasses
-
-import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -15,38 +12,11 @@ NAN = float("nan")
 SPARSE = ("opt", "opt-350m", "relu-gated", "qk-norm", "window")
 
 
-@jax.tree_util.register_dataclass
-@dataclasses.dataclass(frozen=True)
-class PerRow:
-    """A selector with fixed scores that differ between the sequences: groups [L B K], neurons [L F]."""
-
-    groups: jax.Array
-    neurons: jax.Array
-
-    def group_scores(self, layer, x, *, norms=None):
-        """One row of scores for each sequence."""
-        return self.groups[layer]
-
-    def neuron_scores(self, layer, x, *, activity=None):
-        """The same scores for all."""
-        return jnp.broadcast_to(self.neurons[layer][None], (x.shape[0], self.neurons.shape[1]))
-
-    def check(self, config):
-        """Fits the tests."""
-
-
 def _filled(name: str):
     """A model and a cache with ragged prompts in it."""
     model, (tokens, lengths) = zoo.model(name), zoo.batch()
     _, cache = zoo.prefill(model, tokens, lengths, zoo.empty_cache(model, 3))
     return model, tokens[:, 0], cache
-
-
-def _sparsity(config: pj.ModelConfig) -> pj.Sparsity:
-    random = np.random.default_rng(5)
-    groups = jnp.asarray(random.uniform(size=(config.num_layers, 3, config.num_kv_heads)), jnp.float32)
-    neurons = jnp.asarray(random.uniform(size=(config.num_layers, config.d_ff)), jnp.float32)
-    return pj.Sparsity(PerRow(groups, neurons), zoo.half(config))
 
 
 def _poison_cache(cache: pj.KVCache, where: list[np.ndarray]) -> pj.KVCache:
@@ -85,7 +55,7 @@ def test_dense_decoding_reads_no_cache_beyond_length_or_window(name):
 @pytest.mark.parametrize("name", SPARSE)
 def test_sparse_decoding_reads_selected_groups_and_neurons_only(name):
     model, token, cache = _filled(name)
-    config, sparsity = model.config, _sparsity(model.config)
+    config, sparsity = model.config, zoo.per_row(name)
     expected = zoo.decode_step(model, token, cache, sparsity=sparsity)
     kept = [
         np.asarray(top_mask(sparsity.routers.groups[layer], sparsity.plan.groups[layer]))
@@ -107,7 +77,7 @@ def test_sparse_decoding_reads_selected_groups_and_neurons_only(name):
 def test_the_cache_stays_complete(name):
     """A skipped group's key and value are written all the same: the next token may select it."""
     model, token, cache = _filled(name)
-    _, after = zoo.decode_step(model, token, cache, sparsity=_sparsity(model.config))
+    _, after = zoo.decode_step(model, token, cache, sparsity=zoo.per_row(name))
     _, dense = zoo.decode_step(model, token, cache)
     rows, length = np.arange(3), np.asarray(cache.length)
     for new, old, full in zip((*after.k, *after.v), (*cache.k, *cache.v), (*dense.k, *dense.v), strict=True):

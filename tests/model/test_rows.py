@@ -59,12 +59,11 @@ def test_a_row_alone_equals_itself_in_a_batch(name):
 
 @pytest.mark.parametrize("name", SPARSE)
 def test_sparse_rows_are_independent_when_the_neurons_are_fixed(name):
-    """Groups are each row's own choice; neurons are shared, so they are held fixed here."""
+    """Neurons are chosen for the whole batch, so they are held fixed here."""
     model, seen = zoo.model(name), []
-    sparsity = pj.Sparsity(zoo.FixedNeurons(zoo.routers(name), zoo.static(name)), zoo.half(model.config))
     for tokens, lengths in _pairs():
         _, cache = zoo.prefill(model, tokens, lengths, zoo.empty_cache(model, 3))
-        seen.append(np.asarray(zoo.decode_step(model, tokens[:, 0], cache, sparsity=sparsity)[0])[1])
+        seen.append(np.asarray(zoo.decode_step(model, tokens[:, 0], cache, sparsity=zoo.per_row(name))[0])[1])
     assert (seen[0] == seen[1]).all()
 
 

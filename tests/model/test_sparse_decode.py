@@ -29,7 +29,9 @@ def _check(model, tokens, sparsity):
     assert abs(masked[0] - dense).max() > 0.05  # something was skipped
 
 
-@pytest.mark.parametrize("name", zoo.CONFIGS)
+@pytest.mark.parametrize(
+    "name", ["opt", "opt-350m", "llama-mha", "llama-mqa", "relu-gated", "qk-norm", "window"]
+)
 def test_one_sequence_agrees_with_the_masked_forward(name):
     """At B = 1 the batch's neurons are the token's neurons, so routers select the same in both."""
     model, (tokens, _) = zoo.model(name), zoo.batch(rows=1)

@@ -62,9 +62,11 @@ CONFIGS: dict[str, pj.ModelConfig] = {
 DTYPES = ("float32", "bfloat16")
 RELU = tuple(name for name, config in CONFIGS.items() if config.neuron_sparsity)
 
-prefill = jax.jit(pj.prefill)
-_decode_step = jax.jit(pj.decode_step)
-_forward = jax.jit(functools.partial(pj.forward, taps=TapSpec()))
+# Most of the tests' time is compilation, and each program runs a few times only.
+jit = functools.partial(jax.jit, compiler_options={"xla_backend_optimization_level": 0})
+prefill = jit(pj.prefill)
+_decode_step = jit(pj.decode_step)
+_forward = jit(functools.partial(pj.forward, taps=TapSpec()))
 
 
 def forward(
@@ -146,24 +148,33 @@ def half(config: pj.ModelConfig) -> pj.SparsityPlan:
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
-class FixedNeurons:
-    """A selector whose groups are routed, each row for itself, and whose neurons are always the same."""
+class PerRow:
+    """A selector with fixed scores: groups [L B K] that differ between the sequences, neurons [L F]."""
 
-    routers: Routers
-    neurons: Static
+    groups: jax.Array
+    neurons: jax.Array
 
     def group_scores(self, layer, x, *, norms=None):
-        """As the routers do."""
-        return self.routers.group_scores(layer, x, norms=norms)
+        """One row of scores for each sequence."""
+        return self.groups[layer]
 
     def neuron_scores(self, layer, x, *, activity=None):
-        """As the static selector does."""
-        return self.neurons.neuron_scores(layer, x, activity=activity)
+        """The same scores for all."""
+        return jnp.broadcast_to(self.neurons[layer][None], (x.shape[0], self.neurons.shape[1]))
 
     def check(self, config):
-        """Fits what its parts fit."""
-        self.routers.check(config)
-        self.neurons.check(config)
+        """Fits the tests."""
+
+
+@functools.cache
+def per_row(name: str, rows: int = 3) -> pj.Sparsity:
+    """Half of all neurons and groups, the groups different in each of the rows, whatever the tokens."""
+    config, random = CONFIGS[name], np.random.default_rng(5)
+    groups = random.uniform(size=(config.num_layers, rows, config.num_kv_heads))
+    neurons = random.uniform(size=(config.num_layers, config.d_ff))
+    return pj.Sparsity(
+        PerRow(jnp.asarray(groups, jnp.float32), jnp.asarray(neurons, jnp.float32)), half(config)
+    )
 
 
 def with_parameter(model: pj.Decoder, name: str, value: jax.Array) -> pj.Decoder:
