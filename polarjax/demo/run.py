@@ -21,6 +21,7 @@ from polarjax.sparsity.pipeline import CollectOptions
 from polarjax.sparsity.plan import SparsityPlan, dense_plan, uniform_groups
 from polarjax.sparsity.select import Oracle, Random, Selector, Sparsity, Static
 from polarjax.sparsity.train import TrainOptions
+from polarjax.tokenizer import Tokenizer
 
 DENSITIES = (1.0, 0.75, 0.625, 0.5, 0.375)
 PROMPTS = (
@@ -67,16 +68,8 @@ def run(folder: Path, options: DemoOptions | None = None) -> dict[str, Any]:
     """
     options = options or DemoOptions()
     bundle, tokenizer = load_with_tokenizer(folder, "float32")
-    learn, held_out = (
-        text_windows(
-            [data.standard_library_text(split)],
-            tokenizer,
-            options.length,
-            most=most,
-            source="standard library",
-        )
-        for split, most in (("calibration", options.learn), ("evaluation", options.measure))
-    )
+    learn = _windows("calibration", tokenizer, options.length, options.learn)
+    held_out = _windows("evaluation", tokenizer, options.length, options.measure)
     started = time.perf_counter()
     bundle, static, learnt = _learn(bundle, folder, learn, options)
     return {
@@ -88,6 +81,11 @@ def run(folder: Path, options: DemoOptions | None = None) -> dict[str, Any]:
         "quality": _quality(bundle, static, held_out, options),
         "costs": _costs(bundle, options),
     }
+
+
+def _windows(split: data.Split, tokenizer: Tokenizer, length: int, most: int) -> np.ndarray:
+    text = data.standard_library_text(split)
+    return text_windows([text], tokenizer, length, most=most, source="the standard library")
 
 
 def _learn(
@@ -145,7 +143,7 @@ def _generation(bundle: checkpoint.Bundle, options: DemoOptions) -> dict[str, An
     tokenizer, config = bundle.tokenizer, bundle.model.config
     if tokenizer is None:
         return {}
-    tokens, lengths = tokenizer.encode(PROMPTS)
+    tokens, lengths = map(jnp.asarray, tokenizer.encode(PROMPTS))
 
     def continued(sparsity: Sparsity | None) -> tuple[Generation, float]:
         call = lambda: jax.block_until_ready(
@@ -206,7 +204,7 @@ def _costs(bundle: checkpoint.Bundle, options: DemoOptions) -> list[dict[str, An
         return []
     rows = []
     for size in plans.batch_sizes:
-        call = {"batch_size": size, "cache_length": config.max_positions}
+        call: dict[str, Any] = {"batch_size": size, "cache_length": config.max_positions}
         plan = plans.for_batch(size, config, options.head_density)
         dense, sparse = (costs.decode_bytes(config, plan=each, **call) for each in (None, plan))
         rows.append({"batch_size": size, "dense": dense.per_token, "sparse": sparse.per_token})
