@@ -58,6 +58,9 @@ type Activation = Literal["relu", "silu", "gelu"]
 _ACTIVATIONS: dict[str, Activation] = {"relu": "relu", "silu": "silu", "swish": "silu", "gelu": "gelu"}
 _REQUIRED = object()
 
+MOST, MOST_LAYERS = 2**31 - 1, 10_000
+"""Bounds of sizes, so that a damaged config.json is refused and not laid out in memory."""
+
 
 class ConfigReader:
     """The keys of one config.json; remembers which were asked for.
@@ -94,9 +97,10 @@ class ConfigReader:
     def optional_size(self, key: str, default: Any = None) -> int | None:
         """A positive whole number, or the default."""
         value = self.get(key, default, int, "a positive whole number")
-        if value is not None and value <= 0:
-            mend = "correct config.json"
-            raise self.refuse(key, "a value out of range", value, "a positive whole number", mend)
+        most = MOST_LAYERS if key == "num_hidden_layers" else MOST
+        if value is not None and not 0 < value <= most:
+            expected = f"a whole number from 1 to {most}"
+            raise self.refuse(key, "a value out of range", value, expected, "correct config.json")
         return value
 
     def number(self, key: str, default: float) -> float:

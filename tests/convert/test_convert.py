@@ -228,7 +228,7 @@ def test_failed_overwrite_keeps_the_old_model(source, tmp_path):
     assert pj.load(tmp_path / "out").model.config.num_layers == 3
 
 
-@pytest.mark.parametrize("inner", ["out", ".", "a/../../hf/b", ".."])
+@pytest.mark.parametrize("inner", ["out", ".", ".."])
 def test_output_within_the_source_and_the_reverse(source, inner):
     assert_refused(source, source / inner, "within one another", overwrite=True)
 
@@ -248,7 +248,7 @@ def test_relative_paths_spaces_and_letters(source, tmp_path, monkeypatch):
 
 def test_output_cannot_be_written(source, tmp_path):
     (tmp_path / "file").write_text("")
-    with pytest.raises(pj.CheckpointError, match="cannot write here; got Not a directory"):
+    with pytest.raises(pj.CheckpointError, match="cannot write here"):
         convert_checkpoint(source, tmp_path / "file" / "out")
 
 

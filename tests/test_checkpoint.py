@@ -1,0 +1,302 @@
+"""A model directory: what is saved comes back, what is damaged or foreign is refused."""
+
+import dataclasses
+import json
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import nnx
+
+import polarjax as pj
+from polarjax.checkpoint import FORMAT, new_model, write_plans, write_routers
+from polarjax.model import parameters
+from polarjax.sparsity.router import init_routers
+from tests.model import zoo
+
+ASSETS = Path(pj.__file__).parent / "assets"
+
+
+def plans_for(config: pj.ModelConfig) -> pj.PlanTable:
+    return pj.PlanTable(
+        num_layers=config.num_layers,
+        num_neurons=config.d_ff,
+        num_groups=config.num_kv_heads,
+        batch_sizes=(1, 8),
+        neurons=((8, None), (16, None)),
+        recall=((0.99, 1.0), (0.99, 1.0)),
+        head_density=0.5,
+    )
+
+
+def bundle_of(name: str = "opt", dtype=jnp.float32, **parts) -> pj.Bundle:
+    model = zoo.model(name)
+    model = jax.tree.map(lambda array: array.astype(dtype), model)
+    return pj.Bundle(model, model_type="opt", **parts)
+
+
+def full_bundle() -> pj.Bundle:
+    bundle = bundle_of()
+    config = bundle.model.config
+    routers = init_routers(config, jax.random.key(3), rank=4)
+    return dataclasses.replace(bundle, routers=routers, plans=plans_for(config))
+
+
+def assert_same(a, b) -> None:
+    assert jax.tree.structure(a) == jax.tree.structure(b)
+    for one, two in zip(jax.tree.leaves(a), jax.tree.leaves(b), strict=True):
+        assert one.dtype == two.dtype
+        np.testing.assert_array_equal(one, two)
+
+
+@pytest.fixture
+def saved(tmp_path):
+    pj.save(tmp_path / "model", full_bundle())
+    return tmp_path / "model"
+
+
+def refused(path: Path, *words: str, error: type[pj.PolarjaxError] = pj.CheckpointError) -> None:
+    with pytest.raises(error) as caught:
+        pj.load(path)
+    text = str(caught.value)
+    assert all(word in text for word in words), text
+    assert "\n" not in text
+
+
+@pytest.mark.parametrize("dtype", [jnp.float32, jnp.float16, jnp.bfloat16], ids=lambda dtype: dtype.__name__)
+@pytest.mark.parametrize("name", zoo.CONFIGS)
+def test_parameters_come_back(tmp_path, name, dtype):
+    bundle = bundle_of(name, dtype)
+    pj.save(tmp_path / "model", bundle)
+    loaded = pj.load(tmp_path / "model")
+    assert loaded.model.config == bundle.model.config
+    assert_same(loaded.model, bundle.model)
+    assert (loaded.tokenizer, loaded.routers, loaded.plans) == (None, None, None)
+    assert loaded.model_type == "opt"
+
+
+def test_routers_and_plans_come_back(saved):
+    bundle, loaded = full_bundle(), pj.load(saved)
+    assert_same(loaded.routers, bundle.routers)
+    assert loaded.plans == bundle.plans
+
+
+def test_routers_of_groups_alone_come_back(saved):
+    config = full_bundle().model.config
+    routers = init_routers(config, jax.random.key(0), neurons=False)
+    write_routers(saved, routers)
+    assert_same(pj.load(saved).routers, routers)
+
+
+def test_dtype_can_be_chosen_when_loading(saved):
+    loaded = pj.load(saved, dtype=jnp.bfloat16)
+    exact = parameters(full_bundle().model)
+    for name, array in parameters(loaded.model).items():
+        assert array.dtype == jnp.bfloat16
+        np.testing.assert_array_equal(array, exact[name].astype(jnp.bfloat16))
+    assert_same(loaded.routers, full_bundle().routers)
+
+
+def test_tokenizer_comes_back(tmp_path):
+    tokenizer = pj.tokenizer.Tokenizer.load(ASSETS / "opt-6m")
+    pj.save(tmp_path / "model", bundle_of(tokenizer=tokenizer))
+    loaded = pj.load(tmp_path / "model").tokenizer
+    assert loaded is not None
+    texts = ["def f(x):", "Hello  world"]
+    for ours, theirs in zip(loaded.encode(texts), tokenizer.encode(texts), strict=True):
+        np.testing.assert_array_equal(ours, theirs)
+    assert loaded.stop_ids == tokenizer.stop_ids
+
+
+def test_saving_a_loaded_bundle_again(saved, tmp_path):
+    pj.save(tmp_path / "again", pj.load(saved))
+    assert_same(pj.load(tmp_path / "again").model, full_bundle().model)
+
+
+def test_saving_over_a_model(saved):
+    with pytest.raises(pj.CheckpointError, match="already exists"):
+        pj.save(saved, bundle_of("llama-gqa"))
+    pj.save(saved, bundle_of("llama-gqa"), overwrite=True)
+    assert pj.load(saved).model.config == zoo.CONFIGS["llama-gqa"]
+
+
+def test_sparsity_of_a_bundle():
+    bundle = full_bundle()
+    sparsity = bundle.sparsity(3)
+    assert sparsity.plan == pj.SparsityPlan((16, None), (None, 2))
+    assert bundle.sparsity(1, head_density=0.25).plan == pj.SparsityPlan((8, None), (None, 1))
+    assert bundle.sparsity(9).plan.neurons == (None, None)
+    with pytest.raises(pj.SparsityError, match="density"):
+        bundle.sparsity(1, head_density=0.0)
+
+
+@pytest.mark.parametrize("missing", ["routers", "plans"])
+def test_sparsity_needs_routers_and_plans(missing):
+    bundle = dataclasses.replace(full_bundle(), **{missing: None})
+    with pytest.raises(pj.SparsityError, match=f"the model has no {missing} yet.*polarjax sparsify"):
+        bundle.sparsity(1)
+
+
+def test_routers_and_plans_are_replaced(saved):
+    config = full_bundle().model.config
+    routers = init_routers(config, jax.random.key(9), rank=4)
+    plans = dataclasses.replace(plans_for(config), head_density=0.75)
+    write_routers(saved, routers)
+    write_plans(saved, plans)
+    loaded = pj.load(saved)
+    assert_same(loaded.routers, routers)
+    assert loaded.plans == plans
+    assert sorted(path.name for path in saved.iterdir()) == sorted(
+        ["config.json", "manifest.json", "params", "plans.json", "routers"]
+    )
+
+
+def test_failed_routers_leave_the_old_ones(saved, monkeypatch):
+    def fail(*_):
+        raise OSError(28, "No space left on device")
+
+    routers = init_routers(full_bundle().model.config, jax.random.key(9), rank=4)
+    with monkeypatch.context() as patch:
+        patch.setattr("polarjax.storage._flush", fail)
+        with pytest.raises(pj.CheckpointError, match="No space left"):
+            write_routers(saved, routers)
+    assert_same(pj.load(saved).routers, full_bundle().routers)
+
+
+def other_model() -> pj.ModelConfig:
+    return dataclasses.replace(zoo.CONFIGS["opt"], d_model=32)
+
+
+def test_routers_of_another_model_are_not_written(saved):
+    routers = init_routers(other_model(), jax.random.key(0), rank=4)
+    with pytest.raises(pj.SparsityError) as error:
+        write_routers(saved, routers)
+    text = str(error.value)
+    assert text.startswith(f"{saved / 'routers'}: the routers")
+    assert "for another model; got" in text
+    assert text.endswith("Mend: run polarjax sparsify again")
+
+
+def test_routers_of_another_model_are_not_read(saved, tmp_path):
+    other = dataclasses.replace(zoo.CONFIGS["opt"], num_layers=3)
+    folder = tmp_path / "other"
+    pj.save(folder, pj.Bundle(pj.Decoder(other, rngs=nnx.Rngs(0))))
+    write_routers(folder, init_routers(other, jax.random.key(0), rank=4))
+    shutil.rmtree(saved / "routers")
+    shutil.copytree(folder / "routers", saved / "routers")
+    refused(
+        saved, f"{saved / 'routers'}: the routers are for another model", "3 layers", error=pj.SparsityError
+    )
+
+
+def test_plans_of_another_model(saved):
+    plans = plans_for(dataclasses.replace(other_model(), d_ff=48))
+    with pytest.raises(pj.SparsityError, match=r"another model.*sparsify again"):
+        write_plans(saved, plans)
+    (saved / "plans.json").write_text(json.dumps(plans.to_json()))
+    refused(saved, "plans.json", "another model", error=pj.SparsityError)
+
+
+@pytest.mark.parametrize("text", ["{", "[]", "{}", '{"batch_sizes": 1}'])
+def test_damaged_plans(saved, text):
+    (saved / "plans.json").write_text(text)
+    refused(saved, error=pj.PolarjaxError)
+
+
+@pytest.mark.parametrize(
+    "part", ["config.json", "manifest.json", "params", "routers/manifest.json", "routers/arrays"]
+)
+def test_missing_parts(saved, part):
+    path = saved / part
+    shutil.rmtree(path) if path.is_dir() else path.unlink()
+    refused(saved, str(saved), "missing", "Mend: ")
+
+
+@pytest.mark.parametrize("folder", ["params", "routers/arrays"])
+@pytest.mark.parametrize("damage", ["flip", "cut", "remove"])
+def test_every_damaged_file_is_found(saved, folder, damage):
+    for path in sorted((saved / folder).rglob("*")):
+        data = path.read_bytes() if path.is_file() else b""
+        if not data:
+            continue
+        if damage == "flip":
+            path.write_bytes(
+                data[: len(data) // 2] + bytes([data[len(data) // 2] ^ 1]) + data[len(data) // 2 + 1 :]
+            )
+        elif damage == "cut":
+            path.write_bytes(data[:-1])
+        else:
+            path.unlink()
+        refused(saved, str(saved / folder), path.name)
+        path.write_bytes(data)
+    pj.load(saved)
+
+
+@pytest.mark.parametrize("file", ["config.json", "manifest.json", "routers/manifest.json"])
+def test_another_format_is_refused(saved, file):
+    data = json.loads((saved / file).read_text())
+    (saved / file).write_text(json.dumps(data | {"format": FORMAT + 1}))
+    refused(saved, file, f"got format {FORMAT + 1}, expected format {FORMAT}", "update polarjax")
+
+
+@pytest.mark.parametrize("file", ["config.json", "manifest.json"])
+@pytest.mark.parametrize("text", ["", "{", "[]", "{}", "null"])
+def test_damaged_json(saved, file, text):
+    (saved / file).write_text(text)
+    refused(saved, file, "Mend: ")
+
+
+def test_config_of_another_model(saved):
+    data = json.loads((saved / "config.json").read_text())
+    (saved / "config.json").write_text(json.dumps(data | {"d_ff": 41}))
+    refused(saved, "wrong shape", "layers.0.mlp.w_up")
+
+
+def test_no_model_directory(tmp_path):
+    refused(tmp_path / "nothing", "no such model directory")
+    refused(tmp_path, "manifest.json is missing")
+    refused(ASSETS / "opt-6m", "looks like a HuggingFace folder", "polarjax convert")
+
+
+@pytest.mark.parametrize("fault", ["missing", "unknown", "twice", "shape"])
+def test_writer_accounts_for_every_parameter(tmp_path, fault):
+    model = zoo.model("opt")
+    arrays = {name: np.asarray(array) for name, array in parameters(model).items()}
+    with pytest.raises(pj.CheckpointError), new_model(tmp_path / "m", model.config) as writer:
+        for name, array in list(arrays.items())[fault == "missing" :]:
+            writer.add(name, array[:-1] if fault == "shape" else array)
+        if fault in ("unknown", "twice"):
+            writer.add("embed.tokens" if fault == "twice" else "embed.more", arrays["embed.tokens"])
+    assert list(tmp_path.iterdir()) == []
+
+
+SHARDED = """if True:
+    import json, sys, jax
+    from polarjax.arrays import read_arrays
+    from polarjax.checkpoint import absolute, read_manifest
+    folder = absolute(sys.argv[1])
+    record = read_manifest(folder)["params"]
+    mesh = jax.make_mesh((4,), ("x",))
+    spec, whole = (jax.sharding.NamedSharding(mesh, jax.P(*axes)) for axes in ((None, "x"), ()))
+    shardings = dict.fromkeys(record["arrays"], whole) | {"layers.0.mlp.w_up": spec}
+    array = read_arrays(folder / "params", record, shardings=shardings, mend="")["layers.0.mlp.w_up"]
+    shapes = sorted({shard.data.shape for shard in array.addressable_shards})
+    print(json.dumps([array.sharding == spec, shapes, float(array.sum())]))
+"""
+
+
+def test_restores_into_shards(saved):
+    """The format serves a later load onto a mesh: every device gets its own part."""
+    environment = os.environ | {"XLA_FLAGS": "--xla_force_host_platform_device_count=4"}
+    command = [sys.executable, "-c", SHARDED, saved]
+    done = subprocess.run(command, check=True, capture_output=True, text=True, env=environment)
+    weights = full_bundle().model.layers[0].mlp.w_up[...]
+    sharded, shapes, total = json.loads(done.stdout)
+    assert (sharded, shapes) == (True, [[40, 6]])
+    assert total == pytest.approx(float(weights.sum()), abs=1e-4)
