@@ -163,7 +163,9 @@ def _blocks(model, tokens, lengths, *, sparsity=None, taps=None):
         sparsity.check(config)
     positions = jnp.broadcast_to(jnp.arange(tokens.shape[1])[None], tokens.shape)
     valid = positions < lengths[:, None]
-    x = jnp.where(valid[..., None], model.embed(tokens, positions), 0)  # padding is read as zeros, whatever it holds
+    x = jnp.where(
+        valid[..., None], model.embed(tokens, positions), 0
+    )  # padding is read as zeros, whatever it holds
     inputs, activity, norms, kv = [], [], [], []
     for i, layer in enumerate(model.layers):
         with jax.named_scope(f"layer_{i}"):

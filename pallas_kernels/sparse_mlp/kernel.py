@@ -1,3 +1,5 @@
+# pyright: reportCallIssue=false, reportAttributeAccessIssue=false, reportPrivateImportUsage=false, reportAbstractUsage=false, reportReturnType=false
+# Pallas hands kernels other arguments than its annotations tell.
 """Selective MLP on Hopper (Pallas Mosaic GPU): two products over gathered rows, in one kernel or two.
 
 A thread block streams stages of `rows` gathered weight rows times `cols` columns through a ring in shared memory.
@@ -246,10 +248,7 @@ class Block:
             number = owner * split.max_parts + tile - split.first_tile(owner)
             source = parts.at[number, place, :, pl.ds(column, width)]
             part = plgpu.load(source, layout=WGMMA, optimized=False)
-            if total is None:
-                total = part
-            else:
-                total = total + part * (first + i <= last).astype(jnp.float32)
+            total = part if total is None else total + part * (first + i <= last).astype(jnp.float32)
         return total
 
     # The consumers

@@ -49,7 +49,7 @@ class Split:
 
     @cached_property
     def _ranges(self) -> list[tuple[int, int]]:
-        return [(self.start(i), self.start(i + 1)) for i in range(self.blocks)]
+        return [(int(self.start(i)), int(self.start(i + 1))) for i in range(self.blocks)]
 
     @property
     def max_units(self) -> int:

@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
+from typing import Any
 
 from pallas_kernels._device import Device
 
@@ -86,7 +87,7 @@ def padded(batch: int) -> int:
     return next((size for size in BATCHES if size >= batch), BATCHES[-1])
 
 
-_CHOICE = {  # padded batch -> tiles for rows of at least this many columns
+_CHOICE: dict[int, dict[str, Any]] = {  # padded batch -> tiles for rows of at least this many columns
     16: {"groups": 2, "cols": 512, "stages": 3, "x_cols": 256, "x_slots": 3},
     32: {"groups": 2, "cols": 256, "stages": 5, "x_cols": 128, "x_slots": 4},
     64: {"groups": 4, "cols": 256, "stages": 4, "x_cols": 128, "x_slots": 3},
