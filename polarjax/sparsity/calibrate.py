@@ -156,7 +156,12 @@ def measure_recall(
 
 
 class HeldOut:
-    """Random batches of held-out tokens, of several sizes, and the recall that routers reach on them."""
+    """Random batches of held-out tokens, of several sizes, and the recall that routers reach on them.
+
+    Attributes:
+      rows: of the activations, those used [n].
+      batches: by size B, which of these rows make up each batch, int32 [num_batches B].
+    """
 
     def __init__(
         self,
@@ -179,17 +184,17 @@ class HeldOut:
                 mend="collect from a longer text, hold out more of it, or leave out the large batch sizes",
             )
         drawn = np.random.default_rng(np.asarray(jax.random.bits(key, (4,), jnp.uint32)))
-        self._rows = np.sort(drawn.permutation(rows)[: max(options.max_tokens, sizes[-1])])
-        self._batches = {
-            size: random_batches(drawn, len(self._rows), size, options.num_batches) for size in sizes
+        self.rows = np.sort(drawn.permutation(rows)[: max(options.max_tokens, sizes[-1])])
+        self.batches = {
+            size: random_batches(drawn, len(self.rows), size, options.num_batches) for size in sizes
         }
         self._activations, self._routers = activations, routers
 
     def layer(self, layer: int) -> tuple[Float[Array, "n F"], Bool[Array, "n F"]]:
         """Positive parts of the router's scores (what decoding sums over a batch), and what was active."""
         one = slice(layer, layer + 1)
-        inputs = jnp.asarray(self._activations.router_inputs(self._rows, one)[0])
-        packed = jnp.asarray(self._activations.records("activity", self._rows, one)[0])
+        inputs = jnp.asarray(self._activations.router_inputs(self.rows, one)[0])
+        packed = jnp.asarray(self._activations.records("activity", self.rows, one)[0])
         scores = jnp.maximum(self._routers.neuron_scores(layer, inputs), 0)
         return scores, unpack(packed, self._activations.config.d_ff)
 
@@ -197,7 +202,7 @@ class HeldOut:
         self, layer: tuple[Float[Array, "n F"], Bool[Array, "n F"]], size: int
     ) -> Float[np.ndarray, "F"]:
         """Mean recall of one layer at a batch size: entry k - 1 is the recall of the k best neurons."""
-        return np.asarray(_recall_curve(*_union(*layer, self._batches[size])))
+        return np.asarray(_recall_curve(*_union(*layer, self.batches[size])))
 
 
 def random_batches(

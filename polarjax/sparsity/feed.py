@@ -23,8 +23,8 @@ class Feed:
         self.batch = min(batch, len(rows))
         one = sum(array.nbytes for array in self._read(rows[:1]))
         most = max(self.batch, memory_bytes // one)
-        self.pieces = -(-len(rows) // most)
-        self.steps = len(rows) // self.pieces // self.batch or 1
+        self.pieces = min(-(-len(rows) // most), len(rows) // self.batch)
+        self.steps = len(rows) // self.pieces // self.batch
         self._resident = jax.device_put(self._read(rows)) if self.pieces == 1 else None
 
     def epoch(self, order: np.random.Generator) -> Iterator[tuple[Array, Array, Int[np.ndarray, "steps b"]]]:

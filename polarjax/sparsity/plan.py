@@ -26,6 +26,14 @@ def check_density(density: float, *, where: str) -> float:
 
 
 def _check_counts(name: str, counts: tuple[int | None, ...]) -> None:
+    if not isinstance(counts, tuple):
+        raise SparsityError(
+            f"the numbers of {name} are not a tuple",
+            where="sparsity plan",
+            got=repr(counts),
+            expected="one number, or None, for each layer",
+            mend="pass a tuple",
+        )
     for layer, count in enumerate(counts):
         if count is not None and not (type(count) is int and count > 0):
             raise SparsityError(
@@ -127,7 +135,8 @@ class PlanTable:
     def __post_init__(self) -> None:
         check_density(self.head_density, where="plan table")
         sizes = self.batch_sizes
-        if list(sizes) != sorted(set(sizes)) or not (len(sizes) == len(self.neurons) == len(self.recall)):
+        counting = all(type(size) is int and size > 0 for size in sizes) and list(sizes) == sorted(set(sizes))
+        if not (counting and len(sizes) == len(self.neurons) == len(self.recall)):
             raise SparsityError(
                 "a plan table needs increasing batch sizes with one plan each",
                 where="plan table",

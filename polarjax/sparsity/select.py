@@ -75,7 +75,8 @@ class Random:
     key: Key[Array, ""]
 
     def _uniform(self, layer: int, kind: int, shape: tuple[int, ...]) -> Float[Array, "..."]:
-        return jax.random.uniform(jax.random.fold_in(jax.random.fold_in(self.key, layer), kind), shape)
+        key = jax.random.fold_in(jax.random.fold_in(self.key, layer), kind)
+        return jax.random.uniform(key, shape, jnp.float32)
 
     def group_scores(self, layer, x, *, norms=None):
         """Uniform scores."""
@@ -123,15 +124,17 @@ class Static:
         return jnp.broadcast_to(scores, (*x.shape[:-1], scores.shape[-1]))
 
     def check(self, config: ModelConfig) -> None:
-        """Raises `SparsityError` unless the scores are for L layers of K groups."""
-        expected = (config.num_layers, config.num_kv_heads)
-        if self.groups.shape != expected:
-            raise SparsityError(
-                "the static scores are for another model",
-                where="Static",
-                got=str(self.groups.shape),
-                expected=str(expected),
-            )
+        """Raises `SparsityError` unless the scores are for L layers of K groups (and of F neurons)."""
+        L, K, F = config.num_layers, config.num_kv_heads, config.d_ff
+        for name, scores, expected in (("groups", self.groups, (L, K)), ("neurons", self.neurons, (L, F))):
+            if scores is not None and scores.shape != expected:
+                raise SparsityError(
+                    f"the static scores of {name} are for another model",
+                    where="Static",
+                    got=str(scores.shape),
+                    expected=str(expected),
+                    mend="score the text with this model",
+                )
 
 
 def top_mask(scores: Float[Array, "... n"], k: int) -> Bool[Array, "... n"]:

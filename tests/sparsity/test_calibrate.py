@@ -1,0 +1,212 @@
+"""Calibration against a brute force of sets and loops, and what it must not lose or accept."""
+
+import dataclasses
+import itertools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+import polarjax as pj
+from pallas_kernels import select_top_k
+from polarjax.sparsity import calibrate
+from polarjax.sparsity.activations import Activations
+from polarjax.sparsity.calibrate import CalibrateOptions, HeldOut, measure_recall, random_batches
+from polarjax.sparsity.router import LayerRouter, Routers
+from tests.sparsity import planted
+
+OPTIONS = CalibrateOptions(batch_sizes=(1, 2, 5, 16), target_recall=0.9, multiple=2, num_batches=40)
+KEY = jax.random.key(7)
+
+
+def problem(seed: int, *, whole_numbers: bool) -> tuple[Activations, Routers]:
+    """Random records, sparser in the early layers, and routers that know something of them.
+
+    With whole numbers many scores are equal, so that ties decide.
+    """
+    random = np.random.default_rng(seed)
+    L, D, F, K = (planted.CONFIG.num_layers, planted.CONFIG.d_model, planted.CONFIG.d_ff, 4)
+    draw = lambda *shape: random.integers(-1, 2, shape) if whole_numbers else random.normal(size=shape)
+    inputs, w_in, w_out = draw(L, 300, D), draw(L, D, 3), draw(L, 3, F)
+    logits = np.einsum("lnd,ldr,lrf->lnf", inputs, w_in, w_out) + random.normal(size=(L, 300, F))
+    active = logits > np.quantile(logits, [0.99, 0.95, 0.7], axis=(1, 2)).diagonal()[:, None, None]
+    active[0, :30] = False  # batches in which nothing is active
+    activations = dataclasses.replace(
+        planted.activations(300, seed=seed),
+        inputs=inputs.astype(np.float32),
+        activity=np.packbits(active, axis=-1),
+    )
+    f32 = lambda array: jnp.asarray(array, jnp.float32)
+    zeros = jnp.zeros((D, K)), jnp.zeros(K)
+    return activations, Routers(tuple(LayerRouter(f32(w_in[i]), f32(w_out[i]), *zeros) for i in range(L)))
+
+
+def brute_force(activations: Activations, routers: Routers, held_out: HeldOut, options: CalibrateOptions):
+    """k and recall for each layer and batch size, by sorting lists and intersecting sets."""
+    width = activations.config.d_ff
+    for layer in range(activations.config.num_layers):
+        x = jnp.asarray(activations.inputs[layer, held_out.rows])
+        scores = np.asarray(routers.neuron_scores(layer, x))
+        active = np.unpackbits(activations.activity[layer, held_out.rows], axis=-1, count=width)
+        least = 0
+        for size in options.batch_sizes:
+            recalls = [curve(scores[batch], active[batch]) for batch in held_out.batches[size]]
+            mean = np.mean(recalls, axis=0)
+            reached = 1 + next(i for i, recall in enumerate(mean) if recall >= options.target_recall)
+            k = max(least, min(width, options.multiple * -(-reached // options.multiple)))
+            least = k
+            dense = k > 0.8 * width
+            yield layer, size, None if dense else k, 1.0 if dense else mean[k - 1]
+
+
+def curve(scores: np.ndarray, active: np.ndarray) -> list[float]:
+    """Recall at k = 1 … F of one batch [B F]."""
+    total = [sum(np.float32(score) for score in column) for column in scores.T]
+    order = sorted(range(len(total)), key=lambda neuron: (-total[neuron], neuron))
+    truth = {neuron for neuron in range(len(total)) if active[:, neuron].any()}
+    return [len(truth & set(order[:k])) / len(truth) if truth else 1.0 for k in range(1, len(total) + 1)]
+
+
+@pytest.mark.parametrize(("seed", "whole_numbers"), [*itertools.product(range(3), (True, False))])
+def test_plans_equal_those_of_brute_force(seed, whole_numbers):
+    activations, routers = problem(seed, whole_numbers=whole_numbers)
+    activations = dataclasses.replace(activations, part=np.ones(300, np.uint8))
+    table = calibrate(activations, routers, activations.config, key=KEY, options=OPTIONS)
+    held_out = HeldOut(activations, routers, KEY, sizes=OPTIONS.batch_sizes, options=OPTIONS)
+    plans = list(brute_force(activations, routers, held_out, OPTIONS))
+    assert {k for *_, k, _ in plans} > {None} and len({k for *_, k, _ in plans}) > 3
+    for layer, size, k, recall in plans:
+        row = OPTIONS.batch_sizes.index(size)
+        assert table.neurons[row][layer] == k
+        assert table.recall[row][layer] == pytest.approx(recall, abs=1e-6)
+
+
+@pytest.mark.parametrize("k", [1, 4, 13, 21])
+@pytest.mark.parametrize("size", [1, 5])
+def test_recall_is_that_of_what_decoding_selects(k, size):
+    activations, routers = problem(0, whole_numbers=True)
+    held_out = HeldOut(activations, routers, KEY, sizes=(size,), options=OPTIONS, part=None)
+    scores, active = held_out.layer(1)
+    found = []
+    for batch in held_out.batches[size]:
+        chosen = np.asarray(
+            select_top_k(
+                routers.neuron_scores(1, jnp.asarray(activations.inputs[1, held_out.rows[batch]])),
+                k,
+                shared=True,
+            )
+        )
+        truth = np.asarray(active)[batch].any(0)
+        found.append(truth[chosen].sum() / truth.sum() if truth.any() else 1.0)
+    assert held_out.curve((scores, active), size)[k - 1] == pytest.approx(np.mean(found), abs=1e-6)
+
+
+def test_plans_never_shrink_as_the_batch_grows():
+    activations, routers = problem(5, whole_numbers=False)
+    options = dataclasses.replace(OPTIONS, multiple=1, num_batches=2, target_recall=0.5)
+    activations = dataclasses.replace(activations, part=np.ones(300, np.uint8))
+    table = calibrate(activations, routers, activations.config, key=KEY, options=options)
+    for layer in range(activations.config.num_layers):
+        counts = [activations.config.d_ff if row[layer] is None else row[layer] for row in table.neurons]
+        assert counts == sorted(counts)
+
+
+def test_calibration_uses_validation_tokens_only():
+    activations, routers = problem(1, whole_numbers=False)
+    spoilt = activations.activity.copy()
+    spoilt[:, activations.rows("train")] = 255
+    spoilt[:, activations.rows("test")] = 255
+    options = dataclasses.replace(OPTIONS, batch_sizes=(1, 2))
+    tables = [
+        calibrate(
+            dataclasses.replace(activations, activity=activity),
+            routers,
+            activations.config,
+            key=KEY,
+            options=options,
+        )
+        for activity in (activations.activity, spoilt)
+    ]
+    assert tables[0] == tables[1]
+
+
+def test_recall_of_a_table_is_measured_on_the_part_asked_for():
+    activations, routers = problem(2, whole_numbers=False)
+    activations = dataclasses.replace(activations, part=np.repeat([1, 2], 150).astype(np.uint8))
+    table = calibrate(activations, routers, activations.config, key=KEY, options=OPTIONS)
+    same = measure_recall(activations, routers, table, key=KEY, part="validation", options=OPTIONS)
+    assert np.allclose(same, table.recall, atol=1e-6)
+    silent = activations.activity.copy()
+    silent[:, 150:] = 0
+    nothing = dataclasses.replace(activations, activity=silent)
+    assert np.all(np.array(measure_recall(nothing, routers, table, key=KEY, options=OPTIONS)) == 1.0)
+    other = measure_recall(activations, routers, table, key=KEY, options=OPTIONS)
+    assert other != same
+    assert all(
+        found == 1.0
+        for counts, row in zip(table.neurons, other, strict=True)
+        for k, found in zip(counts, row, strict=True)
+        if k is None
+    )
+
+
+def test_random_batches_have_different_tokens_and_use_all_of_them():
+    batches = random_batches(np.random.default_rng(0), 23, 5, 9)
+    assert batches.shape == (9, 5)
+    assert all(len(set(batch)) == 5 for batch in batches.tolist())
+    assert len(set(batches[:4].ravel().tolist())) == 20  # one cut
+    assert set(batches.ravel().tolist()) <= set(range(23))
+
+
+def test_a_model_that_is_not_relu_stays_dense():
+    config = dataclasses.replace(planted.CONFIG, activation="gelu")
+    activations = dataclasses.replace(planted.activations(30), config=config, activity=None)
+    routers = Routers((LayerRouter(None, None, jnp.zeros((12, 4)), jnp.zeros(4)),) * 3)
+    table = calibrate(activations, routers, config, key=KEY, head_density=0.25)
+    assert set(itertools.chain(*table.neurons)) == {None}
+    assert table.for_batch(8, config) == pj.SparsityPlan((None,) * 3, (None, 1, 1))
+    assert set(itertools.chain(*measure_recall(activations, routers, table, key=KEY))) == {1.0}
+
+
+def test_too_few_held_out_tokens_are_refused():
+    activations, routers = problem(0, whole_numbers=True)
+    got = len(activations.rows("validation"))
+    with pytest.raises(pj.InputError, match=rf"validation part.*got {got} tokens, expected at least 512"):
+        calibrate(activations, routers, activations.config, key=KEY)
+
+
+def test_routers_plans_and_activations_of_another_model_are_refused():
+    activations, routers = problem(0, whole_numbers=True)
+    config, options = activations.config, dataclasses.replace(OPTIONS, batch_sizes=(1,))
+    with pytest.raises(pj.SparsityError, match="routers are for another model; got 2 layers"):
+        calibrate(activations, Routers(routers.layers[:2]), config, key=KEY, options=options)
+    with pytest.raises(pj.SparsityError, match="activations are of another model"):
+        calibrate(
+            dataclasses.replace(activations, config=dataclasses.replace(config, max_positions=9)),
+            routers,
+            config,
+            key=KEY,
+            options=options,
+        )
+    table = calibrate(activations, routers, config, key=KEY, options=options)
+    fewer = dataclasses.replace(table, num_layers=2, neurons=((2, 2),), recall=((1.0, 1.0),))
+    with pytest.raises(pj.SparsityError, match="plans are for another model; got 2 layers"):
+        measure_recall(activations, routers, fewer, key=KEY)
+    with pytest.raises(pj.SparsityError, match="a density is a fraction"):
+        calibrate(activations, routers, config, key=KEY, options=options, head_density=0.0)
+
+
+@pytest.mark.parametrize(
+    "wrong",
+    [
+        {"batch_sizes": ()},
+        {"batch_sizes": (2, 1)},
+        {"batch_sizes": (0, 1)},
+        {"target_recall": 1.1},
+        {"multiple": 0},
+    ],
+)
+def test_options_that_cannot_be_are_refused(wrong):
+    with pytest.raises(pj.InputError):
+        CalibrateOptions(**wrong)

@@ -1,0 +1,241 @@
+"""Recorded activations: what they hold, how large they are, how they are cut short, and what is refused."""
+
+import dataclasses
+import json
+import sys
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import nnx
+from hypothesis import given
+from hypothesis import strategies as st
+
+import polarjax as pj
+from polarjax.sparsity import collect
+from polarjax.sparsity.activations import open_activations, row_bytes
+from polarjax.sparsity.collect import fingerprint, kept_positions, split_windows
+from polarjax.sparsity.taps import TapSpec, pack, unpack
+from tests.model import zoo
+from tests.tolerances import assert_close
+
+RECORDER = sys.modules["polarjax.sparsity.collect"]  # the package exports the function under this name
+ODD = dataclasses.replace(zoo.CONFIGS["opt"], d_ff=43)  # the last byte of packed activity is not full
+
+
+def odd_model(dtype: str = "float32", seed: int = 0) -> pj.Decoder:
+    return pj.Decoder(ODD, rngs=nnx.Rngs(seed), dtype=jnp.dtype(dtype))
+
+
+def windows(count: int = 5, length: int = 12, seed: int = 0) -> np.ndarray:
+    return np.random.default_rng(seed).integers(0, zoo.VOCAB, (count, length), np.int32)
+
+
+def taps_of(model: pj.Decoder, tokens: np.ndarray):
+    lengths = jnp.full(len(tokens), tokens.shape[1])
+    return jax.jit(pj.forward, static_argnames="taps")(model, tokens, lengths, taps=TapSpec())[1]
+
+
+def bits(packed: np.ndarray, count: int) -> np.ndarray:
+    return np.unpackbits(packed, axis=-1, count=count)
+
+
+@pytest.mark.parametrize("dtype", zoo.DTYPES)
+@pytest.mark.parametrize("batch_size", [5, 2])
+def test_recorded_arrays_equal_the_taps_of_forward(tmp_path, dtype, batch_size):
+    model, tokens = odd_model(dtype), windows()
+    activations = collect(model, tokens, tmp_path / "acts", batch_size=batch_size)
+    rows, taps = activations.rows(), taps_of(model, tokens)
+    inputs, norms = activations.router_inputs(rows), activations.records("norms", rows)
+    packed = activations.records("activity", rows)
+    assert inputs.dtype == jnp.dtype(dtype) and packed.shape == (2, 60, 6)
+    for layer in range(2):
+        expected = np.asarray(taps.activity[layer]).reshape(60, -1)
+        assert_close(inputs[layer], np.asarray(taps.inputs[layer]).reshape(60, -1), "rounding")
+        assert_close(
+            norms[layer], np.asarray(taps.norms[layer]).reshape(60, -1), "rounding", jnp.dtype(dtype)
+        )
+        assert np.mean(bits(packed[layer], 43) != bits(expected, 43)) < 0.005
+
+
+def test_a_model_that_is_not_relu_has_no_activity(tmp_path):
+    activations = collect(zoo.model("llama-gqa"), windows(), tmp_path / "acts")
+    assert activations.activity is None
+    assert not (tmp_path / "acts" / "activity.npy").exists()
+    with pytest.raises(pj.SparsityError, match="hold no activity"):
+        activations.records("activity", activations.rows())
+
+
+@given(
+    st.integers(1, 40).flatmap(
+        lambda n: st.lists(st.lists(st.booleans(), min_size=n, max_size=n), min_size=1, max_size=3)
+    )
+)
+def test_packing_keeps_every_bit(rows):
+    active = np.array(rows)
+    packed = np.asarray(pack(jnp.asarray(active)))
+    assert packed.shape == (len(rows), -(-active.shape[1] // 8))
+    assert np.array_equal(np.asarray(unpack(jnp.asarray(packed), active.shape[1])), active)
+    for row, of_row in zip(active, packed, strict=True):
+        expected = [
+            sum(bool(bit) << (7 - i) for i, bit in enumerate(row[j : j + 8])) for j in range(0, len(row), 8)
+        ]
+        assert of_row.tolist() == expected
+
+
+def test_the_size_is_what_was_announced(tmp_path):
+    activations = collect(odd_model("bfloat16"), windows(), tmp_path / "acts")
+    stored = sum(np.load(file).nbytes for file in (tmp_path / "acts").glob("*.npy"))
+    assert (
+        stored == activations.num_tokens * row_bytes(ODD, "bfloat16") == 60 * (2 * (24 * 2 + 6 + 4 * 4) + 1)
+    )
+
+
+def test_what_exceeds_the_bound_is_refused_and_nothing_is_written(tmp_path):
+    each = row_bytes(ODD, "float32")
+    message = rf"got {each * 60 / 1e9:.3g} GB for 60 tokens, expected at most {each * 59 / 1e9:.3g} GB.*--max-gb.*--fit"
+    with pytest.raises(pj.InputError, match=message):
+        collect(odd_model(), windows(), tmp_path / "acts", max_bytes=each * 59)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_fit_records_fewer_tokens_and_the_right_ones(tmp_path):
+    model, tokens = odd_model(), windows(20)
+    everything = collect(model, tokens, tmp_path / "all", batch_size=3)
+    bound = 100 * row_bytes(ODD, "float32")
+    some = collect(model, tokens, tmp_path / "some", batch_size=3, max_bytes=bound, fit=True)
+    assert some.num_tokens == 100
+    kept = kept_positions(240, 1, 100, fit=True)
+    assert np.array_equal(some.inputs, everything.inputs[:, kept])
+    assert np.array_equal(some.activity, everything.activity[:, kept])
+    assert np.array_equal(some.part, everything.part[kept])
+
+
+@given(st.integers(64, 500), st.integers(64, 500))
+def test_kept_positions_are_different_and_evenly_spread(offered, allowed):
+    kept = kept_positions(offered, 1, allowed, fit=True)
+    assert len(kept) == min(offered, allowed)
+    edges = np.arange(len(kept) + 1) * offered // len(kept)
+    assert np.all((edges[:-1] <= kept) & (kept < edges[1:]))
+
+
+def test_kept_positions_do_not_beat_with_the_window():
+    kept = kept_positions(64 * 1000, 1, 1000, fit=True)  # one a window of 64
+    assert len(set((kept % 64).tolist())) == 64
+
+
+def test_parts_are_whole_windows_of_the_sizes_asked_for(tmp_path):
+    activations = collect(odd_model(), windows(40), tmp_path / "acts", held_out=(0.2, 0.1))
+    by_window = activations.part.reshape(40, 12)
+    assert np.all(by_window == by_window[:, :1])
+    assert [np.sum(by_window[:, 0] == part) for part in range(3)] == [28, 8, 4]
+    parts = [set(activations.rows(part).tolist()) for part in ("train", "validation", "test")]
+    assert set.union(*parts) == set(range(480)) and sum(map(len, parts)) == 480
+
+
+@pytest.mark.parametrize("held_out", [(0.0, 0.0), (0.05, 0.0)])
+def test_a_part_that_is_not_asked_for_is_empty(held_out):
+    part = split_windows(10, held_out)
+    assert [np.sum(part == i) for i in (1, 2)] == [held_out[0] > 0, 0]
+
+
+@pytest.mark.parametrize("held_out", [(-0.1, 0.1), (0.5, 0.5), (1.0, 0.0)])
+def test_unusable_fractions_are_refused(held_out):
+    with pytest.raises(pj.InputError, match="unusable fractions"):
+        split_windows(10, held_out)
+
+
+def test_a_text_that_is_too_short_is_refused():
+    with pytest.raises(pj.InputError, match=r"too short to train on; got 2 windows, expected at least 3"):
+        split_windows(2, (0.1, 0.1))
+
+
+@pytest.mark.parametrize("error", [KeyboardInterrupt, OSError("No space left on device"), MemoryError])
+def test_an_interrupted_run_leaves_nothing(tmp_path, monkeypatch, error):
+    taps, calls = RECORDER._taps, []
+
+    def failing(*args):
+        calls.append(args)
+        if len(calls) == 3:
+            raise error
+        return taps(*args)
+
+    monkeypatch.setattr(RECORDER, "_taps", failing)
+    with pytest.raises((KeyboardInterrupt, pj.CheckpointError, MemoryError)):
+        collect(odd_model(), windows(), tmp_path / "acts", batch_size=1)
+    assert len(calls) == 3
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_an_existing_folder_is_replaced_only_if_asked_and_only_if_it_is_ours(tmp_path):
+    model = odd_model()
+    collect(model, windows(), tmp_path / "acts")
+    with pytest.raises(pj.CheckpointError, match="already exists"):
+        collect(model, windows(7), tmp_path / "acts")
+    assert collect(model, windows(7), tmp_path / "acts", overwrite=True).num_tokens == 84
+    (tmp_path / "mine").mkdir()
+    Path(tmp_path, "mine", "letter.txt").write_text("dear")
+    with pytest.raises(pj.CheckpointError, match="overwriting is refused"):
+        collect(model, windows(), tmp_path / "mine", overwrite=True)
+
+
+@pytest.mark.parametrize(
+    ("tokens", "message"),
+    [
+        (np.zeros((0, 5), int), "not token windows"),
+        (np.zeros(5, int), "not token windows"),
+        (np.zeros((2, 5)), "not token windows"),
+        (np.zeros((3, 49), int), "got 49 tokens, expected at most 48"),
+        (np.full((3, 5), 61), "outside the vocabulary.*ids 61 to 61, expected 0 to 60"),
+        (np.full((3, 5), -1), "outside the vocabulary"),
+    ],
+)
+def test_bad_windows_are_refused(tmp_path, tokens, message):
+    with pytest.raises(pj.InputError, match=message):
+        collect(odd_model(), tokens, tmp_path / "acts")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_activations_know_their_model(tmp_path):
+    model = odd_model()
+    activations = collect(model, windows(), tmp_path / "acts")
+    activations.check(ODD, fingerprint(model))
+    with pytest.raises(pj.SparsityError, match="another model; got weights"):
+        activations.check(ODD, fingerprint(odd_model(seed=1)))
+    with pytest.raises(pj.SparsityError, match="another model; got d_ff 43, expected 40"):
+        activations.check(zoo.CONFIGS["opt"])
+
+
+def spoil_meta(folder: Path, **changes) -> None:
+    meta = json.loads((folder / "meta.json").read_text())
+    (folder / "meta.json").write_text(json.dumps(meta | changes))
+
+
+@pytest.mark.parametrize(
+    "spoil",
+    [
+        lambda folder: (folder / "meta.json").unlink(),
+        lambda folder: (folder / "meta.json").write_text("{"),
+        lambda folder: (folder / "meta.json").write_text("[]"),
+        lambda folder: spoil_meta(folder, format=2),
+        lambda folder: spoil_meta(folder, tokens=59),
+        lambda folder: spoil_meta(folder, dtype="float16"),
+        lambda folder: spoil_meta(folder, dtype="float99"),
+        lambda folder: (folder / "norms.npy").unlink(),
+        lambda folder: (folder / "inputs.npy").write_bytes((folder / "inputs.npy").read_bytes()[:-1]),
+        lambda folder: np.save(folder / "activity.npy", np.zeros((2, 60, 6), np.int8)),
+    ],
+)
+def test_a_damaged_folder_is_refused(tmp_path, spoil):
+    collect(odd_model(), windows(), tmp_path / "acts")
+    spoil(tmp_path / "acts")
+    with pytest.raises(pj.InputError, match=r"acts: not a usable folder of activations.*polarjax collect"):
+        open_activations(tmp_path / "acts")
+
+
+def test_a_part_that_does_not_exist_is_refused(tmp_path):
+    activations = collect(odd_model(), windows(), tmp_path / "acts")
+    with pytest.raises(pj.InputError, match="no such part; got 'dev', expected train"):
+        activations.rows("dev")

@@ -1,0 +1,176 @@
+"""The three stages in one go, by function and by command, on tiny models and on the bundled one."""
+
+import json
+import shutil
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+import polarjax as pj
+from checkpoints_convert import convert_checkpoint
+from polarjax import data
+from polarjax.cli.inputs import text_windows
+from polarjax.cli.main import main
+from polarjax.sparsity import collect, sparsify
+from polarjax.sparsity.calibrate import CalibrateOptions, measure_recall
+from polarjax.sparsity.collect import fingerprint
+from polarjax.sparsity.pipeline import CollectOptions
+from polarjax.sparsity.train import TrainOptions
+from tests.model import zoo
+
+ASSETS = Path(pj.__file__).parent / "assets"
+FAST = TrainOptions(learning_rate=1e-2, neuron_batch=256, group_batch=256, max_epochs=2)
+SMALL = CalibrateOptions(batch_sizes=(1, 2, 4), multiple=4, num_batches=16)
+
+
+def tiny_windows(count: int = 40) -> np.ndarray:
+    return np.random.default_rng(0).integers(0, zoo.VOCAB, (count, 12), np.int32)
+
+
+@pytest.mark.parametrize("name", ["opt", "llama-gqa"])
+def test_everything_fits_the_model_and_itself(tmp_path, name):
+    model, key = zoo.model(name, "bfloat16"), jax.random.key(1)
+    keep = CollectOptions(folder=tmp_path / "acts")
+    routers, plans, report = sparsify(
+        model, tiny_windows(), key, head_density=0.25, collecting=keep, training=FAST, calibration=SMALL
+    )
+    routers.check(model.config)
+    plans.check(model.config)
+    assert {leaf.dtype for leaf in jax.tree.leaves(routers)} == {jnp.dtype("bfloat16")}
+    assert plans.batch_sizes == SMALL.batch_sizes and plans.head_density == 0.25
+    assert np.array(report.recall).shape == (3, 2)
+    assert report.tokens == 480 and report.training.head_density == 0.25
+    assert set(report.seconds) == {"collect", "train", "calibrate", "measure"}
+    assert json.loads(json.dumps(report.to_json()))["tokens"] == 480
+    assert (tmp_path / "acts" / "meta.json").exists()
+
+
+def test_the_same_key_gives_the_same_plans():
+    tables = [
+        sparsify(zoo.model("opt"), tiny_windows(), jax.random.key(0), training=FAST, calibration=SMALL)[1]
+        for _ in range(2)
+    ]
+    assert tables[0] == tables[1]
+
+
+@pytest.mark.parametrize(
+    ("keywords", "message"),
+    [
+        ({"head_density": 0.0}, "a density is a fraction"),
+        ({"head_density": 1.5}, "a density is a fraction"),
+        ({"collecting": CollectOptions(max_bytes=1000)}, "larger than allowed"),
+        (
+            {"calibration": CalibrateOptions()},
+            r"too short to calibrate; got 48 validation tokens of 480, expected at least 512",
+        ),
+    ],
+)
+def test_what_cannot_work_is_refused_before_any_work(monkeypatch, keywords, message):
+    monkeypatch.setattr("polarjax.model.forward", None)
+    with pytest.raises(pj.PolarjaxError, match=message):
+        sparsify(zoo.model("opt"), tiny_windows(), jax.random.key(0), **keywords)
+
+
+@pytest.fixture(scope="module")
+def bundled(tmp_path_factory):
+    """The bundled OPT model as a model directory."""
+    folder = tmp_path_factory.mktemp("models") / "opt"
+    convert_checkpoint(ASSETS / "opt-6m", folder)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def text(tmp_path_factory):
+    file = tmp_path_factory.mktemp("text") / "text.txt"
+    file.write_text(data.standard_library_text("calibration")[:120_000], encoding="utf-8")
+    return file
+
+
+def test_the_bundled_model_has_plans_that_hold_on_other_text(bundled, tmp_path):
+    bundle = pj.load(bundled)
+    cut = lambda split, most: text_windows(
+        [data.standard_library_text(split)], bundle.tokenizer, 256, most=most, source=split
+    )
+    training = TrainOptions(learning_rate=1e-2, neuron_batch=512, group_batch=512, max_epochs=2)
+    calibration = CalibrateOptions(num_batches=64)
+    routers, plans, report = sparsify(
+        bundle.model,
+        cut("calibration", 48),
+        jax.random.key(0),
+        collecting=CollectOptions(held_out=(0.2, 0.05)),
+        training=training,
+        calibration=CalibrateOptions(num_batches=64),
+    )
+    other = collect(bundle.model, cut("evaluation", 24), tmp_path / "other", held_out=(0.0, 0.0))
+    recall = measure_recall(other, routers, plans, key=jax.random.key(1), part=None, options=calibration)
+    assert np.mean(recall, axis=1).min() >= 0.985
+    kept = np.mean([(k or 1024) / 1024 for k in plans.neurons[0]])
+    assert kept < 0.5
+    assert np.mean(report.training.groups.selected) > 0.7  # by chance: 0.5
+
+
+def run(capsys, *words) -> tuple[int, str, str]:
+    with pytest.raises(SystemExit) as exit_:
+        main([str(word) for word in words])
+    return exit_.value.code, *capsys.readouterr()
+
+
+QUICK = ("--learning-rate", "0.01", "--batch", "256", "--epochs", "1")
+SHORT = ("--window", "64", "--max-tokens", "4096")
+
+
+def test_the_verbs_one_by_one(bundled, text, tmp_path, capsys):
+    model, acts = tmp_path / "model", tmp_path / "acts"
+    shutil.copytree(bundled, model)
+    code, out, _ = run(capsys, "collect", model, "--text", text, "--to", acts, *SHORT)
+    assert code == 0 and "64 windows of 64 tokens; recording 16.5 MB of activations (4,096 tokens)" in out
+    code, _, error = run(capsys, "calibrate", model, "--activations", acts)
+    assert code == 2 and "the model has no routers yet" in error
+    code, out, _ = run(capsys, "train-routers", model, "--activations", acts, *QUICK, "--json")
+    assert code == 0 and json.loads(out)["train_tokens"] == 55 * 64
+    code, out, _ = run(capsys, "calibrate", model, "--activations", acts, "--max-batch", "4")
+    assert code == 0 and "batch     4:" in out
+    bundle = pj.load(model)
+    assert bundle.routers is not None and bundle.plans is not None and bundle.plans.batch_sizes == (1, 2, 4)
+    run(capsys, "train-routers", model, "--activations", acts, *QUICK)
+    assert pj.load(model).plans is None  # they were made for other routers
+
+
+def test_sparsify_in_one_go_and_what_it_refuses(bundled, text, tmp_path, capsys):
+    model = tmp_path / "model"
+    shutil.copytree(bundled, model)
+    before = sorted(path.name for path in model.rglob("*"))
+    code, _, error = run(capsys, "sparsify", model, "--text", text, *SHORT, *QUICK)
+    assert code == 2 and "too short to calibrate; got 384 validation tokens" in error
+    code, _, error = run(capsys, "sparsify", model, "--text", text, *SHORT, *QUICK, "--max-gb", "0.001")
+    assert code == 2 and "got 0.0165 GB for 4,096 tokens, expected at most 0.001 GB" in error
+    code, _, error = run(capsys, "sparsify", model, "--text", text, *SHORT, "--head-density", "0")
+    assert code == 2 and "head density: a density is a fraction" in error
+    code, _, error = run(capsys, "sparsify", model, "--text", text, *SHORT, "--epochs", "0")
+    assert code == 2 and "max_epochs is not usable" in error
+    assert sorted(path.name for path in model.rglob("*")) == before
+    code, out, _ = run(
+        capsys, "sparsify", model, "--text", text, *SHORT, *QUICK, "--max-batch", "2", "--json"
+    )
+    result = json.loads(out)
+    assert code == 0 and result["tokens"] == 4096 and len(result["recall"]) == 2
+    bundle = pj.load(model)
+    assert bundle.plans == pj.PlanTable.from_json(result["plans"])
+    assert bundle.sparsity(2).plan.groups == (None, 4, 4, 4, 4, 4)
+
+
+def test_activations_of_another_training_are_refused(bundled, tmp_path, capsys):
+    bundle = pj.load(bundled)
+    flat = pj.model.parameters(bundle.model)
+    other = pj.model.with_parameters(
+        bundle.model.config, flat | {"final_norm.bias": flat["final_norm.bias"] + 1}
+    )
+    assert fingerprint(other) != fingerprint(bundle.model)
+    tokens = np.random.default_rng(0).integers(0, 4096, (8, 16))
+    collect(other, tokens, tmp_path / "acts")
+    code, _, error = run(capsys, "train-routers", bundled, "--activations", tmp_path / "acts")
+    assert code == 2 and "the activations are of another model; got weights" in error
+    assert not (bundled / "routers").exists()
