@@ -89,6 +89,10 @@ class ConfigReader:
             raise self.refuse(key, "a value of the wrong kind", value, expected, "correct config.json")
         return value
 
+    def has(self, key: str) -> bool:
+        """Whether the key is there, be it as null."""
+        return key in self._data
+
     def size(self, key: str, default: int | None = None) -> int:
         """A positive whole number; without a default, the key must be there."""
         value = self.optional_size(key, _REQUIRED if default is None else default)
@@ -102,6 +106,26 @@ class ConfigReader:
             expected = f"a whole number from 1 to {most}"
             raise self.refuse(key, "a value out of range", value, expected, "correct config.json")
         return value
+
+    def count(self, key: str, default: int) -> int:
+        """A whole number, zero included."""
+        value = self.get(key, default, int, "a whole number")
+        if not 0 <= value <= MOST:
+            expected = f"a whole number from 0 to {MOST}"
+            raise self.refuse(key, "a value out of range", value, expected, "correct config.json")
+        return value
+
+    def layer_types(self) -> list[str] | None:
+        """The kind of attention of each layer, where config.json lists it."""
+        kinds = self.get("layer_types", None, list, "a list")
+        if kinds is None:
+            return None
+        known = ("full_attention", "sliding_attention")
+        layers = self.size("num_hidden_layers")
+        if len(kinds) != layers or any(kind not in known for kind in kinds):
+            expected = f"{' or '.join(known)} for each of the {layers} layers"
+            raise self.refuse("layer_types", "an unsupported list", kinds, expected, "correct config.json")
+        return kinds
 
     def number(self, key: str, default: float) -> float:
         """A positive number."""

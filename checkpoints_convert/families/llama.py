@@ -18,6 +18,54 @@ def read_llama(reader: ConfigReader) -> ModelConfig:
     return _common(reader, max_positions=2048, qkv_bias=biases, out_bias=biases, mlp_bias=mlp_bias)
 
 
+def read_mistral(reader: ConfigReader) -> ModelConfig:
+    """Mistral: the same sliding window in every layer, or none (null)."""
+    window = reader.optional_size("sliding_window", None if reader.has("sliding_window") else 4096)
+    kinds = reader.layer_types()
+    if kinds is not None and set(kinds) != {"full_attention" if window is None else "sliding_attention"}:
+        mend = "a window that differs by layer needs a family that knows it, such as qwen2"
+        raise reader.refuse("layer_types", "it contradicts sliding_window", kinds, None, mend)
+    return _common(reader, max_positions=131072, kv_heads=8, sliding_window=window)
+
+
+def read_qwen2(reader: ConfigReader) -> ModelConfig:
+    """Qwen2 and Qwen2.5: biases on queries, keys and values."""
+    return _common(reader, max_positions=32768, qkv_bias=True, sliding_window=_layer_windows(reader))
+
+
+def read_qwen3(reader: ConfigReader) -> ModelConfig:
+    """Qwen3: norms of queries and keys, and a head width of its own."""
+    biases = reader.flag("attention_bias", False)
+    return _common(
+        reader,
+        max_positions=32768,
+        head_dim=128,
+        qkv_bias=biases,
+        out_bias=biases,
+        qk_norm=True,
+        sliding_window=_layer_windows(reader),
+    )
+
+
+def _layer_windows(reader: ConfigReader) -> int | tuple[int | None, ...] | None:
+    """Qwen's window: switched by `use_sliding_window`, in the layers from `max_window_layers` on or as listed."""
+    used = reader.flag("use_sliding_window", False)
+    first = reader.count("max_window_layers", 28)
+    window = reader.optional_size("sliding_window", None if reader.has("sliding_window") else 4096)
+    layers = reader.size("num_hidden_layers")
+    kinds = reader.layer_types() or [
+        "sliding_attention" if used and window is not None and i >= first else "full_attention"
+        for i in range(layers)
+    ]
+    slides = [kind == "sliding_attention" for kind in kinds]
+    if any(slides) and not (used and window is not None):
+        mend = "set use_sliding_window and sliding_window, or remove layer_types"
+        raise reader.refuse("layer_types", "a sliding layer without a window", kinds, None, mend)
+    if all(slides) or not any(slides):
+        return window if any(slides) else None
+    return tuple(window if each else None for each in slides)
+
+
 def _common(
     reader: ConfigReader,
     *,
@@ -94,3 +142,6 @@ def _family(model_type: str, read_config: Any) -> Family:
 
 
 LLAMA = _family("llama", read_llama)
+MISTRAL = _family("mistral", read_mistral)
+QWEN2 = _family("qwen2", read_qwen2)
+QWEN3 = _family("qwen3", read_qwen3)

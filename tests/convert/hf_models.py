@@ -5,6 +5,8 @@ from pathlib import Path
 import torch
 import transformers
 
+torch.set_num_threads(1)  # these models are too small to share out
+
 VOCAB = 61
 POSITIONS = 96
 _COMMON = {"vocab_size": VOCAB, "hidden_size": 24, "num_hidden_layers": 3, "num_attention_heads": 4}
@@ -18,6 +20,7 @@ _LLAMA3 = {
     "high_freq_factor": 3.0,
     "original_max_position_embeddings": 12,
 }
+_WINDOW = {"use_sliding_window": True, "sliding_window": 7, "max_window_layers": 1}
 
 MODELS: dict[str, tuple[str, dict]] = {
     "opt": ("OPT", _OPT),
@@ -33,6 +36,24 @@ MODELS: dict[str, tuple[str, dict]] = {
     "llama-linear-rope": (
         "Llama",
         {**_LLAMA, "rope_parameters": {"rope_type": "linear", "rope_theta": 100.0, "factor": 3.0}},
+    ),
+    "mistral": ("Mistral", {**_LLAMA, "num_key_value_heads": 2, "sliding_window": 7}),
+    "mistral-no-window": ("Mistral", {**_LLAMA, "num_key_value_heads": 2, "sliding_window": None}),
+    "mistral-mqa-tied": (
+        "Mistral",
+        {**_LLAMA, "num_key_value_heads": 1, "sliding_window": 7, "tie_word_embeddings": True},
+    ),
+    "qwen2": ("Qwen2", {**_LLAMA, "num_key_value_heads": 2}),
+    "qwen2-mha-tied": ("Qwen2", {**_LLAMA, "num_key_value_heads": 4, "tie_word_embeddings": True}),
+    "qwen2-window": ("Qwen2", {**_LLAMA, "num_key_value_heads": 2, **_WINDOW}),
+    "qwen3": ("Qwen3", {**_LLAMA, "num_key_value_heads": 2, "head_dim": 10}),
+    "qwen3-mqa-tied": (
+        "Qwen3",
+        {**_LLAMA, "num_key_value_heads": 1, "head_dim": 8, "tie_word_embeddings": True},
+    ),
+    "qwen3-mha-window": (
+        "Qwen3",
+        {**_LLAMA, "num_key_value_heads": 4, "head_dim": 6, "attention_bias": True, **_WINDOW},
     ),
 }
 

@@ -3,6 +3,7 @@
 import json
 
 import pytest
+import transformers
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -71,6 +72,37 @@ LLAMA = {
 }
 
 
+MISTRAL = {
+    "architectures": ["MistralForCausalLM"],
+    "hidden_act": "silu",
+    "hidden_size": 4096,
+    "initializer_range": 0.02,
+    "intermediate_size": 14336,
+    "max_position_embeddings": 32768,
+    "model_type": "mistral",
+    "num_attention_heads": 32,
+    "num_hidden_layers": 4,
+    "num_key_value_heads": 8,
+    "rms_norm_eps": 1e-05,
+    "rope_theta": 10000.0,
+    "sliding_window": 4096,
+    "tie_word_embeddings": False,
+    "torch_dtype": "bfloat16",
+    "transformers_version": "4.34.0.dev0",
+    "use_cache": True,
+    "vocab_size": 32000,
+}
+QWEN = {
+    **MISTRAL,
+    "model_type": "qwen2",
+    "max_window_layers": 3,
+    "use_sliding_window": False,
+    "use_mrope": False,
+    "rope_theta": 1000000.0,
+}
+FULL, SLIDING = "full_attention", "sliding_attention"
+
+
 def new_spelling(old: dict) -> dict:
     new = {
         key: value for key, value in old.items() if key not in ("rope_theta", "rope_scaling", "torch_dtype")
@@ -128,6 +160,61 @@ def test_opt_350m():
     assert (config.norm_position, config.final_norm, config.embed_dim) == ("post", False, 512)
 
 
+def without(data: dict, *keys: str) -> dict:
+    return {key: value for key, value in data.items() if key not in keys}
+
+
+@pytest.mark.parametrize(
+    ("data", "expected"),
+    [
+        (MISTRAL, 4096),
+        (without(MISTRAL, "sliding_window"), 4096),
+        ({**MISTRAL, "sliding_window": None}, None),
+        ({**MISTRAL, "layer_types": [SLIDING] * 4}, 4096),
+        (QWEN, None),
+        (without(QWEN, "use_sliding_window"), None),
+        ({**QWEN, "use_sliding_window": True}, (None, None, None, 4096)),
+        ({**QWEN, "use_sliding_window": True, "max_window_layers": 0}, 4096),
+        ({**QWEN, "use_sliding_window": True, "max_window_layers": 4}, None),
+        ({**QWEN, "use_sliding_window": True, "sliding_window": None}, None),
+        ({**without(QWEN, "sliding_window"), "use_sliding_window": True}, (None, None, None, 4096)),
+        (
+            {**QWEN, "use_sliding_window": True, "layer_types": [SLIDING, FULL, SLIDING, FULL]},
+            (4096, None, 4096, None),
+        ),
+        ({**QWEN, "layer_types": [FULL] * 4, "sliding_window": None}, None),
+    ],
+)
+def test_sliding_windows(data, expected):
+    assert config_from_hf(data).sliding_window == expected
+
+
+def test_families_differ_in_their_defaults():
+    bare = without(
+        MISTRAL, "num_key_value_heads", "max_position_embeddings", "rms_norm_eps", "sliding_window"
+    )
+    configs = {
+        name: config_from_hf({**bare, "model_type": name}) for name in ("llama", "mistral", "qwen2", "qwen3")
+    }
+    told = {name: (c.num_kv_heads, c.max_positions, c.head_dim, c.qkv_bias) for name, c in configs.items()}
+    assert told == {
+        "llama": (32, 2048, 128, False),
+        "mistral": (8, 131072, 128, False),
+        "qwen2": (32, 32768, 128, True),
+        "qwen3": (32, 32768, 128, False),
+    }
+    assert {name for name, config in configs.items() if config.qk_norm} == {"qwen3"}
+
+
+@pytest.mark.parametrize("name", ["LlamaConfig", "MistralConfig", "Qwen2Config", "Qwen3Config", "OPTConfig"])
+def test_defaults_are_those_of_transformers(name):
+    theirs = getattr(transformers, name)()
+    kept = ("model_type", "vocab_size", "hidden_size", "intermediate_size", "ffn_dim")
+    sizes = ("num_hidden_layers", "num_attention_heads")
+    bare = {key: value for key, value in theirs.to_dict().items() if key in kept + sizes}
+    assert config_from_hf(bare) == config_from_hf(theirs.to_dict())
+
+
 @pytest.mark.parametrize("name", hf_models.MODELS)
 def test_what_transformers_writes_is_read(name):
     written = hf_models.make(name).config
@@ -164,6 +251,12 @@ def test_what_transformers_writes_is_read(name):
         (LLAMA, {"rms_norm_eps": 0}, ["a value out of range", "rms_norm_eps"]),
         (LLAMA, {"rms_norm_eps": float("nan")}, ["a value out of range", "rms_norm_eps"]),
         (LLAMA, {"tie_word_embeddings": "no"}, ["a value of the wrong kind", "tie_word_embeddings"]),
+        (MISTRAL, {"layer_types": [SLIDING, FULL] * 2}, ["layer_types", "contradicts sliding_window"]),
+        (MISTRAL, {"layer_types": [SLIDING] * 3}, ["layer_types", "each of the 4 layers"]),
+        (QWEN, {"layer_types": ["chunked_attention"] * 4}, ["layer_types", "chunked_attention"]),
+        (QWEN, {"layer_types": [SLIDING] * 4}, ["layer_types", "sliding layer without a window"]),
+        (QWEN, {"use_mrope": True}, ["use_mrope"]),
+        (QWEN, {"max_window_layers": -1}, ["max_window_layers"]),
         (OPT, {"layer_norm_elementwise_affine": False}, ["layer_norm_elementwise_affine"]),
         (OPT, {"hidden_size": 100}, ["the heads do not divide it"]),
         (OPT, {"ffn_dim": None}, ["a key is missing: ffn_dim"]),
@@ -185,9 +278,11 @@ VALUES = st.recursive(
 )
 
 
-@given(st.sampled_from([OPT, LLAMA]), st.data())
+@given(st.sampled_from([OPT, LLAMA, MISTRAL, QWEN]), st.data())
 def test_changed_configs_are_read_or_refused(base, data):
-    keys = st.sampled_from([*base, "rope_parameters", "head_dim", "enable_bias"]) | st.text(max_size=5)
+    keys = st.sampled_from([*base, "rope_parameters", "head_dim", "enable_bias", "layer_types"]) | st.text(
+        max_size=5
+    )
     changes = data.draw(st.dictionaries(keys, VALUES, max_size=4))
     try:
         config_from_hf({**base, **changes})
