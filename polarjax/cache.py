@@ -43,7 +43,7 @@ def init_cache(
       dtype: of keys and values; use the model's.
 
     Raises:
-      InputError: `batch_size` or `capacity` is not positive, or `capacity` exceeds the model's positions.
+      InputError: `batch_size` or `capacity` is not positive.
     """
     if batch_size < 1 or capacity < 1:
         raise InputError(
@@ -51,6 +51,7 @@ def init_cache(
             where="init_cache",
             got=f"batch_size {batch_size}, capacity {capacity}",
             expected="both at least 1",
+            mend="make room for the prompt and the new tokens",
         )
     shape = (batch_size, config.num_kv_heads, capacity, config.head_dim)
     make = lambda: tuple(jnp.zeros(shape, dtype) for _ in range(config.num_layers))

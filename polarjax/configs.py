@@ -1,6 +1,7 @@
 """Model configuration: the axes along which one decoder covers several families."""
 
 import dataclasses
+import math
 from typing import Any, Literal
 
 from polarjax.errors import UnsupportedConfigError
@@ -19,6 +20,20 @@ def _check(ok: bool, name: str, got: Any, expected: str) -> None:
 
 def _check_positive(name: str, value: Any) -> None:
     _check(type(value) is int and value > 0, name, value, "a positive whole number")
+
+
+def _check_above_zero(name: str, value: Any) -> None:
+    number = isinstance(value, int | float) and math.isfinite(value) and value > 0
+    _check(number, name, value, "a positive number")
+
+
+def _check_keys(cls: type, data: dict[str, Any]) -> None:
+    fields = dataclasses.fields(cls)
+    unknown = sorted(set(data) - {field.name for field in fields})
+    _check(not unknown, "keys", unknown, "known keys only")
+    required = {field.name for field in fields if field.default is dataclasses.MISSING}
+    missing = sorted(required - set(data))
+    _check(not missing, "keys", f"none of {missing}", "every required key")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -43,21 +58,21 @@ class RopeConfig:
     original_max_positions: int | None = None
 
     def __post_init__(self) -> None:
-        _check(self.theta > 0, "rope.theta", self.theta, "a positive number")
+        for name in ("theta", "factor", "low_freq_factor", "high_freq_factor"):
+            _check_above_zero(f"rope.{name}", getattr(self, name))
         _check(
             self.scaling in (None, "linear", "llama3"),
             "rope.scaling",
             self.scaling,
             "None, 'linear' or 'llama3'",
         )
-        _check(self.factor > 0, "rope.factor", self.factor, "a positive number")
         if self.scaling == "llama3":
             _check_positive("rope.original_max_positions", self.original_max_positions)
             _check(
-                0 < self.low_freq_factor < self.high_freq_factor,
+                self.low_freq_factor < self.high_freq_factor,
                 "rope.low_freq_factor",
                 self.low_freq_factor,
-                f"between 0 and high_freq_factor = {self.high_freq_factor}",
+                f"less than high_freq_factor = {self.high_freq_factor}",
             )
 
 
@@ -126,16 +141,22 @@ class ModelConfig:
             self.num_kv_heads,
             f"a divisor of num_heads = {self.num_heads}",
         )
-        _check(self.norm_eps > 0, "norm_eps", self.norm_eps, "a positive number")
-        if self.positions == "rope":
-            _check(self.rope is not None, "rope", self.rope, "a RopeConfig, because positions = 'rope'")
+        for name in _FLAGS:
+            _check(type(getattr(self, name)) is bool, name, getattr(self, name), "True or False")
+        _check_above_zero("norm_eps", self.norm_eps)
+        if self.positions == "learned":
+            _check(self.rope is None, "rope", self.rope, "None, because positions = 'learned'")
+        else:
+            rotary = isinstance(self.rope, RopeConfig)
+            _check(rotary, "rope", self.rope, "a RopeConfig, because positions = 'rope'")
             _check(
                 self.head_dim % 2 == 0,
                 "head_dim",
                 self.head_dim,
                 "an even number, because positions = 'rope'",
             )
-        _check(self.position_offset >= 0, "position_offset", self.position_offset, "zero or more")
+        whole = type(self.position_offset) is int and self.position_offset >= 0
+        _check(whole, "position_offset", self.position_offset, "a whole number, zero or more")
         if isinstance(self.sliding_window, tuple):
             _check(
                 len(self.sliding_window) == self.num_layers,
@@ -171,18 +192,17 @@ class ModelConfig:
     def from_json(cls, data: dict[str, Any]) -> "ModelConfig":
         """Builds a config from `to_json` output; raises `UnsupportedConfigError` on a missing or unknown key."""
         data = dict(data)
-        fields = {field.name: field for field in dataclasses.fields(cls)}
-        unknown = sorted(set(data) - set(fields))
-        _check(not unknown, "keys", unknown, "known keys only")
-        missing = sorted(n for n, f in fields.items() if f.default is dataclasses.MISSING and n not in data)
-        _check(not missing, "keys", f"none of {missing}", "every required key")
+        _check_keys(cls, data)
         if data.get("rope") is not None:
+            _check(isinstance(data["rope"], dict), "rope", data["rope"], "an object, or null")
+            _check_keys(RopeConfig, data["rope"])
             data["rope"] = RopeConfig(**data["rope"])
         if isinstance(data.get("sliding_window"), list):
             data["sliding_window"] = tuple(data["sliding_window"])
         return cls(**data)
 
 
+_FLAGS = tuple(field.name for field in dataclasses.fields(ModelConfig) if field.type is bool)
 _CHOICES: dict[str, tuple[str, ...]] = {
     "norm": ("rms", "layer"),
     "norm_position": ("pre", "post"),

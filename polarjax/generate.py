@@ -86,9 +86,11 @@ def decode_loop(
         drawn = sampler(logits, None if key is None else jax.random.fold_in(key, state.step))
         live = ~state.stopped & (state.step < max_new_tokens)
         token = jnp.where(live, drawn, 0)
-        tokens = jax.lax.dynamic_update_slice(state.tokens, token[:, None], (0, state.step))
+        column = (jnp.zeros_like(state.step), state.step)
+        tokens = jax.lax.dynamic_update_slice(state.tokens, token[:, None], column)
         stopped = state.stopped | (live & _is_stop(token, stop_ids))
-        return LoopState(state.step + 1, token, stopped, tokens, state.lengths + live, state.cache)
+        lengths = state.lengths + live.astype(jnp.int32)
+        return LoopState(state.step + 1, token, stopped, tokens, lengths, state.cache)
 
     def one(state: LoopState, _) -> tuple[LoopState, None]:
         logits, cache = step(state.token, state.cache)
@@ -182,9 +184,13 @@ def bucket_length(length: int, limit: int) -> int:
 
 def check_prompts(config: ModelConfig, tokens, lengths, max_new_tokens: int) -> None:
     """Raises `InputError` on prompts that cannot be continued; values are checked only where they are concrete."""
-    if max_new_tokens < 1:
+    if not isinstance(max_new_tokens, int) or max_new_tokens < 1:
         raise InputError(
-            "nothing to generate", where="max_new_tokens", got=max_new_tokens, expected="at least 1"
+            "nothing to generate",
+            where="max_new_tokens",
+            got=repr(max_new_tokens),
+            expected="a positive whole number",
+            mend="pass for example max_new_tokens=64",
         )
     if tokens.ndim != 2 or tokens.size == 0 or lengths.shape != tokens.shape[:1]:
         raise InputError(
@@ -192,6 +198,15 @@ def check_prompts(config: ModelConfig, tokens, lengths, max_new_tokens: int) -> 
             where="generate",
             got=f"tokens {tokens.shape}, lengths {lengths.shape}",
             expected="tokens [B T] and lengths [B], neither empty",
+            mend="pad the prompts on the right to one width and pass their lengths",
+        )
+    if not all(jnp.issubdtype(each.dtype, jnp.integer) for each in (tokens, lengths)):
+        raise InputError(
+            "prompts are not whole numbers",
+            where="generate",
+            got=f"tokens {tokens.dtype}, lengths {lengths.dtype}",
+            expected="int32",
+            mend="pass token ids as a tokenizer gives them",
         )
     if isinstance(tokens, Tracer) or isinstance(lengths, Tracer):
         longest = tokens.shape[1]

@@ -55,7 +55,8 @@ class Embedding(nnx.Module):
 
     def __init__(self, config: ModelConfig, make: Maker):
         width = config.embed_dim or config.d_model
-        self.tokens = make.normal(config.vocab_size, width, axes=("vocab", "embed"), fan_in=width)
+        table = "embed" if config.embed_dim is None else "table"
+        self.tokens = make.normal(config.vocab_size, width, axes=("vocab", table), fan_in=width)
         self.positions = self.project_in = self.project_out = nnx.data(None)
         self.position_offset = config.position_offset
         if config.positions == "learned":
@@ -64,7 +65,7 @@ class Embedding(nnx.Module):
                 rows, config.d_model, axes=("positions", "embed"), fan_in=config.d_model
             )
         if config.embed_dim is not None:
-            axes = ("table", "embed")
+            axes = (table, "embed")
             self.project_in = make.normal(width, config.d_model, axes=axes, fan_in=width)
             self.project_out = make.normal(config.d_model, width, axes=axes[::-1], fan_in=config.d_model)
 
@@ -82,7 +83,8 @@ class Head(nnx.Module):
 
     def __init__(self, config: ModelConfig, make: Maker):
         width = config.embed_dim or config.d_model
-        self.w = make.normal(config.vocab_size, width, axes=("vocab", "embed"), fan_in=width)
+        table = "embed" if config.embed_dim is None else "table"
+        self.w = make.normal(config.vocab_size, width, axes=("vocab", table), fan_in=width)
 
 
 def add_bias(x: Float[Array, "..."], bias: nnx.Param | None) -> Float[Array, "..."]:

@@ -74,13 +74,14 @@ def with_parameters(config: ModelConfig, flat: Mapping[str, Array]) -> Decoder:
     shapes = abstract(config)
     expected = parameters(shapes)
     wrong = sorted(expected.keys() ^ flat.keys())
-    wrong += [name for name in expected.keys() & flat.keys() if expected[name].shape != flat[name].shape]
+    wrong += [name for name in expected if name in flat and expected[name].shape != flat[name].shape]
     if wrong:
         raise CheckpointError(
             "parameters are missing, unknown or of the wrong shape",
             where="decoder parameters",
             got=", ".join(wrong[:10]),
             expected=f"the {len(expected)} parameters of this config",
+            mend="use the config that belongs to these parameters",
         )
     return jax.tree.unflatten(jax.tree.structure(shapes), [flat[name] for name in expected])
 
@@ -139,8 +140,18 @@ def prefill(
       float32 logits [B V] after each row's last token, and the filled cache.
 
     Raises:
-      InputError: T exceeds the cache's capacity.
+      InputError: T exceeds the cache's capacity, or the cache is for another batch or model.
     """
+    B, K, H = tokens.shape[0], model.config.num_kv_heads, model.config.head_dim
+    got = (len(cache.k), cache.k[0].shape[0], cache.k[0].shape[1], cache.k[0].shape[3])
+    if got != (model.config.num_layers, B, K, H):
+        raise InputError(
+            "the cache is for another batch or model",
+            where="prefill",
+            got="{} layers of [{} {} S {}]".format(*got),
+            expected=f"{model.config.num_layers} layers of [{B} {K} S {H}]",
+            mend="make it with init_cache for this config and batch size",
+        )
     if tokens.shape[1] > cache.capacity:
         raise InputError(
             "the prompts do not fit into the cache",
@@ -163,9 +174,8 @@ def _blocks(model, tokens, lengths, *, sparsity=None, taps=None):
         sparsity.check(config)
     positions = jnp.broadcast_to(jnp.arange(tokens.shape[1])[None], tokens.shape)
     valid = positions < lengths[:, None]
-    x = jnp.where(
-        valid[..., None], model.embed(tokens, positions), 0
-    )  # padding is read as zeros, whatever it holds
+    x = model.embed(tokens, positions)
+    x = jnp.where(valid[..., None], x, 0)  # padding is read as zeros, whatever it holds
     inputs, activity, norms, kv = [], [], [], []
     for i, layer in enumerate(model.layers):
         with jax.named_scope(f"layer_{i}"):

@@ -68,7 +68,10 @@ class Categorical:
             raise InputError(
                 "sampling needs a random key", where="Categorical", mend="pass key=jax.random.key(0)"
             )
-        logits = logits.astype(jnp.float32) / self.temperature
+        logits = logits.astype(jnp.float32)
+        logits = (
+            logits - logits.max(-1, keepdims=True)
+        ) / self.temperature  # below 0: never overflows to +inf
         if self.top_k is not None and self.top_k < logits.shape[-1]:
             logits = _keep(logits, jax.lax.top_k(logits, self.top_k)[0][:, -1:])
         if self.top_p is not None and self.top_p < 1:
@@ -79,7 +82,13 @@ class Categorical:
 
 def _check(ok: bool, name: str, got: object, expected: str) -> None:
     if not ok:
-        raise InputError(f"{name} is out of range", where="Categorical", got=repr(got), expected=expected)
+        raise InputError(
+            f"{name} is out of range",
+            where="Categorical",
+            got=repr(got),
+            expected=expected,
+            mend="correct the value; Greedy() draws the most likely token",
+        )
 
 
 def _keep(logits: Float[Array, "B V"], floor: Float[Array, "B 1"]) -> Float[Array, "B V"]:

@@ -41,6 +41,7 @@ def _check_counts(name: str, counts: tuple[int | None, ...]) -> None:
                 where="sparsity plan",
                 got=repr(count),
                 expected="a positive whole number, or None for a dense layer",
+                mend="correct the plan",
             )
 
 
@@ -65,6 +66,7 @@ class SparsityPlan:
                 where="sparsity plan",
                 got=f"{len(self.neurons)} for neurons, {len(self.groups)} for groups",
                 expected="equal lengths",
+                mend="give one entry for each layer in both",
             )
 
     def check(self, config: ModelConfig) -> None:
@@ -141,6 +143,7 @@ class PlanTable:
                 "a plan table needs increasing batch sizes with one plan each",
                 where="plan table",
                 got=str(sizes),
+                mend="run polarjax calibrate again",
             )
         for counts in self.neurons:
             SparsityPlan(counts, (None,) * self.num_layers)

@@ -102,12 +102,3 @@ def test_a_full_cache_drops_new_keys_and_keeps_the_rest():
     assert_close(logits[1:], expected[1:], "rounding")
     assert all((a[0] == b[0]).all() for a, b in zip((*cache.k, *cache.v), (*after.k, *after.v), strict=True))
     assert jnp.isfinite(logits).all()
-
-
-def test_prefill_wants_a_cache_that_holds_the_prompts():
-    model, (tokens, lengths) = zoo.model("opt"), zoo.batch()
-    with pytest.raises(
-        pj.InputError, match=r"do not fit.*9 tokens.*capacity of 8.*Mend: .*init_cache"
-    ) as caught:
-        pj.prefill(model, tokens, lengths, zoo.empty_cache(model, 3, capacity=8))
-    assert "\n" not in str(caught.value)

@@ -1,0 +1,214 @@
+"""Generation with a model: against a loop of decode_step, at the edges of what fits, and what it refuses."""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+import polarjax as pj
+from polarjax.generate import SMALLEST_BUCKET, bucket_length
+from polarjax.sparsity.select import Oracle, Random
+from tests.model import zoo
+from tests.one_line import refuses
+
+KEY = jax.random.key(0)
+
+
+def _stepwise(name: str, count: int) -> np.ndarray:
+    """Greedy tokens [B count] by prefill and single steps."""
+    model, (tokens, lengths) = zoo.model(name), zoo.batch()
+    logits, cache = zoo.prefill(model, tokens, lengths, zoo.empty_cache(model, 3))
+    out = [np.asarray(logits).argmax(-1)]
+    for _ in range(count - 1):
+        logits, cache = zoo.decode_step(model, jnp.asarray(out[-1], jnp.int32), cache)
+        out.append(np.asarray(logits).argmax(-1))
+    return np.stack(out, 1)
+
+
+@pytest.mark.parametrize("name", ["opt", "llama-gqa"])
+def test_greedy_generation_is_a_loop_of_single_steps(name):
+    model, (tokens, lengths) = zoo.model(name), zoo.batch()
+    expected = _stepwise(name, 12)
+    result = pj.generate(model, tokens, lengths, max_new_tokens=12)
+    assert (np.asarray(result.tokens) == expected).all()
+    assert result.lengths.tolist() == [12] * 3
+    assert not result.stopped.any()
+
+
+def test_a_stop_id_of_the_models_own_choice_ends_the_row():
+    model, (tokens, lengths) = zoo.model("opt"), zoo.batch()
+    free = _stepwise("opt", 12)
+    stop_ids = (int(free[0, 3]), int(free[2, 0]))
+    result = pj.generate(model, tokens, lengths, max_new_tokens=12, stop_ids=stop_ids)
+    for row in range(3):
+        hits = np.flatnonzero(np.isin(free[row], stop_ids))
+        length = int(hits[0]) + 1 if len(hits) else 12
+        assert result.tokens[row].tolist() == free[row, :length].tolist() + [0] * (12 - length)
+        assert (int(result.lengths[row]), bool(result.stopped[row])) == (length, bool(len(hits)))
+    assert int(result.lengths[2]) == 1
+
+
+@pytest.mark.parametrize("positions", [14, 16, 19])
+def test_the_last_position_can_be_reached(positions):
+    """Prompt and answer fill the model's positions exactly, whatever their remainder by the chunk and the cache's 8."""
+    config = dataclasses.replace(zoo.CONFIGS["llama-gqa"], max_positions=positions)
+    model = pj.model.with_parameters(config, zoo.parameters(zoo.model("llama-gqa")))
+    tokens, lengths = zoo.batch()
+    new = positions - tokens.shape[1]
+    result = pj.generate(model, tokens, lengths, max_new_tokens=new)
+    assert (np.asarray(result.tokens) == _stepwise("llama-gqa", new)).all()
+
+
+def test_sampling_is_reproducible_and_a_row_does_not_depend_on_the_batch():
+    model, (tokens, lengths) = zoo.model("opt"), zoo.batch()
+    settings = {"max_new_tokens": 10, "sampler": pj.Categorical(1.3, top_k=20, top_p=0.95)}
+    together = pj.generate(model, tokens, lengths, KEY, **settings).tokens
+    assert (together == pj.generate(model, tokens, lengths, KEY, **settings).tokens).all()
+    assert (together != pj.generate(model, tokens, lengths, jax.random.key(1), **settings).tokens).any()
+    first = pj.generate(model, tokens[:1], lengths[:1], KEY, **settings).tokens
+    assert (together[:1] == first).all()
+
+
+def test_top_k_of_one_generates_greedily():
+    model, (tokens, lengths) = zoo.model("opt"), zoo.batch()
+    sampler = pj.Categorical(temperature=0.8, top_k=1)
+    result = pj.generate(model, tokens, lengths, KEY, max_new_tokens=12, sampler=sampler)
+    assert (np.asarray(result.tokens) == _stepwise("opt", 12)).all()
+
+
+def test_numpy_prompts_and_what_lies_beyond_them():
+    model, (tokens, lengths) = zoo.model("opt"), zoo.batch()
+    beyond = np.arange(9)[None] >= np.asarray(lengths)[:, None]
+    padded = np.where(beyond, -100, np.asarray(tokens))
+    result = pj.generate(model, padded.astype(np.int64), np.asarray(lengths), max_new_tokens=12)
+    assert (np.asarray(result.tokens) == _stepwise("opt", 12)).all()
+
+
+def test_buckets_are_powers_of_two_within_the_models_positions():
+    assert [bucket_length(length, 1000) for length in (1, 16, 17, 32, 33, 513)] == [16, 16, 32, 32, 64, 1000]
+    assert bucket_length(3, 10) == 10
+    assert bucket_length(12, 10) == 12  # padding may be wider than any sequence
+    assert all(bucket_length(length, 2048) >= max(length, SMALLEST_BUCKET) for length in range(1, 2049))
+
+
+def _prompts(tokens, lengths):
+    return {"tokens": jnp.asarray(tokens), "lengths": jnp.asarray(lengths)}
+
+
+SHORT = zoo.POSITIONS - 5
+BAD_PROMPTS = {
+    "too long with what is to come": (
+        _prompts(np.ones((2, SHORT), np.int32), np.array([3, SHORT])) | {"max_new_tokens": 6},
+        rf"outgrow.*{SHORT} prompt tokens \+ 6.*at most {zoo.POSITIONS}",
+    ),
+    "longer than the positions": (
+        _prompts(np.ones((1, 60), np.int32), np.array([60])),
+        rf"outgrow.*at most {zoo.POSITIONS}",
+    ),
+    "id above the vocabulary": (
+        _prompts(np.array([[1, 2], [zoo.VOCAB, 2]]), np.array([2, 2])),
+        rf"row 1, token 0.*vocabulary.*got {zoo.VOCAB}, expected 0 to {zoo.VOCAB - 1}",
+    ),
+    "negative id": (_prompts(np.array([[1, -1]]), np.array([2])), "row 0, token 1.*vocabulary.*got -1"),
+    "length 0": (
+        _prompts(np.ones((2, 4), np.int32), np.array([4, 0])),
+        "row 1.*length.*got 0, expected 1 to 4",
+    ),
+    "length above T": (_prompts(np.ones((2, 4), np.int32), np.array([5, 4])), "row 0.*length.*got 5"),
+    "negative length": (_prompts(np.ones((2, 4), np.int32), np.array([4, -2])), "row 1.*length.*got -2"),
+    "empty batch": (_prompts(np.ones((0, 4), np.int32), np.zeros((0,), np.int32)), r"shape.*tokens \(0, 4\)"),
+    "no tokens": (_prompts(np.ones((2, 0), np.int32), np.zeros((2,), np.int32)), r"shape.*tokens \(2, 0\)"),
+    "one axis": (_prompts(np.ones(4, np.int32), np.array([4])), r"shape.*tokens \(4,\)"),
+    "other lengths": (_prompts(np.ones((2, 4), np.int32), np.array([4])), r"shape.*lengths \(1,\)"),
+    "fractional ids": (_prompts(np.ones((2, 4)), np.array([4, 4])), "whole numbers.*float32"),
+    "nothing to generate": (
+        _prompts(np.ones((2, 4), np.int32), np.array([4, 4])) | {"max_new_tokens": 0},
+        "max_new_tokens: nothing to generate; got 0",
+    ),
+    "half a token": (
+        _prompts(np.ones((2, 4), np.int32), np.array([4, 4])) | {"max_new_tokens": 1.5},
+        "max_new_tokens.*got 1.5",
+    ),
+    "no key": (
+        _prompts(np.ones((2, 4), np.int32), np.array([4, 4])) | {"sampler": pj.Categorical()},
+        "needs a random key",
+    ),
+}
+
+
+@pytest.mark.parametrize("case", BAD_PROMPTS)
+def test_refuses_prompts_it_cannot_continue(case):
+    arguments, named = BAD_PROMPTS[case]
+    with refuses(pj.InputError, named):
+        pj.generate(zoo.model("opt"), **{"max_new_tokens": 4} | arguments)
+
+
+PLAN = zoo.half(zoo.CONFIGS["opt"])
+ROUTERS = zoo.routers("opt")
+BAD_SPARSITY = {
+    "plan of another depth": (
+        pj.Sparsity(ROUTERS, pj.SparsityPlan((8,) * 3, (1,) * 3)),
+        "got 3 layers, expected 2",
+    ),
+    "too many groups": (
+        pj.Sparsity(ROUTERS, pj.SparsityPlan((8,) * 2, (None, 5))),
+        "more groups than there are.*got 5, expected at most 4",
+    ),
+    "too many neurons": (
+        pj.Sparsity(ROUTERS, pj.SparsityPlan((8, 41), (1,) * 2)),
+        "more neurons than there are.*got 41, expected at most 40",
+    ),
+    "routers of another depth": (
+        pj.Sparsity(pj.sparsity.router.Routers(ROUTERS.layers[:1]), PLAN),
+        "routers are for another model; got 1 layers, expected 2",
+    ),
+    "routers of another width": (
+        pj.Sparsity(zoo.routers("llama-mqa"), PLAN),
+        "routers of layer 0.*another model",
+    ),
+    "oracle": (pj.Sparsity(Oracle(), PLAN), "decode_step: oracle selection.*forward"),
+    "random": (pj.Sparsity(Random(KEY), PLAN), "decode_step: random selection.*forward"),
+}
+
+
+@pytest.mark.parametrize("case", BAD_SPARSITY)
+def test_refuses_sparsity_that_does_not_fit(case):
+    sparsity, named = BAD_SPARSITY[case]
+    model, (tokens, lengths) = zoo.model("opt"), zoo.batch()
+    with refuses(pj.SparsityError, named):
+        pj.generate(model, tokens, lengths, max_new_tokens=2, sparsity=sparsity)
+    with refuses(pj.SparsityError, named):
+        pj.decode_step(model, tokens[:, 0], zoo.empty_cache(model, 3), sparsity=sparsity)
+
+
+@pytest.mark.parametrize("case", set(BAD_SPARSITY) - {"oracle", "random"})
+def test_forward_refuses_sparsity_that_does_not_fit(case):
+    sparsity, named = BAD_SPARSITY[case]
+    with refuses(pj.SparsityError, named):
+        pj.forward(zoo.model("opt"), *zoo.batch(), sparsity=sparsity)
+
+
+@pytest.mark.parametrize(
+    ("cache", "named"),
+    [
+        ({"name": "llama-gqa", "batch_size": 3}, r"cache is for another.*\[3 2 S 8\].*\[3 4 S 8\]"),
+        ({"name": "opt", "batch_size": 2}, r"cache is for another.*\[2 4 S 8\].*\[3 4 S 8\]"),
+        (
+            {"name": "opt", "batch_size": 3, "capacity": 8},
+            r"do not fit.*got 9 tokens.*capacity of 8.*init_cache",
+        ),
+    ],
+)
+def test_prefill_refuses_a_cache_that_does_not_fit(cache, named):
+    model, (tokens, lengths) = zoo.model("opt"), zoo.batch()
+    made = zoo.empty_cache(zoo.model(cache.pop("name")), **cache)
+    with refuses(pj.InputError, named):
+        pj.prefill(model, tokens, lengths, made)
+
+
+@pytest.mark.parametrize("sizes", [(0, 8), (2, 0), (-1, 8)])
+def test_a_cache_needs_room(sizes):
+    with refuses(pj.InputError, "no room.*both at least 1"):
+        pj.init_cache(zoo.CONFIGS["opt"], batch_size=sizes[0], capacity=sizes[1])
