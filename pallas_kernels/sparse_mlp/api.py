@@ -39,9 +39,7 @@ def sparse_mlp(
     call = {"w_gate": w_gate, "b_up": b_up, "b_gate": b_gate, "activation": activation}
     backends = {
         "xla": lambda device: xla.sparse_mlp(x, w_up, w_down, index, **call),
-        "mosaic": lambda device: mosaic.sparse_mlp(
-            x, w_up, w_down, index, device=device, **call
-        ),  # by name only until seen on a GPU
+        "mosaic": lambda device: mosaic.sparse_mlp(x, w_up, w_down, index, device=device, **call),
     }
     return dispatch(OP, implementation, backends, x, w_up)
 

@@ -8,6 +8,7 @@ Barriers here are raw `mbarrier` words in an int64 array, as inline code can't b
 """
 
 from collections.abc import Callable
+from typing import Any
 
 import jax.numpy as jnp
 import numpy as np
@@ -24,6 +25,7 @@ IDS = plgpu.Layout.WG_STRIDED((128,), vec_size=1)
 _REF = plgpu.RefType()
 _SPLAT = plgpu.Layout.WG_SPLAT(())
 _utils = mgpu.utils
+_inline: Any = plgpu.inline_mgpu  # its results take other arguments than what it decorates
 
 
 def _i32() -> ir.Type:
@@ -75,7 +77,7 @@ def _neuron(index: ir.Value, entry: ir.Value, valid: ir.Value, num_neurons: int)
 def init_barriers(count: int, copy: str) -> Callable:
     """-> f(barriers int64 [count] in SMEM): initialises them. Every thread of the block must call it."""
 
-    @plgpu.inline_mgpu(arg_types=(_REF,))
+    @_inline(arg_types=(_REF,))
     def run(ctx, barriers):
         base = _utils.memref_ptr(barriers)
         first = _utils.single_thread_predicate(scope=_utils.ThreadSubset.BLOCK)
@@ -91,19 +93,19 @@ def _barrier_pointer(barriers: ir.Value, slot: mgpu.FragmentedArray) -> ir.Value
     return _utils.getelementptr(_utils.memref_ptr(barriers), [slot.registers.item()], _i64())
 
 
-@plgpu.inline_mgpu(arg_types=(_REF, _SPLAT, _SPLAT))
+@_inline(arg_types=(_REF, _SPLAT, _SPLAT))
 def wait(ctx, barriers, slot, parity):
     """Blocks until the phase of that parity of barrier `slot` has completed."""
     nvvm.mbarrier_try_wait_parity(_barrier_pointer(barriers, slot), parity.registers.item(), _c(10_000_000))
 
 
-@plgpu.inline_mgpu()
+@_inline()
 def sync_warpgroup(ctx):
     """Barrier among the 128 threads of the calling warpgroup, ordering their memory accesses."""
     _utils.warpgroup_barrier()
 
 
-@plgpu.inline_mgpu(arg_types=(plgpu.Layout.WGMMA, _REF))
+@_inline(arg_types=(plgpu.Layout.WGMMA, _REF))
 def store_transposed(ctx, value, out):
     """out[n, m] = value[m, n], both in whole 32-byte sectors."""
     value.foreach(lambda element, at: memref.store(element, out, [at[1], at[0]]))
@@ -112,9 +114,7 @@ def store_transposed(ctx, value, out):
 def load_ids(rows: int, num_neurons: int) -> Callable:
     """-> f(index [k], base) -> int32 [128]: the neuron of each thread's row, -1 where absent."""
 
-    @plgpu.inline_mgpu(
-        arg_types=(_REF, _SPLAT), return_type=plgpu.ShapeDtypeStruct((128,), jnp.int32, layout=IDS)
-    )
+    @_inline(arg_types=(_REF, _SPLAT), return_type=plgpu.ShapeDtypeStruct((128,), jnp.int32, layout=IDS))
     def run(ctx, index, base):
         first, lane, has_row = _place(rows)
         entry = arith.addi(base.registers.item(), arith.addi(first, lane))
@@ -132,7 +132,7 @@ def load_bias(rows: int, stride: int, num_neurons: int) -> Callable:
     Entry i of `out` is that of index[base + i // 64 * stride + i % 64]. Ends in a barrier of the warpgroup.
     """
 
-    @plgpu.inline_mgpu(arg_types=(_REF, _REF, _REF, _SPLAT))
+    @_inline(arg_types=(_REF, _REF, _REF, _SPLAT))
     def run(ctx, index, bias, out, base):
         f32 = ir.F32Type.get()
         for start in range(0, rows, 128):
@@ -158,7 +158,7 @@ def issue_rows(rows: int, cols: int, copy: str) -> Callable:
     """
     start = {"bulk": _issue_bulk, "async": _issue_async}[copy]
 
-    @plgpu.inline_mgpu(arg_types=(_REF, IDS, _REF, _REF, _SPLAT, _SPLAT))
+    @_inline(arg_types=(_REF, IDS, _REF, _REF, _SPLAT, _SPLAT))
     def run(ctx, w, ids, out, barriers, slot, column):
         (neuron,) = ids.registers.flat
         neuron = vector.extract(neuron, dynamic_position=[], static_position=[0])

@@ -1,5 +1,3 @@
-# pyright: reportCallIssue=false, reportAttributeAccessIssue=false, reportPrivateImportUsage=false, reportAbstractUsage=false, reportReturnType=false
-# Pallas hands kernels other arguments than its annotations tell.
 """Selective MLP on Hopper (Pallas Mosaic GPU): two products over gathered rows, in one kernel or two.
 
 A thread block streams stages of `rows` gathered weight rows times `cols` columns through a ring in shared memory.
@@ -18,6 +16,7 @@ import jax.numpy as jnp
 from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
+from jax.experimental.pallas.mosaic_gpu import ACC  # pyright: ignore[reportPrivateImportUsage]
 
 from pallas_kernels.sparse_mlp import gather
 from pallas_kernels.sparse_mlp.plan import Plan
@@ -26,7 +25,7 @@ WGMMA = plgpu.Layout.WGMMA
 ROW = WGMMA.reduce(1)
 BULK = plgpu.OOBFillMode.PROMISE_IN_BOUNDS
 ACTIVATIONS = {"relu": lambda a: jnp.maximum(a, 0.0), "silu": lambda a: a / (1.0 + jnp.exp(-a))}
-REGISTERS = {1: (232, 104, 104), 2: (176, 56, 104)}  # consumers, producer, loader; in all 512 a lane at most
+REGISTERS = {1: (232, 104, 128), 2: (184, 56, 88)}  # consumers, producer, loader; in all 512 a lane at most
 HIDDEN_WIDTH = 32  # columns of hidden values that are completed at once in a fused kernel
 COMPILER = plgpu.CompilerParams(
     lowering_semantics=plgpu.LoweringSemantics.Lane,  # the other one can't slice padded rows
@@ -207,7 +206,7 @@ class Block:
     def _complete_hidden(self):
         """Once all partial sums are there, turns this block's share of them into hidden values; waits for all."""
         refs, plan, grid = self.refs, self.plan, self.plan.grid
-        _wait(refs["arrived"].at[0], plan.up.blocks * self.tiles.warpgroups)
+        _wait(refs["arrived"].at[0], grid * self.tiles.warpgroups)
         width = min(self.tiles.batch, HIDDEN_WIDTH)
         pieces = self.tiles.batch // width
         count = plan.hidden[0] * pieces
@@ -248,7 +247,8 @@ class Block:
             number = owner * split.max_parts + tile - split.first_tile(owner)
             source = parts.at[number, place, :, pl.ds(column, width)]
             part = plgpu.load(source, layout=WGMMA, optimized=False)
-            total = part if total is None else total + part * (first + i <= last).astype(jnp.float32)
+            once = lax.select(first + i <= last, jnp.float32(1), jnp.float32(0))
+            total = part if total is None else total + part * once
         return total
 
     # The consumers
@@ -379,7 +379,7 @@ class Block:
             pl.loop(start, end)(lambda u: unit(u, multiply))
             return acc[...]
 
-        return pl.run_scoped(run, plgpu.ACC(shape, jnp.float32))
+        return pl.run_scoped(run, ACC(shape, jnp.float32))
 
 
 def _interpreted(unit, pieces, shape):

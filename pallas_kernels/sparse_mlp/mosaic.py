@@ -1,11 +1,11 @@
-# pyright: reportCallIssue=false, reportAttributeAccessIssue=false, reportPrivateImportUsage=false, reportAbstractUsage=false, reportReturnType=false
-# Pallas hands kernels other arguments than its annotations tell.
 """Selective MLP on Hopper: prepares the operands, launches the kernels of `kernel.py`, adds up partial sums."""
 
-from typing import Any
+import functools
+from typing import Any, cast
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
@@ -50,7 +50,7 @@ def sparse_mlp(
         pieces = [x[i : i + largest] for i in range(0, x.shape[0], largest)]
         return jnp.concatenate([sparse_mlp(piece, w_up, w_down, index, **call) for piece in pieces])
     if tiles is None:
-        tiles = heuristic(x.shape[0], x.shape[1], device)
+        tiles = heuristic(x.shape[0], x.shape[1], device, gated=w_gate is not None)
     num_neurons, d_model = w_up.shape
     plan = Plan(d_model, num_neurons, index.shape[0], w_gate is not None, activation, x.dtype.name, tiles)
     operands = {"x": jnp.pad(x, ((0, tiles.batch - x.shape[0]), (0, 0))), "index": index.astype(jnp.int32)}
@@ -79,11 +79,12 @@ def _for_rows(plan: Plan, index: jax.Array) -> dict[str, jax.Array]:
 
 def _scratch(plan: Plan, has_up: bool, has_down: bool) -> dict[str, Any]:
     tiles, dtype = plan.tiles, plan.dtype
+    tiling, swizzled = (cast(Any, kind) for kind in (plgpu.TilingTransform, plgpu.SwizzleTransform))
     swizzle = min(128, 2 * tiles.batch)
     ring = plgpu.SMEM((tiles.stages, tiles.rows, tiles.cols + PADDING), dtype)
-    wide = (plgpu.TilingTransform((8, 64)), plgpu.SwizzleTransform(128))
+    wide = (tiling((8, 64)), swizzled(128))
     x_ring = plgpu.SMEM((tiles.x_slots, tiles.batch, tiles.x_cols), dtype, transforms=wide)
-    narrow = (plgpu.TilingTransform((8, swizzle // 2)), plgpu.SwizzleTransform(swizzle))
+    narrow = (tiling((8, swizzle // 2)), swizzled(swizzle))
     shape = (tiles.hidden_slots, tiles.warpgroups, 64, tiles.batch)
     h_ring = plgpu.SMEM(shape, dtype, transforms=narrow)
 
@@ -99,7 +100,7 @@ def _scratch(plan: Plan, has_up: bool, has_down: bool) -> dict[str, Any]:
         scratch["bias"] = plgpu.SMEM((tiles.warpgroups, 64 * tiles.groups), jnp.float32)
     if has_up and has_down:
         width = min(tiles.batch, HIDDEN_WIDTH)
-        transforms = (plgpu.TilingTransform((8, width)), plgpu.SwizzleTransform(2 * width))
+        transforms = (tiling((8, width)), swizzled(2 * width))
         scratch["h_stage"] = plgpu.SMEM((64, width), dtype, transforms=transforms)
     if has_down:
         count = tiles.hidden_slots
@@ -107,7 +108,7 @@ def _scratch(plan: Plan, has_up: bool, has_down: bool) -> dict[str, Any]:
     return scratch
 
 
-def _kernel(plan: Plan, operands: dict[str, jax.Array], interpret: bool = False) -> dict[str, jax.Array]:
+def products(plan: Plan, operands: dict[str, jax.Array], interpret: bool = False) -> dict[str, jax.Array]:
     """Runs the products that the operands allow; returns their partial sums by name."""
     tiles = plan.tiles
     has_up, has_down = "x" in operands, "w_down" in operands
@@ -152,12 +153,13 @@ def _kernel(plan: Plan, operands: dict[str, jax.Array], interpret: bool = False)
 
 def _sum_parts(parts: jax.Array, split: Split) -> jax.Array:
     """[tiles ...]: the partial sums of each tile, added in order."""
-    total = None
-    for numbers in split.contributions.T:
-        chosen = parts.at[jnp.maximum(numbers, 0)].get(mode="promise_in_bounds")
-        chosen = jnp.where((numbers >= 0).reshape((-1,) + (1,) * (parts.ndim - 1)), chosen, 0.0)
-        total = chosen if total is None else total + chosen
-    return total
+
+    def pick(numbers):
+        chosen = parts.at[np.maximum(numbers, 0)].get(mode="promise_in_bounds")
+        return jnp.where((numbers >= 0).reshape((-1,) + (1,) * (parts.ndim - 1)), chosen, 0.0)
+
+    first, *others = split.contributions.T
+    return functools.reduce(lambda total, numbers: total + pick(numbers), others, pick(first))
 
 
 def _hidden(plan: Plan, up_parts: jax.Array) -> jax.Array:
@@ -172,11 +174,11 @@ def _hidden(plan: Plan, up_parts: jax.Array) -> jax.Array:
 def _run(plan: Plan, operands: dict[str, jax.Array], interpret: bool = False) -> jax.Array:
     """[batch D] float32 from x [batch D], index [k], w_up, w_down [F D] and the optional w_gate, b_up, b_gate."""
     if plan.tiles.fused:
-        parts = _kernel(plan, operands)["down_parts"]
+        parts = products(plan, operands)["down_parts"]
     else:
         up = {name: array for name, array in operands.items() if name != "w_down"}
         down = {name: operands[name] for name in ("index", "w_down", "zeros") if name in operands}
-        up_parts = _kernel(plan, up, interpret)["up_parts"]
-        parts = _kernel(plan, {**down, "hidden": _hidden(plan, up_parts)}, interpret)["down_parts"]
+        up_parts = products(plan, up, interpret)["up_parts"]
+        parts = products(plan, {**down, "hidden": _hidden(plan, up_parts)}, interpret)["down_parts"]
     total = _sum_parts(parts, plan.down).reshape(-1, plan.tiles.batch, 64)
     return total.transpose(1, 0, 2).reshape(plan.tiles.batch, plan.d_model)

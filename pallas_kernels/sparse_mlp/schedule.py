@@ -6,6 +6,7 @@ writes a partial sum, its part number being tile - (first tile of block i).
 All formulae work on Python ints and on traced int32 alike.
 """
 
+import itertools
 from dataclasses import dataclass
 from functools import cached_property
 
@@ -49,7 +50,8 @@ class Split:
 
     @cached_property
     def _ranges(self) -> list[tuple[int, int]]:
-        return [(int(self.start(i)), int(self.start(i + 1))) for i in range(self.blocks)]
+        ends = [int(self.start(i)) for i in range(self.blocks + 1)]
+        return list(itertools.pairwise(ends))
 
     @property
     def max_units(self) -> int:

@@ -87,31 +87,34 @@ def padded(batch: int) -> int:
     return next((size for size in BATCHES if size >= batch), BATCHES[-1])
 
 
-_CHOICE: dict[int, dict[str, Any]] = {  # padded batch -> tiles for rows of at least this many columns
-    16: {"groups": 2, "cols": 512, "stages": 3, "x_cols": 256, "x_slots": 3},
-    32: {"groups": 2, "cols": 256, "stages": 5, "x_cols": 128, "x_slots": 4},
-    64: {"groups": 4, "cols": 256, "stages": 4, "x_cols": 128, "x_slots": 3},
-    128: {"warpgroups": 2, "groups": 2, "cols": 256, "stages": 2, "x_cols": 64, "x_slots": 5},
+_CHOICE = {  # by padded batch, for wide rows
+    16: Tiles(batch=16, groups=2, cols=512, stages=3, x_cols=256, x_slots=3, blocks=132),
+    32: Tiles(batch=32, groups=2, cols=256, stages=5, x_cols=128, x_slots=4, blocks=132),
+    64: Tiles(batch=64, groups=4, cols=256, stages=4, x_cols=128, x_slots=3, blocks=132),
+    128: Tiles(batch=128, warpgroups=2, groups=2, cols=256, stages=2, x_cols=64, x_slots=5, blocks=132),
 }
 
 
-def heuristic(batch: int, d_model: int, device: Device) -> Tiles:
+def heuristic(batch: int, d_model: int, device: Device, *, gated: bool = False) -> Tiles:
     """Tiles for a batch of at most 128 and rows of d_model columns, which must be a multiple of 128."""
-    size = padded(batch)
-    chosen = Tiles(batch=size, blocks=device.num_sms, **_CHOICE[size])
-    while d_model % chosen.cols:
-        cols = chosen.cols // 2
-        x_cols = min(chosen.x_cols, cols // 2)
-        deeper = {"stages": chosen.stages + 1, "x_cols": x_cols, "x_slots": max(3, chosen.x_slots)}
-        chosen = replace(chosen, cols=cols, **deeper)
-    return chosen
+    tiles = replace(_CHOICE[padded(batch)], blocks=device.num_sms)
+    if gated and tiles.batch >= 64:  # the sums of more groups don't fit in registers
+        tiles = replace(tiles, groups=tiles.groups // 2)
+    while d_model % tiles.cols:
+        tiles = _narrower(tiles)
+    return tiles
 
 
-def candidates(batch: int, d_model: int, device: Device) -> Iterator[Tiles]:
+def _narrower(tiles: Tiles) -> Tiles:
+    cols = tiles.cols // 2
+    x_cols = min(tiles.x_cols, cols // 2)
+    return replace(tiles, cols=cols, stages=tiles.stages + 1, x_cols=x_cols, x_slots=512 // x_cols)
+
+
+def candidates(batch: int, d_model: int, device: Device, *, gated: bool = False) -> Iterator[Tiles]:
     """Configurations worth measuring for a shape: the heuristic's first."""
-    best = heuristic(batch, d_model, device)
-    seen = set()
-    for changes in (
+    best = heuristic(batch, d_model, device, gated=gated)
+    changes: tuple[dict[str, Any], ...] = (
         {},
         {"fused": False},
         {"copy": "async"},
@@ -120,9 +123,11 @@ def candidates(batch: int, d_model: int, device: Device) -> Iterator[Tiles]:
         {"groups": max(1, best.groups // 2)},
         {"cols": best.cols // 2, "stages": best.stages * 2, "x_cols": best.x_cols // 2},
         {"warpgroups": 2, "groups": max(1, best.groups // 2), "stages": max(2, best.stages // 2)},
-    ):
+    )
+    seen = set()
+    for change in changes:
         try:
-            tiles = replace(best, **changes)
+            tiles = replace(best, **change)
         except ValueError:
             continue
         if tiles not in seen and d_model % tiles.cols == 0:
