@@ -5,7 +5,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
 from pallas_kernels._dispatch import dispatch
-from pallas_kernels.selection import xla
+from pallas_kernels.selection import mosaic, xla
 
 OP = "select_top_k"
 
@@ -24,7 +24,10 @@ def select_top_k(
     implementation can't do the call.
     """
     _validate(scores, k)
-    backends = {"xla": lambda device: xla.select_top_k(scores, k, shared=shared)}
+    backends = {
+        "xla": lambda device: xla.select_top_k(scores, k, shared=shared),
+        "mosaic": lambda device: mosaic.select_top_k(scores, k, shared=shared, device=device),
+    }
     return dispatch(OP, implementation, backends, scores)
 
 
