@@ -25,8 +25,8 @@ def select_top_k(
     """
     _validate(scores, k)
     backends = {
-        "xla": lambda device: xla.select_top_k(scores, k, shared=shared),
         "mosaic": lambda device: mosaic.select_top_k(scores, k, shared=shared, device=device),
+        "xla": lambda device: xla.select_top_k(scores, k, shared=shared),
     }
     return dispatch(OP, implementation, backends, scores)
 

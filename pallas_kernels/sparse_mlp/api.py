@@ -38,8 +38,8 @@ def sparse_mlp(
     _validate(x, w_up, w_down, index, (w_gate, b_up, b_gate), activation)
     call = {"w_gate": w_gate, "b_up": b_up, "b_gate": b_gate, "activation": activation}
     backends = {
-        "xla": lambda device: xla.sparse_mlp(x, w_up, w_down, index, **call),
         "mosaic": lambda device: mosaic.sparse_mlp(x, w_up, w_down, index, device=device, **call),
+        "xla": lambda device: xla.sparse_mlp(x, w_up, w_down, index, **call),
     }
     return dispatch(OP, implementation, backends, x, w_up)
 
