@@ -171,7 +171,7 @@ def generate(
     if sparsity is not None:
         sparsity.check(model.config)
     bucket = bucket_length(tokens.shape[1], model.config.max_positions)
-    tokens = jnp.pad(jnp.asarray(tokens, jnp.int32), ((0, 0), (0, bucket - tokens.shape[1])))
+    tokens = _widen(tokens, bucket)
     capacity = -(-(bucket + max_new_tokens) // 8) * 8
     logits, cache = _read(model, tokens, jnp.asarray(lengths, jnp.int32), capacity=capacity)
     return _write(model, logits, cache, key, sparsity, implementation=implementation, **settings)[0]
@@ -180,6 +180,12 @@ def generate(
 def bucket_length(length: int, limit: int) -> int:
     """The padded prompt length: the next power of two from 16 on, at most `limit` tokens."""
     return max(length, min(limit, max(SMALLEST_BUCKET, 1 << (length - 1).bit_length())))
+
+
+def _widen(tokens: Int[Array, "B T"], width: int) -> Int[Array, "B width"]:
+    """Padded on the host where the ids are known there, as each T would otherwise compile a program."""
+    pad = jnp.pad if isinstance(tokens, Tracer) else np.pad
+    return jnp.asarray(pad(tokens, ((0, 0), (0, width - tokens.shape[1]))), jnp.int32)
 
 
 def check_prompts(config: ModelConfig, tokens, lengths, max_new_tokens: int) -> None:
