@@ -9,8 +9,9 @@ torch.set_num_threads(1)  # these models are too small to share out
 
 VOCAB = 61
 POSITIONS = 96
-_COMMON = {"vocab_size": VOCAB, "hidden_size": 24, "num_hidden_layers": 3, "num_attention_heads": 4}
+_COMMON = {"vocab_size": VOCAB, "hidden_size": 24, "num_hidden_layers": 2, "num_attention_heads": 4}
 _OPT = {**_COMMON, "ffn_dim": 40, "max_position_embeddings": POSITIONS, "word_embed_proj_dim": 24}
+_OPT_350M = {**_OPT, "word_embed_proj_dim": 16, "do_layer_norm_before": False}
 _LLAMA = {**_COMMON, "intermediate_size": 40, "max_position_embeddings": POSITIONS, "rms_norm_eps": 1e-5}
 _LLAMA3 = {
     "rope_type": "llama3",
@@ -20,41 +21,43 @@ _LLAMA3 = {
     "high_freq_factor": 3.0,
     "original_max_position_embeddings": 12,
 }
+_LINEAR = {"rope_type": "linear", "rope_theta": 100.0, "factor": 3.0}
 _WINDOW = {"use_sliding_window": True, "sliding_window": 7, "max_window_layers": 1}
+_GQA, _THREE_LAYERS = {"num_key_value_heads": 2}, {"num_hidden_layers": 3}
 
-MODELS: dict[str, tuple[str, dict]] = {
-    "opt": ("OPT", _OPT),
+_FAMILIES: dict[str, tuple[str, dict]] = {
+    "llama": ("Llama", _LLAMA),
+    "llama3": ("Llama", {**_LLAMA, "rope_parameters": _LLAMA3}),
+    "llama-relu": ("Llama", {**_LLAMA, "hidden_act": "relu", "head_dim": 10}),
+    "mistral": ("Mistral", {**_LLAMA, "sliding_window": 7}),
+    "qwen2": ("Qwen2", _LLAMA),
+    "qwen3": ("Qwen3", {**_LLAMA, "head_dim": 10}),
+}
+_KV_HEADS = {"mha": 4, "gqa": 2, "mqa": 1}
+_HEADS = {"": False, "-tied": True}
+
+MATRIX: dict[str, tuple[str, dict]] = {
+    f"{family}-{kind}{suffix}": (name, {**fields, "num_key_value_heads": heads, "tie_word_embeddings": tied})
+    for family, (name, fields) in _FAMILIES.items()
+    for kind, heads in _KV_HEADS.items()
+    for suffix, tied in _HEADS.items()
+}
+"""Every family with grouped queries, times every grouping, times tied and untied heads."""
+
+MODELS: dict[str, tuple[str, dict]] = MATRIX | {
+    "opt": ("OPT", {**_OPT, **_THREE_LAYERS}),
     "opt-untied": ("OPT", {**_OPT, "tie_word_embeddings": False}),
     "opt-no-bias": ("OPT", {**_OPT, "enable_bias": False}),
-    "opt-350m": ("OPT", {**_OPT, "word_embed_proj_dim": 16, "do_layer_norm_before": False}),
-    "llama-mha": ("Llama", _LLAMA),
-    "llama-gqa": ("Llama", {**_LLAMA, "num_key_value_heads": 2}),
-    "llama-mqa": ("Llama", {**_LLAMA, "num_key_value_heads": 1, "attention_bias": True, "mlp_bias": True}),
-    "llama-gqa-tied": ("Llama", {**_LLAMA, "num_key_value_heads": 2, "tie_word_embeddings": True}),
-    "llama3": ("Llama", {**_LLAMA, "num_key_value_heads": 2, "rope_parameters": _LLAMA3}),
-    "llama-relu": ("Llama", {**_LLAMA, "num_key_value_heads": 2, "hidden_act": "relu", "head_dim": 10}),
-    "llama-linear-rope": (
-        "Llama",
-        {**_LLAMA, "rope_parameters": {"rope_type": "linear", "rope_theta": 100.0, "factor": 3.0}},
-    ),
-    "mistral": ("Mistral", {**_LLAMA, "num_key_value_heads": 2, "sliding_window": 7}),
-    "mistral-no-window": ("Mistral", {**_LLAMA, "num_key_value_heads": 2, "sliding_window": None}),
-    "mistral-mqa-tied": (
-        "Mistral",
-        {**_LLAMA, "num_key_value_heads": 1, "sliding_window": 7, "tie_word_embeddings": True},
-    ),
-    "qwen2": ("Qwen2", {**_LLAMA, "num_key_value_heads": 2}),
-    "qwen2-mha-tied": ("Qwen2", {**_LLAMA, "num_key_value_heads": 4, "tie_word_embeddings": True}),
-    "qwen2-window": ("Qwen2", {**_LLAMA, "num_key_value_heads": 2, **_WINDOW}),
-    "qwen3": ("Qwen3", {**_LLAMA, "num_key_value_heads": 2, "head_dim": 10}),
-    "qwen3-mqa-tied": (
-        "Qwen3",
-        {**_LLAMA, "num_key_value_heads": 1, "head_dim": 8, "tie_word_embeddings": True},
-    ),
-    "qwen3-mha-window": (
-        "Qwen3",
-        {**_LLAMA, "num_key_value_heads": 4, "head_dim": 6, "attention_bias": True, **_WINDOW},
-    ),
+    "opt-no-final-norm": ("OPT", {**_OPT, "_remove_final_layer_norm": True}),
+    "opt-350m": ("OPT", _OPT_350M),
+    "opt-350m-untied": ("OPT", {**_OPT_350M, "tie_word_embeddings": False}),
+    "llama-gqa": ("Llama", {**_LLAMA, **_GQA, **_THREE_LAYERS}),
+    "llama-biases": ("Llama", {**_LLAMA, **_GQA, "attention_bias": True, "mlp_bias": True}),
+    "llama-relu-biases": ("Llama", {**_LLAMA, **_GQA, "hidden_act": "relu", "mlp_bias": True}),
+    "llama-linear-rope": ("Llama", {**_LLAMA, "rope_parameters": _LINEAR}),
+    "mistral-no-window": ("Mistral", {**_LLAMA, **_GQA, "sliding_window": None}),
+    "qwen2-window": ("Qwen2", {**_LLAMA, **_GQA, **_WINDOW}),
+    "qwen3-window": ("Qwen3", {**_LLAMA, **_GQA, "head_dim": 6, "attention_bias": True, **_WINDOW}),
 }
 
 
