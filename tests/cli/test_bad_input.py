@@ -1,0 +1,176 @@
+"""What a user can get wrong, walked through the command: one line on standard error, exit 2, nothing written."""
+
+import dataclasses
+import json
+import shutil
+from pathlib import Path
+
+import jax
+import pytest
+
+import polarjax as pj
+from checkpoints_convert import convert_checkpoint
+from polarjax.checkpoint import write_plans, write_routers
+from polarjax.cli.main import main
+from polarjax.sparsity.router import init_routers
+
+ASSETS = Path(pj.__file__).parent / "assets"
+HEADER = "model.safetensors"
+
+
+def plan_table(config: pj.ModelConfig, **changes) -> pj.PlanTable:
+    row, perfect = (config.d_ff // 2,) * config.num_layers, (1.0,) * config.num_layers
+    made = pj.PlanTable(
+        num_layers=config.num_layers,
+        num_neurons=config.d_ff,
+        num_groups=config.num_kv_heads,
+        batch_sizes=(1, 8),
+        neurons=(row, row),
+        recall=(perfect, perfect),
+    )
+    return dataclasses.replace(made, **changes)
+
+
+@pytest.fixture(scope="module")
+def home(tmp_path_factory) -> Path:
+    """A converted model with routers and plans, another without, the same one's HF folder, and texts."""
+    home = tmp_path_factory.mktemp("home")
+    shutil.copytree(ASSETS / "opt-6m", home / "hf")
+    convert_checkpoint(home / "hf", home / "plain")
+    shutil.copytree(home / "plain", home / "model")
+    config = pj.load(home / "plain").model.config
+    write_routers(home / "model", init_routers(config, jax.random.key(0)))
+    write_plans(home / "model", plan_table(config))
+    (home / "short.txt").write_text("Too short to learn from.\n", encoding="utf-8")
+    (home / "latin.txt").write_bytes("na\xefve".encode("latin-1") * 50)
+    (home / "empty.txt").write_text("", encoding="utf-8")
+    return home
+
+
+def spoil_truncated(home: Path) -> None:
+    weights = (home / "hf" / HEADER).read_bytes()
+    (home / "hf" / HEADER).write_bytes(weights[: len(weights) // 2])
+
+
+def spoil_model_type(home: Path) -> None:
+    file = home / "hf" / "config.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | {"model_type": "gpt2"}))
+
+
+def swap_plans(home: Path) -> None:
+    config = dataclasses.replace(pj.load(home / "plain").model.config, num_layers=3)
+    (home / "model" / "plans.json").write_text(json.dumps(plan_table(config).to_json()))
+
+
+def swap_routers(home: Path) -> None:
+    """Puts the routers of a converted LLaMA into the OPT model's directory."""
+    convert_checkpoint(ASSETS / "llama-6m", home / "llama")
+    write_routers(home / "llama", init_routers(pj.load(home / "llama").model.config, jax.random.key(0)))
+    shutil.rmtree(home / "model" / "routers")
+    shutil.copytree(home / "llama" / "routers", home / "model" / "routers")
+
+
+CASES = {
+    "a folder that is not there": (None, ("convert", "nowhere", "out"), "nowhere"),
+    "a folder without weights": (
+        lambda home: (home / "hf" / HEADER).unlink(),
+        ("convert", "hf", "out"),
+        "safetensors",
+    ),
+    "a truncated checkpoint": (spoil_truncated, ("convert", "hf", "out"), HEADER),
+    "a family that is not supported": (spoil_model_type, ("convert", "hf", "out"), "gpt2"),
+    "a config that is no JSON": (
+        lambda home: (home / "hf" / "config.json").write_text("{"),
+        ("convert", "hf", "out"),
+        "config.json",
+    ),
+    "an HF folder where a model directory belongs": (None, ("generate", "hf", "--prompt", "a"), "convert"),
+    "a truncated model directory": (
+        lambda home: shutil.rmtree(home / "model" / "params"),
+        ("generate", "model", "--prompt", "a"),
+        "params",
+    ),
+    "a text too short to train on": (
+        None,
+        ("sparsify", "plain", "--text", "short.txt"),
+        "the text is too short",
+    ),
+    "an empty text": (None, ("sparsify", "plain", "--text", "empty.txt"), "the text is empty"),
+    "a text that is not there": (None, ("sparsify", "plain", "--text", "no.txt"), "no.txt"),
+    "a text in another encoding": (None, ("sparsify", "plain", "--text", "latin.txt"), "UTF-8"),
+    "density 0": (
+        None,
+        ("generate", "model", "--prompt", "a", "--head-density", "0"),
+        "above 0 and at most 1",
+    ),
+    "density above 1": (
+        None,
+        ("generate", "model", "--prompt", "a", "--head-density", "1.5"),
+        "above 0 and at most 1",
+    ),
+    "density for a model without routers": (
+        None,
+        ("generate", "plain", "--prompt", "a", "--head-density", "0.5"),
+        "sparsify",
+    ),
+    "a prompt longer than the model's positions": (
+        None,
+        ("generate", "model", "--prompt", "word " * 2000),
+        "outgrow the model's positions",
+    ),
+    "more new tokens than positions": (
+        None,
+        ("generate", "model", "--prompt", "a", "--max-new-tokens", "100000"),
+        "outgrow the model's positions",
+    ),
+    "no new tokens": (
+        None,
+        ("generate", "model", "--prompt", "a", "--max-new-tokens", "0"),
+        "nothing to generate",
+    ),
+    "no prompt": (None, ("generate", "model"), "prompt"),
+    "a temperature below 0": (
+        None,
+        ("generate", "model", "--prompt", "a", "--temperature", "-1"),
+        "temperature is out of range",
+    ),
+    "plans for another number of layers": (
+        swap_plans,
+        ("generate", "model", "--prompt", "a"),
+        "the plans are for another model",
+    ),
+    "routers of another model": (
+        swap_routers,
+        ("generate", "model", "--prompt", "a"),
+        "routers",
+    ),
+    "activations that are not there": (
+        None,
+        ("train-routers", "plain", "--activations", "nowhere"),
+        "nowhere",
+    ),
+}
+
+
+def contents(folder: Path) -> dict[str, bytes]:
+    files = (path for path in sorted(folder.rglob("*")) if path.is_file())
+    return {str(path.relative_to(folder)): path.read_bytes() for path in files}
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_one_line_and_nothing_written(home, tmp_path, monkeypatch, capsys, case):
+    spoil, words, named = CASES[case]
+    if spoil is not None:
+        home = shutil.copytree(home, tmp_path / "home")
+        spoil(home)
+    monkeypatch.chdir(home)
+    before = contents(home)
+    with pytest.raises(SystemExit) as exit_:
+        main(list(words))
+    captured = capsys.readouterr()
+    error = captured.err.strip().splitlines()
+    assert exit_.value.code == 2
+    assert len(error) == 1, captured.err
+    assert named in error[0]
+    assert error[0].startswith("polarjax: ") and ". Mend: " in error[0], error[0]
+    assert contents(home) == before
