@@ -46,6 +46,8 @@ def convert(
             allow_nonfinite=allow_nonfinite,
             progress=task,
         )
+    for note in done.notes:
+        print(note)
     print(_summary(done))
     return {**dataclasses.asdict(done), "config": done.config.to_json()}
 

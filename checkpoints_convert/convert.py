@@ -2,7 +2,6 @@
 
 import contextlib
 import dataclasses
-import shutil
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -12,7 +11,8 @@ from pathlib import Path
 import jax.numpy as jnp
 import numpy as np
 
-from checkpoints_convert.hf_config import read_config
+from checkpoints_convert.hf_config import CONFIG, read_config
+from checkpoints_convert.json_files import read_json
 from checkpoints_convert.rules import Plan, Step, make_plan, some
 from checkpoints_convert.weights_io import DTYPES, Tensor, open_weights
 from polarjax.checkpoint import ModelWriter, absolute, new_model
@@ -23,18 +23,6 @@ from polarjax.types import Path as PathLike
 
 type Progress = Callable[[str, int, str], AbstractContextManager[Callable[..., None]]]
 
-TOKENIZER_FILES = (
-    "tokenizer.json",
-    "tokenizer.model",
-    "tokenizer_config.json",
-    "vocab.json",
-    "merges.txt",
-    "special_tokens_map.json",
-    "added_tokens.json",
-    "chat_template.jinja",
-    "chat_template.json",
-    "generation_config.json",
-)
 _MB = 1_000_000
 _BLOCK = 1 << 18  # elements looked at in one go: a buffer that stays in the cache
 
@@ -52,6 +40,7 @@ class Conversion:
       num_bytes: their size in the source.
       skipped: source tensors that follow from the config or from others.
       copied: tokenizer and generation files.
+      notes: what was mended in them or is left out, a line each.
       seconds: that it took.
     """
 
@@ -63,6 +52,7 @@ class Conversion:
     num_bytes: int
     skipped: tuple[str, ...]
     copied: tuple[str, ...]
+    notes: tuple[str, ...]
     seconds: float
 
 
@@ -104,9 +94,9 @@ def convert_checkpoint(
         target, config, model_type=family.model_type, overwrite=overwrite, largest=largest
     ) as writer:
         _check_equal(plan, tensors)
+        copied, notes = writer.copy_tokenizer(source, read_json(source / CONFIG))
         with _counter(progress, sum(tensor.num_bytes for tensor in used)) as advance:
             _transfer(plan.steps, tensors, writer, dtype=wanted, finite=not allow_nonfinite, advance=advance)
-        copied = _copy_tokenizer(source, writer)
     return Conversion(
         path=target,
         model_type=family.model_type,
@@ -116,6 +106,7 @@ def convert_checkpoint(
         num_bytes=sum(tensor.num_bytes for tensor in used),
         skipped=plan.skipped + tuple(head for head, _ in plan.equal),
         copied=copied,
+        notes=notes,
         seconds=time.monotonic() - started,
     )
 
@@ -155,6 +146,8 @@ def _check_equal(plan: Plan, tensors: Mapping[str, Tensor]) -> None:
 def _same(one: Tensor, two: Tensor, block: int = 1 << 24) -> bool:
     if (one.shape, one.kind) != (two.shape, two.kind):
         return False
+    if one.strides or two.strides:
+        return np.array_equal(one.read().view(np.uint8), two.read().view(np.uint8))
     with open(one.file, "rb") as first, open(two.file, "rb") as second:
         first.seek(one.offset)
         second.seek(two.offset)
@@ -222,10 +215,3 @@ def _counter(progress: Progress | None, total: int) -> Iterator[Callable[[int], 
             report(-(-done // _MB) - before, note=f"{rate:.0f} MB/s")
 
         yield advance
-
-
-def _copy_tokenizer(source: Path, writer: ModelWriter) -> tuple[str, ...]:
-    names = tuple(name for name in TOKENIZER_FILES if (source / name).is_file())
-    for name in names:
-        shutil.copyfile(source / name, writer.tokenizer_folder / name)
-    return names

@@ -1,14 +1,14 @@
 """The tensors of a HuggingFace folder: where each lies, and reading them one at a time.
 
-The safetensors library validates the headers. The bytes are then read straight from the file: through the
-library's memory map they would be held twice.
+The safetensors library validates the headers, torch those of .bin files. The bytes are then read straight from
+the file: through the libraries' memory maps they would be held twice.
 """
 
 import dataclasses
 import os
 import re
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 
 import jax.numpy as jnp
@@ -17,9 +17,11 @@ from safetensors import SafetensorError, safe_open
 
 from checkpoints_convert.json_files import parse_json, read_json
 from checkpoints_convert.rules import some
+from checkpoints_convert.torch_files import read_torch_header
 from polarjax.errors import CheckpointError
 
 INDEX, SINGLE = "model.safetensors.index.json", "model.safetensors"
+TORCH_INDEX, TORCH_SINGLE = "pytorch_model.bin.index.json", "pytorch_model.bin"
 DTYPES = {
     "F32": np.dtype(np.float32),
     "F16": np.dtype(np.float16),
@@ -27,6 +29,7 @@ DTYPES = {
 }
 """The dtypes that a weight may have, as safetensors spells them."""
 
+DAMAGED = "a truncated or damaged weights file"
 _DOWNLOAD = "download the file again"
 
 
@@ -40,6 +43,7 @@ class Tensor:
       kind: its dtype as the file spells it.
       shape: of the tensor.
       offset: of its first byte in the file.
+      strides: in elements, where the file holds it in another order than rows; otherwise None.
     """
 
     name: str
@@ -47,6 +51,7 @@ class Tensor:
     kind: str
     shape: tuple[int, ...]
     offset: int
+    strides: tuple[int, ...] | None = None
 
     @property
     def dtype(self) -> np.dtype:
@@ -68,14 +73,23 @@ class Tensor:
 
     def read(self) -> np.ndarray:
         """Reads the tensor into memory; raises `CheckpointError` when the file no longer holds it."""
-        count = self.num_bytes // self.dtype.itemsize
+        span = None if self.strides is None else _span(self.shape, self.strides)
+        count = self.num_bytes // self.dtype.itemsize if span is None else span
         try:
             array = np.fromfile(self.file, self.dtype, count=count, offset=self.offset)
         except OSError as error:
             raise CheckpointError("cannot be read", where=self.file, got=error.strerror) from error
         if array.size != count:
             raise CheckpointError(f"the file ends within {self.name}", where=self.file, mend=_DOWNLOAD)
-        return array.reshape(self.shape)
+        if self.strides is None:
+            return array.reshape(self.shape)
+        steps = [step * array.itemsize for step in self.strides]
+        return np.ascontiguousarray(np.lib.stride_tricks.as_strided(array, self.shape, steps))
+
+
+def _span(shape: tuple[int, ...], strides: tuple[int, ...]) -> int:
+    """Elements from the first to the last of a strided tensor."""
+    return 1 + sum((size - 1) * step for size, step in zip(shape, strides, strict=True)) if all(shape) else 0
 
 
 def open_weights(folder: Path) -> dict[str, Tensor]:
@@ -84,20 +98,24 @@ def open_weights(folder: Path) -> dict[str, Tensor]:
     Raises:
       CheckpointError: there are no weights, or a file or the index is damaged; it is named.
     """
-    if (folder / INDEX).exists():
-        return _sharded(folder)
-    if os.path.lexists(folder / SINGLE):
-        return _read_header(_inside(folder, SINGLE))
+    for index, single, read_header in (
+        (INDEX, SINGLE, _read_header),
+        (TORCH_INDEX, TORCH_SINGLE, _read_torch_header),
+    ):
+        if (folder / index).exists():
+            return _sharded(folder / index, read_header)
+        if os.path.lexists(folder / single):
+            return read_header(_inside(folder, single))
     others = sorted(path.name for path in folder.glob("*.safetensors"))
-    mend = f"download {INDEX} too" if others else "give a folder with safetensors weights"
+    mend = f"download {INDEX} too" if others else "give a folder with safetensors weights, or .bin ones"
     got = some(others) if others else None
     raise CheckpointError("no weights", where=folder, got=got, expected=f"{SINGLE} or {INDEX}", mend=mend)
 
 
-def _sharded(folder: Path) -> dict[str, Tensor]:
-    weight_map = _read_index(folder / INDEX)
-    files = {name: _inside(folder, name) for name in sorted(set(weight_map.values()))}
-    shards = {name: _read_header(path) for name, path in files.items()}
+def _sharded(index: Path, read_header: Callable[[Path], dict[str, Tensor]]) -> dict[str, Tensor]:
+    weight_map = read_index(index)
+    files = {name: _inside(index.parent, name) for name in sorted(set(weight_map.values()))}
+    shards = {name: read_header(path) for name, path in files.items()}
     times = Counter(name for shard in shards.values() for name in shard)
     faults = {
         "in two shards": [name for name, count in times.items() if count > 1],
@@ -109,13 +127,12 @@ def _sharded(folder: Path) -> dict[str, Tensor]:
     told = [f"{len(names)} {fault}: {some(sorted(names))}" for fault, names in faults.items() if names]
     if told:
         mend = "download the whole folder again"
-        raise CheckpointError(
-            "index and shards disagree", where=folder / INDEX, got="; ".join(told), mend=mend
-        )
+        raise CheckpointError("index and shards disagree", where=index, got="; ".join(told), mend=mend)
     return {name: shards[shard][name] for name, shard in weight_map.items()}
 
 
-def _read_index(file: Path) -> Mapping[str, str]:
+def read_index(file: Path) -> Mapping[str, str]:
+    """The shard of each tensor; every shard is the plain name of a file beside the index."""
     weight_map = read_json(file).get("weight_map")
     if not isinstance(weight_map, dict) or not weight_map:
         raise CheckpointError("not an index of weights", where=file, expected="a weight_map", mend=_DOWNLOAD)
@@ -164,6 +181,14 @@ def _read_header(file: Path) -> dict[str, Tensor]:
     }
 
 
+def _read_torch_header(file: Path) -> dict[str, Tensor]:
+    """The tensors of one .bin file."""
+    what, mend = _diagnosis(file)
+    if what != DAMAGED:
+        raise CheckpointError(what, where=file, mend=mend)
+    return {name: Tensor(name, file, *placed) for name, placed in read_torch_header(file).items()}
+
+
 def _diagnosis(file: Path) -> tuple[str, str]:
     """What a file that is not safetensors is instead, and the mend."""
     if not file.is_file():
@@ -178,4 +203,4 @@ def _diagnosis(file: Path) -> tuple[str, str]:
             "this is a web page, not the weights",
             "download the file itself, logged in if the model is gated",
         )
-    return "the weights file is empty" if not start else "a truncated or damaged weights file", _DOWNLOAD
+    return DAMAGED if start else "the weights file is empty", _DOWNLOAD

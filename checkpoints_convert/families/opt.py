@@ -81,5 +81,5 @@ OPT = Family(
     read_config=read_config,
     rules=rules(_MODEL) + rules(_LAYER, source=LAYER, target="layers.{i}."),
     prefixes=(("decoder.", BODY),),
-    buffers=re.compile(r"$.^"),
+    buffers=re.compile(r"(^|\.)decoder\.version$"),
 )

@@ -128,12 +128,29 @@ def test_several_dtypes_need_a_choice(source, tmp_path):
 
 
 def test_tokenizer_files_are_copied(source, tmp_path):
-    for name in ("tokenizer.json", "tokenizer_config.json", "generation_config.json", "evil.py"):
-        (source / name).write_text(name)
+    byte_fallback().save(str(source / "tokenizer.json"))
+    for name in ("tokenizer_config.json", "generation_config.json", "evil.py"):
+        (source / name).write_text("{}")
     done = convert_checkpoint(source, tmp_path / "out")
     copied = {"tokenizer.json", "tokenizer_config.json", "generation_config.json"}
     assert set(done.copied) == copied
     assert {path.name for path in (tmp_path / "out" / "tokenizer").iterdir()} == copied
+
+
+def test_a_silent_tokenizer_is_mended_and_told(source, tmp_path, capsys):
+    byte_fallback(begin=False).save(str(source / "tokenizer.json"))
+    done = convert(source, tmp_path / "out")
+    (note,) = done["notes"]
+    assert "texts begin with <s>" in note
+    assert note in capsys.readouterr().out.splitlines()
+    assert load(tmp_path / "out").tokenizer.encode(["x"])[0][0, 0] == 1
+
+
+def test_a_bad_tokenizer_is_refused_before_any_weight(source, tmp_path):
+    (source / "tokenizer.json").write_text("{")
+    with refuses(CheckpointError, "source/tokenizer.json"):
+        convert_checkpoint(source, tmp_path / "out")
+    assert not (tmp_path / "out").exists()
 
 
 def test_progress_adds_up(folders, tmp_path):
