@@ -12,7 +12,7 @@ import contextlib
 import dataclasses
 import os
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -22,12 +22,14 @@ import polarjax
 from polarjax.arrays import BATCH_BYTES, ArrayWriter, Record, read_arrays
 from polarjax.configs import ModelConfig
 from polarjax.errors import CheckpointError, SparsityError
+from polarjax.generation_config import GenerationSettings
 from polarjax.model import Decoder, abstract, parameters, with_parameters
 from polarjax.sparsity.plan import PlanTable
 from polarjax.sparsity.router import LayerRouter, Routers
 from polarjax.sparsity.select import Sparsity
 from polarjax.storage import absolute, atomic_folder, read_json, write_json
 from polarjax.tokenizer import Tokenizer, has_tokenizer
+from polarjax.tokenizer_files import copy_tokenizer
 from polarjax.types import Array, DTypeLike
 
 FORMAT = 1
@@ -54,6 +56,11 @@ class Bundle:
     routers: Routers | None = None
     plans: PlanTable | None = None
     model_type: str | None = None
+
+    @property
+    def generation(self) -> GenerationSettings:
+        """Stop ids, stop strings and sampling defaults that the model asks for; empty without a tokenizer."""
+        return GenerationSettings() if self.tokenizer is None else self.tokenizer.generation
 
     def sparsity(self, batch_size: int, head_density: float | None = None) -> Sparsity:
         """What to skip when decoding `batch_size` sequences.
@@ -89,6 +96,12 @@ class ModelWriter:
         folder = self.folder / "tokenizer"
         folder.mkdir(exist_ok=True)
         return folder
+
+    def copy_tokenizer(
+        self, source: Path, config: Mapping[str, Any]
+    ) -> tuple[tuple[str, ...], tuple[str, ...]]:
+        """Takes over the tokenizer of a HuggingFace folder, mended; names of files and notes (`copy_tokenizer`)."""
+        return copy_tokenizer(source, self.tokenizer_folder, model_type=self._model_type or "", config=config)
 
     def reserve(self, size: int) -> None:
         """Announces an array of `size` bytes, so that memory is freed before it is made."""
@@ -192,7 +205,7 @@ def load(path: str | os.PathLike[str], *, dtype: DTypeLike | None = None) -> Bun
     flat = read_arrays(folder / "params", manifest["params"], dtype=dtype, mend=_AGAIN)
     return Bundle(
         model=with_parameters(config, flat),
-        tokenizer=Tokenizer.load(folder / "tokenizer") if has_tokenizer(folder / "tokenizer") else None,
+        tokenizer=_read_tokenizer(folder / "tokenizer", manifest["model_type"]),
         routers=_read_routers(folder / "routers", config),
         plans=_read_plans(folder / "plans.json", config),
         model_type=manifest["model_type"],
@@ -244,6 +257,10 @@ def write_plans(path: str | os.PathLike[str], plans: PlanTable) -> None:
     temporary = folder / ".plans.json.polarjax-tmp"
     write_json(temporary, plans.to_json())
     temporary.replace(folder / "plans.json")
+
+
+def _read_tokenizer(folder: Path, model_type: str | None) -> Tokenizer | None:
+    return Tokenizer.load(folder, model_type=model_type) if has_tokenizer(folder) else None
 
 
 def _write_routers(folder: Path, routers: Routers) -> None:

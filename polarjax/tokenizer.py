@@ -2,7 +2,7 @@
 
 import contextlib
 import dataclasses
-import json
+import importlib.util
 import os
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 
 from polarjax.errors import CheckpointError, InputError
+from polarjax.generation_config import GenerationSettings
 from polarjax.types import Int32
 
 VOCABULARY_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json")
@@ -22,6 +23,16 @@ def has_tokenizer(folder: Path) -> bool:
     return any((folder / name).is_file() for name in VOCABULARY_FILES)
 
 
+def only_sentencepiece(folder: Path) -> bool:
+    """Whether the only vocabulary in `folder` is a SentencePiece model."""
+    return [name for name in VOCABULARY_FILES if (folder / name).is_file()] == ["tokenizer.model"]
+
+
+def can_read_sentencepiece() -> bool:
+    """Whether the libraries of the extra `sentencepiece` are there; without one, transformers misleads."""
+    return all(_installed(name) for name in ("sentencepiece", "google.protobuf"))
+
+
 @dataclasses.dataclass(frozen=True)
 class Tokenizer:
     """Text to token ids and back.
@@ -29,38 +40,38 @@ class Tokenizer:
     Attributes:
       folder: where its files lie.
       hf: the tokenizer of transformers.
-      generation: what generation_config.json says; empty without one.
+      generation: what generation_config.json asks for; without one, that `eos_id` ends a text.
     """
 
     folder: Path
     hf: Any
-    generation: dict[str, Any]
+    generation: GenerationSettings
 
     @classmethod
-    def load(cls, folder: str | os.PathLike[str]) -> "Tokenizer":
+    def load(cls, folder: str | os.PathLike[str], *, model_type: str | None = None) -> "Tokenizer":
         """Reads a folder of HuggingFace tokenizer files; runs no code from it and asks no network.
 
+        Args:
+          folder: with the tokenizer's files.
+          model_type: the HuggingFace family, by which transformers chooses a class where the files do not.
+
         Raises:
-          CheckpointError: the folder has no tokenizer, or transformers cannot read it.
+          CheckpointError: the folder has no tokenizer, transformers cannot read it, or generation_config.json is bad.
         """
         path = Path(os.path.abspath(folder))
         if not has_tokenizer(path):
             expected = f"one of {', '.join(VOCABULARY_FILES)}"
             mend = "copy the tokenizer's files there"
             raise CheckpointError("no tokenizer", where=path, expected=expected, mend=mend)
+        if only_sentencepiece(path) and not can_read_sentencepiece():
+            raise CheckpointError(
+                "tokenizer.model needs the libraries sentencepiece and protobuf",
+                where=path,
+                mend="pip install 'polarjax[sentencepiece]'",
+            )
         with _quiet():
-            import transformers
-
-            try:
-                hf = transformers.AutoTokenizer.from_pretrained(
-                    path, local_files_only=True, trust_remote_code=False
-                )
-            except (OSError, ValueError, ImportError, KeyError, TypeError) as error:
-                mend = "copy the tokenizer's files again; tokenizer.model needs polarjax[sentencepiece]"
-                raise CheckpointError(
-                    "unreadable tokenizer", where=path, got=_first(error), mend=mend
-                ) from error
-        return cls(path, hf, _generation(path))
+            hf = _from_transformers(path, model_type)
+        return cls(path, hf, GenerationSettings.read(path, eos_id=hf.eos_token_id))
 
     @property
     def vocab_size(self) -> int:
@@ -86,9 +97,7 @@ class Tokenizer:
     @property
     def stop_ids(self) -> tuple[int, ...]:
         """Ids that end a generation: those of generation_config.json, otherwise `eos_id`."""
-        ids = self.generation.get("eos_token_id", self.eos_id)
-        ids = ids if isinstance(ids, list) else [ids]
-        return tuple(int(each) for each in ids if each is not None)
+        return self.generation.stop_ids
 
     def encode(
         self, texts: Sequence[str], *, add_special_tokens: bool = True
@@ -133,20 +142,28 @@ class Tokenizer:
         ]
 
 
-def _generation(folder: Path) -> dict[str, Any]:
-    file = folder / "generation_config.json"
-    if not file.is_file():
-        return {}
+def _from_transformers(folder: Path, model_type: str | None) -> Any:
+    import transformers
+
+    kinds = transformers.CONFIG_MAPPING
+    config = kinds[model_type]() if model_type is not None and model_type in kinds else None
     try:
-        data = json.loads(file.read_text("utf-8"))
-    except ValueError as error:
-        mend = "mend the file or remove it"
-        raise CheckpointError("not readable as JSON", where=file, got=str(error), mend=mend) from error
-    if not isinstance(data, dict):
-        raise CheckpointError(
-            "not a generation config", where=file, got=type(data).__name__, expected="an object"
+        return transformers.AutoTokenizer.from_pretrained(
+            folder, config=config, local_files_only=True, trust_remote_code=False
         )
-    return data
+    except Exception as error:  # the tokenizers library raises no narrower one
+        what, got, mend = "unreadable tokenizer", _first(error), "copy the tokenizer's files again"
+        if "trust_remote_code" in str(error):
+            what, got = "the tokenizer asks for code of its own (auto_map), which polarjax never runs", None
+            mend = "take a model whose tokenizer transformers knows"
+        raise CheckpointError(what, where=folder, got=got, mend=mend) from error
+
+
+def _installed(name: str) -> bool:
+    try:
+        return importlib.util.find_spec(name) is not None
+    except ModuleNotFoundError:
+        return False
 
 
 def _first(error: BaseException) -> str:

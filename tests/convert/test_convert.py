@@ -17,12 +17,14 @@ import torch
 from safetensors.numpy import load_file, save_file
 
 import polarjax as pj
-from checkpoints_convert import convert, convert_checkpoint
+from checkpoints_convert import cli, convert, convert_checkpoint
 from checkpoints_convert.convert import all_finite
 from checkpoints_convert.weights_io import SINGLE, Tensor
 from polarjax import storage
 from polarjax.model import parameters
 from tests.convert import hf_models
+from tests.hf_tokenizers import byte_fallback
+from tests.one_line import refuses
 
 
 @pytest.fixture(scope="module")
@@ -139,16 +141,16 @@ def test_tokenizer_files_are_copied(source, tmp_path):
 
 def test_a_silent_tokenizer_is_mended_and_told(source, tmp_path, capsys):
     byte_fallback(begin=False).save(str(source / "tokenizer.json"))
-    done = convert(source, tmp_path / "out")
-    (note,) = done["notes"]
+    done = cli.convert(source, tmp_path / "out")
+    note, _ = done["notes"]  # the other one is about the vocabulary of this small model
     assert "texts begin with <s>" in note
     assert note in capsys.readouterr().out.splitlines()
-    assert load(tmp_path / "out").tokenizer.encode(["x"])[0][0, 0] == 1
+    assert pj.load(tmp_path / "out").tokenizer.encode(["x"])[0][0, 0] == 1
 
 
 def test_a_bad_tokenizer_is_refused_before_any_weight(source, tmp_path):
     (source / "tokenizer.json").write_text("{")
-    with refuses(CheckpointError, "source/tokenizer.json"):
+    with refuses(pj.CheckpointError, "hf/tokenizer.json"):
         convert_checkpoint(source, tmp_path / "out")
     assert not (tmp_path / "out").exists()
 

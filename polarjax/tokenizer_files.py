@@ -1,0 +1,171 @@
+"""Copying a HuggingFace folder's tokenizer, and mending what its files leave unsaid and transformers then gets wrong.
+
+OPT and LLaMA read every text behind a BOS token. Where tokenizer_config.json is missing or silent, transformers
+leaves it out without a word (and reads a bare tokenizer.model without its leading space); see `mend`.
+"""
+
+import shutil
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from polarjax.errors import CheckpointError
+from polarjax.generation_config import GENERATION_CONFIG, KNOWN, GenerationSettings
+from polarjax.storage import read_json, write_json
+from polarjax.tokenizer import Tokenizer, can_read_sentencepiece, has_tokenizer, only_sentencepiece
+
+FILES = (
+    "tokenizer.json",
+    "tokenizer.model",
+    "tokenizer_config.json",
+    "vocab.json",
+    "merges.txt",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "chat_template.jinja",
+    "chat_template.json",
+    GENERATION_CONFIG,
+)
+SETTINGS = "tokenizer_config.json"
+BOS_IDS = {"opt": 2, "llama": 1, "mistral": 1}
+"""Families that begin a text with BOS, and its id where config.json does not tell."""
+
+_BOS_NAMES = ("<s>", "<|begin_of_text|>")  # other LLaMA-shaped models have tokenizers without BOS
+_SENTENCEPIECE = {0: "<unk>", 1: "<s>", 2: "</s>"}
+_AGAIN = "take the file from the model's source again"
+
+
+def copy_tokenizer(
+    source: Path, target: Path, *, model_type: str, config: Mapping[str, Any]
+) -> tuple[tuple[str, ...], tuple[str, ...]]:
+    """Copies the tokenizer and generation settings of a HuggingFace folder, checks them and mends the copy.
+
+    Args:
+      source: the HuggingFace folder; it is not changed.
+      target: an existing, empty folder.
+      model_type: the family.
+      config: what the source's config.json holds.
+
+    Returns:
+      the names of the copied files, and what there is to tell, a line each.
+
+    Raises:
+      CheckpointError: the tokenizer or generation_config.json is damaged, or asks for values that are none.
+    """
+    names = tuple(name for name in FILES if (source / name).is_file())
+    for name in names:
+        shutil.copyfile(source / name, target / name)
+    try:
+        notes = mend(target, model_type, config)
+        settings = GenerationSettings.read(target)
+    except CheckpointError as error:
+        where = str(error.where).replace(str(target), str(source))
+        raise CheckpointError(
+            error.what, where=where, got=error.got, expected=error.expected, mend=error.mend
+        ) from error
+    return names, notes + settings.notes
+
+
+def mend(folder: Path, model_type: str, config: Mapping[str, Any]) -> tuple[str, ...]:
+    """Checks the tokenizer files in `folder`, completes them from the family and config.json, and tells what it did.
+
+    Raises:
+      CheckpointError: the tokenizer cannot be read.
+    """
+    if not (folder / GENERATION_CONFIG).is_file() and config.get("eos_token_id") is not None:
+        write_json(folder / GENERATION_CONFIG, {key: config[key] for key in KNOWN if key in config})
+    if not has_tokenizer(folder):
+        return ()
+    settings = _read(folder / SETTINGS)
+    notes = [f"{SETTINGS} asks for code of its own (auto_map): never run"] if "auto_map" in settings else []
+    bare = only_sentencepiece(folder)
+    added = _missing(folder, settings, model_type, config, bare=bare)
+    if added:
+        write_json(folder / SETTINGS, settings | added)
+    if bare and not can_read_sentencepiece():
+        notes.append(
+            "tokenizer.model can be read only with polarjax[sentencepiece]; the text verbs will ask for it"
+        )
+        return (*notes, *_told(model_type, added, None))
+    tokenizer = Tokenizer.load(folder, model_type=None if bare else model_type)
+    bos = _wanted_bos(tokenizer, settings, model_type, bare=bare)
+    if bos is not None:
+        tokenizer.hf.add_bos_token = True
+    if bare or bos is not None:
+        tokenizer.hf.save_pretrained(folder)
+    notes += _told(model_type, added, bos)
+    size = config.get("vocab_size")
+    if isinstance(size, int) and tokenizer.vocab_size > size:
+        notes.append(
+            f"the tokenizer has {tokenizer.vocab_size} ids, the model {size}: text beyond is refused"
+        )
+    return tuple(notes)
+
+
+def _missing(
+    folder: Path, settings: Mapping[str, Any], model_type: str, config: Mapping[str, Any], *, bare: bool
+) -> dict[str, Any]:
+    """What tokenizer_config.json has to say besides: the class, and the special tokens by config.json's ids."""
+    added: dict[str, Any] = {}
+    said = settings.keys() | _read(folder / "special_tokens_map.json").keys()
+    if bare and model_type in ("llama", "mistral"):
+        meant = {"tokenizer_class": "LlamaTokenizer", "add_bos_token": True}
+        added = {key: value for key, value in meant.items() if key not in settings}
+    elif "tokenizer_class" not in settings and isinstance(config.get("tokenizer_class"), str):
+        added["tokenizer_class"] = config["tokenizer_class"]
+    names = _SENTENCEPIECE if bare else _names_by_id(folder)
+    ids = {"eos_token": config.get("eos_token_id"), "pad_token": config.get("pad_token_id")}
+    if model_type in BOS_IDS:
+        ids["bos_token"] = config.get("bos_token_id", BOS_IDS[model_type])
+    if model_type == "opt":
+        ids = {"eos_token": 2, "pad_token": 1} | {key: each for key, each in ids.items() if each is not None}
+        ids["unk_token"] = ids["bos_token"]  # the class would add a token of its own
+    for key, value in ids.items():
+        name = names.get(value[0] if isinstance(value, list) and value else value)  # pyright: ignore[reportArgumentType]
+        if key not in said and name is not None:
+            added[key] = name
+    return added
+
+
+def _wanted_bos(
+    tokenizer: Tokenizer, settings: Mapping[str, Any], model_type: str, *, bare: bool
+) -> str | None:
+    """The BOS token that texts should begin with and do not; None where all is well."""
+    said = settings.get("add_bos_token")
+    name, bos = tokenizer.hf.bos_token, tokenizer.bos_id
+    if model_type not in BOS_IDS or said is False or bos is None:
+        return None
+    silent = name in _BOS_NAMES and (bare or "tokenizer_class" not in settings)
+    if model_type != "opt" and said is None and not silent:
+        return None
+    return name if tokenizer.hf.encode("a")[:1] != [bos] else None
+
+
+def _told(model_type: str, added: Mapping[str, Any], bos: str | None) -> list[str]:
+    parts = [f"{key} {value}" for key, value in added.items()]
+    if bos is not None:
+        parts.append(f"texts begin with {bos}")
+    return (
+        [f"tokenizer mended for {model_type}, as {SETTINGS} does not say: {', '.join(parts)}"]
+        if parts
+        else []
+    )
+
+
+def _names_by_id(folder: Path) -> dict[int, str]:
+    file = next(each for each in (folder / "tokenizer.json", folder / "vocab.json") if each.is_file())
+    data = read_json(file, mend=_AGAIN)
+    if file.name == "vocab.json":
+        return _inverted(data)
+    model, extra = data.get("model"), data.get("added_tokens")
+    names = _inverted(model.get("vocab") if isinstance(model, dict) else None)
+    tokens = [each for each in extra or () if isinstance(each, dict)] if isinstance(extra, list) else []
+    return names | {each["id"]: each["content"] for each in tokens if {"id", "content"} <= each.keys()}
+
+
+def _inverted(vocabulary: Any) -> dict[int, str]:
+    return {index: name for name, index in vocabulary.items()} if isinstance(vocabulary, dict) else {}
+
+
+def _read(file: Path) -> dict[str, Any]:
+    return read_json(file, mend=_AGAIN) if file.is_file() else {}
