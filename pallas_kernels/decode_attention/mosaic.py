@@ -7,6 +7,7 @@ block merges the partial results and writes the group's rows of the result. Zero
 written on the way, while the first tiles are in flight. One launch, no pass before or after it.
 """
 
+import functools
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -31,6 +32,8 @@ PER_HEAD = ROWS.reduce(0)
 NEVER = -1e30  # the score of a position that doesn't count; finite, so that no difference of two is NaN
 
 
+# Jitted, so that the layers of a model share one trace, one lowering and one binary.
+@functools.partial(jax.jit, static_argnames=("scale", "window", "device", "tiles", "interpret"))
 def sparse_decode_attention(
     q: Float[Array, "B K G H"],
     k: Float[Array, "B K S H"],

@@ -4,6 +4,7 @@ One thread block holds a row of keys in registers. Each round counts the keys th
 a bit, fewer when a candidate is reached by exactly k. Chosen entries find their place by a prefix sum over votes.
 """
 
+import functools
 from collections.abc import Callable
 
 import jax
@@ -21,6 +22,8 @@ from pallas_kernels.selection.xla import pooled
 LOWEST = jnp.iinfo(jnp.int32).min  # of all keys; no score has it
 
 
+# Jitted, so that the layers of a model share one trace, one lowering and one binary.
+@functools.partial(jax.jit, static_argnames=("k", "shared", "device", "interpret"))
 def select_top_k(
     scores: Float[Array, "B n"], k: int, *, shared: bool, device: _device.Device, interpret: bool = False
 ) -> Int[Array, "*B k"]:

@@ -19,6 +19,8 @@ from pallas_kernels.sparse_mlp.schedule import Split
 from pallas_kernels.sparse_mlp.tiles import BATCHES, PADDING, Tiles, heuristic
 
 
+# Jitted, so that the layers of a model share one trace, one lowering and one binary.
+@functools.partial(jax.jit, static_argnames=("activation", "device", "tiles", "interpret"))
 def sparse_mlp(
     x: Float[Array, "B D"],
     w_up: Float[Array, "F D"],
