@@ -88,6 +88,30 @@ class GenerationSettings:
         """`Greedy()` or the `Categorical` that the values ask for."""
         return Categorical(self._temperature, self.top_k, self.top_p) if self.do_sample else Greedy()
 
+    def with_flags(
+        self,
+        *,
+        temperature: float | None = None,
+        top_k: int | None = None,
+        top_p: float | None = None,
+        greedy: bool = False,
+    ) -> "GenerationSettings":
+        """These settings with some replaced: naming a value means to draw, and `top_k` 0 to keep all tokens.
+
+        Raises:
+          InputError: a value is out of its range, or one is given beside `greedy`.
+        """
+        given = {"temperature": temperature, "top_k": top_k, "top_p": top_p}
+        given = {key: value for key, value in given.items() if value is not None}
+        if greedy and given:
+            mend = "leave out one of them"
+            raise InputError("greedy and sampling contradict each other", got=", ".join(given), mend=mend)
+        if greedy:
+            return dataclasses.replace(self, do_sample=False)
+        if given.get("top_k") == 0:
+            given["top_k"] = None
+        return dataclasses.replace(self, do_sample=True, **given) if given else self
+
     @property
     def notes(self) -> tuple[str, ...]:
         """A line about what is left out, if anything is."""
@@ -134,7 +158,7 @@ class GenerationSettings:
             stop_strings=tuple(stop_strings) if isinstance(stop_strings, list) else (stop_strings,),
             do_sample=do_sample,
             temperature=given.get("temperature"),
-            top_k=None if top_k == 0 else top_k,
+            top_k=None if top_k == 0 and top_k is not False else top_k,
             top_p=given.get("top_p"),
             max_new_tokens=given.get("max_new_tokens"),
             ignored=tuple(f"{key} {value}" for key, value in given.items() if _matters(key, value)),

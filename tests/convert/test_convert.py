@@ -145,7 +145,9 @@ def test_a_silent_tokenizer_is_mended_and_told(source, tmp_path, capsys):
     note, _ = done["notes"]  # the other one is about the vocabulary of this small model
     assert "texts begin with <s>" in note
     assert note in capsys.readouterr().out.splitlines()
-    assert pj.load(tmp_path / "out").tokenizer.encode(["x"])[0][0, 0] == 1
+    tokenizer = pj.load(tmp_path / "out").tokenizer
+    assert tokenizer is not None
+    assert tokenizer.encode(["x"])[0][0, 0] == 1
 
 
 def test_a_bad_tokenizer_is_refused_before_any_weight(source, tmp_path):
