@@ -1,7 +1,7 @@
 """HuggingFace checkpoints into polarjax model directories. The only place that knows HuggingFace's names."""
 
-from checkpoints_convert.convert import convert_checkpoint
+from checkpoints_convert.convert import Conversion, convert_checkpoint
 from checkpoints_convert.hf_config import config_from_hf
 from polarjax.errors import UnsupportedConfigError
 
-__all__ = ["UnsupportedConfigError", "config_from_hf", "convert_checkpoint"]
+__all__ = ["Conversion", "UnsupportedConfigError", "config_from_hf", "convert_checkpoint"]

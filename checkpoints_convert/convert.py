@@ -12,6 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from checkpoints_convert.hf_config import CONFIG, read_config
+from checkpoints_convert.hub import locate
 from checkpoints_convert.json_files import read_json
 from checkpoints_convert.rules import Plan, Step, make_plan, some
 from checkpoints_convert.weights_io import DTYPES, Tensor, open_weights
@@ -60,6 +61,7 @@ def convert_checkpoint(
     src: PathLike,
     out: PathLike,
     *,
+    revision: str | None = None,
     dtype: DTypeLike | None = None,
     overwrite: bool = False,
     allow_nonfinite: bool = False,
@@ -70,8 +72,10 @@ def convert_checkpoint(
     Holds about twice the largest tensor in memory. Nothing of the source is executed or changed.
 
     Args:
-      src: folder with config.json and safetensors, a single file or shards with their index.
+      src: folder with config.json and weights (safetensors, or .bin files, which need torch; a single file or
+        shards with their index), or the id of a model on the HuggingFace hub.
       out: the model directory to make.
+      revision: branch, tag or commit of a model on the hub.
       dtype: float32, float16 or bfloat16 for all parameters; None keeps the source's, exactly.
       overwrite: whether an existing model directory is replaced.
       allow_nonfinite: whether NaN and infinity are let through.
@@ -82,7 +86,7 @@ def convert_checkpoint(
       UnsupportedConfigError: config.json asks for what polarjax cannot do.
     """
     started = time.monotonic()
-    source, target = absolute(src), absolute(out)
+    source, target = locate(src, revision=revision), absolute(out)
     family, config = read_config(source)
     _check_apart(source, target)
     tensors = open_weights(source)

@@ -18,7 +18,8 @@ PACKAGES = ("polarjax", "pallas_kernels", "checkpoints_convert")
 OPTIONAL = {"datasets", "google", "lm_eval", "matplotlib", "sentencepiece", "torch"}
 KERNELS_MAY_USE = {"jax", "jaxlib", "numpy", "jaxtyping"}
 CONVERTER_MAY_USE = {
-    f"polarjax.{name}" for name in ("configs", "model", "checkpoint", "errors", "types", "progress")
+    f"polarjax.{name}"
+    for name in ("configs", "model", "checkpoint", "errors", "types", "progress", "tokenizer_files")
 }
 
 

@@ -43,7 +43,7 @@ PUBLIC = {
     "polarjax.sparsity": ["calibrate", "collect", "sparsify", "train_routers"],
     "polarjax.evaluation": ["agreement", "perplexity"],
     "pallas_kernels": ["Choice", "record_backends", "select_top_k", "sparse_decode_attention", "sparse_mlp"],
-    "checkpoints_convert": ["UnsupportedConfigError", "config_from_hf", "convert_checkpoint"],
+    "checkpoints_convert": ["Conversion", "UnsupportedConfigError", "config_from_hf", "convert_checkpoint"],
 }
 SOURCES = sorted(
     path.relative_to(ROOT)

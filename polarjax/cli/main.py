@@ -31,9 +31,7 @@ class Verb(NamedTuple):
 
 
 VERBS = {
-    "convert": Verb(
-        "checkpoints_convert.cli:convert", "Turn a HuggingFace checkpoint into a model directory."
-    ),
+    "convert": Verb("polarjax.cli.convert:convert", "Turn a HuggingFace checkpoint into a model directory."),
     "sparsify": Verb("polarjax.cli.sparsify:sparsify", "Collect, train routers and calibrate in one go."),
     "collect": Verb("polarjax.cli.collect:collect", "Record which neurons and heads a text makes active."),
     "train-routers": Verb("polarjax.cli.train_routers:train_routers", "Learn to predict that activity."),

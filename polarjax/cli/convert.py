@@ -10,7 +10,7 @@ from typing import Annotated, Any
 
 import typer
 
-from checkpoints_convert.convert import Conversion, convert_checkpoint
+from checkpoints_convert import Conversion, convert_checkpoint
 from polarjax.progress import task
 
 TERMINATED = 128 + signal.SIGTERM  # the exit code that shells use
@@ -26,8 +26,11 @@ class Dtype(StrEnum):
 
 
 def convert(
-    source: Annotated[Path, typer.Argument(metavar="HF_DIR", help="A HuggingFace folder with safetensors.")],
+    source: Annotated[
+        Path, typer.Argument(metavar="HF_DIR", help="A HuggingFace folder, or an id on the hub (org/name).")
+    ],
     out: Annotated[Path, typer.Argument(metavar="OUT", help="The model directory to make.")],
+    revision: Annotated[str | None, typer.Option(help="Branch, tag or commit of a model on the hub.")] = None,
     dtype: Annotated[Dtype, typer.Option(help="Of the parameters; keep: as in the source.")] = Dtype.KEEP,
     overwrite: Annotated[
         bool, typer.Option("--overwrite", help="Replace an existing model directory.")
@@ -37,10 +40,11 @@ def convert(
     ] = False,
 ) -> dict[str, Any]:
     """Turn a HuggingFace checkpoint into a model directory."""
-    with _unwound_by_sigterm():
+    with unwound_by_sigterm():
         done = convert_checkpoint(
             source,
             out,
+            revision=revision,
             dtype=None if dtype is Dtype.KEEP else dtype.value,
             overwrite=overwrite,
             allow_nonfinite=allow_nonfinite,
@@ -64,7 +68,7 @@ def _summary(done: Conversion) -> str:
 
 
 @contextlib.contextmanager
-def _unwound_by_sigterm() -> Iterator[None]:
+def unwound_by_sigterm() -> Iterator[None]:
     """Makes SIGTERM an exception, so that the unfinished output is removed."""
 
     def end(_signal: int, _frame: object) -> None:

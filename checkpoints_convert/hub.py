@@ -1,0 +1,76 @@
+"""Where a source lies: a folder, or a model of the HuggingFace hub, fetched into its cache or found there."""
+
+import re
+from pathlib import Path
+
+from checkpoints_convert.hf_config import CONFIG, read_config
+from polarjax.checkpoint import absolute
+from polarjax.errors import CheckpointError, InputError
+from polarjax.tokenizer_files import FILES as TOKENIZER_FILES
+from polarjax.types import Path as PathLike
+
+SAFE_PATTERNS = ("model.safetensors", "model-*.safetensors", "model.safetensors.index.json")
+TORCH_PATTERNS = ("pytorch_model.bin", "pytorch_model-*.bin", "pytorch_model.bin.index.json")
+_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
+
+
+def locate(source: PathLike, *, revision: str | None = None) -> Path:
+    """The folder of a checkpoint; a hub id is fetched: config first, then safetensors or, without any, .bin files.
+
+    Nothing is fetched where the environment says HF_HUB_OFFLINE=1; then the cache must hold the model.
+
+    Args:
+      source: a folder, or an id on the hub such as "facebook/opt-125m". What exists on the disk is a folder.
+      revision: a branch, tag or commit of the hub; None is its main branch.
+
+    Raises:
+      InputError: a revision of a folder.
+      CheckpointError: the hub or its cache does not give the model.
+      UnsupportedConfigError: its config.json is not supported; then no weights are fetched.
+    """
+    folder = absolute(source)
+    if folder.exists() or not _ID.fullmatch(str(source)):
+        if revision is not None:
+            mend = "leave the revision out, or give an id such as org/name"
+            raise InputError("a folder has no revisions", where=folder, got=revision, mend=mend)
+        return folder
+    snapshot = _fetch(str(source), revision, (CONFIG,))
+    read_config(snapshot)
+    commit = snapshot.name
+    snapshot = _fetch(str(source), commit, (CONFIG, *TOKENIZER_FILES, *SAFE_PATTERNS))
+    if not any(snapshot.glob("*.safetensors")):
+        snapshot = _fetch(str(source), commit, (CONFIG, *TOKENIZER_FILES, *TORCH_PATTERNS))
+    return snapshot
+
+
+def _fetch(model: str, revision: str | None, patterns: tuple[str, ...]) -> Path:
+    import huggingface_hub as hub
+    from huggingface_hub import errors
+
+    try:
+        return Path(hub.snapshot_download(model, revision=revision, allow_patterns=list(patterns)))
+    except errors.GatedRepoError as error:
+        mend = "ask for access on its page, then log in: hf auth login"
+        raise CheckpointError("this model is gated", where=model, mend=mend) from error
+    except errors.RepositoryNotFoundError as error:
+        mend = "check the name; if the model is private, log in: hf auth login"
+        raise CheckpointError("neither a folder nor a model on the hub", where=model, mend=mend) from error
+    except errors.RevisionNotFoundError as error:
+        mend = "name a branch, a tag or a commit"
+        raise CheckpointError("no such revision", where=model, got=revision, mend=mend) from error
+    except errors.LocalEntryNotFoundError as error:
+        raise _absent(model, revision, offline=hub.constants.HF_HUB_OFFLINE) from error
+    except (OSError, errors.HFValidationError) as error:
+        got = f"{type(error).__name__}: {error}"[:200]
+        raise CheckpointError("the hub does not give this model", where=model, got=got) from error
+
+
+def _absent(model: str, revision: str | None, *, offline: bool) -> CheckpointError:
+    why = "HF_HUB_OFFLINE is set" if offline else "the hub cannot be reached"
+    at = "" if revision is None else f" at {revision[:12]}"
+    mend = "unset HF_HUB_OFFLINE" if offline else "connect to the network"
+    return CheckpointError(
+        f"neither a folder nor whole in the hub's cache{at}, and {why}",
+        where=model,
+        mend=f"{mend}, or give the folder of the model",
+    )
