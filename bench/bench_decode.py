@@ -1,0 +1,221 @@
+"""Whole decoding steps on a GPU: equal tokens first, then tokens per second.
+
+    python3 -m bench.bench_decode check             greedy tokens of the bundled models, our kernels against XLA
+    python3 -m bench.bench_decode table [--models]  published shapes with random weights, dense and sparse
+
+A row's time is that of one step in a compiled loop of many. Its floor is the time that `costs.decode_bytes` would
+take at the bandwidth of a copy measured in the same run. With the variable OUT set, JSON lines go into that folder.
+"""
+
+import argparse
+import functools
+import sys
+import tempfile
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+import polarjax as pj
+from bench import report, timing
+from bench.models import SHAPES, DecodeShape
+from checkpoints_convert import convert_checkpoint
+from pallas_kernels import record_backends
+from polarjax import costs
+from polarjax.model import abstract, parameters, with_parameters
+from polarjax.sparsity.router import Routers, init_routers
+from polarjax.sparsity.select import Sparsity
+
+ASSETS = Path(pj.__file__).parent / "assets"
+STEPS = 16
+COLUMNS = ("case", "kind", "ms_per_step", "tokens_per_s", "speedup_vs_dense", "bytes", "pct_of_floor")
+
+
+# ---- correctness -----------------------------------------------------------------------------------------
+
+
+def bundled(name: str) -> pj.Decoder:
+    """A bundled model in bfloat16."""
+    with tempfile.TemporaryDirectory() as folder:
+        convert_checkpoint(ASSETS / name, Path(folder) / name)
+        return pj.load(Path(folder) / name).model
+
+
+def run_checks() -> bool:
+    """Prints one line a case; whether all greedy tokens are equal."""
+    right = True
+    rng = np.random.default_rng(0)
+    lengths = jnp.asarray([40, 1, 17, 33, 8, 25, 3, 40], jnp.int32)
+    for name in ("opt-6m", "llama-6m"):
+        model = bundled(name)
+        config = model.config
+        prompts = jnp.asarray(rng.integers(0, config.vocab_size, (8, 40)), jnp.int32)
+        for kind, sparsity in check_plans(config):
+            write = functools.partial(
+                pj.generate, model, prompts, lengths, max_new_tokens=64, sparsity=sparsity
+            )
+            with record_backends() as choices:
+                ours = np.asarray(write().tokens)
+            theirs = np.asarray(write(implementation="xla").tokens)
+            equal = ours == theirs
+            right &= bool(equal.all())
+            backends = sorted({f"{choice.op}.{choice.backend}" for choice in choices})
+            first = int((~equal).any(0).argmax()) if not equal.all() else None
+            print(
+                f"{name} {kind}: {equal.mean():.1%} equal, first difference at {first}; {backends}",
+                flush=True,
+            )
+    return right
+
+
+def check_plans(config: pj.ModelConfig) -> Iterator[tuple[str, Sparsity | None]]:
+    """Dense, and with half of all that can be selected, by routers drawn at random."""
+    yield "dense", None
+    layers, neurons = config.num_layers, config.d_ff // 2 if config.neuron_sparsity else None
+    yield "sparse", Sparsity(routers(config), pj.SparsityPlan((neurons,) * layers, (2,) * layers))
+
+
+# ---- speed -----------------------------------------------------------------------------------------------
+
+
+@functools.partial(jax.jit, static_argnums=(1, 2))
+def _normal(key: jax.Array, shape: tuple[int, ...], scale: float) -> jax.Array:
+    return jax.random.normal(key, shape, jnp.bfloat16) * jnp.bfloat16(scale)
+
+
+def random_model(config: pj.ModelConfig) -> pj.Decoder:
+    """Weights that keep activations of order one."""
+    shapes, key = parameters(abstract(config, jnp.bfloat16)), jax.random.key(0)
+    made = {}
+    for i, (name, leaf) in enumerate(shapes.items()):
+        if name.endswith("scale"):
+            made[name] = jnp.ones(leaf.shape, jnp.bfloat16)
+        else:
+            made[name] = _normal(jax.random.fold_in(key, i), leaf.shape, config.d_model**-0.5)
+    return with_parameters(config, made)
+
+
+def routers(config: pj.ModelConfig) -> Routers:
+    """Untrained ones, whose group scores differ by sequence."""
+    shapes = jax.eval_shape(lambda: init_routers(config, jax.random.key(0)))
+    leaves, tree = jax.tree.flatten(shapes)
+    keys = jax.random.split(jax.random.key(1), len(leaves))
+    draw = [_normal(key, leaf.shape, leaf.shape[0] ** -0.5) for key, leaf in zip(keys, leaves, strict=True)]
+    return jax.tree.unflatten(tree, draw)
+
+
+def filled_cache(config: pj.ModelConfig, batch: int, capacity: int) -> pj.KVCache:
+    """Every position random, room left for the steps that are timed."""
+    shape, key = (batch, config.num_kv_heads, capacity, config.head_dim), jax.random.key(2)
+    draw = lambda side: tuple(
+        _normal(jax.random.fold_in(key, 2 * i + side), shape, 1.0) for i in range(config.num_layers)
+    )
+    return pj.KVCache(draw(0), draw(1), jnp.full((batch,), capacity - STEPS, jnp.int32))
+
+
+@functools.partial(jax.jit, static_argnames=("implementation",), donate_argnames=("cache",))
+def _steps(model, token, cache, sparsity, start, *, implementation=None):
+    """STEPS greedy steps from position `start`."""
+
+    def one(carry, _):
+        logits, cache = pj.decode_step(model, *carry, sparsity=sparsity, implementation=implementation)
+        return (jnp.argmax(logits, -1).astype(jnp.int32), cache), None
+
+    cache = pj.KVCache(cache.k, cache.v, start)
+    return jax.lax.scan(one, (token, cache), None, length=STEPS)[0]
+
+
+def seconds_per_step(model, cache: pj.KVCache, sparsity, **options) -> tuple[float, float, pj.KVCache]:
+    """Median and spread of a step's time, and the cache, which the loop takes and gives back."""
+    batch = cache.length.shape[0]
+    token, start = jnp.zeros((batch,), jnp.int32), jnp.array(cache.length)
+    times = []
+    for repeat in range(6):
+        started = time.perf_counter()
+        last, cache = _steps(model, token, cache, sparsity, start, **options)
+        jax.block_until_ready(last)
+        if repeat:
+            times.append((time.perf_counter() - started) / STEPS)
+    return float(np.median(times)), max(times) - min(times), pj.KVCache(cache.k, cache.v, start)
+
+
+def kinds(
+    shape: DecodeShape, batch: int, made: Routers
+) -> Iterator[tuple[str, Sparsity | None, dict[str, Any]]]:
+    """What is compared at one batch size."""
+    yield "dense", None, {}
+    yield "dense, XLA's attention", None, {"implementation": "xla"}
+    yield f"heads {shape.head_density:g}", Sparsity(made, shape.plan(batch, neurons=False)), {}
+    if shape.neuron_density:
+        kind = f"heads {shape.head_density:g}, neurons {shape.neuron_density[batch]:g}"
+        yield kind, Sparsity(made, shape.plan(batch, neurons=True)), {}
+
+
+def table(names: list[str], seconds: float) -> tuple[list[dict[str, Any]], dict[str, Any]]:
+    """One row a case and kind; stops early when the time is over."""
+    deadline, rows = time.monotonic() + seconds, []
+    peak = timing.copy_bandwidth()
+    head = report.provenance(copy_gbps=peak / 1e9)
+    print(head, flush=True)
+    for name in names:
+        shape = SHAPES[name]
+        config = shape.config
+        model, made = random_model(config), routers(config)
+        for batch in shape.batches:
+            cache, dense = filled_cache(config, batch, shape.cache), None
+            for kind, sparsity, options in kinds(shape, batch, made):
+                if time.monotonic() > deadline:
+                    print("out of time", flush=True)
+                    return rows, head
+                began = time.monotonic()
+                median, spread, cache = seconds_per_step(model, cache, sparsity, **options)
+                dense = dense or median
+                moved = costs.decode_bytes(
+                    config,
+                    batch_size=batch,
+                    cache_length=shape.cache - STEPS // 2,
+                    plan=sparsity and sparsity.plan,
+                ).total
+                rows.append(
+                    {
+                        "case": f"{name} B{batch} S{shape.cache}",
+                        "kind": kind,
+                        "ms_per_step": median * 1e3,
+                        "spread_ms": spread * 1e3,
+                        "tokens_per_s": batch / median,
+                        "speedup_vs_dense": dense / median,
+                        "bytes": moved,
+                        "pct_of_floor": 100 * moved / peak / median,
+                    }
+                )
+                print(rows[-1], f"{time.monotonic() - began:.1f} s", flush=True)
+            del cache
+        del model, made
+    return rows, head
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("verbs", nargs="+", choices=("check", "table"))
+    parser.add_argument("--models", nargs="+", default=list(SHAPES), choices=tuple(SHAPES))
+    parser.add_argument("--seconds", type=float, default=240, help="for the table")
+    args = parser.parse_args()
+    if "check" in args.verbs and not run_checks():
+        print("wrong results: no speed is reported", file=sys.stderr)
+        return 1
+    if "table" in args.verbs:
+        rows, head = table(args.models, args.seconds)
+        print(report.table(rows, COLUMNS))
+        if path := report.results_path("decode.jsonl"):
+            report.append_jsonl(path, rows, head)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
