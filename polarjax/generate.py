@@ -2,8 +2,6 @@
 
 import dataclasses
 import functools
-from collections.abc import Callable
-from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -16,107 +14,15 @@ from polarjax.errors import InputError
 from polarjax.model import Decoder, decode_step, prefill
 from polarjax.sampling import Greedy, Sampler
 from polarjax.sparsity.select import Sparsity
-from polarjax.types import Array, Bool, Float, Implementation, Int, Key
-
-CHUNK = 8
-"""Decoding steps between two looks at whether every sequence has stopped."""
+from polarjax.token_loop import Generation, decode_loop
+from polarjax.types import Array, Float, Implementation, Int, Key
 
 SMALLEST_BUCKET = 16
 
-type Step = Callable[[Int[Array, "B"], Any], tuple[Float[Array, "B V"], Any]]
-"""A decoding step: (token [B], cache) -> (logits [B V], cache); the loop knows nothing else of the model."""
-
-
-@jax.tree_util.register_dataclass
-@dataclasses.dataclass(frozen=True)
-class Generation:
-    """New tokens of a batch.
-
-    Attributes:
-      tokens: int32 [B M], the stop id included; 0 beyond `lengths`.
-      lengths: tokens generated in each row, int32 [B].
-      stopped: whether a row ended with a stop id, bool [B]; the others ran out of `max_new_tokens`.
-    """
-
-    tokens: Int[Array, "B M"]
-    lengths: Int[Array, "B"]
-    stopped: Bool[Array, "B"]
-
-
-@jax.tree_util.register_dataclass
-@dataclasses.dataclass(frozen=True)
-class LoopState:
-    """What the token loop carries.
-
-    Attributes:
-      step: tokens drawn so far, int32 scalar.
-      token: the latest token of each row, int32 [B].
-      stopped: rows that have met a stop id, bool [B].
-      tokens: output so far, int32 [B steps].
-      lengths: tokens generated in each row, int32 [B].
-      cache: whatever the step function carries.
-    """
-
-    step: Int[Array, ""]
-    token: Int[Array, "B"]
-    stopped: Bool[Array, "B"]
-    tokens: Int[Array, "B steps"]
-    lengths: Int[Array, "B"]
-    cache: Any
-
-
-def decode_loop(
-    step: Step,
-    first_logits: Float[Array, "B V"],
-    cache: Any,
-    key: Key[Array, ""] | None,
-    *,
-    sampler: Sampler,
-    max_new_tokens: int,
-    stop_ids: tuple[int, ...],
-) -> tuple[Generation, Any]:
-    """Draws up to `max_new_tokens` tokens a row; returns them and the final cache. Traceable.
-
-    Steps run in chunks of `CHUNK`; between chunks the loop ends early once every row has stopped.
-    """
-    batch_size = first_logits.shape[0]
-    chunks = -(-(max_new_tokens - 1) // CHUNK)
-
-    def draw(logits, state: LoopState) -> LoopState:
-        drawn = sampler(logits, None if key is None else jax.random.fold_in(key, state.step))
-        live = ~state.stopped & (state.step < max_new_tokens)
-        token = jnp.where(live, drawn, 0)
-        column = (jnp.zeros_like(state.step), state.step)
-        tokens = jax.lax.dynamic_update_slice(state.tokens, token[:, None], column)
-        stopped = state.stopped | (live & _is_stop(token, stop_ids))
-        lengths = state.lengths + live.astype(jnp.int32)
-        return LoopState(state.step + 1, token, stopped, tokens, lengths, state.cache)
-
-    def one(state: LoopState, _) -> tuple[LoopState, None]:
-        logits, cache = step(state.token, state.cache)
-        return draw(logits, dataclasses.replace(state, cache=cache)), None
-
-    def chunk(state: LoopState) -> LoopState:
-        return jax.lax.scan(one, state, None, length=CHUNK)[0]
-
-    def unfinished(state: LoopState) -> Bool[Array, ""]:
-        return (state.step < max_new_tokens) & ~jnp.all(state.stopped)
-
-    zeros = jnp.zeros((batch_size,), jnp.int32)
-    output = jnp.zeros((batch_size, 1 + chunks * CHUNK), jnp.int32)
-    state = LoopState(jnp.int32(0), zeros, zeros.astype(bool), output, zeros, cache)
-    state = jax.lax.while_loop(unfinished, chunk, draw(first_logits, state))
-    return Generation(state.tokens[:, :max_new_tokens], state.lengths, state.stopped), state.cache
-
-
-def _is_stop(token: Int[Array, "B"], stop_ids: tuple[int, ...]) -> Bool[Array, "B"]:
-    if not stop_ids:
-        return jnp.zeros(token.shape, bool)
-    return jnp.any(token[:, None] == jnp.asarray(stop_ids, jnp.int32)[None], -1)
-
 
 @functools.partial(jax.jit, static_argnames=("capacity",))
-def _read(model: Decoder, tokens, lengths, *, capacity: int) -> tuple[Float[Array, "B V"], KVCache]:
+def read_prompts(model: Decoder, tokens, lengths, *, capacity: int) -> tuple[Float[Array, "B V"], KVCache]:
+    """Logits after prompts of one bucket, and a cache of `capacity` positions with the prompts in it."""
     cache = init_cache(model.config, batch_size=tokens.shape[0], capacity=capacity, dtype=model.dtype)
     return prefill(model, tokens, lengths, cache)
 
@@ -127,11 +33,12 @@ def _read(model: Decoder, tokens, lengths, *, capacity: int) -> tuple[Float[Arra
     donate_argnames=("cache",),
 )
 def _write(model: Decoder, logits, cache: KVCache, key, sparsity, *, implementation, **settings):
-    step = functools.partial(_step, model, sparsity=sparsity, implementation=implementation)
+    step = functools.partial(model_step, model, sparsity=sparsity, implementation=implementation)
     return decode_loop(step, logits, cache, key, **settings)
 
 
-def _step(model: Decoder, token, cache, *, sparsity, implementation):
+def model_step(model: Decoder, token, cache, *, sparsity, implementation):
+    """A decoding step in the order of arguments that the token loop wants."""
     return decode_step(model, token, cache, sparsity=sparsity, implementation=implementation)
 
 
@@ -144,6 +51,7 @@ def generate(
     sampler: Sampler = Greedy(),
     max_new_tokens: int,
     stop_ids: tuple[int, ...] = (),
+    num_return_sequences: int = 1,
     sparsity: Sparsity | None = None,
     implementation: Implementation = None,
 ) -> Generation:
@@ -159,22 +67,66 @@ def generate(
       sampler: `Greedy()`, `Categorical(...)`, or any hashable `Sampler`.
       max_new_tokens: M.
       stop_ids: ids that end a row.
+      num_return_sequences: n; every prompt is continued n times, in rows that follow one another: B becomes n·B.
       sparsity: what to skip while decoding; None is the dense model.
       implementation: of the kernels; None takes the best for the device.
 
     Raises:
-      InputError: empty or too long prompts, lengths outside [1, T], ids outside the vocabulary.
+      InputError: empty or too long prompts, lengths outside [1, T], ids outside the vocabulary, several greedy
+        sequences of one prompt.
       SparsityError: routers or plan are for another model.
     """
     settings = {"sampler": sampler, "max_new_tokens": max_new_tokens, "stop_ids": tuple(map(int, stop_ids))}
-    check_prompts(model.config, tokens, lengths, max_new_tokens)
+    prompts = prepare(
+        model.config,
+        tokens,
+        lengths,
+        max_new_tokens=max_new_tokens,
+        copies=check_copies(num_return_sequences, sampler),
+    )
     if sparsity is not None:
         sparsity.check(model.config)
-    bucket = bucket_length(tokens.shape[1], model.config.max_positions)
-    tokens = _widen(tokens, bucket)
-    capacity = -(-(bucket + max_new_tokens) // 8) * 8
-    logits, cache = _read(model, tokens, jnp.asarray(lengths, jnp.int32), capacity=capacity)
+    logits, cache = read_prompts(model, prompts.tokens, prompts.lengths, capacity=prompts.capacity)
     return _write(model, logits, cache, key, sparsity, implementation=implementation, **settings)[0]
+
+
+@dataclasses.dataclass(frozen=True)
+class Prompts:
+    """A batch as the compiled programs take it.
+
+    Attributes:
+      tokens: int32 [B bucket].
+      lengths: int32 [B].
+      capacity: positions that the cache needs.
+    """
+
+    tokens: Int[Array, "B bucket"]
+    lengths: Int[Array, "B"]
+    capacity: int
+
+
+def prepare(config: ModelConfig, tokens, lengths, *, max_new_tokens: int, copies: int = 1) -> Prompts:
+    """Checks prompts, repeats each `copies` times and pads them to their bucket; see `generate`."""
+    check_prompts(config, tokens, lengths, max_new_tokens)
+    bucket = bucket_length(tokens.shape[1], config.max_positions)
+    tokens, lengths = _widen(tokens, lengths, bucket, copies)
+    return Prompts(tokens, lengths, -(-(bucket + max_new_tokens) // 8) * 8)
+
+
+def check_copies(count: int, sampler: Sampler) -> int:
+    """`count` if so many sequences of a prompt can be had; raises `InputError` otherwise."""
+    if type(count) is not int or count < 1:
+        mend = "pass 1 or more"
+        raise InputError("no sequences", where="num_return_sequences", got=repr(count), mend=mend)
+    if count > 1 and isinstance(sampler, Greedy):
+        raise InputError(
+            "greedy sequences of one prompt are all the same",
+            where="num_return_sequences",
+            got=count,
+            expected="1",
+            mend="draw them: Categorical(), or --temperature 1",
+        )
+    return count
 
 
 def bucket_length(length: int, limit: int) -> int:
@@ -182,10 +134,13 @@ def bucket_length(length: int, limit: int) -> int:
     return max(length, min(limit, max(SMALLEST_BUCKET, 1 << (length - 1).bit_length())))
 
 
-def _widen(tokens: Int[Array, "B T"], width: int) -> Int[Array, "B width"]:
+def _widen(tokens, lengths, width: int, copies: int) -> tuple[Int[Array, "B width"], Int[Array, "B"]]:
     """Padded on the host where the ids are known there, as each T would otherwise compile a program."""
-    pad = jnp.pad if isinstance(tokens, Tracer) else np.pad
-    return jnp.asarray(pad(tokens, ((0, 0), (0, width - tokens.shape[1]))), jnp.int32)
+    xp = jnp if isinstance(tokens, Tracer) or isinstance(lengths, Tracer) else np
+    tokens = xp.pad(xp.asarray(tokens), ((0, 0), (0, width - tokens.shape[1])))
+    if copies > 1:
+        tokens, lengths = xp.repeat(tokens, copies, 0), xp.repeat(xp.asarray(lengths), copies, 0)
+    return jnp.asarray(tokens, jnp.int32), jnp.asarray(lengths, jnp.int32)
 
 
 def check_prompts(config: ModelConfig, tokens, lengths, max_new_tokens: int) -> None:

@@ -10,7 +10,7 @@ import pytest
 from hypothesis import given, settings
 
 import polarjax as pj
-from polarjax.generate import CHUNK, decode_loop
+from polarjax.token_loop import CHUNK, decode_loop
 
 ROWS, VOCAB = 4, 9
 STOPS = (3, 7)
@@ -108,3 +108,39 @@ def test_the_loop_draws_with_a_new_key_each_step():
     assert (one != other).any()
     assert all(len(set(row.tolist())) > 3 for row in one)
     assert all(len(set(column.tolist())) > 1 for column in one.T[:4])
+
+
+@pytest.mark.parametrize("poison", [np.nan, np.inf, -np.inf])
+def test_fault_19_logits_that_are_not_finite_end_their_row_alone(poison):
+    """The row is marked, nothing is drawn from such logits, and the other rows go on."""
+    bad = jnp.array([2, 0, CHUNK + 3, 99])  # the draw at which a row's logits break; 99: never
+
+    def step(token, count):
+        logits = jax.nn.one_hot(jnp.full((ROWS,), 5), VOCAB)
+        return jnp.where((bad == count)[:, None], poison, logits), count + 1
+
+    first = jnp.where((bad == 0)[:, None], poison, jax.nn.one_hot(jnp.full((ROWS,), 5), VOCAB))
+    run = functools.partial(decode_loop, sampler=pj.Greedy(), max_new_tokens=2 * CHUNK, stop_ids=())
+    result, _ = jax.jit(lambda: run(step, first, jnp.int32(1), None))()
+    assert result.lengths.tolist() == [2, 0, CHUNK + 3, 2 * CHUNK]
+    assert result.failed.tolist() == [True, True, True, False]
+    assert not result.stopped.any()
+    assert [(row > 0).sum() for row in np.asarray(result.tokens)] == result.lengths.tolist()
+
+
+def test_logits_of_minus_infinity_beside_finite_ones_are_fine():
+    logits = jnp.full((ROWS, VOCAB), -jnp.inf).at[:, 4].set(0.0)
+    run = functools.partial(decode_loop, sampler=pj.Greedy(), max_new_tokens=3, stop_ids=())
+    result, _ = jax.jit(lambda: run(lambda token, cache: (logits, cache), logits, (), None))()
+    assert (np.asarray(result.tokens) == 4).all()
+    assert not result.failed.any()
+
+
+def test_a_loop_ends_when_every_row_has_stopped_or_failed():
+    step = lambda token, count: (jnp.full((ROWS, VOCAB), jnp.nan), count + 1)
+    first = jax.nn.one_hot(jnp.array([3, 1, 1, 1]), VOCAB)
+    run = functools.partial(decode_loop, sampler=pj.Greedy(), max_new_tokens=50, stop_ids=(3,))
+    result, steps = jax.jit(lambda: run(step, first, jnp.int32(0), None))()
+    assert steps == CHUNK
+    assert result.stopped.tolist() == [True, False, False, False]
+    assert result.failed.tolist() == [False, True, True, True]

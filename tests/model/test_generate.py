@@ -71,6 +71,25 @@ def test_sampling_is_reproducible_and_a_row_does_not_depend_on_the_batch():
     assert (together[:1] == first).all()
 
 
+def test_several_sequences_of_each_prompt():
+    model, (tokens, lengths) = zoo.model("opt"), zoo.batch()
+    settings = {"max_new_tokens": 10, "sampler": pj.Categorical(1.5)}
+    many = pj.generate(model, tokens, lengths, KEY, num_return_sequences=3, **settings)
+    repeated = np.repeat(np.asarray(tokens), 3, 0), np.repeat(np.asarray(lengths), 3)
+    same = pj.generate(model, *map(jnp.asarray, repeated), KEY, **settings)
+    assert (many.tokens == same.tokens).all()
+    rows = np.asarray(many.tokens).reshape(3, 3, 10)
+    assert all(len({tuple(each) for each in row.tolist()}) == 3 for row in rows)
+
+
+def test_a_model_with_nan_says_so():
+    model, (tokens, lengths) = zoo.model("opt"), zoo.batch()
+    broken = zoo.with_rows(model, "final_norm.bias", 0, np.nan)
+    result = pj.generate(broken, tokens, lengths, max_new_tokens=10)
+    assert result.failed.all()
+    assert result.lengths.tolist() == [0, 0, 0]
+
+
 def test_top_k_of_one_generates_greedily():
     model, (tokens, lengths) = zoo.model("opt"), zoo.batch()
     sampler = pj.Categorical(temperature=0.8, top_k=1)
@@ -130,6 +149,14 @@ BAD_PROMPTS = {
     "half a token": (
         _prompts(np.ones((2, 4), np.int32), np.array([4, 4])) | {"max_new_tokens": 1.5},
         "max_new_tokens.*got 1.5",
+    ),
+    "no sequences": (
+        _prompts(np.ones((2, 4), np.int32), np.array([4, 4])) | {"num_return_sequences": 0},
+        "num_return_sequences: no sequences; got 0",
+    ),
+    "greedy sequences": (
+        _prompts(np.ones((2, 4), np.int32), np.array([4, 4])) | {"num_return_sequences": 2},
+        "num_return_sequences: greedy.*all the same",
     ),
     "no key": (
         _prompts(np.ones((2, 4), np.int32), np.array([4, 4])) | {"sampler": pj.Categorical()},
