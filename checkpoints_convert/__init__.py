@@ -1,7 +1,15 @@
 """HuggingFace checkpoints into polarjax model directories. The only place that knows HuggingFace's names."""
 
 from checkpoints_convert.convert import Conversion, convert_checkpoint
+from checkpoints_convert.export import Export, export_checkpoint
 from checkpoints_convert.hf_config import config_from_hf
 from polarjax.errors import UnsupportedConfigError
 
-__all__ = ["Conversion", "UnsupportedConfigError", "config_from_hf", "convert_checkpoint"]
+__all__ = [
+    "Conversion",
+    "Export",
+    "UnsupportedConfigError",
+    "config_from_hf",
+    "convert_checkpoint",
+    "export_checkpoint",
+]

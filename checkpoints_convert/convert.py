@@ -16,7 +16,7 @@ from checkpoints_convert.hub import locate
 from checkpoints_convert.json_files import read_json
 from checkpoints_convert.rules import Plan, Step, make_plan, some
 from checkpoints_convert.weights_io import DTYPES, Tensor, open_weights
-from polarjax.checkpoint import ModelWriter, absolute, new_model
+from polarjax.checkpoint import SOURCE_CONFIG, ModelWriter, absolute, new_model, write_json
 from polarjax.configs import ModelConfig
 from polarjax.errors import CheckpointError, InputError
 from polarjax.types import DTypeLike
@@ -88,7 +88,7 @@ def convert_checkpoint(
     started = time.monotonic()
     source, target = locate(src, revision=revision), absolute(out)
     family, config = read_config(source)
-    _check_apart(source, target)
+    check_apart(source, target)
     tensors = open_weights(source)
     plan = make_plan(family, config, {name: each.shape for name, each in tensors.items()}, where=source)
     used = [tensors[step.source] for step in plan.steps]
@@ -98,8 +98,10 @@ def convert_checkpoint(
         target, config, model_type=family.model_type, overwrite=overwrite, largest=largest
     ) as writer:
         _check_equal(plan, tensors)
-        copied, notes = writer.copy_tokenizer(source, read_json(source / CONFIG))
-        with _counter(progress, sum(tensor.num_bytes for tensor in used)) as advance:
+        source_config = read_json(source / CONFIG)
+        write_json(writer.folder / SOURCE_CONFIG, source_config)
+        copied, notes = writer.copy_tokenizer(source, source_config)
+        with counter(progress, sum(tensor.num_bytes for tensor in used), "converting") as advance:
             _transfer(plan.steps, tensors, writer, dtype=wanted, finite=not allow_nonfinite, advance=advance)
     return Conversion(
         path=target,
@@ -115,7 +117,8 @@ def convert_checkpoint(
     )
 
 
-def _check_apart(source: Path, target: Path) -> None:
+def check_apart(source: Path, target: Path) -> None:
+    """Raises `CheckpointError` if one of two folders lies within the other, links followed."""
     inner, outer = target.resolve(), source.resolve()
     if inner.is_relative_to(outer) or outer.is_relative_to(inner):
         mend = "choose an output outside the source"
@@ -204,12 +207,12 @@ def all_finite(array: np.ndarray) -> bool:
 
 
 @contextlib.contextmanager
-def _counter(progress: Progress | None, total: int) -> Iterator[Callable[[int], None]]:
+def counter(progress: Progress | None, total: int, description: str) -> Iterator[Callable[[int], None]]:
     """Counts bytes; reports them in whole megabytes with their rate."""
     if progress is None:
         yield lambda size: None
         return
-    with progress("converting", -(-total // _MB), "MB") as report:
+    with progress(description, -(-total // _MB), "MB") as report:
         done, started = 0, time.monotonic()
 
         def advance(size: int) -> None:

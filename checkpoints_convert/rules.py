@@ -9,6 +9,7 @@ import dataclasses
 import math
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any
 
 import numpy as np
 
@@ -93,14 +94,18 @@ class Family:
 
     Attributes:
       model_type: its name in config.json.
+      architecture: the name of its class in transformers.
       read_config: the configuration from the keys of config.json.
+      write_config: keys that `read_config` reads as the same configuration, where the family can say it.
       rules: for every parameter that any member has; those that a config does not ask for are left out.
       prefixes: what names may begin with on disk, and what they then begin with in `rules`.
       buffers: pattern of tensors that follow from the config and are skipped.
     """
 
     model_type: str
+    architecture: str
     read_config: Callable[[ConfigReader], ModelConfig]
+    write_config: Callable[[ModelConfig], dict[str, Any]]
     rules: tuple[Rule, ...]
     prefixes: tuple[tuple[str, str], ...]
     buffers: re.Pattern[str]

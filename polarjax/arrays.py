@@ -89,7 +89,7 @@ def read_arrays(
     Raises:
       CheckpointError: a file is missing or has changed, or the record does not fit.
     """
-    _verify(folder, record, mend)
+    verify(folder, record, mend=mend)
     device = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
     targets = {
         name: jax.ShapeDtypeStruct(
@@ -101,6 +101,28 @@ def read_arrays(
     }
     with _orbax("the arrays cannot be read", folder, mend), _plain(folder) as path:
         return ocp.load(path, targets)
+
+
+def read_array(folder: Path, name: str, record: Record, *, mend: str) -> np.ndarray:
+    """Reads back one array alone, on the host where JAX has a CPU backend; the files are not checked (`verify`).
+
+    Raises:
+      CheckpointError: it cannot be read.
+    """
+    entry = record["arrays"][name]
+    sharding = jax.sharding.SingleDeviceSharding(_host())
+    target = jax.ShapeDtypeStruct(tuple(entry["shape"]), np.dtype(entry["dtype"]), sharding=sharding)
+    context = ocp.Context()
+    context.pytree_options.loading.partial_load = True
+    with _orbax("the array cannot be read", folder, mend), _plain(folder) as path, context:
+        return np.asarray(ocp.load(path, {name: target})[name])
+
+
+def _host() -> Any:
+    try:
+        return jax.local_devices(backend="cpu")[0]
+    except RuntimeError:  # JAX was started without its CPU backend
+        return jax.local_devices()[0]
 
 
 def _context() -> ocp.Context:
@@ -148,7 +170,8 @@ def _digests(folder: Path, names: list[str]) -> dict[str, dict[str, Any]]:
         return dict(zip(names, pool.map(digest, names), strict=True))
 
 
-def _verify(folder: Path, record: Record, mend: str) -> None:
+def verify(folder: Path, record: Record, *, mend: str) -> None:
+    """Raises `CheckpointError` unless every file is as it was when the record was made."""
     expected = record["files"]
     missing = sorted(name for name in expected if not (folder / name).is_file())
     if missing:

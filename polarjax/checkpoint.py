@@ -5,6 +5,7 @@ params/         orbax checkpoint of the parameters, one array for each dotted pa
 tokenizer/      the HuggingFace files, generation_config.json among them
 routers/        manifest.json and arrays/, an orbax checkpoint, once routers were trained
 plans.json      the PlanTable, once it was calibrated
+hf_config.json  config.json of the HuggingFace folder that it was converted from
 manifest.json   format version, dtype, source, shapes and checksums of params/
 """
 
@@ -34,6 +35,8 @@ from polarjax.types import Array, DTypeLike
 
 FORMAT = 1
 """Version of the layout above; a reader refuses a newer one."""
+
+SOURCE_CONFIG = "hf_config.json"
 
 _AGAIN = "convert the source again: polarjax convert HF_DIR OUT --overwrite"
 _SPARSIFY = "run polarjax sparsify again"

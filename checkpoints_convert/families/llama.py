@@ -5,7 +5,7 @@ from typing import Any
 
 from checkpoints_convert.config_reader import ConfigReader
 from checkpoints_convert.rules import HEAD, HEAD_TARGET, TABLE_TARGET, Family, rules
-from polarjax.configs import ModelConfig
+from polarjax.configs import ModelConfig, RopeConfig
 
 BODY = "model."
 LAYER = BODY + "layers.{i}."
@@ -103,6 +103,63 @@ def _common(
     )
 
 
+def write_llama(config: ModelConfig) -> dict[str, Any]:
+    """The keys from which `read_llama` makes `config`."""
+    return {**_write_common(config), "attention_bias": config.out_bias, "mlp_bias": config.mlp_bias}
+
+
+def write_mistral(config: ModelConfig) -> dict[str, Any]:
+    """The keys from which `read_mistral` makes `config`, where Mistral can say it."""
+    return {**_write_common(config), "sliding_window": config.sliding_window}
+
+
+def write_qwen2(config: ModelConfig) -> dict[str, Any]:
+    """The keys from which `read_qwen2` makes `config`, where Qwen2 can say it."""
+    windows = [config.window(layer) for layer in range(config.num_layers)]
+    width = next(filter(None, windows), None)
+    if width is None:
+        return {**_write_common(config), "use_sliding_window": False, "sliding_window": None}
+    return {
+        **_write_common(config),
+        "use_sliding_window": True,
+        "sliding_window": width,
+        "max_window_layers": next(i for i, window in enumerate(windows) if window),
+        "layer_types": ["sliding_attention" if each else "full_attention" for each in windows],
+    }
+
+
+def write_qwen3(config: ModelConfig) -> dict[str, Any]:
+    """The keys from which `read_qwen3` makes `config`, where Qwen3 can say it."""
+    return {**write_qwen2(config), "attention_bias": config.out_bias}
+
+
+def _write_common(config: ModelConfig) -> dict[str, Any]:
+    return {
+        "vocab_size": config.vocab_size,
+        "hidden_size": config.d_model,
+        "intermediate_size": config.d_ff,
+        "num_hidden_layers": config.num_layers,
+        "num_attention_heads": config.num_heads,
+        "num_key_value_heads": config.num_kv_heads,
+        "head_dim": config.head_dim,
+        "max_position_embeddings": config.max_positions,
+        "rms_norm_eps": config.norm_eps,
+        "hidden_act": config.activation,
+        "tie_word_embeddings": config.tie_embeddings,
+        **_write_rope(config.rope or RopeConfig()),
+    }
+
+
+def _write_rope(rope: RopeConfig) -> dict[str, Any]:
+    """In the old spelling, which every version of transformers reads."""
+    scaling: dict[str, Any] = {"rope_type": rope.scaling, "factor": rope.factor}
+    if rope.scaling == "llama3":
+        scaling["low_freq_factor"] = rope.low_freq_factor
+        scaling["high_freq_factor"] = rope.high_freq_factor
+        scaling["original_max_position_embeddings"] = rope.original_max_positions
+    return {"rope_theta": rope.theta, "rope_scaling": scaling if rope.scaling else None}
+
+
 _MODEL = f"""
     {BODY}embed_tokens.weight         {TABLE_TARGET}      V E -> V E
     {BODY}norm.weight                 final_norm.scale    D -> D
@@ -131,17 +188,19 @@ _LAYER = """
 _RULES = rules(_MODEL) + rules(_LAYER, source=LAYER, target="layers.{i}.")
 
 
-def _family(model_type: str, read_config: Any) -> Family:
+def _family(model_type: str, architecture: str, read_config: Any, write_config: Any) -> Family:
     return Family(
         model_type=model_type,
+        architecture=architecture,
         read_config=read_config,
+        write_config=write_config,
         rules=_RULES,
         prefixes=tuple((name, BODY + name) for name in ("layers.", "embed_tokens.", "norm.")),
         buffers=re.compile(r"(^|\.)rotary_emb\.inv_freq$"),
     )
 
 
-LLAMA = _family("llama", read_llama)
-MISTRAL = _family("mistral", read_mistral)
-QWEN2 = _family("qwen2", read_qwen2)
-QWEN3 = _family("qwen3", read_qwen3)
+LLAMA = _family("llama", "LlamaForCausalLM", read_llama, write_llama)
+MISTRAL = _family("mistral", "MistralForCausalLM", read_mistral, write_mistral)
+QWEN2 = _family("qwen2", "Qwen2ForCausalLM", read_qwen2, write_qwen2)
+QWEN3 = _family("qwen3", "Qwen3ForCausalLM", read_qwen3, write_qwen3)

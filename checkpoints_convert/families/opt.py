@@ -1,6 +1,7 @@
 """OPT: learned positions from row 2 on, layer norms with biases, ReLU, a tied head."""
 
 import re
+from typing import Any
 
 from checkpoints_convert.config_reader import ConfigReader
 from checkpoints_convert.rules import HEAD, HEAD_TARGET, TABLE_TARGET, Family, rules
@@ -48,6 +49,24 @@ def read_config(reader: ConfigReader) -> ModelConfig:
     )
 
 
+def write_config(config: ModelConfig) -> dict[str, Any]:
+    """The keys from which `read_config` makes `config`, where OPT can say it."""
+    return {
+        "vocab_size": config.vocab_size,
+        "hidden_size": config.d_model,
+        "num_hidden_layers": config.num_layers,
+        "ffn_dim": config.d_ff,
+        "num_attention_heads": config.num_heads,
+        "max_position_embeddings": config.max_positions,
+        "word_embed_proj_dim": config.embed_dim or config.d_model,
+        "enable_bias": config.qkv_bias,
+        "do_layer_norm_before": config.norm_position == "pre",
+        "_remove_final_layer_norm": config.norm_position == "pre" and not config.final_norm,
+        "activation_function": config.activation,
+        "tie_word_embeddings": config.tie_embeddings,
+    }
+
+
 _MODEL = f"""
     {BODY}embed_tokens.weight         {TABLE_TARGET}      V E -> V E
     {BODY}embed_positions.weight      embed.positions     P D -> P D
@@ -78,7 +97,9 @@ _LAYER = """
 
 OPT = Family(
     model_type="opt",
+    architecture="OPTForCausalLM",
     read_config=read_config,
+    write_config=write_config,
     rules=rules(_MODEL) + rules(_LAYER, source=LAYER, target="layers.{i}."),
     prefixes=(("decoder.", BODY),),
     buffers=re.compile(r"(^|\.)decoder\.version$"),

@@ -38,6 +38,7 @@ VERBS = {
     "calibrate": Verb("polarjax.cli.calibrate:calibrate", "Find how many neurons each batch size needs."),
     "generate": Verb("polarjax.cli.generate:generate", "Continue prompts, dense or sparse."),
     "eval": Verb("polarjax.cli.evaluate:evaluate", "Measure the quality of sparse decoding against dense."),
+    "export": Verb("polarjax.cli.export:export", "Write a model directory as a HuggingFace folder."),
     "demo": Verb("polarjax.cli.demo:demo", "All of it on the small model that comes with polarjax."),
 }
 

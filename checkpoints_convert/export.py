@@ -1,0 +1,206 @@
+"""A model directory -> a HuggingFace folder with safetensors, one tensor at a time; the way back of `convert`."""
+
+import dataclasses
+import json
+import shutil
+import time
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from safetensors import safe_open
+
+from checkpoints_convert.config_reader import ConfigReader
+from checkpoints_convert.convert import Progress, check_apart, counter
+from checkpoints_convert.families import FAMILIES
+from checkpoints_convert.hf_config import CONFIG, read_config
+from checkpoints_convert.rules import Family, Step, expected_tensors, letter_sizes
+from checkpoints_convert.weights_io import DTYPES, INDEX, SINGLE
+from polarjax.checkpoint import absolute, atomic_folder, write_json
+from polarjax.configs import ModelConfig
+from polarjax.errors import InputError, UnsupportedConfigError
+from polarjax.reading import ModelReader
+from polarjax.types import Path as PathLike
+
+SHARD_BYTES = 5_000_000_000
+_KINDS = {dtype: kind for kind, dtype in DTYPES.items()}
+_TOKEN_IDS = ("bos_token_id", "eos_token_id", "pad_token_id")
+
+
+@dataclasses.dataclass(frozen=True)
+class Export:
+    """What an export did.
+
+    Attributes:
+      path: the HuggingFace folder.
+      model_type: its family.
+      dtype: of its tensors.
+      tensors: how many were written.
+      num_bytes: their size.
+      files: everything in the folder.
+      seconds: that it took.
+    """
+
+    path: Path
+    model_type: str
+    dtype: str
+    tensors: int
+    num_bytes: int
+    files: tuple[str, ...]
+    seconds: float
+
+
+def export_checkpoint(
+    src: PathLike,
+    out: PathLike,
+    *,
+    shard_bytes: int = SHARD_BYTES,
+    overwrite: bool = False,
+    progress: Progress | None = None,
+) -> Export:
+    """Writes a model directory as a HuggingFace folder that transformers loads; at `out` whole, or not at all.
+
+    Tensors have the bits of the parameters, hence of the checkpoint they came from. config.json is the source's
+    where the directory keeps it, without code to run. Routers and plans have no place there. Holds about twice
+    the largest tensor in memory.
+
+    Args:
+      src: a model directory.
+      out: the folder to make.
+      shard_bytes: most bytes of tensors in one file; a larger tensor has a file of its own.
+      overwrite: whether an earlier export is replaced.
+      progress: called with a description, a total and its unit; `polarjax.progress.task` is one.
+
+    Raises:
+      InputError: `shard_bytes` is not positive.
+      CheckpointError: the model directory is damaged, or `out` cannot be written.
+      UnsupportedConfigError: no family of transformers says this configuration.
+    """
+    started = time.monotonic()
+    if shard_bytes < 1:
+        mend = "leave it out"
+        raise InputError("no shard is that small", where="shard_bytes", got=shard_bytes, mend=mend)
+    source, target = ModelReader(src), absolute(out)
+    check_apart(source.folder, target)
+    family, data = hf_config(source)
+    steps = list(expected_tensors(family, source.config).values())
+    shards = _shards(steps, source, shard_bytes)
+    with atomic_folder(target, overwrite=overwrite, may_replace=is_hf_export) as folder:
+        source.verify()
+        with counter(progress, source.num_bytes(), "exporting") as advance:
+            for name, part in shards.items():
+                for size in _write_shard(folder / name, part, source):
+                    advance(size)
+        if len(shards) > 1:
+            write_json(folder / INDEX, _index(shards, source))
+        write_json(folder / CONFIG, data)
+        if source.tokenizer_folder.is_dir():
+            shutil.copytree(source.tokenizer_folder, folder, dirs_exist_ok=True)
+        files = tuple(sorted(path.name for path in folder.iterdir() if not path.name.startswith(".")))
+    return Export(
+        path=target,
+        model_type=family.model_type,
+        dtype=source.dtype.name,
+        tensors=len(steps),
+        num_bytes=source.num_bytes(),
+        files=files,
+        seconds=time.monotonic() - started,
+    )
+
+
+def hf_config(source: ModelReader) -> tuple[Family, dict[str, Any]]:
+    """The family and config.json of a model directory: the source's own where it is kept, otherwise made anew.
+
+    Raises:
+      UnsupportedConfigError: no family of transformers says this configuration.
+    """
+    dtype = source.dtype.name
+    kept = source.source_config
+    if kept is not None and read_config(kept)[1] == source.config:
+        key = "dtype" if "dtype" in kept else "torch_dtype"
+        return read_config(kept)[0], {**{k: v for k, v in kept.items() if k != "auto_map"}, key: dtype}
+    known = source.model_type in FAMILIES
+    families = [FAMILIES[source.model_type]] if known else list(FAMILIES.values())  # pyright: ignore[reportArgumentType]
+    for family in families:
+        data = written_config(family, source.config)
+        if data is not None:
+            return family, {**data, "torch_dtype": dtype, **_token_ids(source.tokenizer_folder)}
+    raise UnsupportedConfigError(
+        "no family of transformers says this configuration",
+        where=source.folder,
+        expected=" or ".join(family.model_type for family in families),
+        mend="keep the model directory; polarjax reads it",
+    )
+
+
+def written_config(family: Family, config: ModelConfig) -> dict[str, Any] | None:
+    """config.json of a configuration in the words of a family; None where it cannot say it."""
+    keys = family.write_config(config)
+    data = {"architectures": [family.architecture], "model_type": family.model_type, **keys}
+    try:
+        same = family.read_config(ConfigReader(data, CONFIG)) == config
+    except UnsupportedConfigError:
+        return None
+    return data if same else None
+
+
+def is_hf_export(folder: Path) -> bool:
+    """Whether a folder holds nothing but a config, safetensors and small files beside them, as an export does."""
+    names = [path.name for path in folder.iterdir()] if folder.is_dir() else []
+    kinds = (".json", ".safetensors", ".jinja", ".txt", ".model")
+    weights = any(name.endswith(".safetensors") for name in names)
+    return CONFIG in names and weights and all(name.endswith(kinds) for name in names)
+
+
+def _token_ids(folder: Path) -> dict[str, Any]:
+    file = folder / "generation_config.json"
+    data = json.loads(file.read_text("utf-8")) if file.is_file() else {}
+    return {key: data[key] for key in _TOKEN_IDS if data.get(key) is not None}
+
+
+def _shards(steps: Sequence[Step], source: ModelReader, most: int) -> dict[str, list[Step]]:
+    """Which tensors go into which file, in the order of the rules."""
+    parts: list[list[Step]] = [[]]
+    filled = 0
+    for step in steps:
+        size = _num_bytes(step, source)
+        if parts[-1] and filled + size > most:
+            parts.append([])
+            filled = 0
+        parts[-1].append(step)
+        filled += size
+    if len(parts) == 1:
+        return {SINGLE: parts[0]}
+    count = len(parts)
+    return {f"model-{i:05}-of-{count:05}.safetensors": part for i, part in enumerate(parts, 1)}
+
+
+def _num_bytes(step: Step, source: ModelReader) -> int:
+    return int(np.prod(step.shape, dtype=np.int64)) * source.dtype_of(step.target).itemsize
+
+
+def _write_shard(file: Path, steps: Sequence[Step], source: ModelReader) -> Iterator[int]:
+    """Writes one file in the layout of safetensors, tensor by tensor; yields the size of each when it is written."""
+    sizes = letter_sizes(source.config)
+    header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
+    end = 0
+    for step in steps:
+        start, end = end, end + _num_bytes(step, source)
+        kind, shape = _KINDS[source.dtype_of(step.target)], list(step.layout.source_shape(sizes))
+        header[step.source] = {"dtype": kind, "shape": shape, "data_offsets": [start, end]}
+    text = json.dumps(header, separators=(",", ":")).encode()
+    text += b" " * (-len(text) % 8)
+    with open(file, "wb") as stream:
+        stream.write(len(text).to_bytes(8, "little") + text)
+        for step in steps:
+            array = step.layout.to_source(source.read(step.target), header[step.source]["shape"])
+            stream.write(np.ascontiguousarray(array).reshape(-1).view(np.uint8).data)
+            yield array.nbytes
+    with safe_open(file, "np"):
+        pass  # the library accepts what was written
+
+
+def _index(shards: dict[str, list[Step]], source: ModelReader) -> dict[str, Any]:
+    places = {step.source: name for name, part in shards.items() for step in part}
+    return {"metadata": {"total_size": source.num_bytes()}, "weight_map": dict(sorted(places.items()))}
