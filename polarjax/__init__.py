@@ -5,11 +5,15 @@ from polarjax.cache import KVCache, init_cache
 from polarjax.checkpoint import Bundle, load, save
 from polarjax.configs import ModelConfig, RopeConfig
 from polarjax.errors import CheckpointError, InputError, PolarjaxError, SparsityError, UnsupportedConfigError
-from polarjax.generate import Generation, generate
+from polarjax.generate import generate
+from polarjax.generation_config import GenerationSettings
 from polarjax.model import Decoder, decode_step, forward, prefill
 from polarjax.sampling import Categorical, Greedy
 from polarjax.sparsity.plan import PlanTable, SparsityPlan
 from polarjax.sparsity.select import Sparsity
+from polarjax.streaming import TokenStream, stream
+from polarjax.text import Completion, TextStream
+from polarjax.token_loop import Generation
 
 __version__ = "0.1.0"
 
@@ -17,8 +21,10 @@ __all__ = [
     "Bundle",
     "Categorical",
     "CheckpointError",
+    "Completion",
     "Decoder",
     "Generation",
+    "GenerationSettings",
     "Greedy",
     "InputError",
     "KVCache",
@@ -29,6 +35,8 @@ __all__ = [
     "Sparsity",
     "SparsityError",
     "SparsityPlan",
+    "TextStream",
+    "TokenStream",
     "UnsupportedConfigError",
     "costs",
     "decode_step",
@@ -40,4 +48,5 @@ __all__ = [
     "prefill",
     "save",
     "sparsity",
+    "stream",
 ]

@@ -97,6 +97,10 @@ class Rules:
             cache=state.cache,
         )
 
+    def halted(self, state: LoopState, rows: Bool[Array, "B"]) -> LoopState:
+        """The state in which these rows have stopped too."""
+        return dataclasses.replace(state, stopped=state.stopped | rows)
+
     def unfinished(self, state: LoopState) -> Bool[Array, ""]:
         """Whether any row goes on."""
         return (state.step < self.limit) & ~jnp.all(state.stopped | state.failed)

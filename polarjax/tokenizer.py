@@ -141,6 +141,10 @@ class Tokenizer:
             for row, end in zip(rows, ends, strict=True)
         ]
 
+    def decode_ids(self, ids: Sequence[int]) -> str:
+        """The text of one sequence, without special tokens."""
+        return self.hf.decode(list(ids), skip_special_tokens=True)
+
 
 def _from_transformers(folder: Path, model_type: str | None) -> Any:
     import transformers
