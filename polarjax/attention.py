@@ -62,14 +62,24 @@ def attend(
 ) -> Float[Array, "B T K G H"]:
     """Causal attention among the tokens of a right-padded batch; rows past `lengths` hold no meaning."""
     B, T, K, G, H = q.shape
-    heads = jax.nn.dot_product_attention(
-        q.reshape(B, T, K * G, H),
-        k,
-        v,
-        is_causal=True,
-        key_value_seq_lengths=lengths,
-        local_window_size=None if window is None else (window - 1, 0),
-    )
+
+    def heads_of(q, k, v):
+        return jax.nn.dot_product_attention(
+            q.reshape(B, T, K * G, H),
+            k,
+            v,
+            is_causal=True,
+            key_value_seq_lengths=lengths,
+            local_window_size=None if window is None else (window - 1, 0),
+        )
+
+    def widened(q, k, v):  # XLA has no float16 products with float32 sums on CPUs
+        return heads_of(*(a.astype(jnp.float32) for a in (q, k, v))).astype(q.dtype)
+
+    if q.dtype == jnp.float16:
+        heads = jax.lax.platform_dependent(q, k, v, cpu=widened, default=heads_of)
+    else:
+        heads = heads_of(q, k, v)
     return heads.reshape(B, T, K, G, H)
 
 

@@ -102,3 +102,16 @@ def test_a_full_cache_drops_new_keys_and_keeps_the_rest():
     assert_close(logits[1:], expected[1:], "rounding")
     assert all((a[0] == b[0]).all() for a, b in zip((*cache.k, *cache.v), (*after.k, *after.v), strict=True))
     assert jnp.isfinite(logits).all()
+
+
+@pytest.mark.parametrize("name", ["opt", "llama-gqa", "window"])
+def test_float16_reads_and_writes_what_float32_does(name):
+    """The dtype of many published checkpoints; XLA's CPU backend can't do all of its products."""
+    (tokens, lengths), wide = zoo.batch(), zoo.model(name)
+    half = zoo.model(name, "float16")
+    expected = np.asarray(zoo.forward(wide, tokens, lengths)[0])
+    logits = np.asarray(zoo.forward(half, tokens, lengths)[0])
+    for row, length in enumerate(np.asarray(lengths)):
+        np.testing.assert_allclose(logits[row, :length], expected[row, :length], atol=2e-2)
+    done = pj.generate(half, tokens, lengths, max_new_tokens=3)
+    assert done.lengths.tolist() == [3] * len(lengths)
