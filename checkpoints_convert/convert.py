@@ -92,7 +92,7 @@ def convert_checkpoint(
     tensors = open_weights(source)
     plan = make_plan(family, config, {name: each.shape for name, each in tensors.items()}, where=source)
     used = [tensors[step.source] for step in plan.steps]
-    wanted = _parameter_dtype(dtype, used, source)
+    wanted = parameter_dtype(dtype, used, source)
     largest = max(tensor.num_bytes for tensor in used)
     with new_model(
         target, config, model_type=family.model_type, overwrite=overwrite, largest=largest
@@ -125,7 +125,8 @@ def check_apart(source: Path, target: Path) -> None:
         raise CheckpointError("output and source lie within one another", where=target, got=source, mend=mend)
 
 
-def _parameter_dtype(dtype: DTypeLike | None, tensors: Sequence[Tensor], where: Path) -> np.dtype:
+def parameter_dtype(dtype: DTypeLike | None, tensors: Sequence[Tensor], where: Path) -> np.dtype:
+    """What all parameters are stored as: `dtype`, or else the one that all tensors have."""
     if dtype is not None:
         if jnp.dtype(dtype) not in DTYPES.values():
             expected = " or ".join(each.name for each in DTYPES.values())

@@ -14,7 +14,7 @@ TORCH_PATTERNS = ("pytorch_model.bin", "pytorch_model-*.bin", "pytorch_model.bin
 _ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
 
 
-def locate(source: PathLike, *, revision: str | None = None) -> Path:
+def locate(source: PathLike, *, revision: str | None = None, weights: bool = True) -> Path:
     """The folder of a checkpoint; a hub id is fetched: config first, then safetensors or, without any, .bin files.
 
     Nothing is fetched where the environment says HF_HUB_OFFLINE=1; then the cache must hold the model.
@@ -22,6 +22,7 @@ def locate(source: PathLike, *, revision: str | None = None) -> Path:
     Args:
       source: a folder, or an id on the hub such as "facebook/opt-125m". What exists on the disk is a folder.
       revision: a branch, tag or commit of the hub; None is its main branch.
+      weights: whether weights and tokenizer are fetched too; without, the folder may hold config.json alone.
 
     Raises:
       InputError: a revision of a folder.
@@ -35,6 +36,8 @@ def locate(source: PathLike, *, revision: str | None = None) -> Path:
             raise InputError("a folder has no revisions", where=folder, got=revision, mend=mend)
         return folder
     snapshot = _fetch(str(source), revision, (CONFIG,))
+    if not weights:
+        return snapshot
     read_config(snapshot)
     commit = snapshot.name
     snapshot = _fetch(str(source), commit, (CONFIG, *TOKENIZER_FILES, *SAFE_PATTERNS))

@@ -152,6 +152,30 @@ def cache_bytes_per_token(config: ModelConfig, dtype: DTypeLike = jnp.bfloat16) 
     return jnp.dtype(dtype).itemsize * 2 * config.num_layers * config.num_kv_heads * config.head_dim
 
 
+def largest_batch(
+    config: ModelConfig, *, memory: float, cache_length: int, dtype: DTypeLike = jnp.bfloat16
+) -> int:
+    """How many sequences fit beside the weights: floor((memory − weights) / (S·cache_bytes_per_token + 4·V)).
+
+    Counts the cache and the float32 logits of each sequence, not the temporaries of a step or of a prefill.
+
+    Args:
+      config: the model's configuration.
+      memory: of the device, in bytes.
+      cache_length: S, positions that the cache holds for each sequence.
+      dtype: of weights and cache.
+
+    Returns:
+      the number of sequences; 0 where not even one fits.
+
+    Raises:
+      InputError: `cache_length` is not positive.
+    """
+    _check(config, 1, cache_length, None)
+    each = cache_length * cache_bytes_per_token(config, dtype) + 4 * config.vocab_size
+    return max(0, int(memory - weights_bytes(config, dtype)) // each)
+
+
 def _check(config: ModelConfig, batch_size: int, cache_length: int, plan: SparsityPlan | None) -> None:
     for name, value in (("batch_size", batch_size), ("cache_length", cache_length)):
         if value < 1:

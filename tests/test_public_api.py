@@ -50,10 +50,12 @@ PUBLIC = {
     "pallas_kernels": ["Choice", "record_backends", "select_top_k", "sparse_decode_attention", "sparse_mlp"],
     "checkpoints_convert": [
         "Conversion",
+        "Description",
         "Export",
         "UnsupportedConfigError",
         "config_from_hf",
         "convert_checkpoint",
+        "describe_checkpoint",
         "export_checkpoint",
     ],
 }

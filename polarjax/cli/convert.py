@@ -10,7 +10,8 @@ from typing import Annotated, Any
 
 import typer
 
-from checkpoints_convert import Conversion, convert_checkpoint
+from checkpoints_convert import Conversion, convert_checkpoint, describe_checkpoint
+from polarjax.cli.inspect import dry_run as tell
 from polarjax.progress import task
 
 TERMINATED = 128 + signal.SIGTERM  # the exit code that shells use
@@ -38,14 +39,20 @@ def convert(
     allow_nonfinite: Annotated[
         bool, typer.Option("--allow-nonfinite", help="Let NaN and infinite weights through.")
     ] = False,
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="Only tell what would be read, as inspect does; write nothing.")
+    ] = False,
 ) -> dict[str, Any]:
     """Turn a HuggingFace checkpoint into a model directory."""
+    chosen = None if dtype is Dtype.KEEP else dtype.value
+    if dry_run:
+        return tell(describe_checkpoint(source, revision=revision, dtype=chosen), chosen)
     with unwound_by_sigterm():
         done = convert_checkpoint(
             source,
             out,
             revision=revision,
-            dtype=None if dtype is Dtype.KEEP else dtype.value,
+            dtype=chosen,
             overwrite=overwrite,
             allow_nonfinite=allow_nonfinite,
             progress=task,

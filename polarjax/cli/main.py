@@ -39,6 +39,9 @@ VERBS = {
     "generate": Verb("polarjax.cli.generate:generate", "Continue prompts, dense or sparse."),
     "eval": Verb("polarjax.cli.evaluate:evaluate", "Measure the quality of sparse decoding against dense."),
     "export": Verb("polarjax.cli.export:export", "Write a model directory as a HuggingFace folder."),
+    "inspect": Verb(
+        "polarjax.cli.inspect:inspect", "Tell what a checkpoint is, what fits and what is supported."
+    ),
     "demo": Verb("polarjax.cli.demo:demo", "All of it on the small model that comes with polarjax."),
 }
 

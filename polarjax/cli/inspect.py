@@ -1,0 +1,183 @@
+"""`polarjax inspect`: what a checkpoint or a model directory is, what fits and what is supported."""
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Annotated, Any
+
+import jax.numpy as jnp
+import typer
+
+from checkpoints_convert import Description, describe_checkpoint
+from polarjax import costs
+from polarjax.checkpoint import is_model_directory
+from polarjax.cli.inputs import DTYPES
+from polarjax.configs import ModelConfig
+from polarjax.errors import InputError
+from polarjax.reading import ModelReader
+
+MEMORY = 80.0  # gigabytes of the device, unless told
+CACHE_LENGTHS = (1024, 4096, 16384, 65536)
+
+
+def inspect(
+    source: Annotated[
+        Path, typer.Argument(metavar="PATH", help="A HuggingFace folder, a hub id, or a model directory.")
+    ],
+    memory: Annotated[float, typer.Option(help="Of the device, in gigabytes (10^9 bytes).")] = MEMORY,
+    cache_length: Annotated[
+        list[int] | None, typer.Option(help="Positions of each sequence; may be given several times.")
+    ] = None,
+    dtype: Annotated[str | None, typer.Option(help="Of weights and cache; default: as stored.")] = None,
+    revision: Annotated[str | None, typer.Option(help="Branch, tag or commit of a model on the hub.")] = None,
+) -> dict[str, Any]:
+    """Tell what a checkpoint is, how many sequences fit, and what of it is supported; reads no weights."""
+    if dtype is not None and dtype not in DTYPES:
+        raise InputError("no such dtype", where="--dtype", got=dtype, expected=" | ".join(DTYPES))
+    if not memory > 0:
+        raise InputError("no memory", where="--memory", got=memory, expected="gigabytes, more than 0")
+    if is_model_directory(source):
+        result = _model_directory(source, dtype)
+    else:
+        result = _checkpoint(describe_checkpoint(source, revision=revision, dtype=dtype), dtype)
+    config = result.pop("model_config")
+    if config is not None:
+        result |= sizes(config, result["dtype"], memory=memory, lengths=cache_length)
+    show(result)
+    return result
+
+
+def dry_run(found: Description, dtype: str | None) -> dict[str, Any]:
+    """Prints what `convert` would read; raises the refusal that it would raise."""
+    result = _checkpoint(found, dtype)
+    config = result.pop("model_config")
+    if config is not None:
+        result |= sizes(config, result["dtype"], memory=MEMORY, lengths=None)
+    show(result)
+    if found.refused:
+        raise found.refused[0]
+    return result
+
+
+def supported(config: ModelConfig) -> dict[str, str | None]:
+    """What can be skipped: None where it can, otherwise why not."""
+    one = "it has a single KV head, and without it no attention is left"
+    apart = f"queries share KV heads, {config.q_per_group} each: groups are skipped as a whole"
+    alone = "every query has its own KV head: heads are skipped one by one"
+    grouped = config.q_per_group > 1
+    neurons = f"{config.activation} is never exactly zero; only ReLU is"
+    return {
+        "dense": None,
+        "heads": apart if grouped else (one if config.num_kv_heads == 1 else None),
+        "groups": alone if not grouped else (one if config.num_kv_heads == 1 else None),
+        "neurons": None if config.neuron_sparsity else neurons,
+    }
+
+
+def sizes(
+    config: ModelConfig, dtype: str | None, *, memory: float, lengths: Sequence[int] | None
+) -> dict[str, Any]:
+    """Parameters, cache and the largest batch at each cache length, in bytes and sequences.
+
+    Args:
+      config: of the model.
+      dtype: of weights and cache; None counts as bfloat16.
+      memory: of the device, in gigabytes.
+      lengths: positions of the cache; None takes a few up to the model's longest.
+    """
+    kind = dtype or "bfloat16"
+    usual = [each for each in CACHE_LENGTHS if each < config.max_positions]
+    batches = {
+        length: costs.largest_batch(config, memory=memory * 1e9, cache_length=length, dtype=kind)
+        for length in (lengths or [*usual[:3], config.max_positions])
+    }
+    return {
+        "config": config.to_json(),
+        "dtype": kind,
+        "parameters": costs.weights_bytes(config, kind) // jnp.dtype(kind).itemsize,
+        "parameter_bytes": costs.weights_bytes(config, kind),
+        "cache_bytes_per_token": costs.cache_bytes_per_token(config, kind),
+        "memory_bytes": int(memory * 1e9),
+        "largest_batch": batches,
+        "supported": {name: why is None for name, why in supported(config).items()},
+        "not_supported": {name: why for name, why in supported(config).items() if why is not None},
+    }
+
+
+def _checkpoint(found: Description, dtype: str | None) -> dict[str, Any]:
+    return {
+        "path": found.path,
+        "kind": "HuggingFace checkpoint",
+        "model_type": found.model_type,
+        "model_config": found.config,
+        "files": list(found.files),
+        "tensors": found.tensors,
+        "stored_bytes": found.num_bytes,
+        "dtype": dtype or found.dtype,
+        "refused": [str(error) for error in found.refused],
+    }
+
+
+def _model_directory(path: Path, dtype: str | None) -> dict[str, Any]:
+    reader = ModelReader(path)
+    return {
+        "path": reader.folder,
+        "kind": "model directory",
+        "model_type": reader.model_type,
+        "model_config": reader.config,
+        "stored_bytes": reader.num_bytes(),
+        "dtype": dtype or reader.dtype.name,
+        "routers": (reader.folder / "routers").is_dir(),
+        "plans": (reader.folder / "plans.json").is_file(),
+        "refused": [],
+    }
+
+
+def show(result: dict[str, Any]) -> None:
+    """Prints the result as a table for people."""
+    for name, text in _rows(result):
+        print(f"{name:<12}{text}")
+
+
+def _rows(result: dict[str, Any]) -> list[tuple[str, str]]:
+    rows = [("path", f"{result['path']} ({result['kind']}{_stored(result)})")]
+    rows += [("family", result["model_type"] or "not supported")]
+    if "config" in result:
+        config = ModelConfig.from_json(result["config"])
+        gb = result["parameter_bytes"] / 1e9
+        batches = [f"{batch:,} of {length:,}" for length, batch in result["largest_batch"].items()]
+        memory = f"{result['memory_bytes'] / 1e9:g} GB"
+        rows += [
+            ("shape", _shape(config)),
+            ("parameters", f"{result['parameters']:,}, {gb:,.2f} GB as {result['dtype']}"),
+            ("cache", f"{result['cache_bytes_per_token']:,} bytes a token"),
+            ("fits", f"in {memory}, sequences of so many positions: {'; '.join(batches)}"),
+            ("supported", ", ".join(name for name, yes in result["supported"].items() if yes)),
+        ]
+        rows += [("not", f"{name}: {why}") for name, why in result["not_supported"].items()]
+    if "routers" in result:
+        rows += [("learned", _learned(result))]
+    return rows + [("refused", why) for why in result["refused"] or ["nothing"]]
+
+
+def _stored(result: dict[str, Any]) -> str:
+    if result["stored_bytes"] is None:
+        return ", weights not read"
+    count = len(result.get("files", ()))
+    files = f"{count} weights file{'s' * (count > 1)}, " if count else ""
+    return f", {files}{result['stored_bytes'] / 1e9:,.2f} GB"
+
+
+def _learned(result: dict[str, Any]) -> str:
+    found = [name for name in ("routers", "plans") if result[name]]
+    return " and ".join(found) if found else "nothing yet: polarjax sparsify"
+
+
+def _shape(config: ModelConfig) -> str:
+    gate = "gated " if config.gated_mlp else ""
+    windows = {config.window(layer) for layer in range(config.num_layers)} - {None}
+    window = f", window {'/'.join(map(str, sorted(filter(None, windows))))}" if windows else ""
+    return (
+        f"{config.num_layers} layers of width {config.d_model}; {config.num_heads} query and "
+        f"{config.num_kv_heads} KV heads of width {config.head_dim}; {config.d_ff} neurons, {gate}"
+        f"{config.activation}; {config.vocab_size} tokens; {config.max_positions} positions{window}"
+    )
