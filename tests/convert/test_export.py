@@ -5,6 +5,7 @@ import os
 import shutil
 import subprocess
 import sys
+import weakref
 from pathlib import Path
 
 import jax.numpy as jnp
@@ -179,6 +180,19 @@ def test_a_damaged_parameter_is_found(model, tmp_path):
     with refuses(pj.CheckpointError, "files have changed"):
         export_checkpoint(copy, tmp_path / "hf")
     assert [path.name for path in tmp_path.iterdir()] == ["model"]
+
+
+def test_one_parameter_is_held_at_a_time(model, tmp_path, monkeypatch):
+    read, held = ModelReader.read, []
+
+    def watch(*arguments):
+        array = np.array(read(*arguments))
+        assert sum(each() is not None for each in held) <= 1
+        held.append(weakref.ref(array))
+        return array
+
+    monkeypatch.setattr(ModelReader, "read", watch)
+    assert export_checkpoint(model, tmp_path / "hf").tensors == len(held)
 
 
 @pytest.mark.parametrize("count", [0, 7])

@@ -1,0 +1,53 @@
+"""A large checkpoint on a small host: conversion under a limit that the system enforces."""
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+
+import pytest
+
+from tests.convert import big
+
+MARGIN = 300_000_000
+
+LIMITED = """if True:
+    import json, resource, sys
+    import jax
+    from checkpoints_convert import convert_checkpoint
+
+    def status(key):
+        line = next(line for line in open("/proc/self/status") if line.startswith(key + ":"))
+        return int(line.split()[1]) * 1024
+
+    source, target, allowed = sys.argv[1:]
+    before = status("VmHWM")
+    jax.local_devices()  # the backend's threads reserve address space that they never use
+    resource.setrlimit(resource.RLIMIT_DATA, (status("VmData") + int(allowed),) * 2)
+    done = convert_checkpoint(source, target)
+    print(json.dumps({"before": before, "peak": status("VmHWM"), "bytes": done.num_bytes}))
+"""
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory):
+    """A folder that is removed at once, because it holds gigabytes."""
+    folder = tmp_path_factory.mktemp("big")
+    yield folder
+    shutil.rmtree(folder)
+
+
+def test_fault_28_two_gigabytes_in_three_tensors_of_memory(place):
+    """Peak above that of the imports below 3 x the largest tensor + 300 MB; the data segment may not grow by more."""
+    total, largest = big.write(place / "hf", layers=15)
+    assert total >= 2e9
+    allowed = 3 * largest + MARGIN
+    command = [sys.executable, "-c", LIMITED, place / "hf", place / "model", str(allowed)]
+    environment = os.environ | {"JAX_PLATFORMS": "cpu"}
+    done = subprocess.run(command, capture_output=True, text=True, env=environment, check=False)
+    assert done.returncode == 0, done.stderr[-2000:]
+    told = json.loads(done.stdout)
+    print(told, "allowed", allowed)
+    assert told["bytes"] == total
+    assert told["peak"] - told["before"] < allowed
