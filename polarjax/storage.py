@@ -9,7 +9,7 @@ import secrets
 import shutil
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, TextIO
 
 from polarjax.errors import CheckpointError
 
@@ -52,6 +52,34 @@ def atomic_folder(
         raise _refused(path, error) from error
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
+
+
+@contextlib.contextmanager
+def atomic_file(path: Path, *, overwrite: bool = False) -> Iterator[TextIO]:
+    """Yields a text stream whose content is at `path` once the block ends; nothing is there if it raises.
+
+    Raises:
+      CheckpointError: `path` exists and must not be replaced, is a directory, or the disk refuses.
+    """
+    path = absolute(path)
+    _check_free(path, overwrite, None)
+    if path.is_dir():
+        raise CheckpointError(
+            "a directory is in the way", where=path, mend="choose another name for the file"
+        )
+    temporary = _sibling(path)
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with open(temporary, "x", encoding="utf-8") as stream:
+            yield stream
+            stream.flush()
+            os.fsync(stream.fileno())
+        temporary.replace(path)
+        _sync(path.parent)
+    except OSError as error:
+        raise _refused(path, error) from error
+    finally:
+        temporary.unlink(missing_ok=True)
 
 
 def absolute(path: str | os.PathLike[str]) -> Path:

@@ -4,7 +4,7 @@ import contextlib
 import dataclasses
 import importlib.util
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -115,7 +115,11 @@ class Tokenizer:
             raise InputError(
                 "no texts to encode", where="Tokenizer.encode", got=repr(texts), expected="a list of texts"
             )
-        rows = [self.hf.encode(text, add_special_tokens=add_special_tokens) for text in texts]
+        for i, text in enumerate(texts):
+            if not isinstance(text, str) or not _is_unicode(text):
+                got = f"{text!r:.40} at index {i}"
+                raise InputError("not a text", where="Tokenizer.encode", got=got, mend="pass Unicode texts")
+        rows = [self.hf.encode(text, add_special_tokens=add_special_tokens, verbose=False) for text in texts]
         empty = [i for i, row in enumerate(rows) if not row]
         if empty:
             got = f"an empty text at index {empty[0]}"
@@ -125,6 +129,45 @@ class Tokenizer:
         for row, ids in zip(tokens, rows, strict=True):
             row[: len(ids)] = ids
         return tokens, lengths
+
+    def encode_chat(self, messages: Sequence[Mapping[str, str]]) -> list[int]:
+        """Token ids of a conversation through the model's chat template, up to where the model is to answer.
+
+        Args:
+          messages: each with the texts `role` ("system", "user", "assistant") and `content`.
+
+        Raises:
+          InputError: the tokenizer has no chat template, or its template refuses the messages.
+        """
+        if not self.hf.chat_template:
+            mend = "leave out --chat and write the prompt as the model wants it, or take a chat model"
+            raise InputError("the tokenizer has no chat template", where=self.folder, mend=mend)
+        if not _installed("jinja2"):
+            raise InputError(
+                "a chat template needs the library jinja2", where=self.folder, mend="pip install jinja2"
+            )
+        text = "".join(each["role"] + each["content"] for each in messages)
+        if not _is_unicode(text):
+            raise InputError("not a text", where="Tokenizer.encode_chat", mend="pass Unicode texts")
+        try:
+            ids = self.hf.apply_chat_template(
+                [dict(each) for each in messages], add_generation_prompt=True, return_dict=False
+            )
+        except Exception as error:  # a template may raise anything
+            mend = "write the messages as the model's template wants them"
+            raise InputError(
+                "the chat template refuses the messages", got=_first(error), mend=mend
+            ) from error
+        if not ids:
+            raise InputError(
+                "the chat template makes nothing of the messages", mend="write at least one message"
+            )
+        return list(ids)
+
+    def special_id(self, text: str) -> int | None:
+        """The id of a special token that reads `text`; None if there is none."""
+        tokens = self.hf.added_tokens_decoder.items()
+        return next((i for i, token in tokens if token.content == text and token.special), None)
 
     def decode(
         self,
@@ -161,6 +204,11 @@ def _from_transformers(folder: Path, model_type: str | None) -> Any:
             what, got = "the tokenizer asks for code of its own (auto_map), which polarjax never runs", None
             mend = "take a model whose tokenizer transformers knows"
         raise CheckpointError(what, where=folder, got=got, mend=mend) from error
+
+
+def _is_unicode(text: str) -> bool:
+    """Whether there is no half of a surrogate pair in it, which no tokenizer takes."""
+    return not any("\ud800" <= each <= "\udfff" for each in text)
 
 
 def _installed(name: str) -> bool:

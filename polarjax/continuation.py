@@ -1,0 +1,73 @@
+"""Texts out of token rows, as a bundle's settings ask for: what the command and a script both want."""
+
+from collections.abc import Callable, Sequence
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from polarjax.checkpoint import Bundle
+from polarjax.errors import CheckpointError
+from polarjax.generate import generate
+from polarjax.generation_config import GenerationSettings
+from polarjax.sparsity.select import Sparsity
+from polarjax.streaming import CONTEXT, stream
+from polarjax.text import Completion, TextStream, complete
+from polarjax.types import Array, Key
+
+type Show = Callable[[tuple[str, ...]], None]
+
+
+def continue_rows(
+    bundle: Bundle,
+    rows: Sequence[Sequence[int]],
+    key: Key[Array, ""],
+    *,
+    settings: GenerationSettings,
+    max_new_tokens: int,
+    copies: int = 1,
+    sparsity: Sparsity | None = None,
+    show: Show | None = None,
+) -> tuple[Completion, ...]:
+    """Continues a batch of prompts; the tokens come in one go, or in chunks if `show` or stop strings ask for it.
+
+    Args:
+      bundle: the model and its tokenizer.
+      rows: B prompts as token ids.
+      key: random key.
+      settings: sampler, stop ids and stop strings; a stop string that is a special token counts as a stop id.
+      max_new_tokens: M.
+      copies: sequences of each prompt, which follow one another.
+      sparsity: for a batch of B · copies; None is the dense model.
+      show: called with the new text of each row while it is made.
+
+    Raises:
+      CheckpointError: the bundle has no tokenizer.
+      InputError: a prompt is empty or too long, or an option does not fit.
+    """
+    tokenizer = bundle.tokenizer
+    if tokenizer is None:
+        raise CheckpointError("text needs a tokenizer", where="Bundle", mend="convert a folder that has one")
+    special = {each: tokenizer.special_id(each) for each in settings.stop_strings}
+    stop_strings = [each for each, token in special.items() if token is None]
+    stop_ids = settings.stop_ids + tuple(token for token in special.values() if token is not None)
+    lengths = np.array([len(row) for row in rows], np.int32)
+    tokens = np.zeros((len(rows), lengths.max(initial=0)), np.int32)
+    for i, row in enumerate(rows):
+        tokens[i, : len(row)] = row
+    batch = (bundle.model, jnp.asarray(tokens), jnp.asarray(lengths), key)
+    options = {
+        "sampler": settings.sampler,
+        "max_new_tokens": max_new_tokens,
+        "stop_ids": stop_ids,
+        "num_return_sequences": copies,
+        "sparsity": sparsity,
+    }
+    if show is None and not stop_strings:
+        made = jax.block_until_ready(generate(*batch, **options))
+        return complete(made, tokenizer, [row[-CONTEXT:] for row in rows for _ in range(copies)])
+    texts = TextStream(stream(*batch, **options), tokenizer, stop_strings=stop_strings)
+    for pieces in texts:
+        if show is not None:
+            show(pieces)
+    return texts.completions

@@ -1,0 +1,244 @@
+"""`polarjax generate` end to end on a tiny random model: settings, stops, streams, chats, files."""
+
+import dataclasses
+import json
+import shutil
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+import polarjax as pj
+from polarjax.cli import main as command
+from polarjax.model import abstract, parameters, with_parameters
+from polarjax.tokenizer import Tokenizer
+from tests.model import zoo
+
+ASSET = Path(pj.__file__).parent / "assets" / "opt-6m"
+TEMPLATE = (
+    "{% for m in messages %}{% if m.role == 'tool' %}{{ raise_exception('no tools') }}{% endif %}"
+    "<{{ m.role }}>{{ m.content }}{% endfor %}{% if add_generation_prompt %}<assistant>{% endif %}"
+)
+SHORT = ("--max-new-tokens", "12")
+
+
+def _model(rng: np.random.Generator) -> pj.Decoder:
+    config = dataclasses.replace(zoo.CONFIGS["opt"], vocab_size=4096, max_positions=64)
+    draw = lambda leaf: rng.normal(size=leaf.shape).astype(np.float32) * 0.2
+    return with_parameters(config, {path: draw(leaf) for path, leaf in parameters(abstract(config)).items()})
+
+
+@pytest.fixture(scope="module")
+def home(tmp_path_factory) -> Path:
+    """A model directory whose tokenizer has a chat template and no generation settings of its own."""
+    folder = tmp_path_factory.mktemp("home")
+    files = folder / "tokenizer"
+    files.mkdir()
+    for name in ("tokenizer.json", "tokenizer_config.json"):
+        shutil.copyfile(ASSET / name, files / name)
+    (files / "chat_template.jinja").write_text(TEMPLATE)
+    pj.save(folder / "model", pj.Bundle(_model(np.random.default_rng(0)), Tokenizer.load(files)))
+    return folder / "model"
+
+
+@pytest.fixture
+def run(home, capsys):
+    """Runs the verb on `home`, or on the model named first; gives exit code, output and error text."""
+
+    def run(*words: str, model: Path = home) -> tuple[int, str, str]:
+        with pytest.raises(SystemExit) as exit_:
+            command.main(["generate", str(model), *map(str, words)])
+        code = exit_.value.code
+        return (int(code or 0), *capsys.readouterr())
+
+    return run
+
+
+def _result(answer: tuple[int, str, str]) -> dict:
+    code, out, err = answer
+    assert code == 0, err
+    return json.loads(out)
+
+
+def _with_settings(home: Path, target: Path, **settings) -> Path:
+    shutil.copytree(home, target)
+    (target / "tokenizer" / "generation_config.json").write_text(json.dumps(settings))
+    return target
+
+
+def _line(answer: tuple[int, str, str]) -> str:
+    """The one line of a refusal."""
+    code, out, err = answer
+    assert (code, out) == (2, "")
+    assert err.count("\n") == 1
+    return err
+
+
+def test_the_models_settings_apply_and_flags_go_before_them(home, run, tmp_path):
+    plain = _result(run("--prompt", "def f", *SHORT, "--json"))
+    bundle = pj.load(home)
+    stop = bundle.tokenizer.hf.encode(plain["texts"][0], add_special_tokens=False)[3]
+    model = _with_settings(
+        home, tmp_path / "m", eos_token_id=[stop, 4095], do_sample=True, top_k=5, min_p=0.1
+    )
+    one = run("--prompt", "def f", *SHORT, "--json", model=model)
+    assert "left out: min_p 0.1" in one[2]
+    drawn = _result(one)
+    assert drawn["texts"] != plain["texts"]
+    greedy = _result(run("--prompt", "def f", *SHORT, "--greedy", "--json", model=model))
+    assert greedy["endings"] == ["stop_id"]
+    assert plain["texts"][0].startswith(greedy["texts"][0])
+    free = _result(run("--prompt", "def f", *SHORT, "--greedy", "--stop-id", "4095", "--json", model=model))
+    assert free["texts"] == plain["texts"]
+    (model / "tokenizer" / "generation_config.json").write_text('{"max_new_tokens": 12}')
+    assert _result(run("--prompt", "def f", "--json", model=model))["tokens"] == [12]
+    (model / "tokenizer" / "generation_config.json").write_text('{"top_p": 7, "do_sample": true}')
+    assert "generation_config.json: top_p" in _line(run("--prompt", "def f", model=model))
+
+
+def test_a_stop_string_cuts_the_text_streamed_or_not(run):
+    text = _result(run("--prompt", "def f", *SHORT, "--json"))["texts"][0]
+    stop = text[len(text) // 2 : len(text) // 2 + 3]
+    expected = text[: text.index(stop)]
+    cut = _result(run("--prompt", "def f", *SHORT, "--stop", stop, "--stop", "never seen", "--json"))
+    assert (cut["texts"], cut["endings"], cut["stopped"]) == ([expected], ["stop_string"], [True])
+    code, out, _ = run("--prompt", "def f", *SHORT, "--stop", stop, "--stream", "--dense")
+    assert code == 0
+    assert out.startswith(f"def f{expected}\n{cut['tokens'][0]} tokens in ")
+    both = run("--prompt", "def f", *SHORT, "--stop", stop, "--stream", "--json")
+    assert _result(both)["texts"] == [expected]
+    assert f"def f{expected}\n" in both[2]
+
+
+def test_a_special_token_as_a_stop_string_is_a_stop_id(home, run, monkeypatch):
+    seen = {}
+    from polarjax import continuation
+
+    original = continuation.generate
+    monkeypatch.setattr(continuation, "generate", lambda *a, **k: seen.update(k) or original(*a, **k))
+    _result(run("--prompt", "def f", *SHORT, "--stop", "<|pad|>", "--json"))
+    assert seen["stop_ids"] == (1, 0)
+
+
+def test_several_sequences_of_a_prompt(run):
+    words = ("--prompt", "a", "--prompt", "b", *SHORT, "--temperature", "2", "--num-return-sequences", "3")
+    made = _result(run(*words, "--json"))
+    assert made["prompts"] == ["a"] * 3 + ["b"] * 3
+    assert len(set(made["texts"])) == 6
+    assert made["texts"] == _result(run(*words, "--json"))["texts"]
+
+
+def test_files_in_and_out_keep_their_order_and_fields(run, tmp_path):
+    entries = [{"id": i, "prompt": "x = " * (1 + i % 3)} for i in range(5)]
+    entries[3] = {"messages": [{"role": "user", "content": "hi"}], "note": "日本"}
+    source, out = tmp_path / "in.jsonl", tmp_path / "sub" / "out.jsonl"
+    source.write_text("\n\n".join(map(json.dumps, entries)) + "\n")
+    made = _result(run("--prompts", source, "--output", out, "--batch-size", "2", *SHORT, "--json"))
+    lines = [json.loads(line) for line in out.read_text().splitlines()]
+    assert [{key: line[key] for key in line if key != "completions"} for line in lines] == entries
+    assert [line["completions"][0]["text"] for line in lines] == made["texts"]
+    assert [line["completions"][0]["tokens"] for line in lines] == made["tokens"] == [12] * 5
+    assert [each.name for each in out.parent.iterdir()] == ["out.jsonl"]
+    alone = _result(run("--prompt", "x = ", *SHORT, "--json"))
+    assert alone["texts"][0] == made["texts"][0]
+    assert "already exists" in _line(run("--prompts", source, "--output", out, *SHORT))
+    assert run("--prompt", "x = ", "--output", out, "--overwrite", *SHORT)[0] == 0
+    assert len(out.read_text().splitlines()) == 1
+
+
+def test_a_text_file_of_prompts(run, tmp_path):
+    (tmp_path / "in.txt").write_text("def f\n\nx\r\n")
+    assert _result(run("--prompts", tmp_path / "in.txt", *SHORT, "--json"))["prompts"] == ["def f", "x"]
+
+
+def test_a_chat_goes_through_the_template(home, run):
+    made = _result(run("--prompt", "hi", "--chat", "--system", "be brief", *SHORT, "--json"))
+    bundle = pj.load(home)
+    ids = bundle.tokenizer.hf.encode("<system>be brief<user>hi<assistant>", add_special_tokens=False)
+    tokens, lengths = np.array([ids], np.int32), np.array([len(ids)], np.int32)
+    expected = pj.generate(
+        bundle.model, tokens, lengths, max_new_tokens=12, stop_ids=bundle.generation.stop_ids
+    )
+    assert made["texts"] == bundle.tokenizer.decode(expected.tokens, expected.lengths)
+    code, out, _ = run("--prompt", "hi", "--chat", "--stream", *SHORT)
+    assert code == 0
+    assert "<user>" not in out
+    assert not out.startswith(
+        "The model has no routers yet, so this is dense; polarjax sparsify learns them.\nhi"
+    )
+
+
+REFUSED = {
+    "stream of two": (("--prompt", "a", "--prompt", "b", "--stream"), "--stream shows one sequence"),
+    "greedy and drawn": (("--prompt", "a", "--greedy", "--top-k", "3"), "contradict each other; got top_k"),
+    "greedy copies": (("--prompt", "a", "--num-return-sequences", "2"), "num_return_sequences: greedy"),
+    "no copies": (("--prompt", "a", "--num-return-sequences", "0"), "num_return_sequences: no sequences"),
+    "empty stop": (("--prompt", "a", "--stop", ""), "stop_strings: unusable"),
+    "negative stop id": (("--prompt", "a", "--stop-id", "-1"), "eos_token_id"),
+    "top_p": (("--prompt", "a", "--top-p", "1.5"), "top_p"),
+    "nan": (("--prompt", "a", "--temperature", "nan"), "temperature"),
+    "batch of none": (("--prompt", "a", "--batch-size", "0"), "--batch-size"),
+    "system alone": (("--prompt", "a", "--system", "s"), "--system is part of a chat"),
+    "a long prompt is named": (
+        ("--prompt", "a", "--prompt", "b " * 80),
+        "prompt 2: the sequence would outgrow",
+    ),
+    "too many tokens": (("--prompt", "a", "--max-new-tokens", "64"), "prompt 1: the sequence would outgrow"),
+    "no unicode": (("--prompt", "\udcff"), "prompt 1: Tokenizer.encode: not a text"),
+    "output is a folder": (("--prompt", "a", "--output", ".", "--overwrite"), "directory is in the way"),
+    "no such file": (("--prompts", "none.jsonl"), "none.jsonl: cannot read"),
+}
+
+
+@pytest.mark.parametrize("case", REFUSED)
+def test_refused_in_one_line(run, case):
+    words, named = REFUSED[case]
+    assert named in _line(run(*words, "--dense"))
+
+
+LINES = {
+    "not JSON": ("{", "line 2 (not JSON"),
+    "a number": ("3", "line 2 (not an object: int)"),
+    "no prompt": ("{}", "line 2 (neither prompt nor messages)"),
+    "both": ('{"prompt": "a", "messages": []}', "line 2 (both prompt and messages)"),
+    "prompt is a number": ('{"prompt": 3}', "line 2 (prompt is no text)"),
+    "no messages": ('{"messages": []}', "line 2 (messages is no list"),
+    "half a message": ('{"messages": [{"role": "user"}]}', "line 2 (messages is no list"),
+    "half a character": (r'{"prompt": "\ud800"}', "line 2: Tokenizer.encode: not a text"),
+    "refused by the template": (
+        '{"messages": [{"role": "tool", "content": ""}]}',
+        "line 2: the chat template refuses",
+    ),
+    "deep": ("[" * 100_000, "line 2 (not JSON"),
+}
+
+
+@pytest.mark.parametrize("case", LINES)
+def test_bad_lines_are_named_by_their_numbers_and_nothing_is_written(run, tmp_path, case):
+    line, named = LINES[case]
+    (tmp_path / "in.jsonl").write_text('{"prompt": "a"}\n' + line + "\n")
+    answer = run("--prompts", tmp_path / "in.jsonl", "--output", tmp_path / "out.jsonl", "--dense", *SHORT)
+    assert named in _line(answer)
+    assert [each.name for each in tmp_path.iterdir()] == ["in.jsonl"]
+
+
+def test_all_bad_lines_are_named_up_to_ten(run, tmp_path):
+    (tmp_path / "in.jsonl").write_text("3\n" * 12)
+    line = _line(run("--prompts", tmp_path / "in.jsonl"))
+    assert "line 10 (" in line
+    assert "line 11" not in line
+    assert "and 2 more" in line
+
+
+def test_a_tokenizer_without_chat_template(home, run, tmp_path):
+    model = _with_settings(home, tmp_path / "m")
+    (model / "tokenizer" / "chat_template.jinja").unlink()
+    assert "no chat template" in _line(run("--prompt", "a", "--chat", "--dense", model=model))
+
+
+def test_fault_19_a_model_that_computes_nan_is_refused_and_writes_nothing(run, tmp_path):
+    model = zoo.with_rows(_model(np.random.default_rng(0)), "final_norm.bias", 0, np.nan)
+    pj.save(tmp_path / "m", pj.Bundle(model, Tokenizer.load(ASSET)))
+    words = ("--prompt", "a", "--dense", *SHORT, "--output", tmp_path / "out.jsonl")
+    assert "computes NaN or infinity in 1 of 1 sequences" in _line(run(*words, model=tmp_path / "m"))
+    assert [each.name for each in tmp_path.iterdir()] == ["m"]
