@@ -119,7 +119,8 @@ def _missing(
         ids["bos_token"] = config.get("bos_token_id", BOS_IDS[model_type])
     if model_type == "opt":
         ids = {"eos_token": 2, "pad_token": 1} | {key: each for key, each in ids.items() if each is not None}
-        ids["unk_token"] = ids["bos_token"]  # the class would add a token of its own
+        if settings.get("tokenizer_class", "GPT2Tokenizer").startswith("GPT2"):
+            ids["unk_token"] = ids["bos_token"]  # the class would add a token of its own
     for key, value in ids.items():
         name = names.get(value[0] if isinstance(value, list) and value else value)  # pyright: ignore[reportArgumentType]
         if key not in said and name is not None:

@@ -1,6 +1,7 @@
 """Taking over tokenizers: what transformers reads silently wrongly is mended, the rest left as it is."""
 
 import json
+import shutil
 from pathlib import Path
 
 import pytest
@@ -72,6 +73,14 @@ def test_a_silent_opt_folder_is_mended(tmp_path, case):
     (note,) = notes
     assert "mended for opt" in note
     assert "\n" not in note
+
+
+@pytest.mark.parametrize("name", ["opt-6m", "llama-6m"])
+def test_the_bundled_models_are_taken_as_they_are(tmp_path, name):
+    source = Path(shutil.copytree(Path(pj.__file__).parent / "assets" / name, tmp_path / "hf"))
+    loaded, notes = _taken(source, tmp_path / "out")
+    assert notes == ()
+    assert _ids(loaded) == _transformers(source)
 
 
 def test_opt_tokens_named_only_in_special_tokens_map(tmp_path):
