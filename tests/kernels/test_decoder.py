@@ -1,0 +1,102 @@
+"""Whole decoding steps of published shapes, compiled for an H200: which kernels they hold, and what they copy."""
+
+import functools
+import math
+import re
+
+import jax
+import jax.numpy as jnp
+import pytest
+
+import polarjax as pj
+from bench.models import SHAPES, DecodeShape
+from pallas_kernels import _device, record_backends
+from polarjax import costs
+from polarjax.model import abstract
+from polarjax.sparsity.router import init_routers
+from polarjax.token_loop import decode_loop
+from tests.kernels import aot
+
+BATCH = 16
+LARGE = 2**20  # elements: less than any weight matrix of a layer or any layer's cache
+BFLOAT16 = 2
+
+
+def routers(config: pj.ModelConfig):
+    made = jax.eval_shape(lambda: init_routers(config, jax.random.key(0)))
+    return jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, jnp.bfloat16), made)
+
+
+def operands(shape: DecodeShape):
+    """(model, cache, sparsity) as shapes."""
+    config = shape.config
+    cache = jax.eval_shape(
+        lambda: pj.init_cache(config, batch_size=BATCH, capacity=shape.cache, dtype=jnp.bfloat16)
+    )
+    plan = shape.plan(BATCH, neurons=config.neuron_sparsity)
+    return abstract(config, jnp.bfloat16), cache, pj.Sparsity(routers(config), plan)
+
+
+def resident_bytes(shape: DecodeShape) -> int:
+    """Weights, routers and cache, by the closed formulae."""
+    config = shape.config
+    router = sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(routers(config)))
+    cache = BATCH * shape.cache * costs.cache_bytes_per_token(config)
+    return costs.weights_bytes(config) + cache + BFLOAT16 * router
+
+
+def assert_in_place(program: aot.Program, shape: DecodeShape, donated) -> None:
+    """Nothing large is copied, all of the cache is written in place, and memory is what the formulae say."""
+    text, memory = program.compiled.as_text(), program.compiled.memory_analysis()
+    copied = re.findall(r"= \(?\w+\[([\d,]+)\]\S* (?:copy|copy-start|transpose)\(", text)
+    assert max((math.prod(map(int, dims.split(","))) for dims in copied), default=0) < LARGE
+    cache = sum(leaf.size * BFLOAT16 for leaf in (*donated.k, *donated.v))
+    assert memory.alias_size_in_bytes >= cache
+    new = memory.output_size_in_bytes - memory.alias_size_in_bytes + memory.temp_size_in_bytes
+    assert new < BFLOAT16 * shape.config.d_model**2, "room for a copy of the smallest matrix"
+    total = memory.argument_size_in_bytes + new
+    assert total == pytest.approx(resident_bytes(shape), rel=0.1)
+
+
+@pytest.fixture
+def hopper(monkeypatch):
+    """Operations choose as they would on the GPU that the program is compiled for."""
+    monkeypatch.setattr(_device, "current", lambda *arrays: _device.HOPPER)
+
+
+@pytest.mark.parametrize("name", SHAPES)
+def test_a_sparse_step_reads_in_place(hopper, name):
+    shape = SHAPES[name]
+    model, cache, sparsity = operands(shape)
+    token = jax.ShapeDtypeStruct((BATCH,), jnp.int32)
+    with record_backends() as choices:
+        program = aot.compile_for_h200(
+            lambda model, token, cache, sparsity: pj.decode_step(model, token, cache, sparsity=sparsity),
+            *(model, token, cache, sparsity),
+            donate_argnames="cache",
+        )
+    assert_in_place(program, shape, cache)
+    layers = shape.config.num_layers
+    taken = [(choice.op, choice.backend) for choice in choices]
+    assert taken.count(("sparse_decode_attention", "mosaic")) == layers
+    assert taken.count(("sparse_mlp", "mosaic")) == (layers if shape.config.neuron_sparsity else 0)
+    assert ("sparse_mlp", "xla") not in taken
+    named = {op for op, _ in taken if f"{op}.mosaic" in program.compiled.as_text()}
+    assert {"sparse_decode_attention"} | ({"sparse_mlp"} if shape.config.neuron_sparsity else set()) <= named
+
+
+def test_the_token_loop_reads_in_place(hopper):
+    shape = SHAPES["opt-6.7b"]
+    model, cache, sparsity = operands(shape)
+
+    def loop(model, logits, cache, sparsity):
+        step = functools.partial(_step, model, sparsity)
+        return decode_loop(step, logits, cache, None, sampler=pj.Greedy(), max_new_tokens=33, stop_ids=(2,))
+
+    logits = jax.ShapeDtypeStruct((BATCH, shape.config.vocab_size), jnp.float32)
+    program = aot.compile_for_h200(loop, model, logits, cache, sparsity, donate_argnames="cache")
+    assert_in_place(program, shape, cache)
+
+
+def _step(model, sparsity, token, cache):
+    return pj.decode_step(model, token, cache, sparsity=sparsity)
