@@ -30,7 +30,12 @@ SETTINGS = "tokenizer_config.json"
 BOS_IDS = {"opt": 2, "llama": 1, "mistral": 1}
 """Families that begin a text with BOS, and its id where config.json does not tell."""
 
-_BOS_NAMES = ("<s>", "<|begin_of_text|>")  # other LLaMA-shaped models have tokenizers without BOS
+_LLAMA_BOS = ("<s>", "<|begin_of_text|>")
+_BOS_NAMES = {
+    "opt": ("</s>",),
+    "llama": _LLAMA_BOS,
+    "mistral": _LLAMA_BOS,
+}  # others of a family do without BOS
 _SENTENCEPIECE = {0: "<unk>", 1: "<s>", 2: "</s>"}
 _AGAIN = "take the file from the model's source again"
 
@@ -119,11 +124,12 @@ def _missing(
         ids["bos_token"] = config.get("bos_token_id", BOS_IDS[model_type])
     if model_type == "opt":
         ids = {"eos_token": 2, "pad_token": 1} | {key: each for key, each in ids.items() if each is not None}
-        if settings.get("tokenizer_class", "GPT2Tokenizer").startswith("GPT2"):
+        if str(settings.get("tokenizer_class", "GPT2")).startswith("GPT2"):
             ids["unk_token"] = ids["bos_token"]  # the class would add a token of its own
     for key, value in ids.items():
         name = names.get(value[0] if isinstance(value, list) and value else value)  # pyright: ignore[reportArgumentType]
-        if key not in said and name is not None:
+        strange = key == "bos_token" and name not in _BOS_NAMES[model_type]
+        if key not in said and name is not None and not strange:
             added[key] = name
     return added
 
@@ -132,12 +138,12 @@ def _wanted_bos(
     tokenizer: Tokenizer, settings: Mapping[str, Any], model_type: str, *, bare: bool
 ) -> str | None:
     """The BOS token that texts should begin with and do not; None where all is well."""
-    said = settings.get("add_bos_token")
+    said, named = settings.get("add_bos_token"), settings.get("tokenizer_class")
     name, bos = tokenizer.hf.bos_token, tokenizer.bos_id
     if model_type not in BOS_IDS or said is False or bos is None:
         return None
-    silent = name in _BOS_NAMES and (bare or "tokenizer_class" not in settings)
-    if model_type != "opt" and said is None and not silent:
+    usual = bare or named is None or (model_type == "opt" and str(named).startswith("GPT2"))
+    if said is None and not (usual and name in _BOS_NAMES[model_type]):
         return None
     return name if tokenizer.hf.encode("a")[:1] != [bos] else None
 

@@ -181,6 +181,16 @@ def test_families_and_tokenizers_without_bos_get_none(tmp_path, model_type):
     assert loaded.stop_ids == (1,)
 
 
+def test_an_opt_shaped_model_with_a_tokenizer_of_its_own_gets_no_bos(tmp_path):
+    """As Galactica is: its tokenizer.json adds nothing, and its settings name another class."""
+    made = small.byte_level(["<s>", "<pad>", "</s>", "<unk>"])
+    source = small.write_json_tokenizer(tmp_path / "hf", "opt", made)
+    (source / "tokenizer_config.json").write_text('{"tokenizer_class": "PreTrainedTokenizerFast"}')
+    loaded, _ = _taken(source, tmp_path / "out", bos_token_id=0)
+    assert _ids(loaded) == _transformers(source)
+    assert (loaded.bos_id, loaded.stop_ids) == (None, (2,))
+
+
 def test_ids_beyond_the_model_are_told(tmp_path):
     source = small.write_opt(tmp_path / "hf", small.OPT_SETTINGS)
     loaded, notes = _taken(source, tmp_path / "out", vocab_size=300)
