@@ -14,6 +14,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -41,6 +42,7 @@ COLUMNS = ("case", "kind", "ms_per_step", "tokens_per_s", "speedup_vs_dense", "b
 # ---- correctness -----------------------------------------------------------------------------------------
 
 
+@functools.cache
 def bundled(name: str, dtype: str) -> pj.Bundle:
     """A bundled model with its tokenizer."""
     with tempfile.TemporaryDirectory() as folder:
@@ -49,66 +51,66 @@ def bundled(name: str, dtype: str) -> pj.Bundle:
 
 
 def run_checks() -> bool:
-    """Prints a line a case: greedy tokens against XLA's, and how far each backend's logits are from float32's.
+    """Prints a line a case: whether our kernels write what XLA's backend writes.
 
-    float16 tokens must be equal. bfloat16 ones may part where two logits nearly tie, so there only the logits count.
+    A token may differ only where float32's two best logits are nearer than the two backends' errors allow. Our
+    logits must be as near to float32's as XLA's are.
     """
-    right = True
-    for name, dtype in itertools.product(("opt-6m", "llama-6m"), ("float16", "bfloat16")):
-        bundle, exact = bundled(name, dtype), bundled(name, "float32")
-        assert bundle.tokenizer is not None
-        prompts = tuple(map(jnp.asarray, bundle.tokenizer.encode(PROMPTS)))
-        for kind, sparsity in check_plans(bundle.model.config):
-            write = functools.partial(
-                pj.generate, bundle.model, *prompts, max_new_tokens=NEW, sparsity=sparsity
-            )
-            with record_backends() as choices:
-                ours = np.asarray(write().tokens)
-            theirs = np.asarray(write(implementation="xla").tokens)
-            equal = float((ours == theirs).mean())
-            far = _distances(bundle.model, exact.model, *prompts, jnp.asarray(theirs), sparsity)
-            fine = far["default"] <= 1.25 * far["xla"] and (equal == 1 or dtype == "bfloat16")
-            right &= fine
-            backends = sorted({f"{choice.op}.{choice.backend}" for choice in choices})
-            distances = ", ".join(f"{which} {each:.2e}" for which, each in far.items())
-            print(
-                f"{'ok  ' if fine else 'FAIL'} {name} {dtype} {kind}: {equal:.1%} equal; {distances}; {backends}",
-                flush=True,
-            )
-    return right
+    cases = itertools.product(("opt-6m", "llama-6m"), ("float16", "bfloat16"), ("dense", "sparse"))
+    for name, dtype in itertools.product(("opt-6m", "llama-6m"), ("float32", "float16", "bfloat16")):
+        bundled(name, dtype)  # transformers can't be imported by several threads at once
+    with ThreadPoolExecutor(8) as pool:  # nearly all of the time is compilation
+        return all(list(pool.map(_check, *zip(*cases, strict=True))))
 
 
-def check_plans(config: pj.ModelConfig) -> Iterator[tuple[str, Sparsity | None]]:
-    """Dense, and with half of all that can be selected; fixed scores, as a router's may nearly tie."""
-    yield "dense", None
+def _check(name: str, dtype: str, kind: str) -> bool:
+    bundle, exact = bundled(name, dtype), bundled(name, "float32")
+    assert bundle.tokenizer is not None
+    prompts = tuple(map(jnp.asarray, bundle.tokenizer.encode(PROMPTS)))
+    sparsity = None if kind == "dense" else fixed(bundle.model.config)
+    write = functools.partial(pj.generate, bundle.model, *prompts, max_new_tokens=NEW, sparsity=sparsity)
+    with record_backends() as choices:
+        ours = np.asarray(write().tokens)
+    theirs = np.asarray(write(implementation="xla").tokens)
+    follow = functools.partial(_logits, prompts=prompts, follow=jnp.asarray(theirs), sparsity=sparsity)
+    want, found, xla = follow(exact.model), follow(bundle.model), follow(bundle.model, implementation="xla")
+    far = [float(np.linalg.norm(made - want) / np.linalg.norm(want)) for made in (found, xla)]
+    errors = np.abs(found - want).max(-1) + np.abs(xla - want).max(-1)
+    best = np.sort(want, -1)
+    parted = found.argmax(-1) != xla.argmax(-1)
+    unexplained = int((parted & (best[..., -1] - best[..., -2] > errors)).sum())
+    fine = far[0] <= 1.25 * far[1] and unexplained == 0
+    backends = sorted({f"{choice.op}.{choice.backend}" for choice in choices})
+    print(
+        f"{'ok  ' if fine else 'FAIL'} {name} {dtype} {kind}: {(ours == theirs).mean():.1%} of the tokens equal; "
+        f"from the same tokens {parted.sum()} of {parted.size} differ, {unexplained} not by a near tie; "
+        f"error {far[0]:.2e}, XLA's {far[1]:.2e}; {', '.join(backends)}",
+        flush=True,
+    )
+    return fine
+
+
+def fixed(config: pj.ModelConfig) -> Sparsity:
+    """Half of the neurons, three quarters of the groups, by fixed scores: a router's may nearly tie."""
     layers, rng = config.num_layers, np.random.default_rng(0)
     groups, neurons = (rng.uniform(size=(layers, n)) for n in (config.num_kv_heads, config.d_ff))
     kept = config.d_ff // 2 if config.neuron_sparsity else None
     plan = pj.SparsityPlan((kept,) * layers, pj.sparsity.plan.uniform_groups(config, 0.75))
-    yield (
-        "sparse",
-        Sparsity(Static(jnp.asarray(groups, jnp.float32), jnp.asarray(neurons, jnp.float32)), plan),
-    )
+    return Sparsity(Static(jnp.asarray(groups, jnp.float32), jnp.asarray(neurons, jnp.float32)), plan)
 
 
-def _distances(model, exact, tokens, lengths, follow, sparsity) -> dict[str, float]:
-    """Of the logits while `follow` [B M] is decoded: |logits - float32's| / |float32's|, by backend."""
-
-    def logits(model, implementation):
-        cache = pj.init_cache(
-            model.config, batch_size=tokens.shape[0], capacity=tokens.shape[1] + NEW + 8, dtype=model.dtype
-        )
-        first, cache = jax.jit(pj.prefill)(model, tokens, lengths, cache)
-        step = jax.jit(functools.partial(pj.decode_step, sparsity=sparsity, implementation=implementation))
-        made = [first]
-        for column in follow.T:
-            row, cache = step(model, column, cache)
-            made.append(row)
-        return np.asarray(jnp.stack(made), np.float64)
-
-    want = logits(exact, "xla")
-    far = lambda made: float(np.linalg.norm(made - want) / np.linalg.norm(want))
-    return {name or "default": far(logits(model, name)) for name in (None, "xla")}
+def _logits(model, *, prompts, follow, sparsity, implementation=None) -> np.ndarray:
+    """float64 [M B V]: of each step while `follow` [B M] is decoded."""
+    tokens, lengths = prompts
+    room = tokens.shape[1] + NEW + 8
+    cache = pj.init_cache(model.config, batch_size=tokens.shape[0], capacity=room // 8 * 8, dtype=model.dtype)
+    logits, cache = jax.jit(pj.prefill)(model, tokens, lengths, cache)
+    step = jax.jit(functools.partial(pj.decode_step, sparsity=sparsity, implementation=implementation))
+    made = [logits]
+    for token in follow.T[:-1]:
+        logits, cache = step(model, token, cache)
+        made.append(logits)
+    return np.asarray(jnp.stack(made), np.float64)
 
 
 # ---- speed -----------------------------------------------------------------------------------------------
