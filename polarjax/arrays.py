@@ -4,10 +4,11 @@ Orbax's current format has no checksum over uncompressed array data, so the reco
 """
 
 import contextlib
+import glob
 import hashlib
 import tempfile
 from collections.abc import Iterator, Mapping
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -23,10 +24,13 @@ type Record = dict[str, Any]  # {"arrays": {name: {"shape", "dtype"}}, "files": 
 BATCH_BYTES = 1 << 26  # small arrays are written together, up to this many bytes
 CHUNK_BYTES = 1 << 26  # the unit in which a shard of a large array can be read back
 _THREADS = 8
+_LARGE = 1 << 20  # smaller files are hashed at the end: some are written again by then
 
 
 class ArrayWriter:
-    """Writes named arrays one after another, holding little more than the largest in memory.
+    """Writes named arrays one after another, holding little more than the two largest in memory.
+
+    One batch is written, and its files' checksums are taken, by a thread of its own while the next is gathered.
 
     Args:
       folder: where the orbax checkpoint will be; must not exist.
@@ -38,6 +42,9 @@ class ArrayWriter:
         self._limit = batch_bytes
         self._batch: dict[str, np.ndarray] = {}
         self._arrays: dict[str, dict[str, Any]] = {}
+        self._digests: dict[tuple[int, ...], dict[str, Any]] = {}
+        self._pool = ThreadPoolExecutor(1)
+        self._written: Future[None] | None = None
 
     @property
     def arrays(self) -> dict[str, dict[str, Any]]:
@@ -58,15 +65,36 @@ class ArrayWriter:
     def close(self) -> Record:
         """Finishes the checkpoint and returns its record."""
         self._write()
+        self._wait()
+        self.stop()
         with _orbax("cannot write the arrays", self._folder), _plain(self._folder) as path:
             ocp.partial.finalize(path)
-        return {"arrays": self._arrays, "files": _digests(self._folder, _files(self._folder))}
+        files = _files(self._folder)
+        return {"arrays": self._arrays, "files": _digests(self._folder, files, known=self._digests)}
+
+    def stop(self) -> None:
+        """Lets what is being written come to an end; nothing more is written."""
+        self._pool.shutdown(cancel_futures=True)
 
     def _write(self) -> None:
-        if self._batch:
-            with _orbax("cannot write the arrays", self._folder), _plain(self._folder) as path, _context():
-                ocp.partial.save(path, self._batch)
-        self._batch = {}
+        batch, self._batch = self._batch, {}
+        if batch:
+            self._wait()
+            self._written = self._pool.submit(self._save, batch)
+
+    def _wait(self) -> None:
+        """Waits for the batch before; raises what its writing raised."""
+        if self._written is not None:
+            written, self._written = self._written, None
+            written.result()
+
+    def _save(self, batch: dict[str, np.ndarray]) -> None:
+        with _orbax("cannot write the arrays", self._folder), _plain(self._folder) as path, _context():
+            ocp.partial.save(path, batch)
+        batch.clear()
+        for file in self._folder.parent.glob(f"{glob.escape(self._folder.name)}*/**/*"):
+            if file.is_file() and file.stat().st_size >= _LARGE and _identity(file) not in self._digests:
+                self._digests[_identity(file)] = _digest(file)
 
 
 def read_arrays(
@@ -158,16 +186,25 @@ def _files(folder: Path) -> list[str]:
     return sorted(path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file())
 
 
-def _digests(folder: Path, names: list[str]) -> dict[str, dict[str, Any]]:
-    def digest(name: str) -> dict[str, Any]:
-        with open(folder / name, "rb") as file:
-            return {
-                "bytes": (folder / name).stat().st_size,
-                "sha256": hashlib.file_digest(file, "sha256").hexdigest(),
-            }
-
+def _digests(
+    folder: Path, names: list[str], *, known: Mapping[tuple[int, ...], dict[str, Any]] | None = None
+) -> dict[str, dict[str, Any]]:
+    """Size and checksum of each file; of those already known, by identity, they are not taken again."""
+    known = known or {}
+    digest = lambda name: known.get(_identity(folder / name)) or _digest(folder / name)
     with ThreadPoolExecutor(_THREADS) as pool:
         return dict(zip(names, pool.map(digest, names), strict=True))
+
+
+def _digest(path: Path) -> dict[str, Any]:
+    with open(path, "rb") as file:
+        return {"bytes": path.stat().st_size, "sha256": hashlib.file_digest(file, "sha256").hexdigest()}
+
+
+def _identity(path: Path) -> tuple[int, ...]:
+    """The same file, unchanged, under whatever name."""
+    found = path.stat()
+    return found.st_dev, found.st_ino, found.st_size, found.st_mtime_ns
 
 
 def verify(folder: Path, record: Record, *, mend: str) -> None:

@@ -119,6 +119,10 @@ class ModelWriter:
             )
         self._params.add(name, array)
 
+    def stop(self) -> None:
+        """Lets what is being written come to an end, before the folder is removed or renamed."""
+        self._params.stop()
+
     def finish(self) -> None:
         """Writes the configuration and the manifest; raises `CheckpointError` if parameters are missing."""
         missing = sorted(self._expected.keys() - self._params.arrays.keys())
@@ -160,8 +164,11 @@ def new_model(
     """
     with atomic_folder(absolute(path), overwrite=overwrite, may_replace=is_model_directory) as folder:
         writer = ModelWriter(folder, config, model_type=model_type, batch_bytes=max(largest, BATCH_BYTES))
-        yield writer
-        writer.finish()
+        try:
+            yield writer
+            writer.finish()
+        finally:
+            writer.stop()
 
 
 def is_model_directory(path: Path) -> bool:

@@ -17,10 +17,11 @@ import torch
 from safetensors.numpy import load_file, save_file
 
 import polarjax as pj
-from checkpoints_convert import cli, convert, convert_checkpoint
+from checkpoints_convert import convert, convert_checkpoint
 from checkpoints_convert.convert import all_finite
 from checkpoints_convert.weights_io import SINGLE, Tensor
 from polarjax import storage
+from polarjax.cli.convert import convert as verb
 from polarjax.model import parameters
 from tests.convert import hf_models
 from tests.hf_tokenizers import byte_fallback
@@ -141,7 +142,7 @@ def test_tokenizer_files_are_copied(source, tmp_path):
 
 def test_a_silent_tokenizer_is_mended_and_told(source, tmp_path, capsys):
     byte_fallback(begin=False).save(str(source / "tokenizer.json"))
-    done = cli.convert(source, tmp_path / "out")
+    done = verb(source, tmp_path / "out")
     note, _ = done["notes"]  # the other one is about the vocabulary of this small model
     assert "texts begin with <s>" in note
     assert note in capsys.readouterr().out.splitlines()

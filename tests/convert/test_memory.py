@@ -22,8 +22,8 @@ LIMITED = """if True:
         return int(line.split()[1]) * 1024
 
     source, target, allowed = sys.argv[1:]
+    jax.local_devices()  # its threads reserve address space that they never use
     before = status("VmHWM")
-    jax.local_devices()  # the backend's threads reserve address space that they never use
     resource.setrlimit(resource.RLIMIT_DATA, (status("VmData") + int(allowed),) * 2)
     done = convert_checkpoint(source, target)
     print(json.dumps({"before": before, "peak": status("VmHWM"), "bytes": done.num_bytes}))
@@ -39,7 +39,7 @@ def place(tmp_path_factory):
 
 
 def test_fault_28_two_gigabytes_in_three_tensors_of_memory(place):
-    """Peak above that of the imports below 3 x the largest tensor + 300 MB; the data segment may not grow by more."""
+    """Peak above that of JAX just started below 3 x the largest tensor + 300 MB; the data segment cannot grow by more."""
     total, largest = big.write(place / "hf", layers=15)
     assert total >= 2e9
     allowed = 3 * largest + MARGIN

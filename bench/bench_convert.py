@@ -1,0 +1,96 @@
+"""How fast checkpoints are converted and exported, beside a plain copy of the same bytes on the same disk.
+
+    python -m bench.bench_convert --layers 15 --folder SOMEWHERE
+
+writes a LLaMA-shaped bfloat16 checkpoint of about 0.13 GB a layer and 0.26 GB more, then copies, converts and exports
+it, in turns; each time the source is cold (dropped from the page cache) and the result is flushed to the disk. The
+folder is emptied again. Seconds are medians; "of copy" is the time divided by the copy's.
+"""
+
+import argparse
+import os
+import shutil
+import statistics
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from bench import report
+from checkpoints_convert import convert_checkpoint, export_checkpoint
+from tests.convert import big
+
+COLUMNS = ("work", "GB", "seconds", "GB_per_s", "of_copy")
+
+
+def copy(source: Path, target: Path) -> None:
+    """A plain copy, down to the disk."""
+    target.mkdir()
+    for file in source.iterdir():
+        shutil.copyfile(file, target / file.name)
+        with open(target / file.name, "rb") as stream:
+            os.fsync(stream.fileno())
+
+
+def chill(folder: Path) -> None:
+    """Drops the files of a folder from the page cache, as far as the system does what it is asked."""
+    for file in folder.rglob("*"):
+        if file.is_file():
+            with open(file, "rb") as stream:
+                os.fsync(stream.fileno())
+                os.posix_fadvise(stream.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
+
+
+def timed(work: Callable[[Path, Path], Any], source: Path, target: Path) -> float:
+    """Seconds of one run from a cold source."""
+    chill(source)
+    started = time.perf_counter()
+    work(source, target)
+    return time.perf_counter() - started
+
+
+def measure(folder: Path, layers: int, repeats: int) -> list[dict[str, Any]]:
+    """The rows of the table."""
+    total, _ = big.write(folder / "hf", layers=layers)
+    seconds: dict[str, list[float]] = {"copy": [], "convert": [], "export": []}
+    for _ in range(repeats):
+        seconds["copy"].append(timed(copy, folder / "hf", folder / "copy"))
+        shutil.rmtree(folder / "copy")
+        seconds["convert"].append(timed(convert_checkpoint, folder / "hf", folder / "model"))
+        seconds["export"].append(timed(export_checkpoint, folder / "model", folder / "back"))
+        shutil.rmtree(folder / "model")
+        shutil.rmtree(folder / "back")
+    middle = {work: statistics.median(each) for work, each in seconds.items()}
+    return [
+        {
+            "work": work,
+            "GB": total / 1e9,
+            "seconds": middle[work],
+            "GB_per_s": total / 1e9 / middle[work],
+            "of_copy": middle[work] / middle["copy"],
+            "all_seconds": [round(each, 2) for each in seconds[work]],
+        }
+        for work in seconds
+    ]
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--layers", type=int, default=15, help="of the checkpoint, 0.13 GB each")
+    parser.add_argument("--repeats", type=int, default=3, help="of every measurement")
+    parser.add_argument("--folder", type=Path, help="on the disk to measure; default: the temporary one")
+    args = parser.parse_args()
+    with tempfile.TemporaryDirectory(dir=args.folder) as folder:
+        rows = measure(Path(folder), args.layers, args.repeats)
+    print(report.table(rows, COLUMNS))
+    if path := report.results_path("convert.jsonl"):
+        report.append_jsonl(path, rows, report.provenance(cpus=os.cpu_count()))
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
