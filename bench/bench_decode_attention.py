@@ -2,8 +2,9 @@
 
     python3 -m bench.bench_decode_attention check            every head width, dtype, window, ragged lengths, -1
     python3 -m bench.bench_decode_attention sweep            tile configurations on a few workloads
-    python3 -m bench.bench_decode_attention table [MODEL..]  the named workloads, beside XLA and cuDNN
+    python3 -m bench.bench_decode_attention table            the named workloads, beside XLA and cuDNN
 
+`table --seconds 180` ends in time, important workloads first; `--resume FILE` leaves out what that file holds.
 Several verbs run one after the other. With the variable OUT set, JSON lines go into that folder.
 """
 
@@ -14,20 +15,21 @@ import time
 import zlib
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from bench import report, timing
-from bench.workloads import MODELS, AttentionCase, attention_cases
+from bench import attention_table, report, timing
+from bench.attention_table import error
+from bench.workloads import MODELS, AttentionCase
 from pallas_kernels import _device
-from pallas_kernels.decode_attention import mosaic, reference, xla
+from pallas_kernels.decode_attention import mosaic, reference
 from pallas_kernels.decode_attention.tiles import Problem, Tiles, heuristic
 
 LIMIT = {"bfloat16": 8e-3, "float16": 2e-3}  # |out - oracle| / |oracle|, both as vectors
-COLUMNS = ("case", "kernel", "time_us", "spread_us", "bytes", "gbps", "pct_peak", "speedup_vs_dense", "error")
 SWEEP = ("64x3", "64x2", "128x3")
 SWEEP_CASES = (
     ("opt-6.7b", 16, 1920, (1.0, 0.3)),
@@ -140,14 +142,6 @@ def _brief(check: Check) -> str:
     return ", ".join(f"{name}={value}" for name, value in given.items()) or "defaults"
 
 
-def error(out: Any, want: Any) -> float:
-    """|out - want| / |want| as vectors; infinite where anything is not a number."""
-    out, want = np.asarray(out, np.float64), np.asarray(want, np.float64)
-    if not np.isfinite(out).all():
-        return float("inf")
-    return float(np.linalg.norm(out - want) / np.linalg.norm(want))
-
-
 # ---- speed -----------------------------------------------------------------------------------------------
 
 
@@ -188,7 +182,8 @@ def measure(
     """A row of the table; the time is missing when the result is wrong."""
     rows = sorted({0, case.batch // 2, case.batch - 1})
     picked = sets[0].rows(rows)
-    want = jax.jit(_oracle, static_argnums=0)(kernel, *vars(picked).values())
+    oracle = functools.partial(reference.sparse_decode_attention, scale=case.model.head_dim**-0.5)
+    want = jax.jit(oracle)(*vars(picked).values())
     calls = max(4, min(16, round(4e-4 / (case.cache_bytes / peak))))
     run = timing.chained(call, calls)
     operands = [tuple(vars(s).values())[1:] for s in sets]
@@ -251,50 +246,6 @@ def sweep(peak: float, specs: Sequence[str]) -> list[dict[str, Any]]:
     return rows
 
 
-def full_table(peak: float, models: Sequence[str]) -> list[dict[str, Any]]:
-    """The named workloads with the heuristic's tiles, beside plain XLA and cuDNN."""
-    rows, dense = [], {}
-    cases = [case for case in attention_cases(20e9) if not models or case.model.name in models]
-    for case in sorted(cases, key=lambda c: (c.model.name, c.cache, c.batch, -c.density)):
-        scale = case.model.head_dim**-0.5
-        sets = operand_sets(case)
-        calls = {"mosaic": kernel_call(scale)}
-        if case.batch in (1, 16, 64) and case.held_bytes < 8e9:
-            calls["xla"] = functools.partial(xla.sparse_decode_attention, scale=scale)
-        if case.selected is None:
-            calls["cudnn"] = functools.partial(_cudnn, scale=scale)
-        for kernel, call in calls.items():
-            row = _try(case, sets, call, kernel, peak)
-            if case.selected is None and kernel == "mosaic":
-                dense[case.model.name, case.batch, case.cache] = row.get("time_us")
-            _compare(row, dense.get((case.model.name, case.batch, case.cache)))
-            rows.append(row)
-    return rows
-
-
-def _cudnn(q, k, v, lengths, index, *, scale):
-    """cuDNN's dense attention, on the same bytes read as its own layout [B S K H]."""
-    batch, groups, queries, width = q.shape
-    k, v = (x.reshape(batch, -1, groups, width) for x in (k, v))
-    out = jax.nn.dot_product_attention(
-        q.reshape(batch, 1, groups * queries, width),
-        k,
-        v,
-        key_value_seq_lengths=lengths,
-        query_seq_lengths=jnp.ones_like(lengths),
-        scale=scale,
-        implementation="cudnn",
-    )
-    return out.reshape(q.shape)
-
-
-def _oracle(kernel, q, k, v, lengths, index):
-    if kernel == "cudnn":
-        batch, groups, length, width = k.shape
-        k, v = (x.reshape(batch, length, groups, width).swapaxes(1, 2) for x in (k, v))
-    return reference.sparse_decode_attention(q, k, v, lengths, index, scale=q.shape[-1] ** -0.5)
-
-
 def _try(case, sets, call, kernel, peak) -> dict[str, Any]:
     try:
         row = measure(case, sets, call, kernel, peak)
@@ -326,6 +277,10 @@ def main() -> int:
     parser.add_argument(
         "--models", nargs="*", default=(), choices=tuple(MODELS), help="for table: only these"
     )
+    parser.add_argument("--seconds", type=float, default=180, help="for table: start nothing that ends later")
+    parser.add_argument(
+        "--resume", type=Path, help="for table: JSON lines with rows that need not be measured"
+    )
     args = parser.parse_args()
     if "check" in args.verbs and not run_checks():
         print("wrong results: no speed is reported", file=sys.stderr)
@@ -337,14 +292,20 @@ def main() -> int:
     print(head, flush=True)
     rows = []
     if "sweep" in args.verbs:
-        rows += sweep(peak, args.tiles)
+        rows += _kept(sweep(peak, args.tiles), "decode_attention_sweep.jsonl", head)
     if "table" in args.verbs:
-        rows += full_table(peak, args.models)
-    print(report.table(rows, (*COLUMNS, "splits")))
-    if path := report.results_path("decode_attention.jsonl"):
-        report.append_jsonl(path, rows, head)
+        known = report.read_jsonl(args.resume) if args.resume else []
+        for chunk in attention_table.table(peak, args.models, args.seconds, known):
+            rows += _kept(chunk, "decode_attention.jsonl", head)
+    print(report.table(rows, (*attention_table.COLUMNS, "splits")))
     print(head)
     return int(any(row.get("wrong") for row in rows))
+
+
+def _kept(rows: list[dict[str, Any]], name: str, head: dict[str, Any]) -> list[dict[str, Any]]:
+    if path := report.results_path(name):
+        report.append_jsonl(path, rows, head)
+    return rows
 
 
 if __name__ == "__main__":

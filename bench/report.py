@@ -64,6 +64,11 @@ def append_jsonl(path: Path, rows: Sequence[Mapping[str, Any]], head: Mapping[st
             file.write(json.dumps({**head, **row}) + "\n")
 
 
+def read_jsonl(path: Path) -> list[dict[str, Any]]:
+    """The rows of a file of JSON lines."""
+    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines() if line.strip()]
+
+
 def results_path(default: str) -> Path | None:
     """Where to write JSON lines: in the folder that the variable OUT names; None where it is not set."""
     folder = os.environ.get("OUT")

@@ -123,7 +123,7 @@ def heuristic(
 ) -> Tiles:
     """The configuration to use where this very problem was not measured; `block` and `stages` may be given.
 
-    Block and stages follow an H200 at H = 128 (bench/results/decode_attention.jsonl). Two steps of 64 positions
+    Block and stages follow an H200 at H = 128 (bench/results/decode_attention_sweep.jsonl). Two steps of 64 positions
     beat deeper rings where many thread blocks share the card: the room buys one more of them a multiprocessor.
     With several queries a group and too few (sequence, group) pairs to fill the card, three of 128 did better.
     Splits are as many as make the selected work, B·k·splits thread blocks, finish soonest by `_finish_time`.
