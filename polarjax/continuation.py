@@ -60,6 +60,7 @@ def continue_rows(
         "sampler": settings.sampler,
         "max_new_tokens": max_new_tokens,
         "stop_ids": stop_ids,
+        "repetition_penalty": settings.repetition_penalty,
         "num_return_sequences": copies,
         "sparsity": sparsity,
     }

@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+import math
 
 import jax
 import jax.numpy as jnp
@@ -15,7 +16,7 @@ from polarjax.model import Decoder, decode_step, prefill
 from polarjax.sampling import Greedy, Sampler
 from polarjax.sparsity.select import Sparsity
 from polarjax.token_loop import Generation, decode_loop
-from polarjax.types import Array, Float, Implementation, Int, Key
+from polarjax.types import Array, Bool, Float, Implementation, Int, Key
 
 SMALLEST_BUCKET = 16
 
@@ -27,9 +28,18 @@ def read_prompts(model: Decoder, tokens, lengths, *, capacity: int) -> tuple[Flo
     return prefill(model, tokens, lengths, cache)
 
 
+@functools.partial(jax.jit, static_argnames=("vocab_size",))
+def _ids_in(tokens, lengths, *, vocab_size: int) -> Bool[Array, "B V"]:
+    rows, width = tokens.shape
+    valid = jnp.arange(width)[None] < lengths[:, None]
+    ids = jnp.where(valid, tokens, vocab_size)  # outside: dropped
+    none = jnp.zeros((rows, vocab_size), bool)
+    return none.at[jnp.arange(rows)[:, None], ids].set(True, mode="drop")
+
+
 @functools.partial(
     jax.jit,
-    static_argnames=("sampler", "max_new_tokens", "stop_ids", "implementation"),
+    static_argnames=("sampler", "max_new_tokens", "stop_ids", "repetition_penalty", "implementation"),
     donate_argnames=("cache",),
 )
 def _write(model: Decoder, logits, cache: KVCache, key, sparsity, *, implementation, **settings):
@@ -51,6 +61,7 @@ def generate(
     sampler: Sampler = Greedy(),
     max_new_tokens: int,
     stop_ids: tuple[int, ...] = (),
+    repetition_penalty: float = 1.0,
     num_return_sequences: int = 1,
     sparsity: Sparsity | None = None,
     implementation: Implementation = None,
@@ -67,6 +78,7 @@ def generate(
       sampler: `Greedy()`, `Categorical(...)`, or any hashable `Sampler`.
       max_new_tokens: M.
       stop_ids: ids that end a row.
+      repetition_penalty: above 1, makes ids less likely that a row holds already, its prompt included.
       num_return_sequences: n; every prompt is continued n times, in rows that follow one another: B becomes n·B.
       sparsity: what to skip while decoding; None is the dense model.
       implementation: of the kernels; None takes the best for the device.
@@ -84,9 +96,11 @@ def generate(
         max_new_tokens=max_new_tokens,
         copies=check_copies(num_return_sequences, sampler),
     )
+    seen = prompts.seen(model.config.vocab_size, repetition_penalty)
     if sparsity is not None:
         sparsity.check(model.config)
     logits, cache = read_prompts(model, prompts.tokens, prompts.lengths, capacity=prompts.capacity)
+    settings |= {"repetition_penalty": float(repetition_penalty), "seen": seen}
     return _write(model, logits, cache, key, sparsity, implementation=implementation, **settings)[0]
 
 
@@ -103,6 +117,18 @@ class Prompts:
     tokens: Int[Array, "B bucket"]
     lengths: Int[Array, "B"]
     capacity: int
+
+    def seen(self, vocab_size: int, repetition_penalty: float) -> Bool[Array, "B V"] | None:
+        """Ids in each prompt, for a penalty; None for a penalty of 1. Raises `InputError` if it is none at all."""
+        if not (0 < repetition_penalty < math.inf):
+            raise InputError(
+                "unusable penalty",
+                where="repetition_penalty",
+                got=repr(repetition_penalty),
+                expected="above 0",
+                mend="1 is no penalty, 1.1 a mild one",
+            )
+        return None if repetition_penalty == 1 else _ids_in(self.tokens, self.lengths, vocab_size=vocab_size)
 
 
 def prepare(config: ModelConfig, tokens, lengths, *, max_new_tokens: int, copies: int = 1) -> Prompts:

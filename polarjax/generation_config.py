@@ -1,6 +1,7 @@
 """How a model asks to be sampled: stop ids and defaults out of generation_config.json."""
 
 import dataclasses
+import math
 from pathlib import Path
 from typing import Any
 
@@ -9,7 +10,16 @@ from polarjax.sampling import Categorical, Greedy, Sampler
 from polarjax.storage import read_json
 
 GENERATION_CONFIG = "generation_config.json"
-KNOWN = ("eos_token_id", "do_sample", "temperature", "top_k", "top_p", "max_new_tokens", "stop_strings")
+KNOWN = (
+    "eos_token_id",
+    "do_sample",
+    "temperature",
+    "top_k",
+    "top_p",
+    "repetition_penalty",
+    "max_new_tokens",
+    "stop_strings",
+)
 
 _TOP_K = 50  # what transformers samples with where the file does not tell
 _SILENT = frozenset(
@@ -25,7 +35,6 @@ _WITHOUT_EFFECT = {
     "num_return_sequences": 1,
     "typical_p": 1.0,
     "min_p": 0.0,
-    "repetition_penalty": 1.0,
     "encoder_repetition_penalty": 1.0,
     "length_penalty": 1.0,
     "diversity_penalty": 0.0,
@@ -53,6 +62,7 @@ class GenerationSettings:
       temperature: of the draw; None is 1.
       top_k: of the draw; None keeps all tokens.
       top_p: of the draw; None keeps all tokens.
+      repetition_penalty: 1 is none; it is there whether tokens are drawn or not.
       max_new_tokens: where the file tells it.
       ignored: entries of the file that would change the text and that polarjax does not have.
 
@@ -66,6 +76,7 @@ class GenerationSettings:
     temperature: float | None = None
     top_k: int | None = None
     top_p: float | None = None
+    repetition_penalty: float = 1.0
     max_new_tokens: int | None = None
     ignored: tuple[str, ...] = ()
 
@@ -76,6 +87,9 @@ class GenerationSettings:
         for name in ("temperature", "top_p"):
             value = getattr(self, name)
             _check(value is None or type(value) in (int, float), name, value, "a number")
+        penalty = self.repetition_penalty
+        usable = type(penalty) in (int, float) and 0 < penalty < math.inf
+        _check(usable, "repetition_penalty", penalty, "a number above 0")
         most = self.max_new_tokens
         _check(most is None or (type(most) is int and most > 0), "max_new_tokens", most, "at least 1")
         empty = next((each for each in self.stop_strings if not isinstance(each, str) or not each), None)
@@ -94,9 +108,10 @@ class GenerationSettings:
         temperature: float | None = None,
         top_k: int | None = None,
         top_p: float | None = None,
+        repetition_penalty: float | None = None,
         greedy: bool = False,
     ) -> "GenerationSettings":
-        """These settings with some replaced: naming a value means to draw, and `top_k` 0 to keep all tokens.
+        """These settings with some replaced; a temperature, `top_k` (0: all tokens) or `top_p` means to draw.
 
         Raises:
           InputError: a value is out of its range, or one is given beside `greedy`.
@@ -106,11 +121,12 @@ class GenerationSettings:
         if greedy and given:
             mend = "leave out one of them"
             raise InputError("greedy and sampling contradict each other", got=", ".join(given), mend=mend)
-        if greedy:
-            return dataclasses.replace(self, do_sample=False)
+        do_sample = bool(given) or (self.do_sample and not greedy)
         if given.get("top_k") == 0:
             given["top_k"] = None
-        return dataclasses.replace(self, do_sample=True, **given) if given else self
+        if repetition_penalty is not None:
+            given["repetition_penalty"] = repetition_penalty
+        return dataclasses.replace(self, do_sample=do_sample, **given)
 
     @property
     def notes(self) -> tuple[str, ...]:
@@ -160,6 +176,7 @@ class GenerationSettings:
             temperature=given.get("temperature"),
             top_k=None if top_k == 0 and top_k is not False else top_k,
             top_p=given.get("top_p"),
+            repetition_penalty=given.get("repetition_penalty", 1.0),
             max_new_tokens=given.get("max_new_tokens"),
             ignored=tuple(f"{key} {value}" for key, value in given.items() if _matters(key, value)),
         )
@@ -173,6 +190,7 @@ class GenerationSettings:
             "temperature": self.temperature,
             "top_k": 0 if self.top_k is None else self.top_k,
             "top_p": self.top_p,
+            "repetition_penalty": self.repetition_penalty,
             "max_new_tokens": self.max_new_tokens,
         }
 

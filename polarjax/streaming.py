@@ -26,6 +26,7 @@ def stream(
     sampler: Sampler = Greedy(),
     max_new_tokens: int,
     stop_ids: tuple[int, ...] = (),
+    repetition_penalty: float = 1.0,
     num_return_sequences: int = 1,
     sparsity: Sparsity | None = None,
     implementation: Implementation = None,
@@ -37,11 +38,17 @@ def stream(
     """
     copies = check_copies(num_return_sequences, sampler)
     prompts = prepare(model.config, tokens, lengths, max_new_tokens=max_new_tokens, copies=copies)
+    seen = prompts.seen(model.config.vocab_size, repetition_penalty)
     if sparsity is not None:
         sparsity.check(model.config)
     logits, cache = read_prompts(model, prompts.tokens, prompts.lengths, capacity=prompts.capacity)
-    settings = {"sampler": sampler, "stop_ids": tuple(map(int, stop_ids)), "limit": np.int32(max_new_tokens)}
-    state = _begin(logits, cache, key, **settings)
+    settings = {
+        "sampler": sampler,
+        "stop_ids": tuple(map(int, stop_ids)),
+        "limit": np.int32(max_new_tokens),
+        "repetition_penalty": float(repetition_penalty),
+    }
+    state = _begin(logits, cache, key, seen, **settings)
     advance = functools.partial(
         _advance, model, key=key, sparsity=sparsity, implementation=implementation, **settings
     )
@@ -100,15 +107,16 @@ class TokenStream(Iterator[Generation]):
         return Generation(tokens[:, : max(1, added.max())], added, stopped, failed)
 
 
-@functools.partial(jax.jit, static_argnames=("sampler", "stop_ids"), donate_argnames=("cache",))
-def _begin(logits, cache, key, *, sampler, stop_ids, limit) -> LoopState:
-    return Rules(sampler, stop_ids, limit, key).begin(logits, cache)
+_STATIC = ("sampler", "stop_ids", "repetition_penalty", "implementation")
 
 
-@functools.partial(
-    jax.jit, static_argnames=("sampler", "stop_ids", "implementation"), donate_argnames=("state",)
-)
-def _advance(model, state: LoopState, *, halted, key, sparsity, implementation, sampler, stop_ids, limit):
+@functools.partial(jax.jit, static_argnames=_STATIC[:3], donate_argnames=("cache", "seen"))
+def _begin(logits, cache, key, seen, *, sampler, stop_ids, limit, repetition_penalty) -> LoopState:
+    return Rules(sampler, stop_ids, limit, key, repetition_penalty).begin(logits, cache, seen)
+
+
+@functools.partial(jax.jit, static_argnames=_STATIC, donate_argnames=("state",))
+def _advance(model, state: LoopState, *, halted, key, sparsity, implementation, limit, **rules):
     step = functools.partial(model_step, model, sparsity=sparsity, implementation=implementation)
-    rules = Rules(sampler, stop_ids, limit, key)
-    return rules.advance(step, rules.halted(state, halted))
+    loop = Rules(limit=limit, key=key, **rules)
+    return loop.advance(step, loop.halted(state, halted))

@@ -46,6 +46,7 @@ class LoopState:
       stopped: rows that have met a stop id, bool [B].
       failed: rows whose logits were not finite, bool [B].
       lengths: tokens generated in each row, int32 [B].
+      seen: ids that each row holds, its prompt included, bool [B V]; None where nothing asks for them.
       cache: whatever the step function carries.
     """
 
@@ -54,6 +55,7 @@ class LoopState:
     stopped: Bool[Array, "B"]
     failed: Bool[Array, "B"]
     lengths: Int[Array, "B"]
+    seen: Bool[Array, "B V"] | None
     cache: Any
 
 
@@ -66,22 +68,26 @@ class Rules:
       stop_ids: ids that end a row.
       limit: most tokens of a row; an int, or an int32 scalar that may be traced.
       key: random key; only a sampler that draws needs one.
+      repetition_penalty: divides the positive logits of ids that a row holds already and multiplies the negative
+        ones (Keskar et al. 2019); 1 is none.
     """
 
     sampler: Sampler
     stop_ids: tuple[int, ...]
     limit: int | Int[Array, ""]
     key: Key[Array, ""] | None
+    repetition_penalty: float = 1.0
 
-    def begin(self, logits: Float[Array, "B V"], cache: Any) -> LoopState:
-        """The state after the first token, drawn from the logits that follow the prompts."""
+    def begin(self, logits: Float[Array, "B V"], cache: Any, seen: Bool[Array, "B V"] | None) -> LoopState:
+        """The state after the first token, drawn from the logits that follow the prompts; `seen`: ids in them."""
         zeros = jnp.zeros(logits.shape[:1], jnp.int32)
         none = zeros.astype(bool)
-        return self.draw(logits, LoopState(jnp.int32(0), zeros, none, none, zeros, cache))
+        return self.draw(logits, LoopState(jnp.int32(0), zeros, none, none, zeros, seen, cache))
 
     def draw(self, logits: Float[Array, "B V"], state: LoopState) -> LoopState:
         """The state after a token more in every row that goes on."""
-        drawn = self.sampler(logits, None if self.key is None else jax.random.fold_in(self.key, state.step))
+        key = None if self.key is None else jax.random.fold_in(self.key, state.step)
+        drawn = self.sampler(self._penalised(logits, state.seen), key)
         finite = jnp.isfinite(
             jnp.max(logits, -1)
         )  # a maximum hands NaN on; -inf beside finite logits is fine
@@ -94,8 +100,15 @@ class Rules:
             stopped=state.stopped | (live & _is_stop(token, self.stop_ids)),
             failed=state.failed | (going & ~finite),
             lengths=state.lengths + live.astype(jnp.int32),
+            seen=None if state.seen is None else state.seen.at[jnp.arange(token.shape[0]), token].set(True),
             cache=state.cache,
         )
+
+    def _penalised(self, logits: Float[Array, "B V"], seen: Bool[Array, "B V"] | None) -> Float[Array, "B V"]:
+        if seen is None:
+            return logits
+        lower = jnp.where(logits < 0, logits * self.repetition_penalty, logits / self.repetition_penalty)
+        return jnp.where(seen, lower, logits)
 
     def halted(self, state: LoopState, rows: Bool[Array, "B"]) -> LoopState:
         """The state in which these rows have stopped too."""
@@ -126,14 +139,16 @@ def decode_loop(
     sampler: Sampler,
     max_new_tokens: int,
     stop_ids: tuple[int, ...],
+    repetition_penalty: float = 1.0,
+    seen: Bool[Array, "B V"] | None = None,
 ) -> tuple[Generation, Any]:
     """Draws up to `max_new_tokens` tokens a row; returns them and the final cache. Traceable.
 
     Steps run in chunks of `CHUNK`; between chunks the loop ends early once every row has ended.
     """
-    rules = Rules(sampler, stop_ids, max_new_tokens, key)
+    rules = Rules(sampler, stop_ids, max_new_tokens, key, repetition_penalty)
     chunks = max(1, -(-(max_new_tokens - 1) // CHUNK))  # a traced chunk needs its room even if it never runs
-    state = rules.begin(first_logits, cache)
+    state = rules.begin(first_logits, cache, seen)
     output = jnp.zeros((first_logits.shape[0], 1 + chunks * CHUNK), jnp.int32).at[:, 0].set(state.token)
 
     def chunk(carry: tuple[LoopState, Array]) -> tuple[LoopState, Array]:

@@ -44,7 +44,8 @@ def test_what_polarjax_does_not_have_is_named():
     settings = GenerationSettings.from_json(QWEN | {"tempratur": 3, "min_length": 0, "num_beams": 4})
     assert settings.sampler == pj.Categorical(0.7, top_k=20, top_p=0.8)
     (note,) = settings.notes
-    assert note.endswith("left out: repetition_penalty 1.05, tempratur 3, num_beams 4")
+    assert note.endswith("left out: tempratur 3, num_beams 4")
+    assert settings.repetition_penalty == 1.05
 
 
 @pytest.mark.parametrize(
@@ -91,6 +92,8 @@ FAULT_23 = {
     "a stop id that is true": ({"eos_token_id": True}, "eos_token_id.*got True"),
     "an empty stop string": ({"stop_strings": ["a", ""]}, "stop_strings.*got ''"),
     "a stop string that is a number": ({"stop_strings": 3}, "stop_strings.*got 3"),
+    "no penalty": ({"repetition_penalty": 0}, "repetition_penalty.*got 0"),
+    "a penalty that is no number": ({"repetition_penalty": "1"}, "repetition_penalty.*got '1'"),
     "no new tokens": ({"max_new_tokens": 0}, "max_new_tokens.*got 0"),
 }
 
@@ -124,6 +127,8 @@ def test_flags_go_before_the_file():
     assert llama.with_flags() == llama
     assert llama.with_flags(greedy=True).sampler == pj.Greedy()
     assert llama.with_flags(temperature=2.0).sampler == pj.Categorical(2.0, top_k=50, top_p=0.9)
+    assert llama.with_flags(repetition_penalty=2.0, greedy=True).repetition_penalty == 2.0
+    assert GenerationSettings().with_flags(repetition_penalty=2.0).sampler == pj.Greedy()
     assert llama.with_flags(top_k=0).sampler == pj.Categorical(0.6, top_p=0.9)
     assert GenerationSettings().with_flags(top_p=0.5).sampler == pj.Categorical(top_p=0.5)
     with refuses(pj.InputError, "greedy and sampling contradict each other; got temperature"):

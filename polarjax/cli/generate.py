@@ -44,6 +44,9 @@ def generate(
     temperature: Annotated[float | None, typer.Option(help="Draw at this temperature.")] = None,
     top_k: Annotated[int | None, typer.Option(help="Draw from the k most likely tokens; 0: all.")] = None,
     top_p: Annotated[float | None, typer.Option(help="Draw from the nucleus of this probability.")] = None,
+    repetition_penalty: Annotated[
+        float | None, typer.Option(help="Above 1: make tokens less likely that are there already.")
+    ] = None,
     greedy: Annotated[
         bool, typer.Option("--greedy", help="Most likely tokens, whatever the model asks.")
     ] = False,
@@ -87,7 +90,11 @@ def generate(
         file = None if output is None else stack.enter_context(atomic_file(output, overwrite=overwrite))
         bundle, tokenizer = load_with_tokenizer(folder, dtype)
         settings = bundle.generation.with_flags(
-            temperature=temperature, top_k=top_k, top_p=top_p, greedy=greedy
+            temperature=temperature,
+            top_k=top_k,
+            top_p=top_p,
+            repetition_penalty=repetition_penalty,
+            greedy=greedy,
         )
         settings = _with_stops(settings, stop, stop_id)
         check_copies(num_return_sequences, settings.sampler)
