@@ -110,6 +110,16 @@ def test_a_bare_sentencepiece_model_is_mended(tmp_path, settings, model_type):
     assert "add_bos_token True, eos_token </s>, bos_token <s>" in note
 
 
+@pytest.mark.parametrize("model_type", ["llama", "mistral"])
+def test_a_sentencepiece_model_with_full_settings_becomes_a_tokenizer_json(tmp_path, model_type):
+    """So that the model directory is read without the extra, and for Mistral as transformers reads LLaMA."""
+    source = small.write_sentencepiece(tmp_path / "hf", small.LLAMA_SETTINGS)
+    expected = _transformers(source)
+    loaded, notes = _taken(source, tmp_path / "out", model_type=model_type)
+    assert (_ids(loaded), notes) == (expected, ())
+    assert (tmp_path / "out" / "tokenizer.json").is_file()
+
+
 def test_a_mended_sentencepiece_model_reads_as_sentencepiece_does(tmp_path):
     import sentencepiece
 
