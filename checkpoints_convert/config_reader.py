@@ -58,7 +58,7 @@ type Activation = Literal["relu", "silu", "gelu"]
 _ACTIVATIONS: dict[str, Activation] = {"relu": "relu", "silu": "silu", "swish": "silu", "gelu": "gelu"}
 _REQUIRED = object()
 
-MOST, MOST_LAYERS = 2**31 - 1, 10_000
+MOST, MOST_LAYERS, MOST_NUMBER = 2**31 - 1, 10_000, 1e30
 """Bounds of sizes, so that a damaged config.json is refused and not laid out in memory."""
 
 
@@ -130,8 +130,9 @@ class ConfigReader:
     def number(self, key: str, default: float) -> float:
         """A positive number."""
         value = self.get(key, default, (int, float), "a positive number")
-        if not 0 < value < float("inf"):
-            raise self.refuse(key, "a value out of range", value, "a positive number", "correct config.json")
+        if not 0 < value <= MOST_NUMBER:
+            expected = f"a positive number up to {MOST_NUMBER:g}"
+            raise self.refuse(key, "a value out of range", value, expected, "correct config.json")
         return float(value)
 
     def flag(self, key: str, default: bool) -> bool:

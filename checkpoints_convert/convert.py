@@ -101,6 +101,8 @@ def convert_checkpoint(
         source_config = read_json(source / CONFIG)
         write_json(writer.folder / SOURCE_CONFIG, source_config)
         copied, notes = writer.copy_tokenizer(source, source_config)
+        if "auto_map" in source_config:
+            notes = (f"{CONFIG} asks for code of its own (auto_map): never run", *notes)
         with counter(progress, sum(tensor.num_bytes for tensor in used), "converting") as advance:
             _transfer(plan.steps, tensors, writer, dtype=wanted, finite=not allow_nonfinite, advance=advance)
     return Conversion(

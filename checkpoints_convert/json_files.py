@@ -10,6 +10,8 @@ from polarjax.errors import CheckpointError
 def read_json(file: Path) -> dict[str, Any]:
     """A JSON object from a file; raises `CheckpointError` when it is anything else or names a key twice."""
     mend = "download the file again"
+    if not file.is_file():
+        raise CheckpointError("not a file", where=file, mend=mend)
     try:
         data = parse_json(file.read_bytes())
     except (OSError, ValueError) as error:

@@ -153,7 +153,7 @@ def read_index(file: Path) -> Mapping[str, str]:
 def _inside(folder: Path, name: str) -> Path:
     """The file `name` of `folder`; links may lead into the folder itself or to a hub cache's blobs, no further."""
     path = folder / name
-    if not os.path.lexists(path):
+    if not os.path.exists(path):  # False for names that the system does not take, too
         raise CheckpointError("a shard is missing", where=path, mend="download it too")
     root = folder.resolve()
     allowed = {root, root.parents[1] / "blobs"} if root.parent.name == "snapshots" else {root}
@@ -165,6 +165,9 @@ def _inside(folder: Path, name: str) -> Path:
 
 def _read_header(file: Path) -> dict[str, Tensor]:
     """The tensors of one safetensors file, validated."""
+    if not file.is_file():
+        what, mend = _diagnosis(file)
+        raise CheckpointError(what, where=file, mend=mend)
     try:
         with safe_open(file, "np"):
             pass
@@ -192,8 +195,8 @@ def _read_torch_header(file: Path) -> dict[str, Tensor]:
 def _diagnosis(file: Path) -> tuple[str, str]:
     """What a file that is not safetensors is instead, and the mend."""
     if not file.is_file():
-        what = "a folder where a weights file should be" if file.is_dir() else "the weights file is missing"
-        return what, _DOWNLOAD
+        what = "a folder" if file.is_dir() else "something that is no file"
+        return f"{what} where a weights file should be", _DOWNLOAD
     with open(file, "rb") as stream:
         start = stream.read(64)
     if start.startswith(b"version https://git-lfs"):

@@ -1,7 +1,7 @@
 """Model configuration: the axes along which one decoder covers several families."""
 
 import dataclasses
-import math
+import sys
 from typing import Any, Literal
 
 from polarjax.errors import UnsupportedConfigError
@@ -23,7 +23,7 @@ def _check_positive(name: str, value: Any) -> None:
 
 
 def _check_above_zero(name: str, value: Any) -> None:
-    number = isinstance(value, int | float) and math.isfinite(value) and value > 0
+    number = isinstance(value, int | float) and 0 < value <= sys.float_info.max
     _check(number, name, value, "a positive number")
 
 

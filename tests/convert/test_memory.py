@@ -39,7 +39,7 @@ def place(tmp_path_factory):
 
 
 def test_fault_28_two_gigabytes_in_three_tensors_of_memory(place):
-    """Peak above that of JAX just started below 3 x the largest tensor + 300 MB; the data segment cannot grow by more."""
+    """Above JAX just started: below 3 x the largest tensor + 300 MB; the data segment cannot grow by more."""
     total, largest = big.write(place / "hf", layers=15)
     assert total >= 2e9
     allowed = 3 * largest + MARGIN
