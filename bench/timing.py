@@ -1,8 +1,10 @@
 """Device time of a call: many calls chained inside one jit, few host round trips, differences of two lengths."""
 
 import statistics
+import tempfile
 import time
 from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import Any
 
 import jax
@@ -45,6 +47,31 @@ def seconds_per_call(
         jax.block_until_ready(result)
         times.append((time.perf_counter() - started) / (rounds * calls))
     return statistics.median(times), max(times) - min(times)
+
+
+def timeline(run: Callable[[], Any]) -> list[tuple[str, int, float, float]]:
+    """(kernel, count, median microseconds, median microseconds between the one before and it), by name.
+
+    Of three runs that the profiler watched. Empty where it saw no device.
+    """
+    jax.block_until_ready(run())
+    with tempfile.TemporaryDirectory() as folder:
+        with jax.profiler.trace(folder):
+            for _ in range(3):
+                jax.block_until_ready(run())
+        (path,) = Path(folder).rglob("*.xplane.pb")
+        planes = [p for p in jax.profiler.ProfileData.from_file(str(path)).planes if "/device:GPU" in p.name]
+    seen: dict[str, list[tuple[float, float]]] = {}
+    for line in (line for plane in planes for line in plane.lines if line.name.startswith("Stream")):
+        end = None
+        for event in sorted(line.events, key=lambda event: event.start_ns):
+            gap = event.start_ns - (event.start_ns if end is None else end)
+            seen.setdefault(event.name, []).append((event.duration_ns / 1e3, gap / 1e3))
+            end = event.start_ns + event.duration_ns
+    median = statistics.median
+    return [
+        (name, len(of), median(t for t, _ in of), median(gap for _, gap in of)) for name, of in seen.items()
+    ]
 
 
 def sets_needed(touched_bytes: int) -> int:

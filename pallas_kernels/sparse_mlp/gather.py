@@ -1,12 +1,13 @@
 """Row gather from device memory into shared memory, in inline PTX: what Pallas has no primitive for.
 
 Pallas's own copy arrives on a barrier with every thread once per row. Here a stage of rows costs one arrival a
-warp (`bulk`: a `cp.async.bulk` per row, each issued by one lane) or one a thread (`async`: 16 bytes a lane).
-Rows of absent neurons are filled with zeros and nothing is read for them. Not interpretable.
+warp, and a `cp.async.bulk` per row, each issued by one lane. Rows of absent neurons are filled with zeros and
+nothing is read for them. Not interpretable.
 
 Barriers here are raw `mbarrier` words in an int64 array, as inline code can't be handed a Pallas `Barrier`.
 """
 
+import functools
 from collections.abc import Callable
 from typing import Any
 
@@ -17,9 +18,10 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 from jaxlib.mlir import ir
 from jaxlib.mlir.dialects import arith, gpu, llvm, memref, nvvm, scf, vector
 
+from pallas_kernels.sparse_mlp.schedule import Split
 from pallas_kernels.sparse_mlp.tiles import PADDING
 
-ARRIVALS = {"bulk": 4, "async": 128}
+ARRIVALS = 4  # on the barrier of a stage: one a warp
 IDS = plgpu.Layout.WG_STRIDED((128,), vec_size=1)
 
 _REF = plgpu.RefType()
@@ -74,7 +76,7 @@ def _neuron(index: ir.Value, entry: ir.Value, valid: ir.Value, num_neurons: int)
     return arith.select(valid, neuron, _c(-1))
 
 
-def init_barriers(count: int, copy: str) -> Callable:
+def init_barriers(count: int) -> Callable:
     """-> f(barriers int64 [count] in SMEM): initialises them. Every thread of the block must call it."""
 
     @_inline(arg_types=(_REF,))
@@ -82,7 +84,7 @@ def init_barriers(count: int, copy: str) -> Callable:
         base = _utils.memref_ptr(barriers)
         first = _utils.single_thread_predicate(scope=_utils.ThreadSubset.BLOCK)
         for i in range(count):
-            nvvm.mbarrier_init(_utils.getelementptr(base, [i], _i64()), _c(ARRIVALS[copy]), predicate=first)
+            nvvm.mbarrier_init(_utils.getelementptr(base, [i], _i64()), _c(ARRIVALS), predicate=first)
         _asm("fence.mbarrier_init.release.cluster;", [], "")
         gpu.barrier()
 
@@ -151,12 +153,82 @@ def load_bias(rows: int, stride: int, num_neurons: int) -> Callable:
     return run
 
 
-def issue_rows(rows: int, cols: int, copy: str) -> Callable:
+def sum_columns(split: Split, cols: int, workers: int) -> Callable:
+    """-> f(parts float32 [n cols/64 batch 64], out [B D], worker): the partial sums of each tile, added in order.
+
+    Worker i of `workers` warpgroups computes every `workers`-th group of 512 neighbours of `out`.
+    """
+    most = split.contributions.shape[1]
+
+    @_inline(arg_types=(_REF, _REF, _SPLAT))
+    def run(ctx, parts, out, worker):
+        f32 = ir.F32Type.get()
+        out_type, (_, _, batch, _) = ir.MemRefType(out.type), ir.MemRefType(parts.type).shape
+        rows, width = out_type.shape
+        parts, out = _utils.memref_ptr(parts), _utils.memref_ptr(out)
+
+        def div(a, b):
+            return arith.divui(a, _c(b))
+
+        def add(a, *others):
+            return functools.reduce(lambda x, y: arith.addi(x, _c(y) if isinstance(y, int) else y), others, a)
+
+        def mul(a, b):
+            return arith.muli(a, _c(b))
+
+        def first_tile(block):
+            return div(div(mul(block, split.units), split.blocks), split.chunks)
+
+        def owner(unit):
+            return div(add(mul(add(unit, 1), split.blocks), -1), split.units)
+
+        first_quad = add(mul(worker.registers.item(), 128), _thread())
+        loop = scf.ForOp(first_quad, _c(rows * width // 4), _c(workers * 128))
+        with ir.InsertionPoint(loop.body):
+            quad = loop.induction_variable
+            row, column = div(quad, width // 4), mul(arith.remui(quad, _c(width // 4)), 4)
+            tile, within = div(column, cols), arith.remui(column, _c(cols))
+            place = add(mul(add(mul(div(within, 64), batch), row), 64), arith.remui(within, _c(64)))
+            first = owner(mul(tile, split.chunks))
+            last = owner(add(mul(tile, split.chunks), split.chunks - 1))
+            total = [arith.constant(f32, ir.FloatAttr.get(f32, 0.0))] * 4
+            for i in range(most):
+                block = add(first, i)
+                there = arith.cmpi(arith.CmpIPredicate.ule, block, last)
+                number = add(mul(block, split.max_parts), tile, mul(first_tile(block), -1))
+                source = _utils.getelementptr(parts, [add(mul(number, cols * batch), place)], f32)
+                total = [arith.addf(a, b) for a, b in zip(total, _load_if(there, source), strict=True)]
+            target = _utils.getelementptr(out, [add(mul(row, width), column)], out_type.element_type)
+            _store_rounded(total, target, out_type.element_type)
+            scf.yield_([])
+
+    return run
+
+
+def _load_if(condition: ir.Value, source: ir.Value) -> list[ir.Value]:
+    """Four float32, zeros where `condition` is false."""
+    f32 = ir.F32Type.get()
+    zeros = " ".join(f"mov.b32 ${i}, 0;" for i in range(4))
+    load = f"{zeros} @$5 ld.global.v4.f32 {{$0, $1, $2, $3}}, [$4];"
+    four = _asm(
+        load, [source, condition], "=&f,=&f,=&f,=&f,l,b", ir.Type.parse("!llvm.struct<(f32, f32, f32, f32)>")
+    )
+    return [llvm.extractvalue(f32, four, [i]) for i in range(4)]
+
+
+def _store_rounded(four: list[ir.Value], target: ir.Value, dtype: ir.Type) -> None:
+    """Four float32 to bfloat16 or float16."""
+    short = "bf16" if dtype == ir.BF16Type.get() else "f16"
+    a, b = (f"cvt.rn.{short}x2.f32 {name}, ${i + 1}, ${i};" for name, i in (("low", 0), ("high", 2)))
+    store = f"{{ .reg .b32 low, high; {a} {b} st.global.v2.b32 [$4], {{low, high}}; }}"
+    _asm(store, [*four, target], "f,f,f,f,l")
+
+
+def issue_rows(rows: int, cols: int) -> Callable:
     """-> f(w [F D], ids, out [stages rows cols+PADDING], barriers, slot, column): starts one stage of copies.
 
     Columns column:column+cols of the rows `ids` go to out[slot]; barrier `slot` completes when they are there.
     """
-    start = {"bulk": _issue_bulk, "async": _issue_async}[copy]
 
     @_inline(arg_types=(_REF, IDS, _REF, _REF, _SPLAT, _SPLAT))
     def run(ctx, w, ids, out, barriers, slot, column):
@@ -172,7 +244,7 @@ def issue_rows(rows: int, cols: int, copy: str) -> Callable:
             offset = arith.addi(offset, arith.extsi(_i64(), column.registers.item()))
             return _utils.getelementptr(_utils.memref_ptr(w), [offset], element)
 
-        start(rows, cols, neuron, source, out, element, _barrier_pointer(barriers, slot))
+        _issue(rows, cols, neuron, source, out, element, _barrier_pointer(barriers, slot))
 
     return run
 
@@ -181,7 +253,7 @@ def _evict_first() -> ir.Value:
     return _asm("createpolicy.fractional.L2::evict_first.b64 $0, 1.0;", [], "=l", _i64())
 
 
-def _issue_bulk(rows, cols, neuron, source, out, element, barrier) -> None:
+def _issue(rows, cols, neuron, source, out, element, barrier) -> None:
     first, lane, has_row = _place(rows)
     present = arith.cmpi(arith.CmpIPredicate.sge, neuron, _c(0))  # lanes without a row hold -1
     mine = _utils.getelementptr(out, [arith.muli(arith.addi(first, lane), _c(cols + PADDING))], element)
@@ -213,26 +285,3 @@ def _zero(pointer: ir.Value, num_bytes: int) -> None:
         place = _utils.getelementptr(pointer, [arith.muli(loop.induction_variable, _utils.c(2, i64))], i64)
         _asm("st.shared.v4.b32 [$0], {$1, $1, $1, $1};", [place, _c(0)], "l,r")
         scf.yield_([])
-
-
-def _issue_async(rows, cols, neuron, source, out, element, barrier) -> None:
-    first, lane, _ = _place(rows)
-    policy = _evict_first()
-    for i in range(rows // 4):
-        row = _asm("shfl.sync.idx.b32 $0, $1, $2, 31, 0xffffffff;", [neuron, _c(i)], "=r,r,r", _i32())
-        present = arith.cmpi(arith.CmpIPredicate.sge, row, _c(0))
-        size = arith.select(present, _c(16), _c(0))  # copies 0 bytes and fills with zeros
-        begin = source(arith.select(present, row, _c(0)))
-        target = _utils.getelementptr(
-            out, [arith.muli(arith.addi(first, _c(i)), _c(cols + PADDING))], element
-        )
-        for c in range(0, cols, 256):
-            column = arith.addi(arith.muli(lane, _c(8)), _c(c))
-            args = [
-                _utils.getelementptr(target, [column], element),
-                _utils.getelementptr(begin, [column], element),
-                size,
-                policy,
-            ]
-            _asm("cp.async.cg.shared.global.L2::cache_hint [$0], [$1], 16, $2, $3;", args, "l,l,r,l")
-    _asm("cp.async.mbarrier.arrive.noinc.shared::cta.b64 [$0];", [barrier], "l")

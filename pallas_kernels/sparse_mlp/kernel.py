@@ -5,7 +5,8 @@ One warpgroup fills the ring, one (the loader) brings the other operand, the res
 memory to registers as wgmma's left operand, the batch as its N.
   up:   part[tile, 64 neurons, batch] += W[rows, cols] · x[cols, batch]
   down: part[tile, 64 columns, batch] += W[rows, cols]ᵀ · hidden[rows, batch]
-`schedule.Split` deals the units of a product evenly to the blocks; the partial sums of a tile are added afterwards.
+`schedule.Split` deals the units of a product evenly to the blocks; the partial sums of a tile are added afterwards,
+in a fixed order: by the same kernel, after a barrier among its blocks, or by XLA.
 """
 
 from collections.abc import Callable
@@ -25,6 +26,7 @@ WGMMA = plgpu.Layout.WGMMA
 ROW = WGMMA.reduce(1)
 BULK = plgpu.OOBFillMode.PROMISE_IN_BOUNDS
 ACTIVATIONS = {"relu": lambda a: jnp.maximum(a, 0.0), "silu": lambda a: a / (1.0 + jnp.exp(-a))}
+MATRICES = ("w_up", "w_gate", "w_down")
 REGISTERS = {1: (232, 104, 128), 2: (184, 56, 88)}  # consumers, producer, loader; in all 512 a lane at most
 HIDDEN_WIDTH = 32  # columns of hidden values that are completed at once in a fused kernel
 COMPILER = plgpu.CompilerParams(
@@ -61,13 +63,22 @@ class Block:
             return _int(0), _int(0)
         return split.start(self.block), split.start(self.block + 1)
 
-    # The ring of weights. Stage t lies in slot t % stages.
+    # The ring of weights. Stage t lies in slot t % stages; those of the up-projection come first.
 
     def _slot(self, t):
         return lax.rem(t, _int(self.tiles.stages))
 
+    def _locate(self, t):
+        """(which of `MATRICES`, first entry of the index, first column) of a stage."""
+        if "w_down" not in self.refs:
+            return self._locate_up(t)
+        if "x" not in self.refs:
+            return self._locate_down(t)
+        going_up = t < self.up_stages
+        both = zip(self._locate_up(t), self._locate_down(t), strict=True)
+        return tuple(lax.select(going_up, up, down) for up, down in both)
+
     def _locate_up(self, t):
-        """(matrix, first entry of the index, first column) of a stage of the up-projection."""
         m, rows = self.tiles.groups, self.tiles.rows
         unit = self.up[0] + lax.div(t, _int(m))
         tile, chunk = self._tile_chunk(self.plan.up, unit)
@@ -77,7 +88,7 @@ class Block:
 
     def _locate_down(self, t):
         tile, chunk = self._tile_chunk(self.plan.down, self.down[0] + t - self.up_stages)
-        return _int(0), chunk * self.tiles.rows, tile * self.tiles.cols
+        return _int(MATRICES.index("w_down")), chunk * self.tiles.rows, tile * self.tiles.cols
 
     def _tile_chunk(self, split, unit):
         return lax.div(unit, _int(split.chunks)), lax.rem(unit, _int(split.chunks))
@@ -85,45 +96,46 @@ class Block:
     def produce(self):
         """Fills the ring, for the down-projection without waiting for the end of the up-projection."""
         plgpu.set_max_registers(REGISTERS[self.tiles.warpgroups][1], action="decrease")
+        matrices = [(i, self.refs[name]) for i, name in enumerate(MATRICES) if name in self.refs]
         fill = self._fill_rows if self.tiles.copy == "rows" else self._fill_inline
-        if "x" in self.refs:
-            fill(_int(0), self.up_stages, self._locate_up, [self.refs["w_up"], self.refs.get("w_gate")])
-        if "w_down" in self.refs:
-            fill(self.up_stages, self.stages, self._locate_down, [self.refs["w_down"]])
+        fill(matrices)
         first = lax.max(self.stages - self.tiles.stages, _int(0))
         pl.loop(first, self.stages)(lambda t: plgpu.barrier_wait(self.refs["empty"].at[self._slot(t)]))
+        self._finish(self.tiles.warpgroups)
 
     def _await_empty(self, t):
         empty = self.refs["empty"].at[self._slot(t)]
         pl.when(t >= self.tiles.stages)(lambda: plgpu.barrier_wait(empty))
 
-    def _fill_inline(self, start, end, locate, matrices):
-        rows, refs = self.tiles.rows, self.refs
+    def _fill_inline(self, matrices):
+        rows, refs, ahead = self.tiles.rows, self.refs, self.tiles.stages
         load = gather.load_ids(rows, self.plan.num_neurons)
-        issue = gather.issue_rows(rows, self.tiles.cols, self.tiles.copy)
+        issue = gather.issue_rows(rows, self.tiles.cols)
 
-        def stage(t, ids):
-            now, soon = ids
-            later = load(refs["index"], locate(t + 2)[1])
+        def ids(t):
+            return load(refs["index"], self._locate(t)[1])
+
+        def stage(t, queue):
+            now, *others = queue
+            later = ids(t + ahead)
             self._await_empty(t)
-            matrix, _, column = locate(t)
-            for i, w in enumerate(w for w in matrices if w is not None):
+            matrix, _, column = self._locate(t)
+            for i, w in matrices:
                 pl.when(matrix == i)(
                     lambda w=w: issue(w, now, refs["w_ring"], refs["full"], self._slot(t), column)
                 )
-            return soon, later
+            return (*others, later)
 
-        first = (load(refs["index"], locate(start)[1]), load(refs["index"], locate(start + 1)[1]))
-        lax.fori_loop(start, end, stage, first)
+        lax.fori_loop(_int(0), self.stages, stage, tuple(ids(_int(t)) for t in range(ahead)))
 
-    def _fill_rows(self, start, end, locate, matrices):
+    def _fill_rows(self, matrices):
         refs, rows, cols = self.refs, self.tiles.rows, self.tiles.cols
 
-        @pl.loop(start, end)
+        @pl.loop(0, self.stages)
         def _(t):
             self._await_empty(t)
             slot = self._slot(t)
-            matrix, entry, column = locate(t)
+            matrix, entry, column = self._locate(t)
 
             @plgpu.warp_map
             def _(warp):
@@ -136,7 +148,7 @@ class Block:
                     def copy(source):
                         plgpu.copy_gmem_to_smem(source, target, refs["full"].at[slot], oob_mode=BULK)
 
-                    for i, w in enumerate(w for w in matrices if w is not None):
+                    for i, w in matrices:
                         pl.when((neuron >= 0) & (matrix == i))(
                             lambda w=w: copy(w.at[neuron, pl.ds(column, cols)])
                         )
@@ -162,10 +174,11 @@ class Block:
         plgpu.set_max_registers(REGISTERS[self.tiles.warpgroups][2], action="decrease")
         if "x" in self.refs:
             self._load_input()
-        if "x" in self.refs and "w_down" in self.refs:
+        if self.tiles.fused:
             self._complete_hidden()
         if "w_down" in self.refs:
             self._load_hidden()
+        self._finish(self.tiles.warpgroups + 1)
 
     def _load_input(self):
         refs, tiles = self.refs, self.tiles
@@ -258,11 +271,27 @@ class Block:
         plgpu.set_max_registers(REGISTERS[self.tiles.warpgroups][0], action="increase")
         if "x" in self.refs:
             self._for_each_part(self.plan.up, self.up, lambda *args: self._up_part(warpgroup, *args))
-        if "x" in self.refs and "w_down" in self.refs:
-            gather.sync_warpgroup()
-            plgpu.semaphore_signal(self.refs["arrived"].at[0], memory_scope="gpu")
+        if self.tiles.fused:
+            self._arrive(0)
         if "w_down" in self.refs:
             self._for_each_part(self.plan.down, self.down, lambda *args: self._down_part(warpgroup, *args))
+        if self.tiles.fused:
+            self._arrive(2)
+        self._finish(warpgroup)
+
+    def _arrive(self, semaphore: int):
+        """Tells all blocks that the calling warpgroup's partial sums are there."""
+        gather.sync_warpgroup()
+        plgpu.semaphore_signal(self.refs["arrived"].at[semaphore], memory_scope="gpu")
+
+    def _finish(self, warpgroup):
+        """In a fused kernel, once all partial sums of the result are there: adds up this warpgroup's share."""
+        plan, tiles = self.plan, self.tiles
+        if not tiles.fused:
+            return
+        _wait(self.refs["arrived"].at[2], plan.grid * tiles.warpgroups)
+        total = gather.sum_columns(plan.down, tiles.cols, plan.grid * (tiles.warpgroups + 2))
+        total(self.refs["down_parts"], self.refs["out"], self.block * (tiles.warpgroups + 2) + warpgroup)
 
     def _for_each_part(self, split, units, body):
         """body(number of the partial sum, its tile, first unit, end) for each tile that the block touches."""

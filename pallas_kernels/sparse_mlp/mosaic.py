@@ -52,15 +52,17 @@ def sparse_mlp(
         pieces = [x[i : i + largest] for i in range(0, x.shape[0], largest)]
         return jnp.concatenate([sparse_mlp(piece, w_up, w_down, index, **call) for piece in pieces])
     if tiles is None:
-        tiles = heuristic(x.shape[0], x.shape[1], device, gated=w_gate is not None)
+        gated = w_gate is not None
+        tiles = heuristic(x.shape[0], x.shape[1], device, selected=index.shape[0], gated=gated)
     num_neurons, d_model = w_up.shape
-    plan = Plan(d_model, num_neurons, index.shape[0], w_gate is not None, activation, x.dtype.name, tiles)
+    sizes = {"batch": x.shape[0], "d_model": d_model, "num_neurons": num_neurons, "selected": index.shape[0]}
+    plan = Plan(**sizes, gated=w_gate is not None, activation=activation, dtype=x.dtype.name, tiles=tiles)
     operands = {"x": jnp.pad(x, ((0, tiles.batch - x.shape[0]), (0, 0))), "index": index.astype(jnp.int32)}
     optional = {"w_gate": w_gate, "b_up": b_up, "b_gate": b_gate}
     operands |= {"w_up": w_up, "w_down": w_down} | {n: a for n, a in optional.items() if a is not None}
     if tiles.copy == "rows":
         operands |= _for_rows(plan, operands["index"])
-    return _run(plan, operands, interpret)[: x.shape[0]].astype(x.dtype)
+    return _run(plan, operands, interpret)
 
 
 def _require(x: jax.Array, w_up: jax.Array, activation: str) -> None:
@@ -121,6 +123,8 @@ def products(plan: Plan, operands: dict[str, jax.Array], interpret: bool = False
         outputs["hidden"] = jax.ShapeDtypeStruct(plan.hidden, jnp.dtype(plan.dtype))
     if has_down:
         outputs["down_parts"] = jax.ShapeDtypeStruct(plan.down_parts, jnp.float32)
+    if has_up and has_down:
+        outputs["out"] = jax.ShapeDtypeStruct((plan.batch, plan.d_model), jnp.dtype(plan.dtype))
     scratch = _scratch(plan, has_up, has_down)
     names = [*operands, *outputs, *scratch]
 
@@ -128,9 +132,11 @@ def products(plan: Plan, operands: dict[str, jax.Array], interpret: bool = False
         refs = dict(zip(names, references, strict=True))
         refs["x_ring"], refs["h_ring"] = refs.pop("operand")
         if has_up and has_down:
-            refs["arrived"] = pl.get_global(plgpu.SemaphoreType.REGULAR((2,)))
+            refs["arrived"] = pl.get_global(plgpu.SemaphoreType.REGULAR((3,)))
         if tiles.copy != "rows":
-            gather.init_barriers(tiles.stages, tiles.copy)(refs["full"])
+            gather.init_barriers(tiles.stages)(refs["full"])
+        if tiles.early:
+            plgpu.griddepcontrol_wait()
         block = Block(plan, refs, interpret)
         warpgroup = lax.axis_index("warpgroup")
 
@@ -174,13 +180,13 @@ def _hidden(plan: Plan, up_parts: jax.Array) -> jax.Array:
 
 
 def _run(plan: Plan, operands: dict[str, jax.Array], interpret: bool = False) -> jax.Array:
-    """[batch D] float32 from x [batch D], index [k], w_up, w_down [F D] and the optional w_gate, b_up, b_gate."""
+    """[B D] from x [batch D], index [k], w_up, w_down [F D] and the optional w_gate, b_up, b_gate."""
     if plan.tiles.fused:
-        parts = products(plan, operands)["down_parts"]
-    else:
-        up = {name: array for name, array in operands.items() if name != "w_down"}
-        down = {name: operands[name] for name in ("index", "w_down", "zeros") if name in operands}
-        up_parts = products(plan, up, interpret)["up_parts"]
-        parts = products(plan, {**down, "hidden": _hidden(plan, up_parts)}, interpret)["down_parts"]
+        return products(plan, operands)["out"]
+    up = {name: array for name, array in operands.items() if name != "w_down"}
+    down = {name: operands[name] for name in ("index", "w_down", "zeros") if name in operands}
+    up_parts = products(plan, up, interpret)["up_parts"]
+    parts = products(plan, {**down, "hidden": _hidden(plan, up_parts)}, interpret)["down_parts"]
     total = _sum_parts(parts, plan.down).reshape(-1, plan.tiles.batch, 64)
-    return total.transpose(1, 0, 2).reshape(plan.tiles.batch, plan.d_model)
+    total = total.transpose(1, 0, 2).reshape(plan.tiles.batch, plan.d_model)
+    return total[: plan.batch].astype(plan.dtype)

@@ -7,10 +7,11 @@ from pallas_kernels.sparse_mlp.schedule import Split
 from pallas_kernels.sparse_mlp.tiles import Tiles
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Plan:
-    """d_model D, num_neurons F, selected k; gated: two matrices in the up-projection; activation: its name."""
+    """batch B, d_model D, num_neurons F, selected k; gated: two matrices in the up-projection; activation: its name."""
 
+    batch: int
     d_model: int
     num_neurons: int
     selected: int

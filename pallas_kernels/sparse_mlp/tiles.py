@@ -1,14 +1,16 @@
 """How the Hopper kernel cuts its work: a configuration, its limits, the choice by shape, which are worth trying."""
 
-from collections.abc import Iterator
+import contextlib
+from collections.abc import Iterable
 from dataclasses import dataclass, replace
 from typing import Any
 
 from pallas_kernels._device import Device
+from pallas_kernels.sparse_mlp.schedule import Split
 
 PADDING = 8  # elements after each row in shared memory: eight rows meet eight different groups of banks
 BATCHES = (16, 32, 64, 128)  # padded batch; a larger one is cut into pieces of the last
-COPIES = ("bulk", "async", "rows")
+COPIES = ("bulk", "rows")
 SMEM_RESERVE = 2048  # bytes for barriers and for the compiler
 DENSE_ABOVE = {16: 0.95, 32: 0.95, 64: 0.9, 128: 0.7}  # density, by padded batch; not measured on a GPU yet
 
@@ -21,8 +23,9 @@ class Tiles:
     stages: depth of the ring of weights. x_cols, x_slots: columns and depth of the input's ring.
     blocks: thread blocks at most. fused: one kernel with a barrier among all its blocks, which must therefore run
     at the same time, else one kernel a projection.
-    copy: how rows are gathered: "bulk" (one cp.async.bulk each), "async" (cp.async, 16 bytes a lane), both in
-    inline PTX, or "rows" (Pallas's own copy, slow, but the interpreter knows it).
+    copy: how rows are gathered: "bulk" (one cp.async.bulk each, in inline PTX) or "rows" (Pallas's own copy, slow,
+    but the interpreter knows it).
+    early: launched while the kernel before it in the stream ends, for whose results it then waits.
     """
 
     batch: int
@@ -35,6 +38,7 @@ class Tiles:
     blocks: int
     copy: str = "bulk"
     fused: bool = True
+    early: bool = False
 
     def __post_init__(self) -> None:
         problems = [
@@ -48,8 +52,8 @@ class Tiles:
             ),
             (min(self.groups, self.stages, self.blocks) > 0, "groups, stages and blocks must be positive"),
             (self.copy in COPIES, f"copy must be one of {COPIES}"),
-            (self.copy != "async" or self.cols % 256 == 0, "async copies need cols in steps of 256"),
             (not (self.fused and self.copy == "rows"), "rows can't be fused"),
+            (self.fused or not self.early, "only a fused kernel can be early"),
             (self.hidden_slots > 1, "the input's ring is too small for two stages of hidden values"),
             (max(self.groups, self.cols // 64 // self.warpgroups) * self.batch <= 256, "sums need registers"),
             (self.smem_bytes <= 232448, "too much shared memory"),
@@ -88,21 +92,35 @@ def padded(batch: int) -> int:
 
 
 _CHOICE = {  # by padded batch, for wide rows
-    16: Tiles(batch=16, groups=2, cols=512, stages=3, x_cols=256, x_slots=3, blocks=132),
-    32: Tiles(batch=32, groups=2, cols=256, stages=5, x_cols=128, x_slots=4, blocks=132),
-    64: Tiles(batch=64, groups=4, cols=256, stages=4, x_cols=128, x_slots=3, blocks=132),
-    128: Tiles(batch=128, warpgroups=2, groups=2, cols=256, stages=2, x_cols=64, x_slots=5, blocks=132),
+    16: (
+        Tiles(batch=16, groups=2, cols=256, stages=6, x_cols=128, x_slots=3, blocks=132),
+        Tiles(batch=16, groups=2, cols=512, stages=3, x_cols=256, x_slots=3, blocks=132),
+    ),
+    32: (Tiles(batch=32, groups=2, cols=256, stages=5, x_cols=128, x_slots=4, blocks=132),),
+    64: (Tiles(batch=64, groups=2, cols=256, stages=5, x_cols=128, x_slots=3, blocks=132),),
+    128: (Tiles(batch=128, warpgroups=2, groups=2, cols=256, stages=2, x_cols=64, x_slots=5, blocks=132),),
 }
+INPUT_COST = 0.35  # of a byte of the input, which lies in the L2, in bytes of weights
 
 
-def heuristic(batch: int, d_model: int, device: Device, *, gated: bool = False) -> Tiles:
-    """Tiles for a batch of at most 128 and rows of d_model columns, which must be a multiple of 128."""
-    tiles = replace(_CHOICE[padded(batch)], blocks=device.num_sms)
-    if gated and tiles.batch >= 64:  # the sums of more groups don't fit in registers
-        tiles = replace(tiles, groups=tiles.groups // 2)
-    while d_model % tiles.cols:
-        tiles = _narrower(tiles)
-    return tiles
+def heuristic(batch: int, d_model: int, device: Device, *, selected: int, gated: bool = False) -> Tiles:
+    """Tiles for a batch of at most 128 and rows of d_model columns, which must be a multiple of 128.
+
+    `selected`: entries of the index. Taken is the configuration that leaves the busiest block least to read.
+    """
+
+    def cost(tiles: Tiles) -> float:
+        stages = -(-selected // tiles.rows)
+        row_tiles = -(-stages // tiles.groups) * (2 if gated else 1)
+        up = Split(row_tiles, d_model // tiles.cols, tiles.blocks).max_units
+        down = Split(d_model // tiles.cols, stages, tiles.blocks).max_units
+        rows = up * (tiles.groups * tiles.rows + INPUT_COST * tiles.batch) + down * tiles.rows
+        return rows * tiles.cols
+
+    known = [replace(tiles, blocks=device.num_sms) for tiles in _CHOICE[padded(batch)]]
+    fitting = [tiles for tiles in known if d_model % tiles.cols == 0] or [_narrower(known[0])]
+    changes = [{"groups": groups} for groups in (2, 1, 4)]
+    return min((variant for tiles in fitting for variant in _variants(tiles, changes)), key=cost)
 
 
 def _narrower(tiles: Tiles) -> Tiles:
@@ -111,25 +129,32 @@ def _narrower(tiles: Tiles) -> Tiles:
     return replace(tiles, cols=cols, stages=tiles.stages + 1, x_cols=x_cols, x_slots=512 // x_cols)
 
 
-def candidates(batch: int, d_model: int, device: Device, *, gated: bool = False) -> Iterator[Tiles]:
+def _variants(tiles: Tiles, changes: Iterable[dict[str, Any]]) -> list[Tiles]:
+    """Those of the changed configurations that are valid, without repetitions."""
+    found: dict[Tiles, None] = {}
+    for change in changes:
+        with contextlib.suppress(ValueError):
+            found[replace(tiles, **change)] = None
+    return list(found)
+
+
+def candidates(
+    batch: int, d_model: int, device: Device, *, selected: int, gated: bool = False
+) -> list[Tiles]:
     """Configurations worth measuring for a shape: the heuristic's first."""
-    best = heuristic(batch, d_model, device, gated=gated)
+    best = heuristic(batch, d_model, device, selected=selected, gated=gated)
+    halved = {"cols": best.cols // 2, "x_cols": best.x_cols // 2}
+    doubled = {"cols": best.cols * 2, "x_cols": best.x_cols * 2}
     changes: tuple[dict[str, Any], ...] = (
         {},
-        {"fused": False},
-        {"copy": "async"},
-        {"copy": "async", "fused": False},
-        {"groups": best.groups * 2},
+        {"early": True},
+        halved | {"stages": best.stages * 2},
+        doubled | {"stages": best.stages // 2},
+        doubled | {"stages": best.stages // 2, "early": True},
         {"groups": max(1, best.groups // 2)},
-        {"cols": best.cols // 2, "stages": best.stages * 2, "x_cols": best.x_cols // 2},
+        {"groups": best.groups * 2},
+        {"stages": max(2, best.stages - 2)},
         {"warpgroups": 2, "groups": max(1, best.groups // 2), "stages": max(2, best.stages // 2)},
+        {"fused": False},
     )
-    seen = set()
-    for change in changes:
-        try:
-            tiles = replace(best, **change)
-        except ValueError:
-            continue
-        if tiles not in seen and d_model % tiles.cols == 0:
-            seen.add(tiles)
-            yield tiles
+    return [tiles for tiles in _variants(best, changes) if d_model % tiles.cols == 0]
