@@ -27,8 +27,12 @@ FILES = (
     GENERATION_CONFIG,
 )
 SETTINGS = "tokenizer_config.json"
-BOS_IDS = {"opt": 2, "llama": 1, "mistral": 1}
-"""Families that begin a text with BOS, and its id where config.json does not tell."""
+IDS = {
+    "opt": {"bos_token": 2, "eos_token": 2, "pad_token": 1},
+    "llama": {"bos_token": 1},
+    "mistral": {"bos_token": 1},
+}
+"""Families that begin a text with BOS, and the ids of special tokens where config.json does not tell."""
 
 _LLAMA_BOS = ("<s>", "<|begin_of_text|>")
 _BOS_NAMES = {
@@ -82,6 +86,11 @@ def mend(folder: Path, model_type: str, config: Mapping[str, Any]) -> tuple[str,
     if not has_tokenizer(folder):
         return ()
     settings = _read(folder / SETTINGS)
+    if not isinstance(settings.get("add_bos_token", False), bool):
+        got = repr(settings["add_bos_token"])
+        raise CheckpointError(
+            "add_bos_token is neither true nor false", where=folder / SETTINGS, got=got, mend=_AGAIN
+        )
     notes = [f"{SETTINGS} asks for code of its own (auto_map): never run"] if "auto_map" in settings else []
     bare = only_sentencepiece(folder)
     added = _missing(folder, settings, model_type, config, bare=bare)
@@ -119,15 +128,14 @@ def _missing(
     elif "tokenizer_class" not in settings and isinstance(config.get("tokenizer_class"), str):
         added["tokenizer_class"] = config["tokenizer_class"]
     names = _SENTENCEPIECE if bare else _names_by_id(folder)
-    ids = {"eos_token": config.get("eos_token_id"), "pad_token": config.get("pad_token_id")}
-    if model_type in BOS_IDS:
-        ids["bos_token"] = config.get("bos_token_id", BOS_IDS[model_type])
-    if model_type == "opt":
-        ids = {"eos_token": 2, "pad_token": 1} | {key: each for key, each in ids.items() if each is not None}
-        if str(settings.get("tokenizer_class", "GPT2")).startswith("GPT2"):
-            ids["unk_token"] = ids["bos_token"]  # the class would add a token of its own
+    kinds = ("eos_token", "pad_token", *(["bos_token"] if model_type in IDS else []))
+    told = {kind: config.get(f"{kind}_id") for kind in kinds}
+    ids = IDS.get(model_type, {}) | {kind: each for kind, each in told.items() if each is not None}
+    if model_type == "opt" and str(settings.get("tokenizer_class", "GPT2")).startswith("GPT2"):
+        ids["unk_token"] = ids["bos_token"]  # the class would add a token of its own
     for key, value in ids.items():
-        name = names.get(value[0] if isinstance(value, list) and value else value)  # pyright: ignore[reportArgumentType]
+        value = value[0] if isinstance(value, list) and value else value
+        name = names.get(value) if isinstance(value, int) else None
         strange = key == "bos_token" and name not in _BOS_NAMES[model_type]
         if key not in said and name is not None and not strange:
             added[key] = name
@@ -140,7 +148,7 @@ def _wanted_bos(
     """The BOS token that texts should begin with and do not; None where all is well."""
     said, named = settings.get("add_bos_token"), settings.get("tokenizer_class")
     name, bos = tokenizer.hf.bos_token, tokenizer.bos_id
-    if model_type not in BOS_IDS or said is False or bos is None:
+    if model_type not in IDS or said is False or bos is None:
         return None
     usual = bare or named is None or (model_type == "opt" and str(named).startswith("GPT2"))
     if said is None and not (usual and name in _BOS_NAMES[model_type]):
@@ -166,12 +174,14 @@ def _names_by_id(folder: Path) -> dict[int, str]:
         return _inverted(data)
     model, extra = data.get("model"), data.get("added_tokens")
     names = _inverted(model.get("vocab") if isinstance(model, dict) else None)
-    tokens = [each for each in extra or () if isinstance(each, dict)] if isinstance(extra, list) else []
-    return names | {each["id"]: each["content"] for each in tokens if {"id", "content"} <= each.keys()}
+    tokens = [each for each in extra if isinstance(each, dict)] if isinstance(extra, list) else []
+    pairs = [(each.get("content"), each.get("id")) for each in tokens]
+    return names | {index: name for name, index in pairs if isinstance(name, str) and isinstance(index, int)}
 
 
 def _inverted(vocabulary: Any) -> dict[int, str]:
-    return {index: name for name, index in vocabulary.items()} if isinstance(vocabulary, dict) else {}
+    pairs = vocabulary.items() if isinstance(vocabulary, dict) else ()
+    return {index: name for name, index in pairs if isinstance(index, int)}
 
 
 def _read(file: Path) -> dict[str, Any]:

@@ -2,10 +2,13 @@
 
 import json
 import shutil
+import tempfile
 from pathlib import Path
 
+import hypothesis.strategies as st
 import pytest
 import transformers
+from hypothesis import HealthCheck, given, settings
 
 import polarjax as pj
 from polarjax import tokenizer, tokenizer_files
@@ -107,7 +110,7 @@ def test_a_bare_sentencepiece_model_is_mended(tmp_path, settings, model_type):
     assert [loaded.hf.decode(row, skip_special_tokens=True) for row in expected] == TEXTS
     assert (loaded.bos_id, loaded.stop_ids) == (1, (2,))
     (note,) = notes
-    assert "add_bos_token True, eos_token </s>, bos_token <s>" in note
+    assert "add_bos_token True, bos_token <s>, eos_token </s>" in note
 
 
 @pytest.mark.parametrize("model_type", ["llama", "mistral"])
@@ -149,7 +152,7 @@ def test_a_llama_tokenizer_json_without_settings_gets_its_token_names(tmp_path):
     assert _ids(loaded) == _transformers(source)
     assert (loaded.bos_id, loaded.stop_ids) == (1, (2,))
     assert notes == (
-        "tokenizer mended for llama, as tokenizer_config.json does not say: eos_token </s>, bos_token <s>",
+        "tokenizer mended for llama, as tokenizer_config.json does not say: bos_token <s>, eos_token </s>",
     )
 
 
@@ -244,3 +247,47 @@ def test_sampling_settings_of_an_old_config_json_are_kept(tmp_path):
     source = small.write_opt(tmp_path / "hf", small.OPT_SETTINGS)
     loaded, _ = _taken(source, tmp_path / "out", do_sample=True, temperature=0.7, top_k=9)
     assert loaded.generation.sampler == pj.Categorical(0.7, top_k=9)
+
+
+ODD = st.sampled_from(
+    [None, True, 0, 1, -1, 2**70, 1.5, "", "</s>", "\ud800", [], [[]], [1], {}, {"content": 3}]
+)
+KEYS = {
+    "tokenizer_config.json": [
+        "tokenizer_class",
+        "bos_token",
+        "eos_token",
+        "add_bos_token",
+        "auto_map",
+        "unk_token",
+    ],
+    "special_tokens_map.json": ["bos_token", "eos_token", "pad_token"],
+    "config.json": ["bos_token_id", "eos_token_id", "pad_token_id", "tokenizer_class", "vocab_size"],
+    "generation_config.json": ["eos_token_id", "top_k", "do_sample"],
+    "tokenizer.json": ["added_tokens", "model", "post_processor", "normalizer"],
+}
+CHANGES = st.sampled_from(sorted(KEYS)).flatmap(
+    lambda file: st.tuples(st.just(file), st.sampled_from(KEYS[file]), ODD)
+)
+
+
+@pytest.mark.parametrize("kind", ["opt", "llama"])
+@settings(max_examples=60, suppress_health_check=[HealthCheck.too_slow])
+@given(changes=st.lists(CHANGES, min_size=1, max_size=3))
+def test_mutated_files_are_read_or_refused(kind, changes):
+    """Whatever the files say, only our own error comes out, in one line."""
+    with tempfile.TemporaryDirectory() as scratch:
+        source, target = Path(scratch, "hf"), Path(scratch, "out")
+        target.mkdir()
+        small.write_opt(source, {}) if kind == "opt" else small.write_llama(source, {})
+        for file, key, value in changes:
+            if file != "tokenizer.json" or kind == "llama":
+                path = source / file
+                before = json.loads(path.read_text()) if path.is_file() else {}
+                path.write_text(json.dumps(before | {key: value}))
+        config = json.loads((source / "config.json").read_text())
+        try:
+            copy_tokenizer(source, target, model_type=kind, config=config)
+            Tokenizer.load(target, model_type=kind)
+        except pj.PolarjaxError as error:
+            assert "\n" not in str(error)
