@@ -95,6 +95,7 @@ class Family:
     Attributes:
       model_type: its name in config.json.
       architecture: the name of its class in transformers.
+      covers: the published models that have this type, a few words.
       read_config: the configuration from the keys of config.json.
       write_config: keys that `read_config` reads as the same configuration, where the family can say it.
       rules: for every parameter that any member has; those that a config does not ask for are left out.
@@ -104,6 +105,7 @@ class Family:
 
     model_type: str
     architecture: str
+    covers: str
     read_config: Callable[[ConfigReader], ModelConfig]
     write_config: Callable[[ModelConfig], dict[str, Any]]
     rules: tuple[Rule, ...]

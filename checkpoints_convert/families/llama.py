@@ -188,19 +188,30 @@ _LAYER = """
 _RULES = rules(_MODEL) + rules(_LAYER, source=LAYER, target="layers.{i}.")
 
 
-def _family(model_type: str, architecture: str, read_config: Any, write_config: Any) -> Family:
+def _family(model_type: str, covers: str, *, architecture: str, read: Any, write: Any) -> Family:
     return Family(
         model_type=model_type,
         architecture=architecture,
-        read_config=read_config,
-        write_config=write_config,
+        covers=covers,
+        read_config=read,
+        write_config=write,
         rules=_RULES,
         prefixes=tuple((name, BODY + name) for name in ("layers.", "embed_tokens.", "norm.")),
         buffers=re.compile(r"(^|\.)rotary_emb\.inv_freq$"),
     )
 
 
-LLAMA = _family("llama", "LlamaForCausalLM", read_llama, write_llama)
-MISTRAL = _family("mistral", "MistralForCausalLM", read_mistral, write_mistral)
-QWEN2 = _family("qwen2", "Qwen2ForCausalLM", read_qwen2, write_qwen2)
-QWEN3 = _family("qwen3", "Qwen3ForCausalLM", read_qwen3, write_qwen3)
+LLAMA = _family(
+    "llama",
+    "LLaMA 2, 3, 3.1, 3.2; ReLU-fied ones (ReLU-LLaMA)",
+    architecture="LlamaForCausalLM",
+    read=read_llama,
+    write=write_llama,
+)
+MISTRAL = _family(
+    "mistral", "Mistral 7B", architecture="MistralForCausalLM", read=read_mistral, write=write_mistral
+)
+QWEN2 = _family(
+    "qwen2", "Qwen2, Qwen2.5", architecture="Qwen2ForCausalLM", read=read_qwen2, write=write_qwen2
+)
+QWEN3 = _family("qwen3", "Qwen3, dense", architecture="Qwen3ForCausalLM", read=read_qwen3, write=write_qwen3)

@@ -98,6 +98,7 @@ _LAYER = """
 OPT = Family(
     model_type="opt",
     architecture="OPTForCausalLM",
+    covers="OPT, 125m to 66b, with 350m's projections and norms",
     read_config=read_config,
     write_config=write_config,
     rules=rules(_MODEL) + rules(_LAYER, source=LAYER, target="layers.{i}."),
