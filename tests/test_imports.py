@@ -19,7 +19,16 @@ OPTIONAL = {"datasets", "google", "lm_eval", "matplotlib", "sentencepiece", "tor
 KERNELS_MAY_USE = {"jax", "jaxlib", "numpy", "jaxtyping"}
 CONVERTER_MAY_USE = {
     f"polarjax.{name}"
-    for name in ("configs", "model", "checkpoint", "errors", "types", "progress", "reading", "tokenizer_files")
+    for name in (
+        "configs",
+        "model",
+        "checkpoint",
+        "errors",
+        "types",
+        "progress",
+        "reading",
+        "tokenizer_files",
+    )
 }
 
 
