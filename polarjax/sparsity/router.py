@@ -14,6 +14,8 @@ def score_groups(
     x: Float[Array, "... D"], w_group: Float[Array, "D K"], b_group: Float[Array, "K"]
 ) -> Float[Array, "... K"]:
     """Logits that a group is among the important ones, float32; the products are taken in the dtype of `x`."""
+    if _alone(x):
+        return score_groups(_several(x), w_group, b_group)[:1]
     scores = jnp.dot(x, w_group.astype(x.dtype), preferred_element_type=jnp.float32)
     return scores + jnp.expand_dims(b_group.astype(jnp.float32), range(x.ndim - 1))
 
@@ -22,8 +24,19 @@ def score_neurons(
     x: Float[Array, "... D"], w_in: Float[Array, "D R"], w_out: Float[Array, "R F"]
 ) -> Float[Array, "... F"]:
     """Logits that a neuron is active, float32; the products are taken in the dtype of `x`."""
+    if _alone(x):
+        return score_neurons(_several(x), w_in, w_out)[:1]
     hidden = jnp.dot(x, w_in.astype(x.dtype))
     return jnp.dot(hidden, w_out.astype(x.dtype), preferred_element_type=jnp.float32)
+
+
+def _alone(x: Float[Array, "... D"]) -> bool:
+    """Whether it is one row, which XLA multiplies by a router's narrow matrices in two passes over them."""
+    return x.ndim == 2 and x.shape[0] == 1
+
+
+def _several(x: Float[Array, "1 D"]) -> Float[Array, "8 D"]:
+    return jnp.broadcast_to(x, (8, x.shape[1]))
 
 
 @jax.tree_util.register_dataclass
