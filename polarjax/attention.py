@@ -102,18 +102,23 @@ def attend_cached(
     length: Int[Array, "B"],
     *,
     group_index: Int[Array, "B k"] | None,
+    live: Bool[Array, "B"] | None,
     config: ModelConfig,
     window: int | None,
     implementation: Implementation,
 ) -> tuple[Float[Array, "B D"], tuple[Float[Array, "B K S H"], Float[Array, "B K S H"]]]:
-    """One new token a sequence: appends its key and value at `length`, attends with the selected groups only."""
+    """One new token a sequence: appends its key and value at `length`, attends with the selected groups only.
+
+    Rows that are not `live` attend to nothing.
+    """
     q, k, v = (a[:, 0] for a in project_qkv(layer, x[:, None], length[:, None], config))
     k_cache, v_cache = write_token(cache[0], k, length), write_token(cache[1], v, length)
+    readable = jnp.minimum(length + 1, k_cache.shape[2])  # a full cache has dropped the new token
     heads = sparse_decode_attention(
         q,
         k_cache,
         v_cache,
-        jnp.minimum(length + 1, k_cache.shape[2]),  # a full cache has dropped the new token
+        readable if live is None else jnp.where(live, readable, 0),
         group_index,
         scale=config.head_dim**-0.5,
         window=window,

@@ -47,9 +47,9 @@ def _write(model: Decoder, logits, cache: KVCache, key, sparsity, *, implementat
     return decode_loop(step, logits, cache, key, **settings)
 
 
-def model_step(model: Decoder, token, cache, *, sparsity, implementation):
+def model_step(model: Decoder, token, cache, live, *, sparsity, implementation):
     """A decoding step in the order of arguments that the token loop wants."""
-    return decode_step(model, token, cache, sparsity=sparsity, implementation=implementation)
+    return decode_step(model, token, cache, sparsity=sparsity, live=live, implementation=implementation)
 
 
 def generate(

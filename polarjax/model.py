@@ -13,7 +13,7 @@ from polarjax.errors import CheckpointError, InputError
 from polarjax.layers import Embedding, Head, Maker, Norm
 from polarjax.sparsity.select import Sparsity
 from polarjax.sparsity.taps import Taps, TapSpec, pack
-from polarjax.types import Array, Float, Implementation, Int
+from polarjax.types import Array, Bool, Float, Implementation, Int
 
 
 class Layer(nnx.Module):
@@ -212,6 +212,7 @@ def decode_step(
     cache: KVCache,
     *,
     sparsity: Sparsity | None = None,
+    live: Bool[Array, "B"] | None = None,
     implementation: Implementation = None,
 ) -> tuple[Float[Array, "B V"], KVCache]:
     """Appends one token to each sequence, computing and reading only what is selected.
@@ -223,10 +224,13 @@ def decode_step(
       token: int32 [B].
       cache: keys and values so far; donate it under `jax.jit`. A sequence that is full drops the new key.
       sparsity: what to skip; None is the dense model.
+      live: rows whose logits are wanted; the others read no cache and have no say in the choice of neurons.
+        None is all.
       implementation: of the kernels; None takes the best for the device.
 
     Returns:
-      float32 logits [B V] for the next token, and the cache one position longer.
+      float32 logits [B V] for the next token, without meaning in rows that are not live, and the cache one position
+      longer.
 
     Raises:
       SparsityError: routers or plan are for another model, or the selector cannot skip work.
@@ -245,12 +249,13 @@ def decode_step(
                 (cache.k[i], cache.v[i]),
                 cache.length,
                 group_index=None if sparsity is None else sparsity.group_index(i, h),
+                live=live,
                 config=config,
                 window=config.window(i),
                 implementation=implementation,
             )
             x = _residual(layer.attn_norm, x, update, config)
-            index = None if sparsity is None else sparsity.neuron_index(i, h)
+            index = None if sparsity is None else sparsity.neuron_index(i, h, live)
             update = _mlp(layer, _mlp_input(layer, x, config), index, config, implementation)
             x = _residual(layer.mlp_norm, x, update, config)
         new_k.append(k)

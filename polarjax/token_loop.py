@@ -13,8 +13,9 @@ from polarjax.types import Array, Bool, Float, Int, Key
 CHUNK = 8
 """Decoding steps between two looks at whether every sequence has stopped."""
 
-type Step = Callable[[Int[Array, "B"], Any], tuple[Float[Array, "B V"], Any]]
-"""A decoding step: (token [B], cache) -> (logits [B V], cache); the loop knows nothing else of the model."""
+type Step = Callable[[Int[Array, "B"], Any, Bool[Array, "B"]], tuple[Float[Array, "B V"], Any]]
+"""A decoding step: (token [B], cache, rows that go on [B]) -> (logits [B V], cache); all that the loop knows of a
+model."""
 
 
 @jax.tree_util.register_dataclass
@@ -122,7 +123,7 @@ class Rules:
         """`CHUNK` steps more, and the tokens they drew; 0 in rows that have ended."""
 
         def one(state: LoopState, _) -> tuple[LoopState, Int[Array, "B"]]:
-            logits, cache = step(state.token, state.cache)
+            logits, cache = step(state.token, state.cache, ~(state.stopped | state.failed))
             state = self.draw(logits, dataclasses.replace(state, cache=cache))
             return state, state.token
 

@@ -184,7 +184,13 @@ class Sparsity:
             return None
         return top_mask(jnp.maximum(self.routers.neuron_scores(layer, x, activity=activity), 0), k)
 
-    def neuron_index(self, layer: int, x: Float[Array, "B D"]) -> Int[Array, "k"] | None:
-        """The neurons kept for the whole batch of a decoding step, ascending, or None where the layer is dense."""
+    def neuron_index(
+        self, layer: int, x: Float[Array, "B D"], live: Bool[Array, "B"] | None = None
+    ) -> Int[Array, "k"] | None:
+        """The neurons kept for the `live` rows of a decoding step, ascending, or None where the layer is dense."""
         k = self.plan.neurons[layer]
-        return None if k is None else select_top_k(self.routers.neuron_scores(layer, x), k, shared=True)
+        if k is None:
+            return None
+        scores = self.routers.neuron_scores(layer, x)
+        counted = scores > 0 if live is None else (scores > 0) & live[:, None]  # false for NaN too
+        return select_top_k(jnp.where(counted, scores, 0), k, shared=True)

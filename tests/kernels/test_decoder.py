@@ -98,5 +98,5 @@ def test_the_token_loop_reads_in_place(hopper):
     assert_in_place(program, shape, cache)
 
 
-def _step(model, sparsity, token, cache):
-    return pj.decode_step(model, token, cache, sparsity=sparsity)
+def _step(model, sparsity, token, cache, live):
+    return pj.decode_step(model, token, cache, sparsity=sparsity, live=live)

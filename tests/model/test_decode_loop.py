@@ -18,7 +18,7 @@ BOUNDARIES = (1, 2, CHUNK, CHUNK + 1, CHUNK + 2, 2 * CHUNK + 1, 2 * CHUNK + 2)
 LONGEST = 3 * CHUNK + 1
 
 
-def _step(token, cache):
+def _step(token, cache, live):
     """Logits of the script's next column. The cache is (script, fed tokens, steps so far)."""
     script, fed, steps = cache
     fed = jax.lax.dynamic_update_slice(fed, token[:, None], (0, steps))
@@ -100,7 +100,7 @@ def test_a_stop_id_as_the_last_token_counts_as_stopped():
 
 def test_the_loop_draws_with_a_new_key_each_step():
     """Flat logits: with one key for all steps each row would repeat itself."""
-    flat = lambda token, cache: (jnp.zeros((ROWS, VOCAB)), cache)
+    flat = lambda token, cache, live: (jnp.zeros((ROWS, VOCAB)), cache)
     loop = functools.partial(decode_loop, flat, jnp.zeros((ROWS, VOCAB)), (), max_new_tokens=12, stop_ids=())
     run = jax.jit(lambda key: loop(key, sampler=pj.Categorical())[0].tokens)
     one, again, other = (np.asarray(run(jax.random.key(seed))) for seed in (0, 0, 1))
@@ -115,7 +115,7 @@ def test_fault_19_logits_that_are_not_finite_end_their_row_alone(poison):
     """The row is marked, nothing is drawn from such logits, and the other rows go on."""
     bad = jnp.array([2, 0, CHUNK + 3, 99])  # the draw at which a row's logits break; 99: never
 
-    def step(token, count):
+    def step(token, count, live):
         logits = jax.nn.one_hot(jnp.full((ROWS,), 5), VOCAB)
         return jnp.where((bad == count)[:, None], poison, logits), count + 1
 
@@ -131,13 +131,13 @@ def test_fault_19_logits_that_are_not_finite_end_their_row_alone(poison):
 def test_logits_of_minus_infinity_beside_finite_ones_are_fine():
     logits = jnp.full((ROWS, VOCAB), -jnp.inf).at[:, 4].set(0.0)
     run = functools.partial(decode_loop, sampler=pj.Greedy(), max_new_tokens=3, stop_ids=())
-    result, _ = jax.jit(lambda: run(lambda token, cache: (logits, cache), logits, (), None))()
+    result, _ = jax.jit(lambda: run(lambda token, cache, live: (logits, cache), logits, (), None))()
     assert (np.asarray(result.tokens) == 4).all()
     assert not result.failed.any()
 
 
 def test_a_loop_ends_when_every_row_has_stopped_or_failed():
-    step = lambda token, count: (jnp.full((ROWS, VOCAB), jnp.nan), count + 1)
+    step = lambda token, count, live: (jnp.full((ROWS, VOCAB), jnp.nan), count + 1)
     first = jax.nn.one_hot(jnp.array([3, 1, 1, 1]), VOCAB)
     run = functools.partial(decode_loop, sampler=pj.Greedy(), max_new_tokens=50, stop_ids=(3,))
     result, steps = jax.jit(lambda: run(step, first, jnp.int32(0), None))()

@@ -1,5 +1,8 @@
 """A row of a batch is computed as if it were alone."""
 
+import functools
+
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -65,6 +68,22 @@ def test_sparse_rows_are_independent_when_the_neurons_are_fixed(name):
         _, cache = zoo.prefill(model, tokens, lengths, zoo.empty_cache(model, 3))
         seen.append(np.asarray(zoo.decode_step(model, tokens[:, 0], cache, sparsity=zoo.per_row(name))[0])[1])
     assert (seen[0] == seen[1]).all()
+
+
+@pytest.mark.parametrize("name", SPARSE)
+def test_ended_rows_have_no_say(name):
+    """Whatever they hold, even NaN, the neurons are those that the live rows want, and those rows' logits stay."""
+    model = zoo.model(name)
+    sparsity = pj.Sparsity(zoo.routers(name), zoo.half(model.config))
+    step = zoo.jit(functools.partial(pj.decode_step, sparsity=sparsity))
+    live, seen = jnp.array([False, True, False]), []
+    for tokens, lengths in _pairs():
+        _, cache = zoo.prefill(model, tokens, lengths, zoo.empty_cache(model, 3))
+        spoilt = jax.tree.map(lambda x: jnp.where(live[:, None, None, None], x, jnp.nan), (cache.k, cache.v))
+        caches = (cache, pj.KVCache(*spoilt, cache.length))
+        seen += [np.asarray(step(model, tokens[:, 0], each, live=live)[0]) for each in caches]
+    assert all((logits[1] == seen[0][1]).all() for logits in seen)
+    assert np.isfinite(seen).all(), "rows that are not live read nothing"
 
 
 @pytest.mark.parametrize("sparse", [False, True], ids=["dense", "groups"])
