@@ -15,7 +15,7 @@ import pytest
 
 ROOT = Path(__file__).parents[1]
 PACKAGES = ("polarjax", "pallas_kernels", "checkpoints_convert")
-OPTIONAL = {"datasets", "google", "lm_eval", "matplotlib", "sentencepiece", "torch"}
+OPTIONAL = {"datasets", "google", "matplotlib", "sentencepiece", "torch"}
 KERNELS_MAY_USE = {"jax", "jaxlib", "numpy", "jaxtyping"}
 CONVERTER_MAY_USE = {
     f"polarjax.{name}"
