@@ -323,9 +323,9 @@ class _Kernel:
         @pl.when(split != 0)
         def _():
             for piece, array in enumerate(out):
-                out_g[split, piece] = array
-            sums_g[split, 0] = peak
-            sums_g[split, 1] = total
+                _store_plainly(out_g.at[split, piece], array)
+            _store_plainly(sums_g.at[split, 0], peak)
+            _store_plainly(sums_g.at[split, 1], total)
             _global_fence()
 
         plgpu.barrier_arrive(merge)
@@ -351,9 +351,8 @@ class _Kernel:
     def _write(self, work: _Work, out, total, out_g, o_s) -> None:
         share = _down(1.0 / jnp.maximum(total, 1e-30), WIDE)
         for piece, first in zip(out, self.problem.row_pieces, strict=True):
-            o_s.at[:, pl.ds(first, WIDE)].T[...] = plgpu.layout_cast(
-                (piece * share).astype(self.dtype), TURNED
-            )
+            turned = plgpu.layout_cast((piece * share).astype(self.dtype), TURNED)
+            _store_plainly(o_s.at[:, pl.ds(first, WIDE)].T, turned)
         plgpu.commit_smem()
         pl.when(work.present)(lambda: self._copy_out(o_s, out_g.at[work.row, work.group]))
         plgpu.wait_smem_to_gmem(0, wait_read_only=True)
@@ -362,6 +361,14 @@ class _Kernel:
 def _down(per_head: jax.Array, rows: int) -> jax.Array:
     """[heads] repeated over `rows` rows."""
     return lax.broadcast_in_dim(per_head, (rows, per_head.shape[0]), [1])
+
+
+def _store_plainly(ref: Any, array: jax.Array) -> None:
+    """Stores to memory whose layout has no conflict-free way; JAX 0.12 wants that said, 0.11 can't be told."""
+    if hasattr(plgpu, "store"):
+        plgpu.store(ref, array, optimized=False)
+    else:
+        ref[...] = array
 
 
 def _global_fence() -> None:
