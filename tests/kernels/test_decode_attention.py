@@ -12,7 +12,8 @@ import pytest
 from jax._src.pallas.mosaic_gpu.interpret import interpret_pallas_call as interpreter
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
-from bench.bench_decode_attention import Check, poisoned, problem_of
+from bench.bench_decode_attention import problem_of
+from bench.check_decode_attention import Check, poisoned
 from bench.workloads import MODELS, AttentionCase, attention_cases
 from pallas_kernels import _device, record_backends, sparse_decode_attention
 from pallas_kernels._device import HOPPER
