@@ -1,0 +1,215 @@
+"""The README's tables of speed, made from bench/results/*.jsonl.
+
+    python3 -m bench.readme_tables            writes them between the markers of README.md
+
+A row that no file of results holds reads "not measured". Percentages are of the bandwidth of a copy in the same run,
+for the bytes that the selection leaves to be read.
+"""
+
+import sys
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import Any
+
+from bench import report
+from bench.workloads import MODELS, AttentionCase
+
+RESULTS = Path(__file__).parent / "results"
+README = report.ROOT / "README.md"
+BEGIN, END = "<!-- made by bench.readme_tables -->", "<!-- end of what bench.readme_tables makes -->"
+MISSING = "not measured"
+NAMES = {
+    "opt-6.7b": "OPT-6.7B",
+    "opt-66b": "OPT-66B",
+    "llama-2-7b": "LLaMA-2-7B",
+    "llama-3.1-8b": "LLaMA-3.1-8B",
+    "llama-3.1-70b": "LLaMA-3.1-70B",
+}
+ATTENTION = (
+    ("opt-6.7b", 1920),
+    ("opt-66b", 1920),
+    ("llama-2-7b", 3968),
+    ("llama-3.1-8b", 8192),
+    ("llama-3.1-70b", 8192),
+)
+MLP = ("opt-6.7b", "opt-66b", "llama-2-7b")
+STEPS = (("opt-6.7b", 1920, (1, 16, 64)), ("llama-2-7b", 3968, (1, 16, 48)))
+BESIDE = ("dense", "take+dot", "xla", "cudnn", "pooling only")  # kernels that are not ours
+
+Row = dict[str, Any]
+
+
+class Results:
+    """Rows of one file of results by case and kernel; of rows that were measured again, those of the last commit."""
+
+    def __init__(self, rows: Iterable[Row]) -> None:
+        timed = [row for row in rows if "time_us" in row or "ms_per_step" in row]
+        cases: dict[str, list[Row]] = {}
+        for row in timed:
+            model, _, rest = row["case"].partition(" ")
+            for name in dict.fromkeys((model, *row.get("same", ()))):
+                cases.setdefault(f"{name} {rest}", []).append(row)
+        self.cases = {
+            case: [row for row in found if row.get("commit") == found[-1].get("commit")]
+            for case, found in cases.items()
+        }
+        self.used: list[Row] = []
+
+    @classmethod
+    def read(cls, name: str, folder: Path) -> "Results":
+        path = folder / f"{name}.jsonl"
+        return cls(report.read_jsonl(path) if path.is_file() else ())
+
+    def get(self, case: str, kernel: str | None) -> Row | None:
+        """The row of a kernel; None is ours: the first that is not another's, which is what the heuristic chose."""
+        for row in self.cases.get(case, ()):
+            name = row.get("kernel", row.get("kind"))
+            if name == kernel or (kernel is None and name not in BESIDE):
+                self.used.append(row)
+                return row
+        return None
+
+    def source(self) -> str:
+        """Device, versions, commits and copy bandwidths of the rows that were asked for."""
+        if not self.used:
+            return f"{MISSING} on a GPU"
+        device, jax, commit = (_several(row[key] for row in self.used) for key in ("device", "jax", "commit"))
+        copies = sorted(row["copy_gbps"] for row in self.used if "copy_gbps" in row)
+        reads = sorted(row["read_gbps"] for row in self.used if "read_gbps" in row)
+        speeds = "".join(
+            f", {name} at {_range(of)} GB/s"
+            for name, of in (("copies", copies), ("reading alone", reads))
+            if of
+        )
+        return f"{device}, jax {jax}, commit {commit}{speeds}"
+
+
+def _several(values: Iterable[str]) -> str:
+    return " and ".join(dict.fromkeys(values))
+
+
+def _range(ordered: Sequence[float]) -> str:
+    low, high = (f"{value:,.0f}" for value in (ordered[0], ordered[-1]))
+    return low if low == high else f"{low} to {high}"
+
+
+def _number(row: Row | None, key: str, form: str) -> str:
+    return MISSING if row is None or key not in row else form.format(row[key])
+
+
+def _ratio(slow: Row | None, fast: Row | None, key: str = "time_us") -> str:
+    return MISSING if slow is None or fast is None else f"{slow[key] / fast[key]:.2f} ×"
+
+
+def _table(header: Sequence[str], lines: Iterable[Sequence[str]]) -> str:
+    return "\n".join("| " + " | ".join(cells) + " |" for cells in (header, ["---"] * len(header), *lines))
+
+
+def attention(folder: Path) -> str:
+    results, lines = Results.read("decode_attention", folder), []
+    for model, cache in ATTENTION:
+        shape = MODELS[model]
+        for batch in (16, 64):
+            of = f"{model} B{batch} S{cache} d"
+            dense, cudnn = results.get(of + "1", "mosaic"), results.get(of + "1", "cudnn")
+            cells = [_number(dense, "time_us", "{:,.0f} µs"), _number(dense, "pct_peak", "{:.0f} %")]
+            for density in (0.3, 0.5):
+                row = results.get(f"{of}{density}", "mosaic")
+                kept = AttentionCase(shape, batch, cache, density).selected
+                share = _number(row, "pct_peak", "{:.0f} %")
+                cells.append(f"{kept} of {shape.kv_heads}: {share}, {_ratio(dense, row)}" if row else MISSING)
+            lines.append((f"{NAMES[model]}, {batch}, {cache:,}", *cells, _ratio(cudnn, dense)))
+    header = ("shapes, batch, cache", "dense", "", "density .3", "density .5", "cuDNN's dense time over ours")
+    note = "A density keeps whole groups, rounded down; the factor is against our dense kernel."
+    return f"**Attention kernel** ({results.source()}, bfloat16). {note}\n\n{_table(header, lines)}"
+
+
+def mlp(folder: Path) -> str:
+    results, lines = Results.read("sparse_mlp", folder), []
+    for model in MLP:
+        for batch in (1, 16, 64):
+            of = f"{model} B{batch} d"
+            dense = results.get(of + "1", "dense")
+            cells = [_number(dense, "time_us", "{:,.0f} µs")]
+            for density in ("0.1", "0.3"):
+                row = results.get(of + density, None)
+                cells += [_number(row, "pct_peak", "{:.0f} %"), _ratio(dense, row)]
+            gathered = _ratio(results.get(of + "0.1", "take+dot"), results.get(of + "0.1", None))
+            if {*cells, gathered} != {MISSING}:
+                lines.append((f"{NAMES[model]}, {batch}", *cells, gathered))
+    header = (
+        "shapes, batch",
+        "dense, in XLA",
+        "density .1",
+        "dense over it",
+        "density .3",
+        "dense over it",
+        "XLA's take + dot over ours, .1",
+    )
+    lines = lines or [("all", *[MISSING] * (len(header) - 1))]
+    return f"**Selective MLP** ({results.source()}, bfloat16):\n\n{_table(header, lines)}"
+
+
+def selection(folder: Path) -> str:
+    results, lines = Results.read("selection", folder), []
+    for model in ("opt-6.7b", "opt-66b"):
+        for batch in (1, 64):
+            cells = [
+                _number(results.get(f"{model} B{batch} d{density}", kernel), "time_us", "{:,.0f} µs")
+                for density in ("0.1", "0.3")
+                for kernel in ("mosaic", "xla")
+            ]
+            lines.append((f"{NAMES[model]}, {batch}", *cells))
+    header = ("shapes, batch", ".1", ".1 in XLA", ".3", ".3 in XLA")
+    return f"**Selection of neurons** ({results.source()}):\n\n{_table(header, lines)}"
+
+
+def steps(folder: Path) -> str:
+    results, lines = Results.read("decode", folder), []
+    for model, cache, batches in STEPS:
+        for batch in batches:
+            case = f"{model} B{batch} S{cache}"
+            dense = results.get(case, "dense")
+            kinds = [row["kind"] for row in results.cases.get(case, ())] or ["dense"]
+            for kind in dict.fromkeys(kinds):
+                row = results.get(case, kind)
+                numbers = [
+                    _number(row, "ms_per_step", "{:.2f}"),
+                    _number(row, "tokens_per_s", "{:,.0f}"),
+                    _number(row, "pct_of_floor", "{:.0f} %"),
+                    _ratio(dense, row, "ms_per_step"),
+                ]
+                lines.append((f"{NAMES[model]}, {batch}, {cache:,}", kind, *numbers))
+    header = (
+        "shapes, batch, cache",
+        "computed",
+        "ms a step",
+        "tokens/s",
+        "of the byte floor",
+        "dense over it",
+    )
+    return f"**Whole models**, random weights ({results.source()}):\n\n{_table(header, lines)}"
+
+
+def markdown(folder: Path = RESULTS) -> str:
+    """All tables, as they belong between the markers."""
+    sections = (attention, mlp, selection, steps)
+    return "\n\n".join(section(folder) for section in sections)
+
+
+def spliced(readme: str, tables: str) -> str:
+    """`readme` with `tables` between its markers. Raises ValueError unless there is one pair of them."""
+    before, begin, rest = readme.partition(BEGIN)
+    _, end, after = rest.partition(END)
+    if not begin or not end or BEGIN in after:
+        raise ValueError(f"README: the markers of its tables are not one pair; expected {BEGIN} and {END}")
+    return f"{before}{BEGIN}\n\n{tables}\n\n{END}{after}"
+
+
+def main() -> int:
+    README.write_text(spliced(README.read_text(encoding="utf-8"), markdown()), encoding="utf-8")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

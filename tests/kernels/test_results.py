@@ -1,0 +1,69 @@
+"""The README's tables of speed are those that the files of results make, and pictures can be drawn of them."""
+
+import json
+
+import pytest
+
+from bench import readme_tables, roofline
+
+ROW = {"device": "a GPU", "jax": "1", "commit": "c", "copy_gbps": 1000.0, "bytes": 10**8}
+
+
+def write(folder, name, *rows):
+    folder.joinpath(f"{name}.jsonl").write_text("".join(json.dumps(ROW | row) + "\n" for row in rows))
+
+
+def test_readme_holds_what_was_measured():
+    readme = readme_tables.README.read_text(encoding="utf-8")
+    made = readme_tables.spliced(readme, readme_tables.markdown())
+    assert readme == made, (
+        "run `python -m bench.readme_tables` and `python -m bench.roofline`, and commit both"
+    )
+
+
+def test_what_has_no_row_was_not_measured(tmp_path):
+    case = "opt-6.7b B16 S1920 d1"
+    failed = {"case": case, "kernel": "cudnn", "failed": "no cuDNN"}
+    ours = {"case": case, "kernel": "mosaic", "time_us": 125.0, "pct_peak": 80.0, "same": ["opt-6.7b"]}
+    write(tmp_path, "decode_attention", ours, failed)
+    tables = readme_tables.markdown(tmp_path)
+    assert "| OPT-6.7B, 16, 1,920 | 125 µs | 80 % | not measured | not measured | not measured |" in tables
+    assert "(a GPU, jax 1, commit c, copies at 1,000 GB/s, bfloat16)" in tables
+    for title in ("Selective MLP", "Selection of neurons", "Whole models"):
+        (line,) = (line for line in tables.splitlines() if line.startswith(f"**{title}"))
+        assert "not measured on a GPU" in line
+
+
+def test_a_model_of_the_same_shape_has_its_row_and_the_last_commit_counts(tmp_path):
+    case, same = "opt-6.7b B16 S3968 d1", ["opt-6.7b", "llama-2-7b"]
+    old = {"case": case, "kernel": "mosaic", "time_us": 300.0, "pct_peak": 70.0, "same": same}
+    write(tmp_path, "decode_attention", old, old | {"commit": "d", "time_us": 200.0})
+    assert "| LLaMA-2-7B, 16, 3,968 | 200 µs | 70 % |" in readme_tables.attention(tmp_path)
+
+
+def test_the_heuristics_configuration_is_shown_and_not_the_best(tmp_path):
+    dense = {"case": "opt-66b B16 d1", "kernel": "dense", "time_us": 300.0, "pct_peak": 90.0}
+    ours = [
+        {"case": "opt-66b B16 d0.1", "kernel": f"tile {i}", "time_us": time, "pct_peak": 60.0}
+        for i, time in enumerate((60.0, 50.0))
+    ]
+    write(tmp_path, "sparse_mlp", dense, *ours)
+    assert "| OPT-66B, 16 | 300 µs | 60 % | 5.00 × |" in readme_tables.mlp(tmp_path)
+    (_, mlp) = roofline.series(tmp_path)
+    assert mlp.points == ((10**8, 10**8 / 60e-6 / 1e12),)
+
+
+@pytest.mark.parametrize("text", ["", readme_tables.BEGIN, readme_tables.END + readme_tables.BEGIN])
+def test_a_readme_without_markers_is_an_error(text):
+    with pytest.raises(ValueError, match="markers"):
+        readme_tables.spliced(text, "tables")
+
+
+def test_picture(tmp_path):
+    path = tmp_path / "picture.png"
+    roofline.draw(roofline.series(), path, roofline.title())
+    assert path.read_bytes().startswith(b"\x89PNG")
+    assert path.stat().st_size < 200_000
+    assert roofline.PICTURE.stat().st_size < 200_000
+    with pytest.raises(ValueError, match="no rows"):
+        roofline.draw(roofline.series(tmp_path), path, "")
