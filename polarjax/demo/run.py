@@ -15,12 +15,13 @@ from polarjax.cli.inputs import load_with_tokenizer, text_windows
 from polarjax.evaluation import perplexity
 from polarjax.generate import Generation, generate
 from polarjax.sparsity import collect, sparsify
-from polarjax.sparsity.activations import open_activations
+from polarjax.sparsity.activations import Activations, open_activations
 from polarjax.sparsity.calibrate import measure_recall
 from polarjax.sparsity.pipeline import CollectOptions
 from polarjax.sparsity.plan import SparsityPlan, dense_plan, uniform_groups
+from polarjax.sparsity.router import Routers
 from polarjax.sparsity.select import Oracle, Random, Selector, Sparsity, Static
-from polarjax.sparsity.train import TrainOptions
+from polarjax.sparsity.train import TrainOptions, train_routers
 from polarjax.tokenizer import Tokenizer
 
 DENSITIES = (1.0, 0.75, 0.625, 0.5, 0.375)
@@ -71,14 +72,14 @@ def run(folder: Path, options: DemoOptions | None = None) -> dict[str, Any]:
     learn = _windows("calibration", tokenizer, options.length, options.learn)
     held_out = _windows("evaluation", tokenizer, options.length, options.measure)
     started = time.perf_counter()
-    bundle, static, learnt = _learn(bundle, folder, learn, options)
+    bundle, selectors, learnt = _learn(bundle, folder, learn, options)
     return {
         "settings": dataclasses.asdict(options)
         | {"device": jax.devices()[0].device_kind, "jax": jax.__version__},
         "learning": learnt | {"seconds": time.perf_counter() - started},
         "plans": _plans(bundle, held_out),
         "generation": _generation(bundle, options),
-        "quality": _quality(bundle, static, held_out, options),
+        "quality": _quality(bundle, selectors, held_out, options),
         "costs": _costs(bundle, options),
     }
 
@@ -90,7 +91,7 @@ def _windows(split: data.Split, tokenizer: Tokenizer, length: int, most: int) ->
 
 def _learn(
     bundle: checkpoint.Bundle, folder: Path, windows: np.ndarray, options: DemoOptions
-) -> tuple[checkpoint.Bundle, Static, dict[str, Any]]:
+) -> tuple[checkpoint.Bundle, "Selectors", dict[str, Any]]:
     training = TrainOptions(learning_rate=1e-3, neuron_batch=256, group_batch=256, max_epochs=options.epochs)
     with tempfile.TemporaryDirectory(prefix="polarjax-demo-") as temporary:
         keep = Path(temporary, "activations")
@@ -102,7 +103,7 @@ def _learn(
             collecting=CollectOptions(folder=keep),
             training=training,
         )
-        norms = _mean_norms(keep, bundle)
+        selectors = _selectors(open_activations(keep), routers, training, options)
     checkpoint.write_routers(folder, routers)
     checkpoint.write_plans(folder, plans)
     learnt = {
@@ -110,14 +111,37 @@ def _learn(
         "stages": report.seconds,
         "training": dataclasses.asdict(report.training),
     }
-    return dataclasses.replace(bundle, routers=routers, plans=plans), Static(norms), learnt
+    return dataclasses.replace(bundle, routers=routers, plans=plans), selectors, learnt
 
 
-def _mean_norms(folder: Path, bundle: checkpoint.Bundle) -> jax.Array:
-    """The mean norm of every group over the recorded tokens [L K]: the scores of static selection."""
-    activations = open_activations(folder)
+@dataclasses.dataclass(frozen=True)
+class Selectors:
+    """What was learnt to choose groups.
+
+    Attributes:
+      routers: by head density, trained to find so many groups.
+      static: the mean norm of every group over the recorded tokens.
+    """
+
+    routers: dict[float, Routers]
+    static: Static
+
+
+def _selectors(
+    activations: Activations, routers: Routers, training: TrainOptions, options: DemoOptions
+) -> Selectors:
+    found = dict.fromkeys((1.0, options.head_density), routers)
+    for density in set(options.densities) - set(found):
+        found[density], _ = train_routers(
+            activations,
+            activations.config,
+            jax.random.key(0),
+            head_density=density,
+            neurons=False,
+            options=training,
+        )
     norms = activations.records("norms", activations.rows("train"))
-    return jnp.asarray(np.asarray(norms, np.float32).mean(1))
+    return Selectors(found, Static(jnp.asarray(np.asarray(norms, np.float32).mean(1))))
 
 
 def _plans(bundle: checkpoint.Bundle, windows: np.ndarray) -> list[dict[str, Any]]:
@@ -171,24 +195,21 @@ def _generation(bundle: checkpoint.Bundle, options: DemoOptions) -> dict[str, An
 
 
 def _quality(
-    bundle: checkpoint.Bundle, static: Static, windows: np.ndarray, options: DemoOptions
+    bundle: checkpoint.Bundle, learnt: Selectors, windows: np.ndarray, options: DemoOptions
 ) -> dict[str, Any]:
     """Perplexity of every selection at every head density; selection at every position, neurons dense."""
     model, config = bundle.model, bundle.model.config
-    if bundle.routers is None:
-        return {}
-    selectors: dict[str, Selector] = {
-        "router": bundle.routers,
+    fixed: dict[str, Selector] = {
         "oracle": Oracle(),
         "random": Random(jax.random.key(2)),
-        "static": static,
+        "static": learnt.static,
     }
     dense = perplexity(model, windows, batch_size=11, description="perplexity, dense")
     rows = []
     for density in options.densities:
         plan = SparsityPlan(dense_plan(config).neurons, uniform_groups(config, density))
         row: dict[str, Any] = {"density": density}
-        for name, selector in selectors.items():
+        for name, selector in {"router": learnt.routers[density], **fixed}.items():
             label = f"perplexity, {name} at {density:g}"
             sparsity = Sparsity(selector, plan)
             found = perplexity(model, windows, sparsity=sparsity, batch_size=11, description=label)

@@ -99,6 +99,7 @@ def train_routers(
     key: Key[Array, ""],
     *,
     head_density: float = 0.5,
+    neurons: bool | None = None,
     options: TrainOptions | None = None,
 ) -> tuple[Routers, TrainReport]:
     """Learns to predict active neurons (ReLU models) and the groups with the largest norms, in every layer.
@@ -110,6 +111,7 @@ def train_routers(
       config: the model's configuration.
       key: random key: initial weights and the order of tokens.
       head_density: a token's `floor(head_density * K)` groups of largest norm are the positives.
+      neurons: whether to train neuron routers too; by default for ReLU models.
       options: the published ones when None.
 
     Raises:
@@ -124,14 +126,15 @@ def train_routers(
             mend = "collect them with validation text held out"
             raise InputError(f"the activations have no {part} tokens", where="train_routers", mend=mend)
     initial_key, neuron_key, group_key = jax.random.split(key, 3)
-    initial = _stack(init_routers(config, initial_key, rank=options.rank))
+    neurons = config.neuron_sparsity if neurons is None else neurons
+    initial = _stack(init_routers(config, initial_key, rank=options.rank, neurons=neurons))
     kept = max(1, math.floor(density * config.num_kv_heads + 1e-9))
     groups = GroupTask(kept)
     weights, quality = fit(groups, weights_of(groups, initial), activations, group_key, options)
     neuron_quality = None
-    if config.neuron_sparsity:
-        neurons = NeuronTask(config.d_ff)
-        found, neuron_quality = fit(neurons, weights_of(neurons, initial), activations, neuron_key, options)
+    if neurons:
+        task = NeuronTask(config.d_ff)
+        found, neuron_quality = fit(task, weights_of(task, initial), activations, neuron_key, options)
         weights |= found
     report = TrainReport(
         neuron_quality, quality, len(activations.rows("train")), len(activations.rows("validation")), density

@@ -194,3 +194,13 @@ def test_activations_that_are_not_finite_are_refused():
 def test_options_that_cannot_be_are_refused(name):
     with pytest.raises(pj.InputError, match=f"TrainOptions: {name} is not usable; got 0"):
         TrainOptions(**{name: 0})
+
+
+def test_groups_alone_are_learnt_as_beside_neurons():
+    data, options = planted.activations(), dataclasses.replace(QUICK, max_epochs=2)
+    both, _ = trained(data, options)
+    alone, report = trained(data, options, neurons=False)
+    assert report.neurons is None
+    for one, other in zip(alone.layers, both.layers, strict=True):
+        assert one.w_in is None and one.w_out is None and other.w_in is not None
+        assert (np.asarray(one.w_group) == other.w_group).all() and np.asarray(one.w_group).any()
