@@ -9,8 +9,9 @@ RANKING_LIMIT = 256  # entries up to which n² comparisons beat a sort
 
 
 def pooled(scores: Float[Array, "B n"]) -> Float[Array, " n"]:
-    """One score per entry for the whole batch: the sum of the positive parts, in float32."""
-    return jnp.sum(jnp.maximum(scores.astype(jnp.float32), 0.0), axis=0)
+    """One score per entry for the whole batch: the sum of the positive parts, in float32; NaN stays NaN."""
+    scores = scores.astype(jnp.float32)
+    return jnp.sum(jnp.where(scores <= 0, 0.0, scores), axis=0)  # XLA's maximum loses NaN on CPUs
 
 
 def select_top_k(scores: Float[Array, "B n"], k: int, *, shared: bool) -> Int[Array, "*B k"]:
