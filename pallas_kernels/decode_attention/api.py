@@ -5,8 +5,7 @@ from jaxtyping import Array, Float, Int
 
 from pallas_kernels._dispatch import dispatch
 from pallas_kernels.decode_attention import mosaic, xla
-
-OP = "sparse_decode_attention"
+from pallas_kernels.decode_attention.tiles import OP
 
 
 def sparse_decode_attention(

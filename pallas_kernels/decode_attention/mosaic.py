@@ -23,7 +23,7 @@ from jax.experimental.pallas.mosaic_gpu import ACC  # pyright: ignore[reportPriv
 from jaxtyping import Array, Float, Int
 
 from pallas_kernels._device import Device, require_hopper
-from pallas_kernels.decode_attention.tiles import WIDE, Problem, Tiles, heuristic
+from pallas_kernels.decode_attention.tiles import WIDE, Problem, Tiles, choose
 
 KERNEL_NAME = "sparse_decode_attention"
 ROWS = plgpu.Layout.WGMMA
@@ -47,7 +47,7 @@ def sparse_decode_attention(
     tiles: Tiles | None = None,
     interpret: plgpu.InterpretGPUParams | None = None,
 ) -> Float[Array, "B K G H"]:
-    """As `pallas_kernels.sparse_decode_attention`; `tiles=None` takes the heuristic's, `interpret` runs on a CPU.
+    """As `pallas_kernels.sparse_decode_attention`; `tiles=None` takes `tiles.choose`'s, `interpret` runs on a CPU.
 
     Raises NotImplementedError for a device, dtype or shape that the kernel can't do.
     """
@@ -57,7 +57,7 @@ def sparse_decode_attention(
     selected = q.shape[1] if group_index is None else group_index.shape[1]
     problem = Problem.of(q.shape, k.shape, selected)
     problem.require_supported()
-    tiles = tiles or heuristic(problem, device)
+    tiles = tiles or choose(problem, str(q.dtype), device)
     tiles.require_fit(problem, device)
     kernel = _Kernel(
         problem, tiles, scale * math.log2(math.e), window, jnp.dtype(q.dtype), group_index is None
@@ -365,10 +365,11 @@ def _down(per_head: jax.Array, rows: int) -> jax.Array:
 
 def _store_plainly(ref: Any, array: jax.Array) -> None:
     """Stores to memory whose layout has no conflict-free way; JAX 0.12 wants that said, 0.11 can't be told."""
-    if hasattr(plgpu, "store"):
-        plgpu.store(ref, array, optimized=False)
-    else:
+    store: Any = getattr(plgpu, "store", None)
+    if store is None:
         ref[...] = array
+    else:
+        store(ref, array, optimized=False)
 
 
 def _global_fence() -> None:

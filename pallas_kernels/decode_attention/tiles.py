@@ -4,6 +4,9 @@ from collections.abc import Iterator
 from dataclasses import dataclass, replace
 
 from pallas_kernels._device import Device
+from pallas_kernels.autotune import tuned
+
+OP = "sparse_decode_attention"
 
 SM_SMEM = 233472  # bytes of shared memory of one Hopper multiprocessor
 BLOCK_RESERVE = 1024  # bytes of it that each resident thread block costs beyond its own
@@ -116,6 +119,24 @@ def search_space(problem: Problem, device: Device) -> Iterator[Tiles]:
                 tiles = Tiles(block=block, stages=stages, splits=splits)
                 if tiles.fits(problem, device) and splits * block <= max(problem.capacity, block):
                     yield tiles
+
+
+def choose(problem: Problem, dtype: str, device: Device) -> Tiles:
+    """The configuration to use: what was measured best for this very call on such a device, else the heuristic's.
+
+    Raises ValueError where a file of tuned configurations holds one that is not valid or does not fit.
+    """
+    entry = tuned.lookup(OP, device.kind, dtype, vars(problem))
+    if entry is None:
+        return heuristic(problem, device)
+    try:
+        tiles = Tiles(**entry.tiles)
+    except TypeError as error:
+        raise ValueError(
+            f"attention tiles: wrong names in a file of tuned ones; got {dict(entry.tiles)}"
+        ) from error
+    tiles.require_fit(problem, device)
+    return tiles
 
 
 def heuristic(

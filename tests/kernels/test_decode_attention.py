@@ -18,7 +18,7 @@ from bench.workloads import MODELS, AttentionCase, attention_cases
 from pallas_kernels import _device, record_backends, sparse_decode_attention
 from pallas_kernels._device import HOPPER
 from pallas_kernels.decode_attention import mosaic, reference
-from pallas_kernels.decode_attention.tiles import Problem, Tiles, heuristic, search_space
+from pallas_kernels.decode_attention.tiles import Problem, Tiles, choose, heuristic, search_space
 from tests.kernels import aot
 from tests.tolerances import assert_close
 
@@ -120,6 +120,37 @@ def test_vmap_of_xla(index):
     assert_right(check, out[1][::-1])
 
 
+def test_scan_of_xla():
+    """Lengths grow by one a step, as in decoding."""
+    check = Check(**EDGES, queries=2, width=32, dtype="float32", index=DISTINCT)
+    call = call_of(check, sparse_decode_attention, implementation="xla")
+    q, k, v, lengths, index = vars(poisoned(dataclasses.replace(check, lengths=(130,) * 8))).values()
+    k, v = (jnp.nan_to_num(x) for x in (k, v))
+    _, outs = jax.lax.scan(lambda n, _: (n + 1, call(q, k, v, n, index)), lengths, length=3)
+    assert_close(outs[2], call(q, k, v, lengths + 2, index), "kernel", "float32")
+
+
+def one_device() -> jax.sharding.Mesh:
+    return jax.make_mesh((1,), ("data",), axis_types=(jax.sharding.AxisType.Auto,))
+
+
+@pytest.mark.parametrize("index", [None, DISTINCT])
+def test_shard_map_of_xla(index):
+    check = Check(**EDGES, queries=2, width=32, dtype="float32", index=index)
+    call = call_of(check, sparse_decode_attention, implementation="xla")
+    mesh, rows = one_device(), jax.sharding.PartitionSpec("data")
+    specs = (rows,) * 4 + (None if index is None else rows,)
+    mapped = jax.jit(jax.shard_map(call, mesh=mesh, in_specs=specs, out_specs=rows))
+    assert_right(check, mapped(*vars(poisoned(check)).values()))
+
+
+def test_export_of_xla():
+    check = Check(**EDGES, queries=2, width=32, dtype="float32", index=DISTINCT)
+    call = jax.jit(call_of(check, sparse_decode_attention, implementation="xla"))
+    operands = list(vars(poisoned(check)).values())
+    assert_right(check, jax.export.export(call)(*operands).call(*operands))
+
+
 # ---- the Hopper kernel in the interpreter
 
 
@@ -172,6 +203,16 @@ def test_kernel_interpreted_with_repeated_groups():
     params = plgpu.InterpretGPUParams(detect_races=False)
     call = call_of(check, mosaic.sparse_decode_attention, device=HOPPER, tiles=check.tiles, interpret=params)
     assert_right(check, call(*vars(poisoned(check)).values()))
+
+
+def test_vmap_of_the_kernel_interpreted():
+    check = Check(**SHORT, width=64, queries=2, tiles=Tiles(block=64, stages=2))
+    params = plgpu.InterpretGPUParams(detect_races=False)
+    call = call_of(check, mosaic.sparse_decode_attention, device=HOPPER, tiles=check.tiles, interpret=params)
+    one = list(vars(poisoned(check)).values())
+    out = jax.vmap(call)(*(jnp.stack([x, x[::-1]]) for x in one))
+    assert_right(check, out[0])
+    assert_right(check, out[1][::-1])
 
 
 def test_race_detection_sees_two_writers():
@@ -273,6 +314,46 @@ def test_named_mosaic_is_lowered_for_a_gpu_and_named_in_profiles():
     assert "sparse_decode_attention.mosaic" in text
 
 
+def mosaic_call(**options):
+    return functools.partial(sparse_decode_attention, scale=1.0, implementation="mosaic", **options)
+
+
+def lowered_for_a_gpu(function, *operands) -> str:
+    return jax.jit(function).trace(*operands).lower(lowering_platforms=("cuda",)).as_text()
+
+
+def test_mosaic_in_a_scan_is_lowered_once():
+    q, k, v, lengths, index = arguments()
+
+    def steps(q, lengths):
+        return jax.lax.scan(lambda q, n: (mosaic_call()(q, k, v, n, index), None), q, lengths)[0]
+
+    text = lowered_for_a_gpu(steps, q, jnp.stack([lengths] * 4))
+    assert text.count("custom_call @mosaic_gpu") == 1
+
+
+def test_mosaic_over_one_device_is_lowered_in_shard_map():
+    rows = jax.sharding.PartitionSpec("data")
+    mesh = one_device()
+    mapped = jax.shard_map(mosaic_call(), mesh=mesh, in_specs=rows, out_specs=rows, check_vma=False)
+    assert "custom_call @mosaic_gpu" in lowered_for_a_gpu(mapped, *arguments())
+
+
+def test_mosaic_is_exported_for_a_gpu():
+    exported = jax.export.export(
+        jax.jit(mosaic_call()),
+        platforms=["cuda"],
+        disabled_checks=[jax.export.DisabledSafetyCheck.custom_call("mosaic_gpu_v2")],
+    )(*arguments())
+    assert "mosaic_gpu" in exported.mlir_module()
+    assert exported.platforms == ("cuda",)
+
+
+def test_vmap_of_mosaic():
+    q, k, v, lengths, index = (jnp.stack([x, x]) for x in arguments())
+    assert "custom_call @mosaic_gpu" in lowered_for_a_gpu(jax.vmap(mosaic_call()), q, k, v, lengths, index)
+
+
 def test_named_mosaic_never_runs_something_else():
     with record_backends() as choices, pytest.raises(ValueError, match="CPU backend"):
         sparse_decode_attention(*arguments(), scale=1.0, implementation="mosaic")
@@ -333,7 +414,7 @@ def named_kernels() -> list[tuple[AttentionCase, int | None]]:
     largest: dict[tuple[object, ...], tuple[tuple[int, int], AttentionCase]] = {}
     for case in attention_cases():
         problem = problem_of(case)
-        tiles = heuristic(problem, HOPPER)
+        tiles = choose(problem, "bfloat16", HOPPER)
         kind = (problem.heads, problem.width, tiles.block, tiles.stages, tiles.splits > 1, case.density == 1)
         size = (tiles.splits, problem.selected)
         if kind not in largest or size > largest[kind][0]:
@@ -357,5 +438,5 @@ def test_compiles_for_h200(case, window):
     (kernel,) = program.kernels
     assert kernel.name.startswith("sparse_decode_attention")
     assert "wgmma.mma_async" in kernel.ptx
-    assert kernel.smem <= heuristic(problem, HOPPER).smem_bytes(problem)
+    assert kernel.smem <= choose(problem, "bfloat16", HOPPER).smem_bytes(problem)
     aot.assert_fit(program)

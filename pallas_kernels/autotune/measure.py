@@ -1,0 +1,81 @@
+"""Measures configurations on the device, the heuristic's first, and tells the one to take."""
+
+import statistics
+import time
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from typing import Any
+
+import jax
+
+CALLS = 8  # chained in a program
+L2_BYTES = 60 * 2**20
+
+
+@dataclass(frozen=True)
+class Trial:
+    """One configuration: seconds a call, median and spread of repeats; or why there are none."""
+
+    tiles: Any
+    seconds: float = float("inf")
+    spread: float = 0.0
+    failure: str = ""
+
+    def __str__(self) -> str:
+        return f"{self.tiles}: " + (self.failure or f"{self.seconds * 1e6:.1f} us ± {self.spread * 1e6:.1f}")
+
+
+def search(
+    candidates: Iterable[Any],
+    run: Callable[[Any], Callable[[], Any]],
+    *,
+    right: Callable[[Any], bool],
+    timer: Callable[[Callable[[], Any]], tuple[float, float]],
+    report: Callable[[Trial], None] = lambda trial: None,
+) -> Trial:
+    """The best trial. `run(tiles)` gives a function of a call; `right(result)` whether its result is; `timer` times it.
+
+    The first candidate stands for what would be taken without a search: another replaces it, or its successor,
+    only where it is faster by more than the spreads of both. A candidate that is wrong or raises is never taken.
+    Raises ValueError where none is left.
+    """
+    best: Trial | None = None
+    for tiles in candidates:
+        trial = _try(tiles, run, right, timer)
+        report(trial)
+        if trial.failure:
+            continue
+        if best is None or best.seconds - trial.seconds > best.spread + trial.spread:
+            best = trial
+    if best is None:
+        raise ValueError("autotune: no configuration gave a right result; expected at least one")
+    return best
+
+
+def _try(tiles: Any, run, right, timer) -> Trial:
+    try:
+        call = run(tiles)
+        if not right(call()):
+            return Trial(tiles, failure="wrong result")
+        seconds, spread = timer(call)
+    except Exception as error:  # a configuration that can't run is told and left out
+        return Trial(tiles, failure=f"{type(error).__name__}: {str(error).splitlines()[0][:120]}")
+    return Trial(tiles, seconds, spread)
+
+
+def sets_needed(touched_bytes: int) -> int:
+    """How many sets of operands a chain of calls takes in turn, so that none finds its own in the L2."""
+    return max(1, min(64, -(-4 * L2_BYTES // touched_bytes)))
+
+
+def device_timer(run: Callable[[], Any], *, calls: int = CALLS, repeats: int = 5) -> tuple[float, float]:
+    """Seconds of one of the `calls` that `run` enqueues: median and spread (max - min) over `repeats`."""
+    jax.block_until_ready(run())
+    times = []
+    for _ in range(repeats + 1):
+        started = time.perf_counter()
+        for _ in range(9):
+            run()
+        jax.block_until_ready(run())
+        times.append((time.perf_counter() - started) / (10 * calls))
+    return statistics.median(times[1:]), max(times[1:]) - min(times[1:])
