@@ -24,11 +24,11 @@ from pallas_kernels.sparse_mlp import mosaic, reference
 from pallas_kernels.sparse_mlp.tiles import BATCHES, Tiles, heuristic
 
 LIMIT = {"bfloat16": 8e-3, "float16": 2e-3}  # |out - oracle| / |oracle|, both as vectors
-KINDS = {"fused": 5, "early": 2, "split": 2}  # and how many processes check each
+KINDS = {"fused": 5, "split": 2}  # and how many processes check each
 
 
 def kind(tiles: Tiles) -> str:
-    return "early" if tiles.early else "fused" if tiles.fused else "split"
+    return "fused" if tiles.fused else "split"
 
 
 def brief(tiles: Tiles) -> str:
@@ -56,7 +56,7 @@ class Check:
         """The configuration of that kind to check."""
         shape = (min(self.batch, BATCHES[-1]), self.d_model, _device.HOPPER)
         tiles = heuristic(*shape, selected=self.selected, gated=self.gated)
-        return replace(tiles, fused=which != "split", early=which == "early", **self.change)
+        return replace(tiles, fused=which != "split", **self.change)
 
 
 def checks(which: str) -> list[Check]:

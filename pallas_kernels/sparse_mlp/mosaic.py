@@ -135,8 +135,6 @@ def products(plan: Plan, operands: dict[str, jax.Array], interpret: bool = False
             refs["arrived"] = pl.get_global(plgpu.SemaphoreType.REGULAR((3,)))
         if tiles.copy != "rows":
             gather.init_barriers(tiles.stages)(refs["full"])
-        if tiles.early:
-            plgpu.griddepcontrol_wait()
         block = Block(plan, refs, interpret)
         warpgroup = lax.axis_index("warpgroup")
 

@@ -12,7 +12,6 @@ PADDING = 8  # elements after each row in shared memory: eight rows meet eight d
 BATCHES = (16, 32, 64, 128)  # padded batch; a larger one is cut into pieces of the last
 COPIES = ("bulk", "rows")
 SMEM_RESERVE = 2048  # bytes for barriers and for the compiler
-DENSE_ABOVE = {16: 0.95, 32: 0.95, 64: 0.9, 128: 0.7}  # density, by padded batch; not measured on a GPU yet
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -25,7 +24,6 @@ class Tiles:
     at the same time, else one kernel a projection.
     copy: how rows are gathered: "bulk" (one cp.async.bulk each, in inline PTX) or "rows" (Pallas's own copy, slow,
     but the interpreter knows it).
-    early: launched while the kernel before it in the stream ends, for whose results it then waits.
     """
 
     batch: int
@@ -38,7 +36,6 @@ class Tiles:
     blocks: int
     copy: str = "bulk"
     fused: bool = True
-    early: bool = False
 
     def __post_init__(self) -> None:
         problems = [
@@ -53,7 +50,6 @@ class Tiles:
             (min(self.groups, self.stages, self.blocks) > 0, "groups, stages and blocks must be positive"),
             (self.copy in COPIES, f"copy must be one of {COPIES}"),
             (not (self.fused and self.copy == "rows"), "rows can't be fused"),
-            (self.fused or not self.early, "only a fused kernel can be early"),
             (self.hidden_slots > 1, "the input's ring is too small for two stages of hidden values"),
             (max(self.groups, self.cols // 64 // self.warpgroups) * self.batch <= 256, "sums need registers"),
             (self.smem_bytes <= 232448, "too much shared memory"),
@@ -100,7 +96,10 @@ _CHOICE = {  # by padded batch, for wide rows
     64: (Tiles(batch=64, groups=2, cols=256, stages=5, x_cols=128, x_slots=3, blocks=132),),
     128: (Tiles(batch=128, warpgroups=2, groups=2, cols=256, stages=2, x_cols=64, x_slots=5, blocks=132),),
 }
-INPUT_COST = 0.35  # of a byte of the input, which lies in the L2, in bytes of weights
+# Fitted to bench/results/sparse_mlp.jsonl (OPT-66B, batch 16 and 64, density .1, .3, 1 on an H200), where one stage
+# of rows a group is fastest at batch 64 and density .1, two at batch 16 and .1, four beyond:
+INPUT_COST = 0.25  # of a byte of the input, which lies in the L2, in bytes of weights
+SUM_COST = 256 / 48  # times batch²: of one more partial sum a tile, in elements of weights
 
 
 def heuristic(batch: int, d_model: int, device: Device, *, selected: int, gated: bool = False) -> Tiles:
@@ -112,10 +111,11 @@ def heuristic(batch: int, d_model: int, device: Device, *, selected: int, gated:
     def cost(tiles: Tiles) -> float:
         stages = -(-selected // tiles.rows)
         row_tiles = -(-stages // tiles.groups) * (2 if gated else 1)
-        up = Split(row_tiles, d_model // tiles.cols, tiles.blocks).max_units
+        going_up = Split(row_tiles, d_model // tiles.cols, tiles.blocks)
+        up, sums = going_up.max_units, going_up.contributions.shape[1]
         down = Split(d_model // tiles.cols, stages, tiles.blocks).max_units
         rows = up * (tiles.groups * tiles.rows + INPUT_COST * tiles.batch) + down * tiles.rows
-        return rows * tiles.cols
+        return rows * tiles.cols + SUM_COST * tiles.batch**2 * sums
 
     known = [replace(tiles, blocks=device.num_sms) for tiles in _CHOICE[padded(batch)]]
     fitting = [tiles for tiles in known if d_model % tiles.cols == 0] or [_narrower(known[0])]
@@ -147,10 +147,8 @@ def candidates(
     doubled = {"cols": best.cols * 2, "x_cols": best.x_cols * 2}
     changes: tuple[dict[str, Any], ...] = (
         {},
-        {"early": True},
         halved | {"stages": best.stages * 2},
         doubled | {"stages": best.stages // 2},
-        doubled | {"stages": best.stages // 2, "early": True},
         {"groups": max(1, best.groups // 2)},
         {"groups": best.groups * 2},
         {"stages": max(2, best.stages - 2)},
