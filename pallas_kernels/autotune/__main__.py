@@ -113,6 +113,7 @@ def _commit() -> str:
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
+    """The command: 0 when a file was written, 1 with one line on stderr where that can't be."""
     parser = argparse.ArgumentParser(
         prog="python3 -m pallas_kernels.autotune",
         description=__doc__,

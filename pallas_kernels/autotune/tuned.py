@@ -54,6 +54,7 @@ class Entry:
 def key(
     op: str, device: str, dtype: str, shapes: Mapping[str, int]
 ) -> tuple[str, str, str, tuple[tuple[str, int], ...]]:
+    """What tells one call from another: two are the same when all of this is."""
     return op, device, dtype, tuple(sorted(shapes.items()))
 
 
