@@ -115,11 +115,7 @@ def _array(values: list[ir.Value], n: int) -> mgpu.FragmentedArray:
 
 
 def _load_quad(pointer: ir.Value, entry: ir.Value, n: int) -> list[ir.Value]:
-    """Four entries of a row of n; those beyond its end repeat others."""
-    if n % 4:
-        places = [arith.minui(arith.addi(entry, _c(i)), _c(n - 1)) for i in range(4)]
-        at = [_utils.getelementptr(pointer, [place], _f32()) for place in places]
-        return [_asm("ld.global.nc.f32 $0, [$1];", [one], "=f,l", _f32()) for one in at]
+    """Four entries of a row of n, a multiple of 4; those beyond its end repeat others."""
     if n != tiles.padded(n):
         entry = arith.minui(entry, _c(n - 4))
     four = _asm(
@@ -141,10 +137,10 @@ def _sum_of_positive(values: list[ir.Value]) -> ir.Value:
 def _key(value: ir.Value, signed: bool) -> ir.Value:
     """int32 in the order of the scores: equal for -0 and +0, for NaN as for -inf or below all that are positive."""
     lowest = _float(float("-inf") if signed else -1.0)
-    value = _pure("max.f32 $0, $1, $2;", [value, lowest], "=f,f,f", _f32())
+    value = _asm("max.f32 $0, $1, $2;", [value, lowest], "=f,f,f", _f32())
     if not signed:
         return arith.bitcast(_i32(), value)
-    bits = arith.bitcast(_i32(), _pure("add.rn.f32 $0, $1, 0f00000000;", [value], "=f,f", _f32()))
+    bits = arith.bitcast(_i32(), _asm("add.rn.f32 $0, $1, 0f00000000;", [value], "=f,f", _f32()))
     return arith.xori(bits, arith.andi(arith.shrsi(bits, _c(31)), _c(0x7FFFFFFF)))
 
 

@@ -46,6 +46,9 @@ def select_top_k(
 
 
 def _kernel(rows: Float[Array, "R M n"], k: int, *, pool: bool, signed: bool) -> Int[Array, "R k"]:
+    rows = jnp.pad(
+        rows, ((0, 0), (0, 0), (0, -rows.shape[2] % 4)), constant_values=jnp.nan
+    )  # the last chosen
     count, members, n = rows.shape
 
     def body(rows_ref, out_ref, bins, slots):

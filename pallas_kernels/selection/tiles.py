@@ -1,6 +1,6 @@
 """Shapes of the Hopper selection kernel: one thread block a row, the row in registers, four neighbours a quad."""
 
-MAX_ROW = 36864  # entries of a row: 36 registers a thread, of its 64; more would spill
+MAX_ROW = 36864  # entries of a row: 36 registers a thread, of its 64
 POOL_LIMIT = 4  # rows that one block sums as fast as a kernel of its own would
 
 
