@@ -27,8 +27,9 @@ def sparse_mlp(
     With `w_gate` the hidden value is act(x·w_gate[j] + b_gate[j]) · (x·w_up[j] + b_up[j]). The bias of the
     down-projection is the caller's. `index` may be in any order; an entry outside [0, F), -1 by convention,
     is absent and contributes exact zeros; a neuron counts as often as it is named. Rows that are not named
-    have no influence, whatever they hold; so no density falls through to the dense products, where 0 · NaN of
-    a row of w_down would: a layer that keeps most neurons is for the caller to compute densely. `activation`: "relu", "silu" or "gelu" (the exact one).
+    have no influence, whatever they hold; therefore no density falls through to the dense products, where
+    0 · NaN of a row of w_down would: to compute a layer densely is the caller's choice.
+    `activation`: "relu", "silu" or "gelu" (the exact one).
 
     `implementation`: "mosaic" (Pallas, Hopper GPUs), "xla" (anywhere), or None for the best one available.
     The result has x's dtype; products are accumulated in float32, hidden values are rounded to x's dtype.

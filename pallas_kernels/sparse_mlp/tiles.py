@@ -88,13 +88,10 @@ def padded(batch: int) -> int:
 
 
 _CHOICE = {  # by padded batch, for wide rows
-    16: (
-        Tiles(batch=16, groups=2, cols=256, stages=6, x_cols=128, x_slots=3, blocks=132),
-        Tiles(batch=16, groups=2, cols=512, stages=3, x_cols=256, x_slots=3, blocks=132),
-    ),
-    32: (Tiles(batch=32, groups=2, cols=256, stages=5, x_cols=128, x_slots=4, blocks=132),),
-    64: (Tiles(batch=64, groups=2, cols=256, stages=5, x_cols=128, x_slots=3, blocks=132),),
-    128: (Tiles(batch=128, warpgroups=2, groups=2, cols=256, stages=2, x_cols=64, x_slots=5, blocks=132),),
+    16: Tiles(batch=16, groups=2, cols=256, stages=6, x_cols=128, x_slots=3, blocks=132),
+    32: Tiles(batch=32, groups=2, cols=256, stages=5, x_cols=128, x_slots=4, blocks=132),
+    64: Tiles(batch=64, groups=2, cols=256, stages=5, x_cols=128, x_slots=3, blocks=132),
+    128: Tiles(batch=128, warpgroups=2, groups=2, cols=256, stages=2, x_cols=64, x_slots=5, blocks=132),
 }
 # Fitted to bench/results/sparse_mlp.jsonl (OPT-66B, batch 16 and 64, density .1, .3, 1 on an H200), where one stage
 # of rows a group is fastest at batch 64 and density .1, two at batch 16 and .1, four beyond:
@@ -117,16 +114,15 @@ def heuristic(batch: int, d_model: int, device: Device, *, selected: int, gated:
         rows = up * (tiles.groups * tiles.rows + INPUT_COST * tiles.batch) + down * tiles.rows
         return rows * tiles.cols + SUM_COST * tiles.batch**2 * sums
 
-    known = [replace(tiles, blocks=device.num_sms) for tiles in _CHOICE[padded(batch)]]
-    fitting = [tiles for tiles in known if d_model % tiles.cols == 0] or [_narrower(known[0])]
-    changes = [{"groups": groups} for groups in (2, 1, 4)]
-    return min((variant for tiles in fitting for variant in _variants(tiles, changes)), key=cost)
+    known = replace(_CHOICE[padded(batch)], blocks=device.num_sms)
+    fitting = known if d_model % known.cols == 0 else _narrower(known)
+    return min(_variants(fitting, [{"groups": groups} for groups in (2, 1, 4)]), key=cost)
 
 
 def _narrower(tiles: Tiles) -> Tiles:
     cols = tiles.cols // 2
     x_cols = min(tiles.x_cols, cols // 2)
-    return replace(tiles, cols=cols, stages=tiles.stages + 1, x_cols=x_cols, x_slots=512 // x_cols)
+    return replace(tiles, cols=cols, stages=tiles.stages + 1, x_cols=x_cols, x_slots=384 // x_cols)
 
 
 def _variants(tiles: Tiles, changes: Iterable[dict[str, Any]]) -> list[Tiles]:

@@ -1,0 +1,253 @@
+"""Selective MLP: every implementation against the float32 oracle; which one runs, and inside which transformations."""
+
+import dataclasses
+import functools
+import zlib
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax._src.pallas.mosaic_gpu.interpret import interpret_pallas_call as interpreter
+from jax.sharding import Mesh, PartitionSpec
+
+from bench.check_sparse_mlp import Check
+from pallas_kernels import _device, record_backends, sparse_mlp
+from pallas_kernels._device import HOPPER
+from pallas_kernels.sparse_mlp import mosaic, reference
+from pallas_kernels.sparse_mlp.tiles import Tiles, heuristic, padded
+from tests.tolerances import assert_close
+
+# One consuming warpgroup: with two, the interpreter hung on a machine of two cores.
+ROWS = Tiles(batch=16, groups=1, cols=128, stages=2, x_cols=64, x_slots=4, blocks=3, copy="rows", fused=False)
+SMALL: dict[str, Any] = {"d_model": 128, "num_neurons": 90, "selected": 70, "batch": 5}
+SILU: dict[str, Any] = {"activation": "silu", "gated": True}
+
+
+def operands(check: Check) -> dict[str, jax.Array]:
+    """Entries in no order, absent (-1 and beyond the end) and, where there are two, repeated; NaN in all other rows."""
+    rng = np.random.default_rng(zlib.crc32(repr(check).encode()))
+    index = rng.choice(check.num_neurons, check.selected, replace=False).astype(np.int32)
+    index[-1] = index[0]
+    gone = rng.choice(check.selected, check.absent, replace=False)
+    index[gone] = np.where(np.arange(check.absent) % 2, check.num_neurons + 7, -1)
+    unnamed = np.setdiff1d(np.arange(check.num_neurons), index)
+
+    def draw(*shape, scale=1.0):
+        values = rng.standard_normal(shape, np.float32) * scale
+        values[unnamed] = np.nan
+        return jnp.asarray(values, check.dtype)
+
+    shape = (check.num_neurons, check.d_model)
+    x = jnp.asarray(rng.standard_normal((check.batch, check.d_model), np.float32), check.dtype)
+    made = {"x": x, "w_up": draw(*shape, scale=shape[1] ** -0.5)}
+    made["w_down"] = draw(*shape, scale=check.selected**-0.5)
+    if check.gated:
+        made["w_gate"] = draw(*shape, scale=shape[1] ** -0.5)
+    if check.bias:
+        made |= {f"b_{name}": draw(shape[0]) for name in ("up", "gate")[: 1 + check.gated]}
+    return made | {"index": jnp.asarray(index)}
+
+
+def assert_right(check: Check, out: jax.Array) -> None:
+    given = operands(check)
+    assert out.dtype == given["x"].dtype
+    want = reference.reference(**given, activation=check.activation)
+    assert np.isfinite(want).all()
+    assert_close(out.astype(jnp.float32), want, "kernel", check.dtype)
+
+
+def case_name(check: Check) -> str:
+    kind = f"{check.activation}{'-gated' * check.gated}{'-bias' * check.bias}"
+    return f"{check.dtype}-{kind}-B{check.batch}-D{check.d_model}-k{check.selected}-absent{check.absent}"
+
+
+CHECKS = [
+    Check(**SMALL),
+    Check(**SMALL | SILU, dtype="float16"),
+    Check(**SMALL | {"absent": 70}),
+    Check(**SMALL | {"batch": 1, "selected": 1, "absent": 0}, bias=False),
+    Check(**SMALL | {"batch": 16, "d_model": 256, "selected": 90}, gated=True, bias=False),
+    Check(**SMALL | {"batch": 128, "selected": 64}, **SILU, bias=False),
+    Check(**SMALL | {"batch": 200, "selected": 65}, dtype="float16"),
+]
+
+
+def hand(check: Check) -> np.ndarray:
+    """Neuron by neuron in float64, in the order of the index."""
+    given = {name: np.asarray(value, np.float64) for name, value in operands(check).items()}
+    out = np.zeros(given["x"].shape)
+    act = {"relu": lambda a: np.maximum(a, 0), "silu": lambda a: a / (1 + np.exp(-a))}[check.activation]
+    for j in operands(check)["index"].tolist():
+        if 0 <= j < check.num_neurons:
+            up = given["x"] @ given["w_up"][j] + (given["b_up"][j] if check.bias else 0)
+            gate = up
+            if check.gated:
+                gate = given["x"] @ given["w_gate"][j] + (given["b_gate"][j] if check.bias else 0)
+            hidden = act(gate) * up if check.gated else act(up)
+            out += np.outer(hidden, given["w_down"][j])
+    return out
+
+
+@pytest.mark.parametrize("check", CHECKS[:4], ids=case_name)
+def test_oracle_is_the_sum_over_the_index(check):
+    check = dataclasses.replace(check, dtype="float32")
+    assert_close(
+        reference.reference(**operands(check), activation=check.activation), hand(check), "kernel", "float32"
+    )
+
+
+@pytest.mark.parametrize("dtype", ["float32", None])
+@pytest.mark.parametrize("check", CHECKS, ids=case_name)
+def test_xla(check, dtype):
+    check = dataclasses.replace(check, dtype=dtype or check.dtype)
+    call = functools.partial(sparse_mlp, activation=check.activation, implementation="xla")
+    assert_right(check, jax.jit(call)(**operands(check)))
+
+
+@pytest.mark.parametrize("check", CHECKS, ids=case_name)
+def test_kernel_interpreted(check):
+    interpreter.reset_gpu_interpret_mode_state()
+    tiles = dataclasses.replace(ROWS, batch=padded(check.batch))
+    options = {"activation": check.activation, "device": HOPPER, "tiles": tiles, "interpret": True}
+    out = jax.block_until_ready(mosaic.sparse_mlp(**operands(check), **options))
+    assert not interpreter.get_races().races_found
+    assert_right(check, out)
+
+
+# ---- tiles
+
+
+@pytest.mark.parametrize(
+    ("batch", "selected", "groups"),
+    [(16, 3712, 2), (64, 3712, 1), (16, 11136, 4), (64, 11136, 4), (16, 36864, 4), (64, 36864, 4)],
+)
+def test_heuristic_takes_what_was_measured_fastest(batch, selected, groups):
+    tiles = heuristic(batch, 9216, HOPPER, selected=selected)
+    assert (tiles.fused, tiles.cols, tiles.groups) == (True, 256, groups)
+
+
+def test_every_width_and_batch_has_tiles():
+    for d_model in range(128, 2049, 128):
+        for batch in (1, 16, 17, 33, 64, 65, 128):
+            for gated in (False, True):
+                tiles = heuristic(batch, d_model, HOPPER, selected=100, gated=gated)
+                assert tiles.batch >= batch
+                assert d_model % tiles.cols == 0
+
+
+@pytest.mark.parametrize(
+    ("change", "match"),
+    [
+        ({"batch": 8}, "batch must be one of"),
+        ({"cols": 96}, "cols must be a multiple"),
+        ({"stages": 0}, "must be positive"),
+        ({"fused": True}, "rows can't be fused"),
+        ({"stages": 40}, "too much shared memory"),
+        ({"batch": 128, "groups": 4}, "sums need registers"),
+    ],
+)
+def test_tiles_validate_themselves(change, match):
+    with pytest.raises(ValueError, match=f"^sparse_mlp tiles: .*{match}"):
+        dataclasses.replace(ROWS, **change)
+
+
+# ---- which implementation runs
+
+
+def arguments(dtype="bfloat16", *, d_model=128, batch=4) -> dict[str, Any]:
+    weight = jnp.ones((256, d_model), dtype)
+    index = jnp.arange(128, dtype=jnp.int32)
+    return {"x": jnp.ones((batch, d_model), dtype), "w_up": weight, "w_down": weight, "index": index}
+
+
+def test_best_backend_of_a_cpu_is_xla():
+    with record_backends() as choices:
+        sparse_mlp(**arguments())
+    (choice,) = choices
+    assert (choice.op, choice.backend) == ("sparse_mlp", "xla")
+    assert choice.rejected[0][0] == "mosaic"
+    assert "needs an NVIDIA Hopper GPU" in choice.rejected[0][1]
+
+
+def test_best_backend_of_a_hopper_gpu(monkeypatch):
+    monkeypatch.setattr(_device, "current", lambda *arrays: HOPPER)
+    with record_backends() as choices:
+        jax.eval_shape(lambda: sparse_mlp(**arguments()))
+        jax.eval_shape(lambda: sparse_mlp(**arguments("float32")))
+    assert [choice.backend for choice in choices] == ["mosaic", "xla"]
+    assert "needs bfloat16 or float16" in choices[1].rejected[0][1]
+
+
+def test_named_mosaic_is_lowered_for_a_gpu_and_named_in_profiles():
+    call = jax.jit(functools.partial(sparse_mlp, implementation="mosaic"))
+    text = call.trace(**arguments()).lower(lowering_platforms=("cuda",)).as_text(debug_info=True)
+    assert "mosaic_gpu" in text
+    assert "sparse_mlp.mosaic" in text
+
+
+@pytest.mark.parametrize(
+    ("changes", "activation", "match"),
+    [
+        ({"dtype": "float32"}, "relu", "needs bfloat16 or float16"),
+        ({"d_model": 64}, "relu", "steps of 128; got 64"),
+        ({}, "gelu", "knows the activations relu, silu; got gelu"),
+    ],
+)
+def test_named_mosaic_says_what_it_cannot_do(changes, activation, match):
+    with pytest.raises(NotImplementedError, match=match) as raised:
+        sparse_mlp(**arguments(**changes), activation=activation, implementation="mosaic")
+    assert "\n" not in str(raised.value)
+
+
+@pytest.mark.parametrize(
+    ("changes", "match"),
+    [
+        ({"x": jnp.zeros((4,))}, "x must be"),
+        ({"w_up": jnp.zeros((256, 64), jnp.bfloat16)}, "w_up must be"),
+        ({"w_down": jnp.zeros((255, 128), jnp.bfloat16)}, "w_down doesn't fit"),
+        ({"w_down": jnp.zeros((256, 128), jnp.float16)}, "w_down must have w_up's dtype"),
+        ({"b_up": jnp.zeros((255,), jnp.bfloat16)}, "b_up doesn't fit"),
+        ({"b_up": jnp.zeros((256,), jnp.int32)}, "b_up must be floating"),
+        ({"b_gate": jnp.zeros((256,), jnp.bfloat16)}, "b_gate without w_gate"),
+        ({"index": jnp.zeros((0,), jnp.int32)}, "index must be"),
+        ({"index": jnp.zeros((3,), jnp.uint32)}, "index must be"),
+        ({"activation": "tanh"}, "unknown activation"),
+        ({"implementation": "triton"}, "unknown implementation"),
+    ],
+)
+def test_bad_calls_are_errors(changes, match):
+    with pytest.raises(ValueError, match=f"^sparse_mlp: .*{match}.*; got .*, expected ") as raised:
+        sparse_mlp(**arguments() | changes)
+    assert "\n" not in str(raised.value)
+
+
+# ---- inside transformations
+
+
+def in_scan(call, given):
+    return jax.lax.scan(lambda carry, x: (carry, call(x=x)), 0, given["x"][None])[1][0]
+
+
+def in_vmap(call, given):
+    return jax.vmap(lambda x: call(x=x))(given["x"][:, None])[:, 0]
+
+
+def in_shard_map(call, given):
+    mesh = Mesh(np.asarray(jax.devices()[:1]), ("data",))
+    rows = PartitionSpec("data")
+    return jax.jit(jax.shard_map(lambda x: call(x=x), mesh=mesh, in_specs=rows, out_specs=rows))(given["x"])
+
+
+def in_export(call, given):
+    return jax.export.export(jax.jit(lambda x: call(x=x)))(given["x"]).call(given["x"])
+
+
+@pytest.mark.parametrize("transform", [in_scan, in_vmap, in_shard_map, in_export])
+def test_xla_inside(transform):
+    check = CHECKS[1]
+    given = operands(check)
+    weights = {name: value for name, value in given.items() if name != "x"}
+    call = functools.partial(sparse_mlp, **weights, activation=check.activation, implementation="xla")
+    assert_right(check, transform(call, given))

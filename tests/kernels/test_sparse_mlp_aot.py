@@ -1,0 +1,59 @@
+"""The selective MLP's kernels of the named workloads, compiled for an H200: no spills, shared memory in bounds."""
+
+import functools
+import itertools
+
+import jax
+import jax.numpy as jnp
+import pytest
+
+from bench.bench_sparse_mlp import MlpCase
+from bench.check_sparse_mlp import brief
+from bench.workloads import BATCHES, DENSITIES, MODELS
+from pallas_kernels import sparse_mlp
+from pallas_kernels._device import HOPPER
+from pallas_kernels.sparse_mlp.tiles import BATCHES as PADDED
+from pallas_kernels.sparse_mlp.tiles import Tiles, heuristic
+from tests.kernels import aot
+
+
+def chosen(case: MlpCase) -> Tiles:
+    model = case.model
+    batch = min(case.batch, PADDED[-1])
+    return heuristic(batch, model.d_model, HOPPER, selected=case.selected, gated=model.gated)
+
+
+def named_kernels() -> list[MlpCase]:
+    """Of the named workloads, the one with the most neurons for each of the heuristic's configurations."""
+    largest: dict[tuple[Tiles, bool], MlpCase] = {}
+    for model, batch, density in itertools.product(MODELS.values(), BATCHES, DENSITIES):
+        case = MlpCase(model, min(batch, PADDED[-1]), density)
+        kind = (chosen(case), model.gated)
+        if kind not in largest or case.selected > largest[kind].selected:
+            largest[kind] = case
+    return list(largest.values())
+
+
+@pytest.mark.parametrize(
+    "case", named_kernels(), ids=lambda case: f"{case}-{brief(chosen(case))}".replace(" ", "-")
+)
+def test_compiles_for_h200(case):
+    model = case.model
+    # One neuron less than the model has: a kernel that was compiled before is not reported again.
+    weight = jax.ShapeDtypeStruct((model.d_ff - 1, model.d_model), jnp.bfloat16)
+    x = jax.ShapeDtypeStruct((case.batch, model.d_model), jnp.bfloat16)
+    index = jax.ShapeDtypeStruct((case.selected,), jnp.int32)
+    optional = (
+        {"w_gate": weight} if model.gated else {"b_up": jax.ShapeDtypeStruct(weight.shape[:1], x.dtype)}
+    )
+    call = functools.partial(sparse_mlp, activation=model.activation, implementation="mosaic")
+    program = aot.compile_for_h200(
+        lambda x, up, down, index, optional: call(x, up, down, index, **optional),
+        *(x, weight, weight, index, optional),
+    )
+    (kernel,) = program.kernels
+    assert kernel.name.startswith("sparse_mlp_up_down")
+    assert "wgmma.mma_async" in kernel.ptx
+    assert "cp.async.bulk.shared::cta.global" in kernel.ptx
+    assert kernel.smem <= chosen(case).smem_bytes
+    aot.assert_fit(program)
