@@ -37,6 +37,8 @@ def rows() -> Iterator[tuple[str, np.ndarray, int]]:
     for n, k in ((1, 1), (7, 3), (72, 21), (512, 512), (513, 1), (1000, 1000), (5000, 640), (36864, 11136)):
         yield f"random {n} {k}", rng.standard_normal((3, n)), k
         yield f"ties {n} {k}", np.round(rng.standard_normal((3, n))), k
+    for batch, n, k in ((1, 16384, 1664), (64, 16384, 1664), (64, 72, 21), (2, 5001, 5000)):
+        yield f"batch of {batch}, {n} {k}", np.round(4 * rng.standard_normal((batch, n))) / 8, k
     yield "all equal", np.zeros((2, 4096)), 777
     yield "mostly zeros", np.where(rng.random((4, 36864)) < 0.02, rng.standard_normal((4, 36864)), -1.0), 3712
     odd = rng.standard_normal((4, 2048))
