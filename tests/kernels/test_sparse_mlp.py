@@ -21,8 +21,8 @@ from tests.tolerances import assert_close
 
 # One consuming warpgroup: with two, the interpreter hung on a machine of two cores.
 ROWS = Tiles(batch=16, groups=1, cols=128, stages=2, x_cols=64, x_slots=4, blocks=3, copy="rows", fused=False)
-SMALL: dict[str, Any] = {"d_model": 128, "num_neurons": 90, "selected": 70, "batch": 5}
-SILU: dict[str, Any] = {"activation": "silu", "gated": True}
+SMALL: Any = {"d_model": 128, "num_neurons": 90, "selected": 70, "batch": 5}
+SILU: Any = {"activation": "silu", "gated": True}
 
 
 def operands(check: Check) -> dict[str, jax.Array]:
@@ -65,12 +65,12 @@ def case_name(check: Check) -> str:
 
 CHECKS = [
     Check(**SMALL),
-    Check(**SMALL | SILU, dtype="float16"),
-    Check(**SMALL | {"absent": 70}),
-    Check(**SMALL | {"batch": 1, "selected": 1, "absent": 0}, bias=False),
-    Check(**SMALL | {"batch": 16, "d_model": 256, "selected": 90}, gated=True, bias=False),
-    Check(**SMALL | {"batch": 128, "selected": 64}, **SILU, bias=False),
-    Check(**SMALL | {"batch": 200, "selected": 65}, dtype="float16"),
+    Check(**SMALL, **SILU, dtype="float16"),
+    Check(**(SMALL | {"absent": 70})),
+    Check(**(SMALL | {"batch": 1, "selected": 1, "absent": 0}), bias=False),
+    Check(**(SMALL | {"batch": 16, "d_model": 256, "selected": 90}), gated=True, bias=False),
+    Check(**(SMALL | {"batch": 128, "selected": 64}), **SILU, bias=False),
+    Check(**(SMALL | {"batch": 200, "selected": 65}), dtype="float16"),
 ]
 
 
