@@ -2,13 +2,16 @@
 
     python3 -m bench.bench_selection check   ties, zeros, NaN, infinities, every size of row, one and many rows
     python3 -m bench.bench_selection table   router scores [B F] to sorted neurons, the kernel beside XLA's top-k
+    python3 -m bench.bench_selection small   scores [B K] of groups to the sorted groups of each sequence
 
-With the variable OUT set, JSON lines go into that folder.
+A table ends when --seconds are over; what it has is printed. `time_us` holds what the host needs for launches,
+`device_us` is the sum over the kernels that a profiler saw. With the variable OUT set, JSON lines go into that folder.
 """
 
 import argparse
 import functools
 import sys
+import time
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -20,16 +23,22 @@ from bench import report, timing
 from bench.workloads import MODELS
 from pallas_kernels.selection import select_top_k
 
-COLUMNS = ("case", "kernel", "time_us", "spread_us", "bytes")
+COLUMNS = ("case", "kernel", "device_us", "launches", "time_us", "spread_us", "bytes")
 CASES = tuple((m, b, d) for m in ("opt-6.7b", "opt-66b") for b in (1, 64, 256) for d in (0.1, 0.3))
+SMALL = tuple((n, b) for n in (8, 32, 72) for b in (1, 16, 64))
+CALLS = 8
+
+type Row = dict[str, Any]
 
 
 def rows() -> Iterator[tuple[str, np.ndarray, int]]:
     """(name, scores [B n], k) that a careless selection gets wrong."""
     rng = np.random.default_rng(0)
-    for n, k in ((257, 1), (1000, 1000), (5000, 640), (36864, 11136)):
+    for n, k in ((1, 1), (7, 3), (72, 21), (512, 512), (513, 1), (1000, 1000), (5000, 640), (36864, 11136)):
         yield f"random {n} {k}", rng.standard_normal((3, n)), k
         yield f"ties {n} {k}", np.round(rng.standard_normal((3, n))), k
+    for batch, n, k in ((1, 16384, 1664), (64, 16384, 1664), (64, 72, 21), (2, 5001, 5000)):
+        yield f"batch of {batch}, {n} {k}", np.round(4 * rng.standard_normal((batch, n))) / 8, k
     yield "all equal", np.zeros((2, 4096)), 777
     yield "mostly zeros", np.where(rng.random((4, 36864)) < 0.02, rng.standard_normal((4, 36864)), -1.0), 3712
     odd = rng.standard_normal((4, 2048))
@@ -44,10 +53,10 @@ def run_checks() -> bool:
     right = True
     for name, scores, k in rows():
         for shared in (True, False):
-            given = np.asarray(scores[:1] if shared else scores, np.float32)
+            given = np.asarray(np.round(scores * 8) if shared else scores, np.float32)  # sums are exact
             call = functools.partial(select_top_k, k=k, shared=shared, implementation="mosaic")
             found = np.asarray(jax.jit(call)(given))
-            want = _sorted(np.maximum(given[0], 0) if shared else given, k)
+            want = _sorted(np.maximum(given, 0).sum(0) if shared else given, k)
             if not np.array_equal(found, want):
                 right = False
                 print(f"FAIL {name} shared={shared}: {int((found != want).sum())} differ", flush=True)
@@ -61,30 +70,55 @@ def _sorted(scores: np.ndarray, k: int) -> np.ndarray:
     return np.sort(order[..., :k], axis=-1)
 
 
-def measure(scores: list[jax.Array], call: Callable[..., jax.Array]) -> dict[str, Any]:
+def measure(scores: list[jax.Array], call: Callable[..., jax.Array]) -> Row:
     run = jax.jit(lambda sets: [call(one) for one in sets])
     seconds, spread = timing.seconds_per_call(lambda: run(scores), len(scores), min_seconds=0.005)
-    return {"time_us": seconds * 1e6, "spread_us": spread * 1e6}
+    seen = timing.timeline(lambda: run(scores))
+    return {
+        "time_us": seconds * 1e6,
+        "spread_us": spread * 1e6,
+        "device_us": sum(count * us for _, count, us, _ in seen) / (3 * len(scores)) if seen else None,
+        "launches": round(sum(count for _, count, _, _ in seen) / (3 * len(scores)), 2),
+    }
 
 
-def table() -> list[dict[str, Any]]:
+def table() -> Iterator[Row]:
     """The named shapes; scores are float32 and, as behind a router, still in the L2 where they fit."""
-    found = []
-    for name, batch, density in CASES:
-        model = MODELS[name]
-        keys = jax.random.split(jax.random.key(0), 8)
-        scores = [jax.random.normal(key, (batch, model.d_ff), jnp.float32) for key in keys]
-        k = -(-int(density * model.d_ff) // 128) * 128
-        for implementation in ("mosaic", "xla"):
-            call = functools.partial(select_top_k, k=k, shared=True, implementation=implementation)
-            row = {
-                "case": f"{name} B{batch} d{density:g}",
-                "kernel": implementation,
-                "bytes": scores[0].nbytes,
-            }
-            found.append(row | measure(scores, call))
-        found.append({**row, "kernel": "pooling only"} | measure(scores, _pool))
-    return found
+    for kernel in ("mosaic", "pooling only", "xla"):
+        for name, batch, density in CASES:
+            if kernel != "mosaic" and density != CASES[-1][-1]:
+                continue  # pooling takes no k, and XLA sorts all
+            model = MODELS[name]
+            k = -(-int(density * model.d_ff) // 128) * 128
+            yield _row(f"{name} B{batch} d{density:g}", kernel, (batch, model.d_ff), k, shared=True)
+
+
+def small() -> Iterator[Row]:
+    """Half of the groups of each sequence."""
+    for kernel in ("mosaic", "xla"):
+        for n, batch in SMALL:
+            yield _row(f"K{n} B{batch}", kernel, (batch, n), n // 2, shared=False)
+
+
+def _row(case: str, kernel: str, shape: tuple[int, int], k: int, *, shared: bool) -> Row:
+    scores = [
+        jax.random.normal(key, shape, jnp.float32) for key in jax.random.split(jax.random.key(0), CALLS)
+    ]
+    call = _pool
+    if kernel != "pooling only":
+        call = functools.partial(select_top_k, k=k, shared=shared, implementation=kernel)
+    return {"case": case, "kernel": kernel, "bytes": scores[0].nbytes} | measure(scores, call)
+
+
+def within(seconds: float, found: Iterator[Row]) -> list[Row]:
+    """The rows that there is time for."""
+    started, rows = time.perf_counter(), []
+    for row in found:
+        rows.append(row)
+        if time.perf_counter() - started > seconds:
+            print(f"time is over after {len(rows)} rows", file=sys.stderr)
+            break
+    return rows
 
 
 def _pool(scores: jax.Array) -> jax.Array:
@@ -95,16 +129,18 @@ def main() -> int:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("verbs", nargs="+", choices=("check", "table"))
+    parser.add_argument("verbs", nargs="+", choices=("check", "table", "small"))
+    parser.add_argument("--seconds", type=float, default=36, help="of a table, at most")
     args = parser.parse_args()
     if "check" in args.verbs and not run_checks():
         print("wrong results: no speed is reported", file=sys.stderr)
         return 1
-    if "table" in args.verbs:
-        found = table()
-        print(report.table(found, COLUMNS))
-        if path := report.results_path("selection.jsonl"):
-            report.append_jsonl(path, found, report.provenance())
+    for verb, make in (("table", table), ("small", small)):
+        if verb in args.verbs:
+            found = within(args.seconds, make())
+            print(report.table(found, COLUMNS))
+            if path := report.results_path("selection.jsonl"):
+                report.append_jsonl(path, found, report.provenance())
     return 0
 
 
