@@ -151,7 +151,12 @@ def filled_cache(config: pj.ModelConfig, batch: int, capacity: int) -> pj.KVCach
     return pj.KVCache(draw(0), draw(1), jnp.full((batch,), capacity - STEPS, jnp.int32))
 
 
-@functools.partial(jax.jit, static_argnames=("implementation",), donate_argnames=("cache",))
+@functools.partial(
+    jax.jit,
+    static_argnames=("implementation",),
+    donate_argnames=("cache",),
+    compiler_options=pj.OVERLAP,
+)
 def _steps(model, token, cache, sparsity, start, *, implementation=None):
     """STEPS greedy steps from position `start`."""
 

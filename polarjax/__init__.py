@@ -8,6 +8,7 @@ from polarjax.errors import CheckpointError, InputError, PolarjaxError, Sparsity
 from polarjax.generate import generate
 from polarjax.generation_config import GenerationSettings
 from polarjax.model import Decoder, decode_step, forward, prefill
+from polarjax.overlap import OVERLAP
 from polarjax.sampling import Categorical, Greedy
 from polarjax.sparsity.plan import PlanTable, SparsityPlan
 from polarjax.sparsity.select import Sparsity
@@ -18,6 +19,7 @@ from polarjax.token_loop import Generation
 __version__ = "0.1.0"
 
 __all__ = [
+    "OVERLAP",
     "Bundle",
     "Categorical",
     "CheckpointError",

@@ -13,6 +13,7 @@ from polarjax.cache import KVCache, init_cache
 from polarjax.configs import ModelConfig
 from polarjax.errors import InputError
 from polarjax.model import Decoder, decode_step, prefill
+from polarjax.overlap import overlapping_jit
 from polarjax.sampling import Greedy, Sampler
 from polarjax.sparsity.select import Sparsity
 from polarjax.token_loop import Generation, decode_loop
@@ -38,7 +39,7 @@ def _ids_in(tokens, lengths, *, vocab_size: int) -> Bool[Array, "B V"]:
 
 
 @functools.partial(
-    jax.jit,
+    overlapping_jit,
     static_argnames=("sampler", "max_new_tokens", "stop_ids", "repetition_penalty", "implementation"),
     donate_argnames=("cache",),
 )

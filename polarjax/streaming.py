@@ -8,6 +8,7 @@ import numpy as np
 
 from polarjax.generate import check_copies, model_step, prepare, read_prompts
 from polarjax.model import Decoder
+from polarjax.overlap import overlapping_jit
 from polarjax.sampling import Greedy, Sampler
 from polarjax.sparsity.select import Sparsity
 from polarjax.token_loop import Generation, LoopState, Rules
@@ -115,7 +116,7 @@ def _begin(logits, cache, key, seen, *, sampler, stop_ids, limit, repetition_pen
     return Rules(sampler, stop_ids, limit, key, repetition_penalty).begin(logits, cache, seen)
 
 
-@functools.partial(jax.jit, static_argnames=_STATIC, donate_argnames=("state",))
+@functools.partial(overlapping_jit, static_argnames=_STATIC, donate_argnames=("state",))
 def _advance(model, state: LoopState, *, halted, key, sparsity, implementation, limit, **rules):
     step = functools.partial(model_step, model, sparsity=sparsity, implementation=implementation)
     loop = Rules(limit=limit, key=key, **rules)

@@ -13,6 +13,7 @@ import polarjax
 ROOT = Path(__file__).parents[1]
 PUBLIC = {
     "polarjax": [
+        "OVERLAP",
         "Bundle",
         "Categorical",
         "CheckpointError",
