@@ -176,10 +176,12 @@ def _transfer(
 ) -> None:
     """Reads the tensors in the order in which they lie on the disk; after a bad one it only looks for more."""
     bad: list[str] = []
+    copied = {step.source for step in steps if step.layout.turn or tensors[step.source].dtype != dtype}
+    buffer = np.empty(max((tensors[name].num_bytes for name in copied), default=0), np.uint8)
     for step in sorted(steps, key=lambda step: (tensors[step.source].file, tensors[step.source].offset)):
         tensor = tensors[step.source]
         writer.reserve(tensor.num_bytes)
-        array = _cast(tensor.read(), dtype)
+        array = _cast(tensor.read(buffer if step.source in copied else None), dtype)
         if finite and not all_finite(array):
             bad.append(step.source)
         if not bad:

@@ -71,16 +71,29 @@ class Tensor:
         """Size in bytes."""
         return int(np.prod(self.shape, dtype=np.int64)) * self.dtype.itemsize
 
-    def read(self) -> np.ndarray:
-        """Reads the tensor into memory; raises `CheckpointError` when the file no longer holds it."""
-        span = None if self.strides is None else _span(self.shape, self.strides)
-        count = self.num_bytes // self.dtype.itemsize if span is None else span
+    def read(self, into: np.ndarray | None = None) -> np.ndarray:
+        """Reads the tensor into memory.
+
+        Args:
+          into: uint8, at least `num_bytes`; taken where the file holds the tensor in rows, and the result is then a
+            view of it. Memory that is used again is several times faster than fresh memory.
+
+        Raises:
+          CheckpointError: the file no longer holds it.
+        """
+        count = (
+            self.num_bytes if self.strides is None else self.dtype.itemsize * _span(self.shape, self.strides)
+        )
+        memory = into[:count] if into is not None and self.strides is None else np.empty(count, np.uint8)
         try:
-            array = np.fromfile(self.file, self.dtype, count=count, offset=self.offset)
+            with open(self.file, "rb") as stream:
+                stream.seek(self.offset)
+                done = stream.readinto(memory.data)
         except OSError as error:
             raise CheckpointError("cannot be read", where=self.file, got=error.strerror) from error
-        if array.size != count:
+        if done != count:
             raise CheckpointError(f"the file ends within {self.name}", where=self.file, mend=_DOWNLOAD)
+        array = memory.view(self.dtype)
         if self.strides is None:
             return array.reshape(self.shape)
         steps = [step * array.itemsize for step in self.strides]

@@ -30,7 +30,8 @@ _LARGE = 1 << 20  # smaller files are hashed at the end: some are written again 
 class ArrayWriter:
     """Writes named arrays one after another, holding little more than the two largest in memory.
 
-    One batch is written, and its files' checksums are taken, by a thread of its own while the next is gathered.
+    While a batch is gathered, the one before is written and the files of the one before that are hashed, each by a
+    thread of its own.
 
     Args:
       folder: where the orbax checkpoint will be; must not exist.
@@ -42,8 +43,8 @@ class ArrayWriter:
         self._limit = batch_bytes
         self._batch: dict[str, np.ndarray] = {}
         self._arrays: dict[str, dict[str, Any]] = {}
-        self._digests: dict[tuple[int, ...], dict[str, Any]] = {}
-        self._pool = ThreadPoolExecutor(1)
+        self._digests: dict[tuple[int, ...], Future[dict[str, Any]]] = {}
+        self._writer, self._hasher = ThreadPoolExecutor(1), ThreadPoolExecutor(1)
         self._written: Future[None] | None = None
 
     @property
@@ -66,21 +67,22 @@ class ArrayWriter:
         """Finishes the checkpoint and returns its record."""
         self._write()
         self._wait()
+        known = {identity: digest.result() for identity, digest in self._digests.items()}
         self.stop()
         with _orbax("cannot write the arrays", self._folder), _plain(self._folder) as path:
             ocp.partial.finalize(path)
-        files = _files(self._folder)
-        return {"arrays": self._arrays, "files": _digests(self._folder, files, known=self._digests)}
+        return {"arrays": self._arrays, "files": _digests(self._folder, _files(self._folder), known=known)}
 
     def stop(self) -> None:
         """Lets what is being written come to an end; nothing more is written."""
-        self._pool.shutdown(cancel_futures=True)
+        self._writer.shutdown(cancel_futures=True)
+        self._hasher.shutdown(cancel_futures=True)
 
     def _write(self) -> None:
         batch, self._batch = self._batch, {}
         if batch:
             self._wait()
-            self._written = self._pool.submit(self._save, batch)
+            self._written = self._writer.submit(self._save, batch)
 
     def _wait(self) -> None:
         """Waits for the batch before; raises what its writing raised."""
@@ -94,7 +96,7 @@ class ArrayWriter:
         batch.clear()
         for file in self._folder.parent.glob(f"{glob.escape(self._folder.name)}*/**/*"):
             if file.is_file() and file.stat().st_size >= _LARGE and _identity(file) not in self._digests:
-                self._digests[_identity(file)] = _digest(file)
+                self._digests[_identity(file)] = self._hasher.submit(_digest, file)
 
 
 def read_arrays(

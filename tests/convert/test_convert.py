@@ -279,10 +279,10 @@ def stop_at(monkeypatch, count: int, error: BaseException) -> None:
     left = iter(range(count))
     read = Tensor.read
 
-    def stop(tensor):
+    def stop(tensor, *into):
         if next(left, None) is None:
             raise error
-        return read(tensor)
+        return read(tensor, *into)
 
     monkeypatch.setattr(Tensor, "read", stop)
 
@@ -339,10 +339,10 @@ SLOW = """if True:
     from polarjax.cli.main import main
     polarjax.checkpoint.BATCH_BYTES = 1000
     read = Tensor.read
-    def slow(tensor):
+    def slow(tensor, *into):
         print("reading", flush=True)
         time.sleep(0.2)
-        return read(tensor)
+        return read(tensor, *into)
     Tensor.read = slow
     main(["convert", *sys.argv[1:]])
 """

@@ -58,6 +58,15 @@ def test_reads_what_was_written(layout, arrays, request):
     assert tensors.keys() == arrays.keys()
     for name, tensor in tensors.items():
         np.testing.assert_array_equal(tensor.read(), arrays[name])
+
+
+def test_memory_can_be_used_again(sharded, arrays):
+    """The result lies within it; what an earlier, larger tensor left there does no harm."""
+    buffer = np.full(100, 255, np.uint8)
+    for name, tensor in open_weights(sharded).items():
+        read = tensor.read(buffer)
+        assert np.shares_memory(read, buffer)
+        np.testing.assert_array_equal(read, arrays[name])
         assert tensor.num_bytes == arrays[name].nbytes
 
 
@@ -210,8 +219,9 @@ def test_file_cut_after_it_was_opened(single):
     with open(single / SINGLE, "r+b") as file:
         file.truncate(300)
     last = max(tensors.values(), key=lambda tensor: tensor.offset)
-    with pytest.raises(pj.CheckpointError, match="ends within"):
-        last.read()
+    for memory in (None, np.zeros(100, np.uint8)):
+        with pytest.raises(pj.CheckpointError, match="ends within"):
+            last.read(memory)
 
 
 @settings(suppress_health_check=[HealthCheck.function_scoped_fixture], max_examples=150)
