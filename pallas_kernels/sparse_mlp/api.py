@@ -4,8 +4,10 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
+from pallas_kernels._device import Device
 from pallas_kernels._dispatch import dispatch
 from pallas_kernels.sparse_mlp import mosaic, xla
+from pallas_kernels.sparse_mlp.batching import batchable
 
 OP = "sparse_mlp"
 
@@ -38,10 +40,18 @@ def sparse_mlp(
     implementation can't do the call.
     """
     _validate(x, w_up, w_down, index, (w_gate, b_up, b_gate), activation)
-    call = {"w_gate": w_gate, "b_up": b_up, "b_gate": b_gate, "activation": activation}
+    optional = {"w_gate": w_gate, "b_up": b_up, "b_gate": b_gate}
+    weights = {"w_up": w_up, "w_down": w_down} | {n: a for n, a in optional.items() if a is not None}
+
+    def hopper(device: Device) -> Array:
+        call = lambda x, index, weights: mosaic.sparse_mlp(
+            x, index=index, **weights, activation=activation, device=device
+        )
+        return batchable(call)(x, index, weights)
+
     backends = {
-        "mosaic": lambda device: mosaic.sparse_mlp(x, w_up, w_down, index, device=device, **call),
-        "xla": lambda device: xla.sparse_mlp(x, w_up, w_down, index, **call),
+        "mosaic": hopper,
+        "xla": lambda _: xla.sparse_mlp(x, index=index, **weights, activation=activation),
     }
     return dispatch(OP, implementation, backends, x, w_up)
 
