@@ -19,7 +19,8 @@ HARMLESS = frozenset(
     encoder_no_repeat_ngram_size bad_words_ids num_return_sequences output_scores return_dict_in_generate
     forced_bos_token_id forced_eos_token_id remove_invalid_values exponential_decay_length_penalty
     suppress_tokens begin_suppress_tokens max_length min_length max_new_tokens do_sample early_stopping
-    num_beams num_beam_groups diversity_penalty
+    num_beams num_beam_groups diversity_penalty max_sequence_length is_llama_config transformers.js_config
+    _flash_attn_2_enabled
     """.split()
 )
 """Keys without influence on the logits of a trained model: names, training, token ids, generation defaults."""
@@ -31,10 +32,13 @@ FIXED: dict[str, tuple[Any, ...]] = {
     "is_decoder": (False, True),
     "is_encoder_decoder": (False,),
     "layer_norm_elementwise_affine": (True,),
+    "learned_embeddings": (True,),
     "partial_rotary_factor": (None, 1),
     "per_layer_config": (None,),
     "pruned_heads": (None, {}),
     "quantization_config": (None,),
+    "rope_interleaved": (False,),
+    "scale_embeddings": (False,),
     "tie_encoder_decoder": (False,),
     "tie_last_hidden_states": (None,),
     "torchscript": (False,),
@@ -46,6 +50,7 @@ _MEND = {
     "quantization_config": "quantised checkpoints are unsupported; take the original weights",
     "partial_rotary_factor": "only full rotary embedding is supported",
 }
+PROSPARSE = "the thresholded ReLU of the ProSparse models is unsupported; a ReLU-LLaMA has a plain one"
 _ROPE_KEYS = {
     "default": {"rope_theta"},
     "linear": {"rope_theta", "factor"},
@@ -144,9 +149,8 @@ class ConfigReader:
         value = self.get(key, default, str, "a name")
         if value not in _ACTIVATIONS:
             expected = ", ".join(sorted(_ACTIVATIONS))
-            raise self.refuse(
-                key, "an unsupported activation", value, expected, "take a model with one of these"
-            )
+            mend = PROSPARSE if value == "fatrelu" else "take a model with one of these"
+            raise self.refuse(key, "an unsupported activation", value, expected, mend)
         return _ACTIVATIONS[value]
 
     def rope(self, max_positions: int) -> RopeConfig:

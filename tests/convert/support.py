@@ -41,6 +41,10 @@ _REFUSED: dict[str, dict[str, Any]] = {
         for kind in ("yarn", "longrope", "dynamic")
     },
     "partial rotary embedding": {"partial_rotary_factor": 0.5},
+    "the thresholded ReLU of ProSparse (`sparsellama`, fatrelu)": {
+        "hidden_act": "fatrelu",
+        "activation_function": "fatrelu",
+    },
     "keys of config.json that are not known": {"logit_scale": 2.0},
 }
 _NAMES = ("relu", "silu", "gelu", "gelu_new", "gelu_pytorch_tanh", "fatrelu")

@@ -21,4 +21,4 @@ def test_the_probe_is_not_blind():
     assert support.read("llama") is not None
     assert support.read("llama", sliding_window=3) is None
     assert support.row("opt")[2] == "MHA"
-    assert len(support.refused()) == 6
+    assert len(support.refused()) == 7
