@@ -1,5 +1,6 @@
 """The three stages in one go, by function and by command, on tiny models and on the bundled one."""
 
+import dataclasses
 import json
 import shutil
 from pathlib import Path
@@ -8,10 +9,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+import torch
 
 import polarjax as pj
 from checkpoints_convert import convert_checkpoint
-from polarjax import data
+from polarjax import data, mlp
 from polarjax.cli.inputs import text_windows
 from polarjax.cli.main import main
 from polarjax.sparsity import collect, sparsify
@@ -19,6 +21,7 @@ from polarjax.sparsity.calibrate import CalibrateOptions, measure_recall
 from polarjax.sparsity.collect import fingerprint
 from polarjax.sparsity.pipeline import CollectOptions
 from polarjax.sparsity.train import TrainOptions
+from tests.convert import hf_models
 from tests.model import zoo
 
 ASSETS = Path(pj.__file__).parent / "assets"
@@ -54,6 +57,44 @@ def test_the_same_key_gives_the_same_plans():
         for _ in range(2)
     ]
     assert tables[0] == tables[1]
+
+
+def test_a_gated_relu_model_from_its_checkpoint_to_sparse_tokens(tmp_path, monkeypatch):
+    """Of 40 neurons 12 ever speak: the plans find that out, and the tokens made without the others are the same."""
+    theirs = hf_models.make("llama-relu-biases")
+    with torch.no_grad():
+        for name, value in theirs.named_parameters():
+            if name.endswith("mlp.gate_proj.bias"):
+                value[6:-6] = -100.0
+        theirs.get_input_embeddings().weight[:, 0] = 4.0  # lets a router without bias have a threshold
+    theirs.save_pretrained(tmp_path / "hf")
+    model = pj.load(convert_checkpoint(tmp_path / "hf", tmp_path / "model").path).model
+    training = dataclasses.replace(FAST, neuron_batch=64, max_epochs=8)
+    routers, plans, _ = sparsify(
+        model, tiny_windows(80), jax.random.key(1), head_density=1.0, training=training, calibration=SMALL
+    )
+    seen = []
+
+    def watched(x, w_up, w_down, index, **options):
+        seen.append((index.shape[0], options["w_gate"].shape, options["b_gate"].shape))
+        return original(x, w_up, w_down, index, **options)
+
+    original = mlp.sparse_mlp
+    monkeypatch.setattr(mlp, "sparse_mlp", watched)
+    tokens = jnp.asarray(np.random.default_rng(2).integers(3, zoo.VOCAB, (4, 9), np.int32))
+    lengths = jnp.array([9, 4, 7, 1])
+    dense = pj.generate(model, tokens, lengths, max_new_tokens=33)
+    assert not seen
+    sparse = pj.generate(
+        model,
+        tokens,
+        lengths,
+        max_new_tokens=33,
+        sparsity=pj.Sparsity(routers, plans.for_batch(4, model.config)),
+    )
+    assert {(12, (40, 24), (40,)), (16, (40, 24), (40,))} >= set(seen) and len(seen) == 2
+    np.testing.assert_array_equal(sparse.tokens, dense.tokens)
+    assert len(set(np.asarray(dense.tokens).ravel().tolist())) > 4
 
 
 @pytest.mark.parametrize(
