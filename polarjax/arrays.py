@@ -17,6 +17,7 @@ import numpy as np
 from orbax.checkpoint.experimental import v1 as ocp
 
 from polarjax.errors import CheckpointError
+from polarjax.memory import ran_out
 from polarjax.types import Array, DTypeLike
 
 type Record = dict[str, Any]  # {"arrays": {name: {"shape", "dtype"}}, "files": {path: {"bytes", "sha256"}}}
@@ -169,6 +170,11 @@ def _orbax(what: str, folder: Path, mend: str | None = None) -> Iterator[None]:
         yield
     except (ValueError, KeyError, RuntimeError) as error:
         detail = next(iter(str(error).splitlines()), "")[:200]
+        if ran_out(error):
+            what, mend = (
+                "the device has too little memory for the arrays",
+                "see polarjax inspect for their size",
+            )
         raise CheckpointError(what, where=folder, got=detail, mend=mend) from error
 
 

@@ -8,8 +8,9 @@ import numpy as np
 
 from polarjax.checkpoint import Bundle
 from polarjax.errors import CheckpointError
-from polarjax.generate import generate
+from polarjax.generate import bucket_length, generate
 from polarjax.generation_config import GenerationSettings
+from polarjax.memory import sizes_told
 from polarjax.sparsity.select import Sparsity
 from polarjax.streaming import CONTEXT, stream
 from polarjax.text import Completion, TextStream, complete
@@ -43,7 +44,7 @@ def continue_rows(
 
     Raises:
       CheckpointError: the bundle has no tokenizer.
-      InputError: a prompt is empty or too long, or an option does not fit.
+      InputError: a prompt is empty or too long, an option does not fit, or the device's memory runs out.
     """
     tokenizer = bundle.tokenizer
     if tokenizer is None:
@@ -64,11 +65,15 @@ def continue_rows(
         "num_return_sequences": copies,
         "sparsity": sparsity,
     }
-    if show is None and not stop_strings:
-        made = jax.block_until_ready(generate(*batch, **options))
-        return complete(made, tokenizer, [row[-CONTEXT:] for row in rows for _ in range(copies)])
-    texts = TextStream(stream(*batch, **options), tokenizer, stop_strings=stop_strings)
-    for pieces in texts:
-        if show is not None:
-            show(pieces)
-    return texts.completions
+    config = bundle.model.config
+    room = bucket_length(tokens.shape[1], config.max_positions) + max_new_tokens
+    dtype = bundle.model.dtype
+    with sizes_told(config, batch_size=len(rows) * copies, cache_length=room, dtype=dtype):
+        if show is None and not stop_strings:
+            made = jax.block_until_ready(generate(*batch, **options))
+            return complete(made, tokenizer, [row[-CONTEXT:] for row in rows for _ in range(copies)])
+        texts = TextStream(stream(*batch, **options), tokenizer, stop_strings=stop_strings)
+        for pieces in texts:
+            if show is not None:
+                show(pieces)
+        return texts.completions

@@ -1,0 +1,66 @@
+"""When the memory of the device runs out: one line that tells what needs how much, and what would fit."""
+
+import contextlib
+from collections.abc import Iterator
+
+import jax
+
+from polarjax import costs
+from polarjax.configs import ModelConfig
+from polarjax.errors import InputError
+from polarjax.types import DTypeLike
+
+_SIGNS = ("RESOURCE_EXHAUSTED", "Out of memory")  # of GPUs and of CPUs
+
+
+def ran_out(error: BaseException) -> bool:
+    """Whether JAX says with this error that an allocation failed."""
+    return isinstance(error, RuntimeError) and any(sign in str(error) for sign in _SIGNS)
+
+
+@contextlib.contextmanager
+def sizes_told(
+    config: ModelConfig, *, batch_size: int, cache_length: int, dtype: DTypeLike
+) -> Iterator[None]:
+    """Raises `InputError` in the place of JAX's error where the device's memory runs out in the block.
+
+    Args:
+      config: of the model.
+      batch_size: B, the sequences that are computed in the block.
+      cache_length: S, positions of the cache.
+      dtype: of weights and cache.
+
+    Raises:
+      InputError: the memory ran out; with the sizes, and the largest batch that fits where that is known.
+    """
+    try:
+        yield
+    except RuntimeError as error:
+        if not ran_out(error):
+            raise
+        memory = _device_memory()
+        weights = costs.weights_bytes(config, dtype)
+        cache = batch_size * cache_length * costs.cache_bytes_per_token(config, dtype)
+        of = "" if memory is None else f" in {memory / 1e9:,.2f} GB"
+        fitting = batch_size // 2
+        if memory is not None:
+            room = {"memory": memory, "cache_length": cache_length, "dtype": dtype}
+            fitting = min(costs.largest_batch(config, **room), batch_size - 1)
+        raise InputError(
+            "the memory of the device ran out",
+            where=f"{batch_size:,} sequences of up to {cache_length:,} positions",
+            got=f"{weights / 1e9:,.2f} GB of weights, {cache / 1e9:,.2f} GB of cache, and temporaries{of}",
+            expected=None if memory is None else f"at most {fitting:,} such sequences",
+            mend=_mend(fitting),
+        ) from error
+
+
+def _mend(fitting: int) -> str:
+    if fitting < 1:
+        return "shorten the texts, take a narrower dtype or a device with more memory"
+    return f"compute fewer at a time (--batch-size; try {fitting:,} sequences), or shorten the texts"
+
+
+def _device_memory() -> int | None:
+    """Bytes that JAX may use of the first device; None where it does not tell, as on CPUs."""
+    return (jax.local_devices()[0].memory_stats() or {}).get("bytes_limit")

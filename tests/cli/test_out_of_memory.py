@@ -1,0 +1,97 @@
+"""Fault 28 on devices: where their memory runs out, one line tells what needs how much and what would fit."""
+
+import dataclasses
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+from jax.errors import JaxRuntimeError
+
+import polarjax as pj
+from polarjax import arrays, continuation, memory
+from polarjax.cli import generate as verb
+from polarjax.model import abstract, parameters, with_parameters
+from polarjax.tokenizer import Tokenizer
+from tests.convert.test_convert_cli import run
+from tests.model import zoo
+from tests.one_line import refuses
+
+FULL = JaxRuntimeError("RESOURCE_EXHAUSTED: Out of memory while trying to allocate 12345 bytes.")
+LIMITED = """if True:
+    import resource, sys
+    import jax
+    from polarjax.cli.main import main
+    jax.local_devices()
+    used = next(line for line in open("/proc/self/status") if line.startswith("VmData:"))
+    resource.setrlimit(resource.RLIMIT_DATA, (int(used.split()[1]) * 1024 + 1_500_000_000,) * 2)
+    main(sys.argv[1:])
+"""
+
+
+def fail(*_, **__):
+    raise FULL
+
+
+@pytest.fixture(scope="module")
+def home(tmp_path_factory) -> Path:
+    """A model directory: random, with a tokenizer."""
+    folder = tmp_path_factory.mktemp("home")
+    config = dataclasses.replace(zoo.CONFIGS["opt"], vocab_size=4096, max_positions=64)
+    draw = np.random.default_rng(0).normal
+    flat = {
+        name: draw(size=leaf.shape).astype(np.float32) for name, leaf in parameters(abstract(config)).items()
+    }
+    tokenizer = Tokenizer.load(Path(pj.__file__).parent / "assets" / "opt-6m")
+    pj.save(folder / "model", pj.Bundle(with_parameters(config, flat), tokenizer))
+    return folder / "model"
+
+
+def test_fault_28_the_memory_really_runs_out(home):
+    words = ["generate", home, "--prompt", "def f", "--temperature", "1", "--num-return-sequences", "90000"]
+    command = [sys.executable, "-c", LIMITED, *map(str, words), "--max-new-tokens", "40"]
+    environment = os.environ | {"JAX_PLATFORMS": "cpu"}
+    done = subprocess.run(command, capture_output=True, text=True, env=environment, check=False)
+    assert done.returncode == 2, done.stderr[-2000:]
+    last = done.stderr.splitlines()[-1]
+    assert last.startswith(
+        "polarjax: 90,000 sequences of up to 56 positions: the memory of the device ran out"
+    )
+    assert "2.58 GB of cache" in last and "try 45,000 sequences" in last
+    assert "Traceback" not in done.stderr
+
+
+@pytest.mark.parametrize("words", [(), ("--stop", "never")], ids=["at once", "in chunks"])
+def test_fault_28_the_largest_batch_that_fits_is_told(home, capsys, monkeypatch, words):
+    for name in ("generate", "stream"):
+        monkeypatch.setattr(continuation, name, fail)
+    prompts = ("--prompt", "a", "--prompt", "b", "--prompt", "c", "--max-new-tokens", "12")
+    told = lambda: run(capsys, "generate", home, *prompts, *words)
+    monkeypatch.setattr(memory, "_device_memory", lambda: 525_000)
+    code, _, err = told()
+    assert code == 2
+    assert "3 sequences of up to 28 positions: the memory of the device ran out" in err
+    assert "and temporaries in 0.00 GB, expected at most 2 such sequences" in err
+    monkeypatch.setattr(memory, "_device_memory", lambda: 1000)
+    assert "expected at most 0 such sequences. Mend: shorten the texts, take a narrower dtype" in told()[2]
+
+
+def test_every_verb_tells_it_in_one_line(home, capsys, monkeypatch):
+    monkeypatch.setattr(verb, "load_with_tokenizer", fail)
+    code, out, err = run(capsys, "generate", home, "--prompt", "a")
+    assert (code, out, err.count("\n")) == (2, "", 1)
+    assert err.startswith("polarjax: the memory of the device ran out. Mend: ")
+
+
+def test_other_errors_of_jax_are_not_hidden():
+    sizes = {"batch_size": 1, "cache_length": 8, "dtype": "float32"}
+    with pytest.raises(JaxRuntimeError, match="INTERNAL"), memory.sizes_told(zoo.CONFIGS["opt"], **sizes):
+        raise JaxRuntimeError("INTERNAL: another one")
+
+
+def test_parameters_that_do_not_fit(home, monkeypatch):
+    monkeypatch.setattr(arrays.ocp, "load", fail)
+    with refuses(pj.CheckpointError, "params: the device has too little memory.*polarjax inspect"):
+        pj.load(home)
