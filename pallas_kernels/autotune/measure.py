@@ -1,14 +1,18 @@
 """Measures configurations on the device, the heuristic's first, and tells the one to take."""
 
+import functools
 import statistics
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import jax
+import jax.numpy as jnp
+import numpy as np
 
 CALLS = 8  # chained in a program
+LIMIT = 8e-3  # |out - oracle| / |oracle|, both as vectors
 L2_BYTES = 60 * 2**20
 
 
@@ -61,6 +65,25 @@ def _try(tiles: Any, run, right, timer) -> Trial:
     except Exception as error:  # a configuration that can't run is told and left out
         return Trial(tiles, failure=f"{type(error).__name__}: {str(error).splitlines()[0][:120]}")
     return Trial(tiles, seconds, spread)
+
+
+def near(found: jax.Array, want: np.ndarray) -> bool:
+    """Whether a result is what the oracle says, both as vectors."""
+    got = np.asarray(found.astype(jnp.float32), np.float64)
+    return bool(np.linalg.norm(got - want) <= LIMIT * np.linalg.norm(want))
+
+
+def chained(call: Callable[..., jax.Array], x: jax.Array, sets: Sequence[Any]) -> Callable[[], Any]:
+    """-> f(): the first and the last of CALLS results, each call taking the one before as `x`, and the next set."""
+
+    @jax.jit
+    def run(x: jax.Array, sets: Sequence[Any]) -> tuple[jax.Array, jax.Array]:
+        first = last = call(x, *sets[0])
+        for i in range(1, CALLS):
+            last = call(last, *sets[i % len(sets)])
+        return first, last
+
+    return functools.partial(run, x, sets)
 
 
 def sets_needed(touched_bytes: int) -> int:

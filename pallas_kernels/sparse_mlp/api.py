@@ -7,9 +7,8 @@ from jaxtyping import Array, Float, Int
 from pallas_kernels._device import Device
 from pallas_kernels._dispatch import dispatch
 from pallas_kernels.sparse_mlp import mosaic, xla
-from pallas_kernels.sparse_mlp.batching import batchable
-
-OP = "sparse_mlp"
+from pallas_kernels.sparse_mlp.batching import Weights, batchable
+from pallas_kernels.sparse_mlp.choice import OP, measured
 
 
 def sparse_mlp(
@@ -44,9 +43,13 @@ def sparse_mlp(
     weights = {"w_up": w_up, "w_down": w_down} | {n: a for n, a in optional.items() if a is not None}
 
     def hopper(device: Device) -> Array:
-        call = lambda x, index, weights: mosaic.sparse_mlp(
-            x, index=index, **weights, activation=activation, device=device
-        )
+        options = {"activation": activation, "device": device}
+
+        def call(x: Array, index: Array, weights: Weights) -> Array:
+            shape = {"selected": index.shape[0], "gated": w_gate is not None, "dtype": x.dtype.name}
+            tiles = measured(*x.shape, device, **shape)
+            return mosaic.sparse_mlp(x, index=index, **weights, tiles=tiles, **options)
+
         return batchable(call)(x, index, weights)
 
     backends = {

@@ -5,17 +5,25 @@ import json
 import subprocess
 import sys
 
+import jax
+import jax.numpy as jnp
 import pytest
 
 from bench.bench_decode_attention import problem_of
 from bench.report import ROOT, read_jsonl
 from bench.workloads import MODELS, AttentionCase, attention_cases
+from pallas_kernels import _device, sparse_mlp
 from pallas_kernels._device import HOPPER
 from pallas_kernels.autotune import __main__ as command
 from pallas_kernels.autotune import measure, tuned
+from pallas_kernels.autotune.attention import Attention
+from pallas_kernels.autotune.mlp import Mlp
 from pallas_kernels.decode_attention.tiles import OP, Problem, Tiles, choose, heuristic
+from pallas_kernels.sparse_mlp import choice, mosaic
+from pallas_kernels.sparse_mlp import tiles as mlp_tiles
 
 PROBLEM = Problem(batch=2, groups=4, queries=1, width=64, capacity=512, selected=2)
+MLP = Mlp(batch=5, d_model=512, neurons=600, selected=256, gated=False, dtype="bfloat16", device=HOPPER)
 ENTRY = tuned.Entry(
     op=OP,
     device=HOPPER.kind,
@@ -59,34 +67,64 @@ def test_search_without_a_right_result_is_an_error():
         search({"first": 1.0, "second": OSError("x")}, wrong=("first",))
 
 
-def test_tune_measures_the_heuristics_choice_first(monkeypatch, capsys):
-    class Calls:
-        def run(self, tiles):
-            return lambda: tiles
-
-        def right(self, tiles):
-            return tiles.stages < 3
-
-    def timer(call):
-        return (1e-6 if call() == Tiles(block=128, stages=2) else 2e-6), 1e-8
-
-    entry = command.tune(PROBLEM, "bfloat16", device=HOPPER, calls=Calls(), timer=timer)
-    assert entry.tiles == {"block": 128, "stages": 2, "splits": 1}
+@pytest.mark.parametrize("subject", [Attention(PROBLEM, "bfloat16", HOPPER), MLP], ids=lambda one: one.op)
+def test_tune_measures_the_heuristics_choice_first(monkeypatch, capsys, subject):
+    """The second candidate is twice as fast as the others, the third wrong and faster still."""
+    first, second, third, *_ = subject.candidates()
+    seconds = {second: 1e-6, third: 1e-7}
+    monkeypatch.setattr(type(subject), "run", lambda self, tiles: lambda: tiles)
+    monkeypatch.setattr(type(subject), "right", lambda self, tiles: tiles != third)
+    entry = command.tune(subject, timer=lambda call: (seconds.get(call(), 2e-6), 1e-8))
+    assert entry.tiles == subject.stored(second)
     assert entry.time_us == pytest.approx(1.0)
-    first, *others = capsys.readouterr().out.splitlines()
-    assert first.startswith(str(heuristic(PROBLEM, HOPPER)))
+    assert (entry.op, entry.dtype, entry.device) == (subject.op, "bfloat16", HOPPER.kind)
+    told, *others = capsys.readouterr().out.splitlines()
+    assert told.startswith(str(first))
     assert any("wrong result" in line for line in others)
 
 
-def test_measuring_runs_here_too():
-    """The operands, the comparison and the clock: all but the kernel itself."""
-    calls = command.Calls(PROBLEM, "bfloat16", HOPPER)
-    assert len(calls.sets) == measure.sets_needed(2 * 2 * 512 * 64 * 4)
-    assert calls.right((calls.want.astype("float32"),))
-    assert not calls.right((calls.want.astype("float32") * 1.1,))
-    seconds, spread = measure.device_timer(lambda: calls.q, repeats=2)
+def test_heuristics_choices_come_first():
+    assert next(Attention(PROBLEM, "float16", HOPPER).candidates()) == heuristic(PROBLEM, HOPPER)
+    assert MLP.candidates()[0] == mlp_tiles.heuristic(5, 512, HOPPER, selected=256)
+
+
+@pytest.mark.parametrize(
+    ("subject", "touched"),
+    [
+        (Attention(PROBLEM, "bfloat16", HOPPER), 2 * 2 * 512 * 64 * 4),
+        (MLP, 2 * 2 * 256 * 512),
+        (dataclasses.replace(MLP, gated=True), 3 * 2 * 256 * 512),
+    ],
+)
+def test_measuring_runs_here_too(monkeypatch, subject, touched):
+    """The operands, the chain of calls, the comparison and the clock: all but the kernel itself."""
+    module = sys.modules[type(subject).__module__]
+    kernel = "sparse_mlp" if isinstance(subject, Mlp) else "sparse_decode_attention"
+    oracle = (
+        module.reference.reference if isinstance(subject, Mlp) else module.reference.sparse_decode_attention
+    )
+
+    def slow(x, *args, device, tiles, **options):
+        return oracle(x, *args, **options).astype(x.dtype)
+
+    monkeypatch.setattr(module.mosaic, kernel, slow)
+    assert len(subject.operands[1]) == measure.sets_needed(touched)
+    call = subject.run(None)
+    first, last = call()
+    assert first.shape == last.shape == subject.operands[0].shape
+    assert abs(last.astype("float32")).max() < 50
+    assert subject.right((first, last))
+    assert not subject.right((first * 1.1, last))
+    seconds, spread = measure.device_timer(lambda: first, repeats=2)
     assert seconds > 0
     assert spread >= 0
+
+
+def test_selections_of_the_mlp_are_sorted_and_disjoint():
+    one, two, *_ = (set(index.tolist()) for (index,) in MLP.operands[1])
+    assert len(one) == len(two) == 256
+    assert not one & two
+    assert all(bool((index[1:] > index[:-1]).all()) for (index,) in MLP.operands[1])
 
 
 # ---- files
@@ -130,6 +168,60 @@ def test_tiles_of_a_file_that_can_not_be_are_an_error(tmp_path, chosen_from, til
     chosen_from(path)
     with pytest.raises(ValueError, match=match):
         choose(PROBLEM, "bfloat16", HOPPER)
+
+
+def mlp_entry(**tiles):
+    best = mlp_tiles.Tiles(
+        batch=16, groups=1, cols=128, stages=4, x_cols=64, x_slots=4, blocks=100, fused=False
+    )
+    return tuned.Entry(
+        op="sparse_mlp",
+        device=HOPPER.kind,
+        dtype="bfloat16",
+        shapes=MLP.shapes,
+        tiles=choice.stored(best) | tiles,
+        time_us=10.0,
+        jax="1",
+        commit="c",
+    )
+
+
+def test_the_mlp_takes_what_was_written(tmp_path, chosen_from, monkeypatch):
+    path = tmp_path / "tuned.json"
+    tuned.write(path, [mlp_entry()])
+    chosen_from(path)
+    call = {"selected": 256, "dtype": "bfloat16"}
+    found = choice.measured(1, 512, HOPPER, **call)
+    assert (found.blocks, found.stages, found.fused, found.copy) == (100, 4, False, "bulk")
+    assert choice.measured(16, 512, HOPPER, **call) == found
+    for batch, gated, dtype in ((17, False, "bfloat16"), (1, True, "bfloat16"), (1, False, "float16")):
+        assert choice.measured(batch, 512, HOPPER, selected=256, gated=gated, dtype=dtype) is None
+    taken = []
+    monkeypatch.setattr(_device, "current", lambda *arrays: HOPPER)
+    monkeypatch.setattr(mosaic, "sparse_mlp", lambda x, tiles, **call: taken.append(tiles) or x)
+    weight = jnp.zeros((600, 512), jnp.bfloat16)
+    for batch in (5, 17):
+        jax.eval_shape(sparse_mlp, weight[:batch], weight, weight, jnp.zeros((256,), jnp.int32))
+    assert set(taken) == {found, None}
+
+
+@pytest.mark.parametrize(
+    ("tiles", "match"),
+    [
+        ({"depth": 2}, "not a configuration"),
+        ({"kernels": 3}, "not a configuration"),
+        ({"cols": 96}, "cols must be a multiple"),
+        ({"batch": 32}, "does not fit the call.* expected batch 16"),
+        ({"blocks": 133}, "does not fit the call.* at most 132 blocks"),
+        ({"stages": 40}, "too much shared memory"),
+    ],
+)
+def test_tiles_of_a_file_that_the_mlp_can_not_have_are_an_error(tmp_path, chosen_from, tiles, match):
+    path = tmp_path / "tuned.json"
+    tuned.write(path, [mlp_entry(**tiles)])
+    chosen_from(path)
+    with pytest.raises(ValueError, match=f"^sparse_mlp tiles: .*{match}"):
+        choice.measured(5, 512, HOPPER, selected=256, dtype="bfloat16")
 
 
 GOOD = dataclasses.asdict(ENTRY)
@@ -189,35 +281,62 @@ def test_a_shipped_value_replaces_the_heuristics():
 # ---- the command
 
 SIZES = "--batch 2 --groups 4 --queries 1 --width 64 --capacity 512 --selected 2".split()
+MLP_SIZES = "--batch 5 --d-model 512 --neurons 600 --selected 256".split()
+BOTH = pytest.mark.parametrize(("op", "sizes"), [(OP, SIZES), ("sparse_mlp", MLP_SIZES)])
 
 
-def test_without_a_gpu_one_line_says_so(tmp_path, capsys):
+@BOTH
+def test_without_a_gpu_one_line_says_so(tmp_path, capsys, op, sizes):
     path = tmp_path / "tuned.json"
-    assert command.main([OP, *SIZES, "--output", str(path)]) == 1
+    assert command.main([op, *sizes, "--output", str(path)]) == 1
     assert capsys.readouterr().err == "autotune: needs an NVIDIA Hopper GPU; got cpu\n"
     assert not path.exists()
 
 
-def test_command_writes_a_file(tmp_path, capsys, monkeypatch):
+@BOTH
+def test_command_writes_a_file(tmp_path, monkeypatch, op, sizes):
     path = tmp_path / "tuned.json"
+    entry = ENTRY if op == OP else mlp_entry()
     monkeypatch.setattr(command._device, "current", lambda: HOPPER)
-    monkeypatch.setattr(command, "tune", lambda problem, dtype, device: ENTRY)
-    assert command.main([OP, *SIZES, "--output", str(path)]) == 0
-    assert tuned.load(path) == (ENTRY,)
+    monkeypatch.setattr(command, "tune", lambda subject: entry if subject.shapes == entry.shapes else None)
+    assert command.main([op, *sizes, "--output", str(path)]) == 0
+    assert tuned.load(path) == (entry,)
+
+
+def test_a_file_that_is_something_else_is_refused_before_the_work(tmp_path, capsys, monkeypatch):
+    path = tmp_path / "tuned.json"
+    path.write_text("something else")
+    monkeypatch.setattr(command._device, "current", lambda: HOPPER)
+    monkeypatch.setattr(command, "tune", lambda subject: pytest.fail("measured"))
+    assert command.main([OP, *SIZES, "--output", str(path)]) == 1
+    (line,) = capsys.readouterr().err.splitlines()
+    assert "can't be read" in line
+    assert path.read_text() == "something else"
 
 
 @pytest.mark.parametrize(
-    ("more", "match"), [(["--width", "40"], "multiple of 16"), (["--batch", "0"], "must be positive")]
+    ("op", "sizes", "match"),
+    [
+        (OP, [*SIZES, "--width", "40"], "multiple of 16"),
+        (OP, [*SIZES, "--batch", "0"], "must be positive"),
+        (OP, [*SIZES, "--selected", "0"], "must be positive"),
+        (OP, [*SIZES, "--selected", "5"], "at most groups"),
+        ("sparse_mlp", [*MLP_SIZES, "--batch", "129"], "at most 128"),
+        ("sparse_mlp", [*MLP_SIZES, "--selected", "0"], "must be positive"),
+        ("sparse_mlp", [*MLP_SIZES, "--selected", "601"], "at most neurons"),
+        ("sparse_mlp", [*MLP_SIZES, "--d-model", "500"], "steps of 128"),
+    ],
 )
-def test_command_refuses_what_the_kernel_can_not_do(tmp_path, capsys, monkeypatch, more, match):
+def test_command_refuses_what_the_kernel_can_not_do(tmp_path, capsys, monkeypatch, op, sizes, match):
     monkeypatch.setattr(command._device, "current", lambda: HOPPER)
-    assert command.main([OP, *SIZES, *more, "--output", str(tmp_path / "x.json")]) == 1
+    assert command.main([op, *sizes, "--output", str(tmp_path / "x.json")]) == 1
     (line,) = capsys.readouterr().err.splitlines()
     assert match in line
 
 
 def test_help():
-    run = [sys.executable, "-m", "pallas_kernels.autotune", "--help"]
-    done = subprocess.run(run, cwd=ROOT, capture_output=True, text=True)
-    assert done.returncode == 0
-    assert "--capacity" in done.stdout
+    run = [sys.executable, "-m", "pallas_kernels.autotune"]
+    for more, told in (((), "sparse_mlp"), (("sparse_mlp",), "--d-model"), ((OP,), "--capacity")):
+        done = subprocess.run([*run, *more, "--help"], cwd=ROOT, capture_output=True, text=True)
+        assert done.returncode == 0
+        assert told in done.stdout
