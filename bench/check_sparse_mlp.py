@@ -32,9 +32,9 @@ def kind(tiles: Tiles) -> str:
 
 
 def brief(tiles: Tiles) -> str:
-    """Kind, warpgroups, groups, columns x stages, the input's columns x slots, the second phase's share."""
+    """Kind, warpgroups, groups, columns x stages, the input's columns x slots."""
     shape = f"w{tiles.warpgroups} g{tiles.groups} {tiles.cols}x{tiles.stages} x{tiles.x_cols}x{tiles.x_slots}"
-    return f"{kind(tiles)} {shape}" + (f" late {tiles.late:g}" if tiles.late else "")
+    return f"{kind(tiles)} {shape}"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -50,7 +50,7 @@ class Check:
     gated: bool = False
     bias: bool = True
     dtype: str = "bfloat16"
-    change: dict[str, float] = field(default_factory=dict)
+    change: dict[str, int] = field(default_factory=dict)
 
     def tiles(self, which: str) -> Tiles:
         """The configuration of that kind to check."""
@@ -92,14 +92,9 @@ def checks(which: str) -> list[Check]:
         (64, {"groups": 2, "cols": 128, "stages": 10, "x_cols": 64}),
         (64, {"groups": 2, "warpgroups": 2, "stages": 2}),
         (128, {"groups": 2}),
-        (16, {"groups": 1, "late": 0.3}),
-        (64, {"groups": 1, "late": 0.5}),
-        (128, {"groups": 2, "late": 0.4}),
     )
     others = [Check(batch=batch, d_model=2048, selected=640, change=change) for batch, change in changes]
-    others += [replace(others[i], **gated) for i in (0, 5, 9, 10)]
-    large = {"num_neurons": 12000, "selected": 3712, "d_model": 4096, "absent": 100}
-    others += [Check(batch=batch, change={"late": late}, **large) for batch, late in ((16, 0.25), (64, 0.4))]
+    others += [replace(others[i], **gated) for i in (0, 5)]
     return few + (many + others if which == "fused" else [])
 
 

@@ -9,7 +9,6 @@ memory to registers as wgmma's left operand, the batch as its N.
 in a fixed order: by the same kernel, after a barrier among its blocks, or by XLA.
 """
 
-import functools
 from collections.abc import Callable
 from typing import Any
 
@@ -22,7 +21,6 @@ from jax.experimental.pallas.mosaic_gpu import ACC  # pyright: ignore[reportPriv
 
 from pallas_kernels.sparse_mlp import gather
 from pallas_kernels.sparse_mlp.plan import Plan
-from pallas_kernels.sparse_mlp.schedule import Walk
 
 WGMMA = plgpu.Layout.WGMMA
 ROW = WGMMA.reduce(1)
@@ -55,19 +53,15 @@ class Block:
     def __init__(self, plan: Plan, refs: dict[str, Any], interpret: bool):
         self.plan, self.tiles, self.refs, self.interpret = plan, plan.tiles, refs, interpret
         self.block = lax.axis_index("block")
-        self.phases = plan.phases if "x" in refs else ()
-        self.walk = Walk(plan.down, plan.early, self.block)
-        self.down_units = self._count(plan.down) if "w_down" in refs else _int(0)
-        self.up_units = _int(0)
-        self.before = []  # units of earlier phases
-        for phase in self.phases:
-            self.before.append(self.up_units)
-            self.up_units = self.up_units + self._count(phase.split)
-        self.up_stages = self.up_units * _int(plan.tiles.groups)
-        self.stages = self.up_stages + self.down_units
+        self.up = self._range(plan.up, "x")
+        self.down = self._range(plan.down, "w_down")
+        self.up_stages = (self.up[1] - self.up[0]) * _int(plan.tiles.groups)
+        self.stages = self.up_stages + self.down[1] - self.down[0]
 
-    def _count(self, split):
-        return split.start(self.block + 1) - split.start(self.block)
+    def _range(self, split, needs):
+        if needs not in self.refs:
+            return _int(0), _int(0)
+        return split.start(self.block), split.start(self.block + 1)
 
     # The ring of weights. Stage t lies in slot t % stages; those of the up-projection come first.
 
@@ -86,27 +80,18 @@ class Block:
 
     def _locate_up(self, t):
         m, rows = self.tiles.groups, self.tiles.rows
-        matrix, row_tile, chunk = self._up_unit(lax.div(t, _int(m)))
-        return matrix, (row_tile * m + lax.rem(t, _int(m))) * rows, chunk * self.tiles.cols
-
-    def _up_unit(self, position):
-        """(matrix, row tile, chunk) of the block's `position`-th unit going up."""
-        found = None
-        for phase, before in zip(self.phases, self.before, strict=True):
-            unit = phase.split.start(self.block) + position - before
-            tile, chunk = lax.div(unit, _int(phase.split.chunks)), lax.rem(unit, _int(phase.split.chunks))
-            matrix = lax.div(tile, _int(phase.rows))
-            here = (matrix, phase.first + tile - matrix * phase.rows, chunk)
-            if found is not None:
-                here = tuple(
-                    lax.select(position < before, *both) for both in zip(found, here, strict=True)
-                )
-            found = here
-        return found
+        unit = self.up[0] + lax.div(t, _int(m))
+        tile, chunk = self._tile_chunk(self.plan.up, unit)
+        within = lax.rem(tile, _int(self.plan.row_tiles))
+        entry = (within * m + lax.rem(t, _int(m))) * rows
+        return lax.div(tile, _int(self.plan.row_tiles)), entry, chunk * self.tiles.cols
 
     def _locate_down(self, t):
-        tile, chunk = self.walk.locate(t - self.up_stages)
+        tile, chunk = self._tile_chunk(self.plan.down, self.down[0] + t - self.up_stages)
         return _int(MATRICES.index("w_down")), chunk * self.tiles.rows, tile * self.tiles.cols
+
+    def _tile_chunk(self, split, unit):
+        return lax.div(unit, _int(split.chunks)), lax.rem(unit, _int(split.chunks))
 
     def produce(self):
         """Fills the ring, for the down-projection without waiting for the end of the up-projection."""
@@ -185,17 +170,12 @@ class Block:
     # The loader
 
     def load(self):
-        """Brings the input, then the hidden values; in a fused kernel it helps to compute these in between.
-
-        Those of the first phase are computed while the consumers multiply the last of the second.
-        """
+        """Brings the input, then the hidden values; in a fused kernel it helps to compute these in between."""
         plgpu.set_max_registers(REGISTERS[self.tiles.warpgroups][2], action="decrease")
         if "x" in self.refs:
             self._load_input()
         if self.tiles.fused:
-            self._complete_hidden(0)
-        if "x" in self.refs:
-            self._drain_input()
+            self._complete_hidden()
         if "w_down" in self.refs:
             self._load_hidden()
         self._finish(self.tiles.warpgroups + 1)
@@ -203,93 +183,81 @@ class Block:
     def _load_input(self):
         refs, tiles = self.refs, self.tiles
         pieces = tiles.cols // tiles.x_cols
+        count = (self.up[1] - self.up[0]) * pieces
 
-        @pl.loop(0, self.up_units * pieces)
+        def wait(i):
+            plgpu.barrier_wait(refs["x_empty"].at[lax.rem(i, _int(tiles.x_slots))])
+
+        @pl.loop(0, count)
         def _(i):
-            pl.when(i >= tiles.x_slots)(lambda: self._await_input_read(i))
-            _, _, chunk = self._up_unit(lax.div(i, _int(pieces)))
+            pl.when(i >= tiles.x_slots)(lambda: wait(i))
+            _, chunk = self._tile_chunk(self.plan.up, self.up[0] + lax.div(i, _int(pieces)))
             column = chunk * tiles.cols + lax.rem(i, _int(pieces)) * tiles.x_cols
             slot = lax.rem(i, _int(tiles.x_slots))
             source = refs["x"].at[:, pl.ds(column, tiles.x_cols)]
             plgpu.copy_gmem_to_smem(source, refs["x_ring"].at[slot], refs["x_full"].at[slot])
 
-    def _await_input_read(self, i):
-        plgpu.barrier_wait(self.refs["x_empty"].at[lax.rem(i, _int(self.tiles.x_slots))])
-
-    def _drain_input(self):
-        """Waits until the last of the input was read: hidden values take its place."""
-        count = self.up_units * (self.tiles.cols // self.tiles.x_cols)
-        pl.loop(lax.max(count - self.tiles.x_slots, _int(0)), count)(self._await_input_read)
+        pl.loop(lax.max(count - tiles.x_slots, _int(0)), count)(wait)
 
     def _load_hidden(self):
-        refs, slots, count = self.refs, self.tiles.hidden_slots, self.down_units
+        refs, slots = self.refs, self.tiles.hidden_slots
+        count = self.down[1] - self.down[0]
 
         def wait(i):
             plgpu.barrier_wait(refs["h_empty"].at[lax.rem(i, _int(slots))])
 
-        def bring(i):
+        @pl.loop(0, count)
+        def _(i):
             pl.when(i >= slots)(lambda: wait(i))
-            _, group = self.walk.locate(i)
+            _, group = self._tile_chunk(self.plan.down, self.down[0] + i)
             slot, per = lax.rem(i, _int(slots)), self.tiles.warpgroups
             source = refs["hidden"].at[pl.ds(group * per, per)]
             plgpu.copy_gmem_to_smem(source, refs["h_ring"].at[slot], refs["h_full"].at[slot])
 
-        done = _int(0)
-        if self.tiles.fused:
-            _wait(refs["completed"].at[0], self.plan.grid)
-        if len(self.phases) > 1:  # what is there goes ahead, as far as there is room
-            early = lax.min(self.walk.first_late(), count)
-            done = lax.min(early, _int(slots))
-            pl.loop(0, done)(bring)
-            self._complete_hidden(1)
-            pl.loop(done, early)(bring)
-            _wait(refs["completed"].at[1], self.plan.grid)
-            done = early
-        pl.loop(done, count)(bring)
         pl.loop(lax.max(count - slots, _int(0)), count)(wait)
 
-    def _complete_hidden(self, phase):
-        """Once all partial sums of a phase are there, turns this block's share of them into hidden values."""
-        refs, grid, per = self.refs, self.plan.grid, self.tiles.groups * self.tiles.warpgroups
-        _wait(refs["arrived"].at[phase], grid * self.tiles.warpgroups)
+    def _complete_hidden(self):
+        """Once all partial sums are there, turns this block's share of them into hidden values; waits for all."""
+        refs, plan, grid = self.refs, self.plan, self.plan.grid
+        _wait(refs["arrived"].at[0], grid * self.tiles.warpgroups)
         width = min(self.tiles.batch, HIDDEN_WIDTH)
         pieces = self.tiles.batch // width
-        first = self.phases[phase].first * per
-        count = (min(self.phases[phase].rows * per, self.plan.hidden[0] - first)) * pieces
+        count = plan.hidden[0] * pieces
 
         @pl.loop(0, lax.div(_int(count - 1) - self.block + _int(grid), _int(grid)))
         def _(i):
             piece = self.block + i * grid
-            block, column = first + lax.div(piece, _int(pieces)), lax.rem(piece, _int(pieces)) * width
-            values = self._hidden_values(phase, block, column, width)
+            block, column = lax.div(piece, _int(pieces)), lax.rem(piece, _int(pieces)) * width
+            values = self._hidden_values(block, column, width)
             plgpu.wait_smem_to_gmem(0)
             gather.sync_warpgroup()
-            refs["h_stage"][...] = values.astype(self.plan.dtype)
+            refs["h_stage"][...] = values.astype(plan.dtype)
             plgpu.commit_smem()
             plgpu.copy_smem_to_gmem(refs["h_stage"], refs["hidden"].at[block, :, pl.ds(column, width)])
 
         plgpu.wait_smem_to_gmem(0)
-        plgpu.semaphore_signal(refs["completed"].at[phase], memory_scope="gpu")
+        plgpu.semaphore_signal(refs["arrived"].at[1], memory_scope="gpu")
+        _wait(refs["arrived"].at[1], grid)
 
-    def _hidden_values(self, number, block, column, width):
+    def _hidden_values(self, block, column, width):
         """[64 width] float32: columns of a block of 64 neurons."""
-        per, phase = self.tiles.warpgroups, self.phases[number]
+        per = self.tiles.warpgroups
         group = lax.div(block, _int(per))
-        tile = lax.div(group, _int(self.tiles.groups)) - phase.first
+        tile = lax.div(group, _int(self.tiles.groups))
         place = lax.rem(group, _int(self.tiles.groups)) * per + lax.rem(block, _int(per))
         act = ACTIVATIONS[self.plan.activation]
-        up = self._sum_parts(phase, tile, place, column, width)
+        up = self._sum_parts(tile, place, column, width)
         if not self.plan.gated:
             return act(up)
-        return act(self._sum_parts(phase, tile + phase.rows, place, column, width)) * up
+        return act(self._sum_parts(tile + self.plan.row_tiles, place, column, width)) * up
 
-    def _sum_parts(self, phase, tile, place, column, width):
-        split, parts = phase.split, self.refs["up_parts"]
+    def _sum_parts(self, tile, place, column, width):
+        split, parts = self.plan.up, self.refs["up_parts"]
         first, last = split.owner(tile * split.chunks), split.owner((tile + 1) * split.chunks - 1)
         total = None
         for i in range(split.contributions.shape[1]):
             owner = lax.min(first + i, last)
-            number = phase.parts + owner * split.max_parts + tile - split.first_tile(owner)
+            number = owner * split.max_parts + tile - split.first_tile(owner)
             source = parts.at[number, place, :, pl.ds(column, width)]
             part = plgpu.load(source, layout=WGMMA, optimized=False)
             once = lax.select(first + i <= last, jnp.float32(1), jnp.float32(0))
@@ -301,59 +269,54 @@ class Block:
     def consume(self, warpgroup):
         """Multiplies; `warpgroup` owns 64 rows of each stage going up, a share of its columns going down."""
         plgpu.set_max_registers(REGISTERS[self.tiles.warpgroups][0], action="increase")
-        for number, phase in enumerate(self.phases):
-            self._for_each_tile(phase.split, functools.partial(self._up_part, warpgroup, number))
-            if self.tiles.fused:
-                self._arrive(number)
-        if "w_down" in self.refs:
-            self._for_each_tile(self.plan.down, functools.partial(self._down_part, warpgroup))
+        if "x" in self.refs:
+            self._for_each_part(self.plan.up, self.up, lambda *args: self._up_part(warpgroup, *args))
         if self.tiles.fused:
-            self._arrive(len(self.phases))
+            self._arrive(0)
+        if "w_down" in self.refs:
+            self._for_each_part(self.plan.down, self.down, lambda *args: self._down_part(warpgroup, *args))
+        if self.tiles.fused:
+            self._arrive(2)
         self._finish(warpgroup)
 
-    def _arrive(self, product: int):
-        """Tells all blocks that the calling warpgroup's partial sums of a phase, or of the result, are there."""
+    def _arrive(self, semaphore: int):
+        """Tells all blocks that the calling warpgroup's partial sums are there."""
         gather.sync_warpgroup()
-        plgpu.semaphore_signal(self.refs["arrived"].at[product], memory_scope="gpu")
+        plgpu.semaphore_signal(self.refs["arrived"].at[semaphore], memory_scope="gpu")
 
     def _finish(self, warpgroup):
         """In a fused kernel, once all partial sums of the result are there: adds up this warpgroup's share."""
         plan, tiles = self.plan, self.tiles
         if not tiles.fused:
             return
-        _wait(self.refs["arrived"].at[len(self.phases)], plan.grid * tiles.warpgroups)
+        _wait(self.refs["arrived"].at[2], plan.grid * tiles.warpgroups)
         total = gather.sum_columns(plan.down, tiles.cols, plan.grid * (tiles.warpgroups + 2))
         total(self.refs["down_parts"], self.refs["out"], self.block * (tiles.warpgroups + 2) + warpgroup)
 
-    def _for_each_tile(self, split, body):
-        """body(i, tile) for the tiles that the block touches, its i-th first tile first; the walk's order going down."""
-        start, end = split.start(self.block), split.start(self.block + 1)
-        first = lax.div(start, _int(split.chunks))
-        last = lax.div(lax.max(end - 1, start), _int(split.chunks))
-        count = lax.select(end > start, last - first + 1, _int(0))
-        swapped = self.walk.swapped.astype(jnp.int32) if split is self.plan.down else _int(0)
+    def _for_each_part(self, split, units, body):
+        """body(number of the partial sum, its tile, first unit, end) for each tile that the block touches."""
+        first = lax.div(units[0], _int(split.chunks))
+        last = lax.div(lax.max(units[1] - 1, units[0]), _int(split.chunks))
 
-        @pl.loop(0, count)
-        def _(i):
-            number = i + swapped * (1 - 2 * i)
-            body(self.block * split.max_parts + number, first + number)
+        @pl.loop(0, lax.select(units[1] > units[0], last - first + 1, _int(0)))
+        def _(part):
+            tile = first + part
+            start = lax.max(units[0], tile * split.chunks)
+            end = lax.min(units[1], (tile + 1) * split.chunks)
+            body(self.block * split.max_parts + part, tile, start, end)
 
-    def _up_part(self, warpgroup, number, part, tile):
-        tiles, refs, phase = self.tiles, self.refs, self.phases[number]
-        pieces, chunks = tiles.cols // tiles.x_cols, phase.split.chunks
-        bias = self._bias(warpgroup, phase, tile)
+    def _up_part(self, warpgroup, number, tile, start, end):
+        tiles, refs = self.tiles, self.refs
+        pieces = tiles.cols // tiles.x_cols
+        bias = self._bias(warpgroup, tile)
         rows = pl.ds(warpgroup * 64, 64)
-        begins = phase.split.start(self.block)
-        start = lax.max(begins, tile * chunks)
-        end = lax.min(phase.split.start(self.block + 1), (tile + 1) * chunks)
-        shift = self.before[number] - begins  # from units to positions among the block's
 
-        def unit(position, multiply):
+        def unit(u, multiply):
             for g in range(tiles.groups):
-                t = position * tiles.groups + g
+                t = (u - self.up[0]) * tiles.groups + g
                 self._await_full(t)
                 for p in range(pieces):
-                    slot = lax.rem(position * pieces + p, _int(tiles.x_slots))
+                    slot = lax.rem((u - self.up[0]) * pieces + p, _int(tiles.x_slots))
                     if g == 0:
                         plgpu.barrier_wait(refs["x_full"].at[slot])
                     depth = min(tiles.x_cols, 128 if tiles.groups * tiles.batch <= 128 else 64)
@@ -362,28 +325,27 @@ class Block:
                         multiply(g, a, refs["x_ring"].at[slot, :, pl.ds(c, depth)].T)
                 self._release(t)
             for p in range(pieces):
-                slot = lax.rem(position * pieces + p, _int(tiles.x_slots))
+                slot = lax.rem((u - self.up[0]) * pieces + p, _int(tiles.x_slots))
                 plgpu.barrier_arrive(refs["x_empty"].at[slot])
 
-        total = self._accumulate(tiles.groups, start + shift, end + shift, unit)
-        first = lax.rem(start, _int(chunks)) == 0
+        total = self._accumulate(tiles.groups, start, end, unit)
+        begins = lax.rem(start, _int(self.plan.up.chunks)) == 0
         for g in range(tiles.groups):
-            sums = total[g * 64 : (g + 1) * 64]
+            part = total[g * 64 : (g + 1) * 64]
             if bias is not None:
-                sums = sums + bias(g) * first.astype(jnp.float32)
-            refs["up_parts"][phase.parts + part, g * tiles.warpgroups + warpgroup] = sums
+                part = part + bias(g) * begins.astype(jnp.float32)
+            refs["up_parts"][number, g * tiles.warpgroups + warpgroup] = part
 
-    def _bias(self, warpgroup, phase, tile) -> Callable | None:
+    def _bias(self, warpgroup, tile) -> Callable | None:
         """-> f(g), the bias [64 batch] of the rows of group g of a tile; None without biases."""
         tiles, refs = self.tiles, self.refs
         biases = [refs[name] for name in ("b_up", "b_gate") if name in refs]
         if not biases:
             return None
         out = refs["bias"].at[warpgroup]
-        row_tile = phase.first + lax.rem(tile, _int(phase.rows))
-        entry = row_tile * (tiles.groups * tiles.rows) + warpgroup * 64
+        entry = lax.rem(tile, _int(self.plan.row_tiles)) * (tiles.groups * tiles.rows) + warpgroup * 64
         for i, source in enumerate(biases):
-            chosen = lax.div(tile, _int(phase.rows)) == i
+            chosen = lax.div(tile, _int(self.plan.row_tiles)) == i
             pl.when(chosen)(lambda source=source: self._take_bias(source, out, entry))
 
         def broadcast(g):
@@ -406,14 +368,14 @@ class Block:
             value = source[lax.max(neuron, _int(0))].astype(jnp.float32)
             out[i] = jnp.where(neuron >= 0, value, 0.0)
 
-    def _down_part(self, warpgroup, number, tile):
+    def _down_part(self, warpgroup, number, tile, start, end):
         tiles, refs = self.tiles, self.refs
-        share, run = tiles.cols // tiles.warpgroups, self.walk.run(tile)
+        share = tiles.cols // tiles.warpgroups
 
-        def unit(position, multiply):
-            t = self.up_stages + position
+        def unit(v, multiply):
+            t = self.up_stages + v - self.down[0]
             self._await_full(t)
-            slot = lax.rem(position, _int(tiles.hidden_slots))
+            slot = lax.rem(v - self.down[0], _int(tiles.hidden_slots))
             plgpu.barrier_wait(refs["h_full"].at[slot])
             for r in range(tiles.warpgroups):
                 for p in range(share // 64):
@@ -423,7 +385,7 @@ class Block:
             self._release(t)
             plgpu.barrier_arrive(refs["h_empty"].at[slot])
 
-        total = self._accumulate(share // 64, run.position, run.position + run.end - run.begin, unit)
+        total = self._accumulate(share // 64, start, end, unit)
         for p in range(share // 64):
             out = refs["down_parts"].at[number, warpgroup * (share // 64) + p]
             part = total[p * 64 : (p + 1) * 64]
@@ -433,7 +395,7 @@ class Block:
                 gather.store_transposed(part, out)
 
     def _accumulate(self, pieces, start, end, unit):
-        """Sum over positions of what `unit(position, multiply)` multiplies; multiply(i, a, b) adds a · b to rows 64 i."""
+        """Sum over units of what `unit(u, multiply)` multiplies; multiply(i, a, b) adds a · b to rows 64 i."""
         shape = (64 * pieces, self.tiles.batch)
         if self.interpret:  # the interpreter's wgmma takes no operand from registers
             return lax.fori_loop(start, end, _interpreted(unit, pieces, shape), jnp.zeros(shape, jnp.float32))

@@ -132,9 +132,7 @@ def products(plan: Plan, operands: dict[str, jax.Array], interpret: bool = False
         refs = dict(zip(names, references, strict=True))
         refs["x_ring"], refs["h_ring"] = refs.pop("operand")
         if has_up and has_down:
-            phases = len(plan.phases)
-            semaphores = pl.get_global(plgpu.SemaphoreType.REGULAR((2 * phases + 1,)))
-            refs["arrived"], refs["completed"] = semaphores.at[: phases + 1], semaphores.at[phases + 1 :]
+            refs["arrived"] = pl.get_global(plgpu.SemaphoreType.REGULAR((3,)))
         if tiles.copy != "rows":
             gather.init_barriers(tiles.stages)(refs["full"])
         block = Block(plan, refs, interpret)
@@ -172,8 +170,7 @@ def _sum_parts(parts: jax.Array, split: Split) -> jax.Array:
 
 def _hidden(plan: Plan, up_parts: jax.Array) -> jax.Array:
     """Hidden values [blocks of 64 neurons, 64, batch] from the partial sums of the up-projection."""
-    (phase,) = plan.phases
-    total = _sum_parts(up_parts, phase.split)  # [matrices · row_tiles, groups, 64, batch]
+    total = _sum_parts(up_parts, plan.up)  # [matrices · row_tiles, groups, 64, batch]
     total = total.reshape((2 if plan.gated else 1, -1, 64, plan.tiles.batch))
     act = ACTIVATIONS[plan.activation]
     hidden = act(total[1]) * total[0] if plan.gated else act(total[0])

@@ -7,19 +7,6 @@ from pallas_kernels.sparse_mlp.schedule import Split
 from pallas_kernels.sparse_mlp.tiles import Tiles
 
 
-@dataclass(frozen=True)
-class Phase:
-    """Row tiles `first` to `first + rows` of the up-projection, of every matrix; `parts`: number of its first partial sum.
-
-    Matrix m's tile i of the phase is tile `m · rows + i` of the split.
-    """
-
-    split: Split
-    first: int
-    rows: int
-    parts: int
-
-
 @dataclass(frozen=True, kw_only=True)
 class Plan:
     """batch B, d_model D, num_neurons F, selected k; gated: two matrices in the up-projection; activation: its name."""
@@ -49,22 +36,9 @@ class Plan:
         return self.row_tiles * self.tiles.groups * self.tiles.rows
 
     @cached_property
-    def phases(self) -> tuple["Phase", ...]:
-        """The up-projection, in the order of its phases."""
-        late = min(round(self.tiles.late * self.row_tiles), self.row_tiles - 1)
-        found, parts, first = [], 0, 0
-        for rows in (self.row_tiles - late, late):
-            if rows:
-                tiles = rows * (2 if self.gated else 1)
-                split = Split(tiles, self.d_model // self.tiles.cols, self.tiles.blocks)
-                found.append(Phase(split, first, rows, parts))
-                parts, first = parts + split.blocks * split.max_parts, first + rows
-        return tuple(found)
-
-    @property
-    def early(self) -> int:
-        """Stages of rows whose hidden values the first phase gives."""
-        return min(self.phases[0].rows * self.tiles.groups, self.groups)
+    def up(self) -> Split:
+        tiles = self.row_tiles * (2 if self.gated else 1)
+        return Split(tiles, self.d_model // self.tiles.cols, self.tiles.blocks)
 
     @cached_property
     def down(self) -> Split:
@@ -73,14 +47,13 @@ class Plan:
     @property
     def grid(self) -> int:
         """Thread blocks to launch, the same for either product and for both."""
-        return max(self.down.blocks, *(phase.split.blocks for phase in self.phases))
+        return max(self.up.blocks, self.down.blocks)
 
     @property
     def up_parts(self) -> tuple[int, int, int, int]:
         """Shape of the partial sums of the up-projection, in blocks of 64 neurons."""
         t = self.tiles
-        parts = sum(phase.split.blocks * phase.split.max_parts for phase in self.phases)
-        return (parts, t.groups * t.warpgroups, 64, t.batch)
+        return (self.up.blocks * self.up.max_parts, t.groups * t.warpgroups, 64, t.batch)
 
     @property
     def hidden(self) -> tuple[int, int, int]:

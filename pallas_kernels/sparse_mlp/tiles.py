@@ -22,8 +22,6 @@ class Tiles:
     stages: depth of the ring of weights. x_cols, x_slots: columns and depth of the input's ring.
     blocks: thread blocks at most. fused: one kernel with a barrier among all its blocks, which must therefore run
     at the same time, else one kernel a projection.
-    late: share of the rows' tiles that a fused kernel's up-projection leaves for a second phase; the others' hidden
-    values are completed meanwhile, so that the down-projection need not wait for its start.
     copy: how rows are gathered: "bulk" (one cp.async.bulk each, in inline PTX) or "rows" (Pallas's own copy, slow,
     but the interpreter knows it).
     """
@@ -38,7 +36,6 @@ class Tiles:
     blocks: int
     copy: str = "bulk"
     fused: bool = True
-    late: float = 0.0
 
     def __post_init__(self) -> None:
         problems = [
@@ -53,7 +50,6 @@ class Tiles:
             (min(self.groups, self.stages, self.blocks) > 0, "groups, stages and blocks must be positive"),
             (self.copy in COPIES, f"copy must be one of {COPIES}"),
             (not (self.fused and self.copy == "rows"), "rows can't be fused"),
-            (0 <= self.late < 1 and (self.fused or not self.late), "late must be in [0, 1), 0 if not fused"),
             (self.hidden_slots > 1, "the input's ring is too small for two stages of hidden values"),
             (max(self.groups, self.cols // 64 // self.warpgroups) * self.batch <= 256, "sums need registers"),
             (self.smem_bytes <= 232448, "too much shared memory"),
@@ -70,7 +66,7 @@ class Tiles:
     @property
     def hidden_slots(self) -> int:
         """Stages of hidden values that fit where the input was."""
-        return min(6, self.x_cols * self.x_slots // self.rows)
+        return min(4, self.x_cols * self.x_slots // self.rows)
 
     @property
     def smem_bytes(self) -> int:
