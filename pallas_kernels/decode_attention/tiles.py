@@ -95,7 +95,7 @@ class Tiles:
         """Shared memory of one thread block, an upper bound."""
         ring = self.stages * self.block * (problem.width + problem.value_width)
         small = problem.heads * (3 * problem.padded_width + self.block)
-        return 2 * (ring + small) + 6 * 1024
+        return 2 * (ring + small) + 3 * 1024
 
     def resident(self, problem: Problem) -> int:
         """Thread blocks that fit on one multiprocessor at a time."""
@@ -144,35 +144,47 @@ def heuristic(
 ) -> Tiles:
     """The configuration to use where this very problem was not measured; `block` and `stages` may be given.
 
-    Block and stages follow an H200 at H = 128 (bench/results/decode_attention_sweep.jsonl). Two steps of 64 positions
-    beat deeper rings where many thread blocks share the card: the room buys one more of them a multiprocessor.
-    With several queries a group and too few (sequence, group) pairs to fill the card, three of 128 did better.
-    Splits are as many as make the selected work, B·k·splits thread blocks, finish soonest by `_finish_time`.
+    Of three rings that did best on an H200 at H = 128 (bench/results/decode_attention_sweep.jsonl), and of splits of
+    the two cheaper to divide, the one that `_finish_time` expects to end first.
     """
-    few = problem.queries > 1 and problem.batch * problem.selected <= device.num_sms // 2
-    if block is None and stages is None and few and Tiles(block=128, stages=3).fits(problem, device):
-        block, stages = 128, 3
-    block = block or 64
-    stages = stages or (2 if Tiles(block=block, stages=2).fits(problem, device) else 1)
-    whole = Tiles(block=block, stages=stages)
-    slots = device.num_sms * max(1, whole.resident(problem))
-    choices = [replace(whole, splits=n) for n in (1, 2, 4, 8) if n == 1 or n * 2 * block <= problem.capacity]
-    return min(choices, key=lambda tiles: (_finish_time(problem, tiles, slots), tiles.splits))
+    rings = ((block or 64, stages),) if block or stages else RINGS
+    choices = [tiles for ring in rings for tiles in _splits(problem, device, *ring)]
+    return min(choices, key=lambda tiles: _finish_time(problem, tiles, device))
 
 
-SPEED_LIMIT = (
-    2.5  # a thread block alone on its multiprocessor reads this much faster than its share of the card
-)
-SPLIT_COST = 0.015  # of a full card's time for 64 MB: what merging the splits of a cluster costs, once
+RINGS: tuple[tuple[int, int | None], ...] = ((128, 2), (64, 2), (64, 3))
+UNDIVIDED = (64, 3)  # splits of it were always slower than those of the others
 
 
-def _finish_time(problem: Problem, tiles: Tiles, slots: int) -> float:
-    """Relative time until the last thread block ends, were memory shared equally among those running."""
-    blocks = problem.batch * problem.selected * tiles.splits
-    work = 1 / blocks
+def _splits(problem: Problem, device: Device, block: int, stages: int | None) -> list[Tiles]:
+    """Configurations with that ring, its depth `stages` or, where None, two if they fit; none where it doesn't fit."""
+    wanted = (stages,) if stages else (2, 1)
+    whole = next((t for n in wanted if (t := Tiles(block=block, stages=n)).fits(problem, device)), None)
+    if whole is None:
+        return [Tiles(block=block, stages=1)] if block == 64 else []
+    counts = (1,) if (block, stages) == UNDIVIDED else (1, 2, 4, 8)
+    return [replace(whole, splits=n) for n in counts if n == 1 or n * 2 * block <= problem.capacity]
+
+
+BYTES_PER_US = 4.4e6  # that an H200 reads
+IN_FLIGHT = 10e6  # bytes on their way that it takes for that
+CLUSTER_ROOM = 0.9  # of the card's room for thread blocks, for whole clusters within its groups of multiprocessors
+WIDE_GAIN = 0.97  # of the time, with blocks of 128 positions: half as many steps
+
+
+def _finish_time(problem: Problem, tiles: Tiles, device: Device) -> float:
+    """Microseconds until the last thread block ends, were an H200's memory shared equally among those running."""
+    blocks, sms = problem.batch * problem.selected * tiles.splits, device.num_sms
+    slots = max(1, int(sms * tiles.resident(problem) * (CLUSTER_ROOM if tiles.splits > 1 else 1)))
+    saturating = IN_FLIGHT / (4 * tiles.stages * tiles.block * problem.width)
     waves, rest = divmod(blocks, slots)
-    time = waves * slots * work
-    if rest:
-        time += work * max(rest, slots / SPEED_LIMIT)
-    total = problem.batch * problem.selected * problem.capacity * problem.width * 4
-    return time + (SPLIT_COST * 64e6 / total if tiles.splits > 1 else 0.0)
+    share = (waves * slots + (max(rest, saturating) if rest else 0)) / blocks
+    if not waves and blocks > sms:  # multiprocessors with more thread blocks than others; deep rings starve them
+        share *= (-(-blocks // sms) * sms / blocks) ** (0.15 * (tiles.stages - 1))
+    if tiles.block > 64:
+        share *= WIDE_GAIN
+    merging = 0.0
+    if tiles.splits > 1:
+        share *= 1 + 0.06 * tiles.splits
+        merging = (1 + 0.25 * tiles.splits) * -(-blocks // slots)
+    return share * 4 * problem.batch * problem.selected * problem.capacity * problem.width / BYTES_PER_US + merging

@@ -205,18 +205,19 @@ def test_race_detection_sees_two_writers():
 
 
 @pytest.mark.parametrize(
-    ("model", "batch", "cache", "density", "block", "stages"),
+    ("model", "batch", "cache", "density", "expected"),
     [
-        ("opt-6.7b", 16, 1920, 0.3, 64, 2),
-        ("opt-66b", 64, 1920, 0.3, 64, 2),
-        ("llama-3.1-8b", 16, 8192, 1.0, 64, 2),
-        ("llama-3.1-8b", 16, 8192, 0.3, 128, 3),
-        ("llama-3.1-8b", 1, 8192, 1.0, 128, 3),
+        ("opt-6.7b", 16, 1920, 0.3, (64, 2, 1)),
+        ("opt-6.7b", 16, 1920, 1.0, (128, 2, 1)),
+        ("opt-66b", 64, 1920, 1.0, (128, 2, 1)),
+        ("llama-3.1-8b", 64, 8192, 1.0, (128, 2, 1)),
+        ("llama-3.1-8b", 16, 8192, 0.3, (128, 2, 2)),
+        ("llama-3.1-8b", 1, 8192, 1.0, (128, 2, 8)),
     ],
 )
-def test_heuristic_takes_what_was_measured_fastest(model, batch, cache, density, block, stages):
+def test_heuristic_takes_what_was_measured_fastest(model, batch, cache, density, expected):
     tiles = heuristic(problem_of(AttentionCase(MODELS[model], batch, cache, density)), HOPPER)
-    assert (tiles.block, tiles.stages) == (block, stages)
+    assert (tiles.block, tiles.stages, tiles.splits) == expected
 
 
 def test_heuristic_fits_every_supported_shape():
