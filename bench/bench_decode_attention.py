@@ -164,6 +164,7 @@ def main() -> int:
         "--resume", type=Path, help="for table: JSON lines with rows that need not be measured"
     )
     args = parser.parse_args()
+    timing.require_gpu()
     if "check" in args.verbs and not run_checks():
         print("wrong results: no speed is reported", file=sys.stderr)
         return 1

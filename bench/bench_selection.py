@@ -4,12 +4,14 @@
     python3 -m bench.bench_selection table   router scores [B F] to sorted neurons, the kernel beside XLA's top-k
     python3 -m bench.bench_selection small   scores [B K] of groups to the sorted groups of each sequence
 
-A table ends when --seconds are over; what it has is printed. `time_us` holds what the host needs for launches,
-`device_us` is the sum over the kernels that a profiler saw. With the variable OUT set, JSON lines go into that folder.
+A table ends when --seconds are over, important rows first; what it has is printed. `time_us` holds what the host needs
+for launches, and gbps and pct_peak are by it; `device_us` is the sum over the kernels that a profiler saw. A row whose
+selection is wrong gets no time. With the variable OUT set, JSON lines go into that folder.
 """
 
 import argparse
 import functools
+import itertools
 import sys
 import time
 from collections.abc import Callable, Iterator
@@ -20,12 +22,29 @@ import jax.numpy as jnp
 import numpy as np
 
 from bench import report, timing
-from bench.workloads import MODELS
+from bench.workloads import BATCHES, DENSITIES, MODELS
 from pallas_kernels.selection import select_top_k
 
-COLUMNS = ("case", "kernel", "device_us", "launches", "time_us", "spread_us", "bytes")
-CASES = tuple((m, b, d) for m in ("opt-6.7b", "opt-66b") for b in (1, 64, 256) for d in (0.1, 0.3))
-SMALL = tuple((n, b) for n in (8, 32, 72) for b in (1, 16, 64))
+COLUMNS = (
+    "case",
+    "kernel",
+    "device_us",
+    "launches",
+    "time_us",
+    "spread_us",
+    "bytes",
+    "gbps",
+    "pct_peak",
+    "error",
+)
+SELECTIVE = ("opt-6.7b", "opt-66b", "opt-30b")  # those of the named models whose neurons are selected
+FIRST = tuple((m, b, d) for m in SELECTIVE[:2] for b in (1, 64, 256) for d in (0.1, 0.3))
+EVERY = itertools.product(SELECTIVE, BATCHES, (density for density in DENSITIES if density < 1))
+OTHERS = tuple(case for case in EVERY if case not in FIRST)
+SMALL = tuple((n, b) for n in (8, 32, 72, 56) for b in (1, 16, 64, 8, 256))
+LIMIT = (
+    1e-5  # by how much an entry left out may exceed one taken, of the largest score: sums of rows are rounded
+)
 CALLS = 8
 
 type Row = dict[str, Any]
@@ -70,7 +89,19 @@ def _sorted(scores: np.ndarray, k: int) -> np.ndarray:
     return np.sort(order[..., :k], axis=-1)
 
 
-def measure(scores: list[jax.Array], call: Callable[..., jax.Array]) -> Row:
+def error(found: np.ndarray, scores: np.ndarray, k: int) -> float:
+    """By how much an entry left out exceeds one that was taken, of the largest score; infinite for no selection."""
+    worst = 0.0
+    for index, row in zip(np.atleast_2d(found), np.atleast_2d(scores), strict=True):
+        if index.shape != (k,) or (np.diff(index) <= 0).any() or index[0] < 0 or index[-1] >= row.size:
+            return float("inf")
+        left = np.delete(row, index)
+        if left.size:
+            worst = max(worst, float((left.max() - row[index].min()) / np.abs(row).max()))
+    return worst
+
+
+def measure(scores: list[jax.Array], call: Callable[..., jax.Array], peak: float) -> Row:
     run = jax.jit(lambda sets: [call(one) for one in sets])
     seconds, spread = timing.seconds_per_call(lambda: run(scores), len(scores), min_seconds=0.005)
     seen = timing.timeline(lambda: run(scores))
@@ -79,35 +110,43 @@ def measure(scores: list[jax.Array], call: Callable[..., jax.Array]) -> Row:
         "spread_us": spread * 1e6,
         "device_us": sum(count * us for _, count, us, _ in seen) / (3 * len(scores)) if seen else None,
         "launches": round(sum(count for _, count, _, _ in seen) / (3 * len(scores)), 2),
+        "gbps": scores[0].nbytes / seconds / 1e9,
+        "pct_peak": 100 * scores[0].nbytes / seconds / peak,
     }
 
 
-def table() -> Iterator[Row]:
+def table(peak: float) -> Iterator[Row]:
     """The named shapes; scores are float32 and, as behind a router, still in the L2 where they fit."""
-    for kernel in ("mosaic", "pooling only", "xla"):
-        for name, batch, density in CASES:
-            if kernel != "mosaic" and density != CASES[-1][-1]:
+    for cases, kernel in itertools.product((FIRST, OTHERS), ("mosaic", "pooling only", "xla")):
+        for name, batch, density in cases:
+            if kernel != "mosaic" and density != 0.3:
                 continue  # pooling takes no k, and XLA sorts all
             model = MODELS[name]
             k = -(-int(density * model.d_ff) // 128) * 128
-            yield _row(f"{name} B{batch} d{density:g}", kernel, (batch, model.d_ff), k, shared=True)
+            yield _row(f"{name} B{batch} d{density:g}", kernel, (batch, model.d_ff), k, peak, shared=True)
 
 
-def small() -> Iterator[Row]:
+def small(peak: float) -> Iterator[Row]:
     """Half of the groups of each sequence."""
     for kernel in ("mosaic", "xla"):
         for n, batch in SMALL:
-            yield _row(f"K{n} B{batch}", kernel, (batch, n), n // 2, shared=False)
+            yield _row(f"K{n} B{batch}", kernel, (batch, n), n // 2, peak, shared=False)
 
 
-def _row(case: str, kernel: str, shape: tuple[int, int], k: int, *, shared: bool) -> Row:
+def _row(case: str, kernel: str, shape: tuple[int, int], k: int, peak: float, *, shared: bool) -> Row:
     scores = [
         jax.random.normal(key, shape, jnp.float32) for key in jax.random.split(jax.random.key(0), CALLS)
     ]
-    call = _pool
-    if kernel != "pooling only":
-        call = functools.partial(select_top_k, k=k, shared=shared, implementation=kernel)
-    return {"case": case, "kernel": kernel, "bytes": scores[0].nbytes} | measure(scores, call)
+    row: Row = {"case": case, "kernel": kernel, "bytes": scores[0].nbytes}
+    if kernel == "pooling only":
+        return row | measure(scores, _pool, peak)
+    call = functools.partial(select_top_k, k=k, shared=shared, implementation=kernel)
+    host = np.asarray(scores[0], np.float64)
+    given = np.maximum(host, 0).sum(0) if shared else host
+    row["error"] = error(np.asarray(jax.jit(call)(scores[0])), given, k)
+    if not row["error"] <= LIMIT:
+        return row | {"wrong": True}
+    return row | measure(scores, call, peak)
 
 
 def within(seconds: float, found: Iterator[Row]) -> list[Row]:
@@ -132,16 +171,22 @@ def main() -> int:
     parser.add_argument("verbs", nargs="+", choices=("check", "table", "small"))
     parser.add_argument("--seconds", type=float, default=36, help="of a table, at most")
     args = parser.parse_args()
+    timing.require_gpu()
     if "check" in args.verbs and not run_checks():
         print("wrong results: no speed is reported", file=sys.stderr)
         return 1
+    if args.verbs == ["check"]:
+        return 0
+    peak, wrong = timing.copy_bandwidth(), False
+    head = report.provenance(copy_gbps=peak / 1e9)
     for verb, make in (("table", table), ("small", small)):
         if verb in args.verbs:
-            found = within(args.seconds, make())
+            found = within(args.seconds, make(peak))
             print(report.table(found, COLUMNS))
+            wrong |= any(row.get("wrong") for row in found)
             if path := report.results_path("selection.jsonl"):
-                report.append_jsonl(path, found, report.provenance())
-    return 0
+                report.append_jsonl(path, found, head)
+    return int(wrong)
 
 
 if __name__ == "__main__":

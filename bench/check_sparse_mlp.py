@@ -5,6 +5,7 @@
 `bench.bench_sparse_mlp check` runs all of them in several processes.
 """
 
+import argparse
 import functools
 import os
 import subprocess
@@ -19,6 +20,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from bench import timing
 from pallas_kernels import _device
 from pallas_kernels.sparse_mlp import mosaic, reference
 from pallas_kernels.sparse_mlp.tiles import BATCHES, Tiles, heuristic
@@ -182,6 +184,7 @@ def error(out: Any, want: Any) -> float:
 
 def check_kinds(kinds: Sequence[str], seconds: float) -> tuple[str, ...]:
     """Those kinds of kernels that pass all checks, which several processes make side by side."""
+    timing.require_gpu()
     started = time.monotonic()
     command = [sys.executable, "-m", "bench.check_sparse_mlp"]
     environment = os.environ | {"XLA_PYTHON_CLIENT_PREALLOCATE": "false"}
@@ -211,9 +214,15 @@ def check_kinds(kinds: Sequence[str], seconds: float) -> tuple[str, ...]:
 
 
 def main() -> int:
-    which, *share = sys.argv[1:]
-    share, shares = map(int, share) if share else (0, 1)
-    return int(not run_checks(which, share, shares))
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("which", choices=tuple(KINDS))
+    parser.add_argument("share", type=int, nargs="?", default=0, help="of the checks: this one of `shares`")
+    parser.add_argument("shares", type=int, nargs="?", default=1)
+    args = parser.parse_args()
+    timing.require_gpu()
+    return int(not run_checks(args.which, args.share, args.shares))
 
 
 if __name__ == "__main__":

@@ -6,6 +6,7 @@ A row that no file of results holds reads "not measured". Percentages are of the
 for the bytes that the selection leaves to be read.
 """
 
+import argparse
 import sys
 from collections.abc import Iterable, Sequence
 from pathlib import Path
@@ -210,6 +211,10 @@ def spliced(readme: str, tables: str) -> str:
 
 
 def main() -> int:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.parse_args()
     README.write_text(spliced(README.read_text(encoding="utf-8"), markdown()), encoding="utf-8")
     return 0
 

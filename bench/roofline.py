@@ -6,6 +6,7 @@ A kernel that moves its bytes at copy bandwidth lies on the roof; reading alone 
 what the bandwidth leaves of a call of which 5 microseconds move nothing.
 """
 
+import argparse
 import sys
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -125,6 +126,10 @@ def title(folder: Path = RESULTS) -> str:
 
 
 def main() -> int:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.parse_args()
     draw(series(), PICTURE, title())
     print(f"{PICTURE.relative_to(report.ROOT)}: {PICTURE.stat().st_size} bytes")
     return 0

@@ -10,7 +10,19 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from pallas_kernels import _device
+
 L2_BYTES = 60 * 2**20
+
+
+def require_gpu() -> None:
+    """Ends the program with one line where JAX's first device is not a Hopper GPU."""
+    try:
+        _device.require_hopper(_device.current())
+    except NotImplementedError as reason:
+        raise SystemExit(
+            f"bench: {reason}. Mend: run it where there is one, with polarjax[cuda13]."
+        ) from None
 
 
 def chained(call: Callable[..., jax.Array], calls: int) -> Callable[..., tuple[jax.Array, jax.Array]]:
@@ -80,7 +92,8 @@ def sets_needed(touched_bytes: int) -> int:
 
 
 def copy_bandwidth(size: int = 2 * 2**30) -> float:
-    """Bytes per second of a device-to-device copy of `size` bytes, reads and writes counted."""
+    """Bytes per second of a device-to-device copy of `size` bytes, reads and writes counted; see `require_gpu`."""
+    require_gpu()
     x = jax.random.bits(jax.random.key(0), (size // 4,), jnp.uint32)
     flip = jax.jit(lambda x: x ^ jnp.uint32(0x5A5A5A5A))
     seconds, _ = seconds_per_call(lambda: flip(x), 1, min_seconds=0.05)
