@@ -46,8 +46,9 @@ def sparse_mlp(
         options = {"activation": activation, "device": device}
 
         def call(x: Array, index: Array, weights: Weights) -> Array:
-            shape = {"selected": index.shape[0], "gated": w_gate is not None, "dtype": x.dtype.name}
-            tiles = measured(*x.shape, device, **shape)
+            batch, d_model = x.shape
+            like = {"selected": index.shape[0], "gated": w_gate is not None, "dtype": x.dtype.name}
+            tiles = measured(batch, d_model, device, **like)
             return mosaic.sparse_mlp(x, index=index, **weights, tiles=tiles, **options)
 
         return batchable(call)(x, index, weights)
