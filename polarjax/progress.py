@@ -77,6 +77,7 @@ class _Lines:
     note: str = ""
     started: float = field(default_factory=time.monotonic)
     last: float = field(default_factory=time.monotonic)
+    printed: int = -1
 
     def advance(self, steps: int = 1, note: str = "") -> None:
         self.done += steps
@@ -86,9 +87,11 @@ class _Lines:
             self._print()
 
     def close(self) -> None:
-        self._print()
+        if self.printed != self.done:
+            self._print()
 
     def _print(self) -> None:
+        self.printed = self.done
         count = f"{self.done}/{self.total}" if self.total is not None else f"{self.done}"
         parts = [
             f"{self.description}: {count} {self.unit}".rstrip(),

@@ -26,7 +26,6 @@ def test_lines_when_asked(capsys, monkeypatch):
     assert err.splitlines() == [
         "train: 2/4 steps, 0 s, loss 0.5",
         "train: 4/4 steps, 0 s, loss 0.25",
-        "train: 4/4 steps, 0 s, loss 0.25",
     ]
 
 

@@ -43,8 +43,9 @@ def _perplexity(results: dict[str, Any], figure: Any, axes: Any) -> None:
         ylabel="perplexity (log scale)",
         title=f"Which heads are kept matters: {quality['tokens']:,} held-out tokens",
     )
-    ticks = [quality["dense"] * factor for factor in (1, 2, 5, 10, 20)]
-    axes.set_yticks(ticks, [f"{tick:.0f}" for tick in ticks])
+    low, high = axes.get_ylim()
+    ticks = [tick for tick in (10, 15, 20, 30, 50, 100, 200, 500, 1000) if low <= tick <= high]
+    axes.set_yticks(ticks, [f"{tick}" for tick in ticks])
     axes.minorticks_off()
     axes.set_xticks(densities, [f"{density:g}" for density in densities])
     axes.invert_xaxis()
