@@ -88,6 +88,15 @@ def group_norms(heads: Float[Array, "... K G H"]) -> Float[Array, "... K"]:
     return jnp.sqrt(jnp.sum(jnp.square(heads.astype(jnp.float32)), (-2, -1)))
 
 
+def change(before: Float[Array, "... D"], update: Float[Array, "... D"]) -> Float[Array, "..."]:
+    """1 - cos(before, before + update), float32: how far attention turns the residual stream, hence how much a layer
+    needs it (0: not at all)."""
+    before, update = before.astype(jnp.float32), update.astype(jnp.float32)
+    after = before + update
+    lengths = jnp.linalg.norm(before, axis=-1) * jnp.linalg.norm(after, axis=-1)
+    return 1 - jnp.sum(before * after, -1) / jnp.maximum(lengths, jnp.finfo(jnp.float32).tiny)
+
+
 def mask_groups(
     heads: Float[Array, "... K G H"], mask: Bool[Array, "... K"] | None
 ) -> Float[Array, "... K G H"]:

@@ -176,7 +176,7 @@ def _blocks(model, tokens, lengths, *, sparsity=None, taps=None):
     valid = positions < lengths[:, None]
     x = model.embed(tokens, positions)
     x = jnp.where(valid[..., None], x, 0)  # padding is read as zeros, whatever it holds
-    inputs, activity, norms, kv = [], [], [], []
+    inputs, activity, norms, changes, kv = [], [], [], [], []
     for i, layer in enumerate(model.layers):
         with jax.named_scope(f"layer_{i}"):
             h = layer.attn_norm(x) if config.norm_position == "pre" else x
@@ -185,7 +185,9 @@ def _blocks(model, tokens, lengths, *, sparsity=None, taps=None):
             norm = attention.group_norms(heads)
             if sparsity is not None:
                 heads = attention.mask_groups(heads, sparsity.group_mask(i, h, norm))
-            x = _residual(layer.attn_norm, x, attention.project_out(layer.attn, heads), config)
+            update = attention.project_out(layer.attn, heads)
+            changes += [attention.change(x, update)] if taps is not None and taps.change else []
+            x = _residual(layer.attn_norm, x, update, config)
             pre, hidden = mlp.neurons(layer.mlp, _mlp_input(layer, x, config), config.activation)
             mask = None if sparsity is None else sparsity.neuron_mask(i, h, hidden)
             x = _residual(layer.mlp_norm, x, mlp.combine(layer.mlp, hidden, mask), config)
@@ -194,7 +196,7 @@ def _blocks(model, tokens, lengths, *, sparsity=None, taps=None):
             inputs += [h] * taps.inputs
             activity += [pack(pre > 0)] * taps.activity
             norms += [norm] * taps.norms
-    records = None if taps is None else Taps(tuple(inputs), tuple(activity), tuple(norms))
+    records = None if taps is None else Taps(*map(tuple, (inputs, activity, norms, changes)))
     return x, records, kv
 
 

@@ -17,10 +17,11 @@ def calibrate(
     head_density: learning.HeadDensity = 0.5,
     target_recall: learning.Recall = 0.99,
     max_batch: learning.MaxBatch = learning.LARGEST_BATCH,
+    dense_attention: learning.DenseAttention = "first",
     seed: learning.Seed = 0,
 ) -> dict[str, Any]:
     """Make the plans of a model directory that has routers; earlier plans are replaced."""
-    options = learning.calibrate_options(target_recall, max_batch)
+    options = learning.calibrate_options(target_recall, max_batch, dense_attention)
     bundle, recorded = learning.open_for(folder, activations)
     if bundle.routers is None:
         mend = f"run polarjax train-routers {folder} --activations {activations}"

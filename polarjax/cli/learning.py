@@ -1,7 +1,7 @@
 """What `collect`, `train-routers`, `calibrate` and `sparsify` share: options, the text, the tables they print."""
 
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, cast
 
 import numpy as np
 import typer
@@ -10,8 +10,10 @@ from polarjax import checkpoint
 from polarjax.cli.inputs import load_with_tokenizer, text_windows
 from polarjax.data import read_text
 from polarjax.errors import InputError
+from polarjax.sparsity import tasks
 from polarjax.sparsity.activations import Activations, open_activations
 from polarjax.sparsity.calibrate import BATCH_SIZES, CalibrateOptions
+from polarjax.sparsity.calibrate import DenseAttention as DenseChoice
 from polarjax.sparsity.collect import HELD_OUT, MAX_BYTES, fingerprint
 from polarjax.sparsity.pipeline import CollectOptions, Recording, plan
 from polarjax.sparsity.plan import PlanTable
@@ -35,6 +37,18 @@ Batch = Annotated[int, typer.Option(help="Tokens of a training step.")]
 Epochs = Annotated[int, typer.Option(help="Most passes over the training tokens.")]
 Recall = Annotated[float, typer.Option(help="Of the active neurons, for the plans to reach.")]
 MaxBatch = Annotated[int, typer.Option(help="Largest batch to make a plan for.")]
+Objective = Annotated[
+    str,
+    typer.Option(
+        help="What head routers learn: top (which heads have the largest norms), norms (how large)."
+    ),
+]
+DenseAttention = Annotated[
+    str,
+    typer.Option(
+        help="The layer whose attention skips nothing: first, or important (whose attention changes the most)."
+    ),
+]
 Seed = Annotated[int, typer.Option(help="Of the random choices.")]
 
 MAX_TOKENS = 65_536
@@ -83,19 +97,29 @@ def write_routers(folder: Path, routers: Routers) -> None:
     checkpoint.write_routers(folder, routers)
 
 
-def train_options(learning_rate: float, batch: int, epochs: int) -> TrainOptions:
+def train_options(learning_rate: float, batch: int, epochs: int, objective: str) -> TrainOptions:
     """The published options but for what the command line sets."""
-    return TrainOptions(learning_rate=learning_rate, neuron_batch=batch, group_batch=batch, max_epochs=epochs)
+    return TrainOptions(
+        learning_rate=learning_rate,
+        neuron_batch=batch,
+        group_batch=batch,
+        max_epochs=epochs,
+        group_objective=cast(tasks.Objective, objective),
+    )
 
 
-def calibrate_options(target_recall: float, max_batch: int) -> CalibrateOptions:
+def calibrate_options(target_recall: float, max_batch: int, dense_attention: str) -> CalibrateOptions:
     """Powers of two up to `max_batch`."""
     if max_batch < 1:
         raise InputError(
             "no batch to make a plan for", where="--max-batch", got=max_batch, expected="1 or more"
         )
     sizes = tuple(2**i for i in range(max_batch.bit_length()))
-    return CalibrateOptions(batch_sizes=sizes, target_recall=target_recall)
+    return CalibrateOptions(
+        batch_sizes=sizes,
+        target_recall=target_recall,
+        dense_attention=cast(DenseChoice, dense_attention),
+    )
 
 
 def print_training(report: TrainReport) -> None:
@@ -115,7 +139,11 @@ def print_training(report: TrainReport) -> None:
 
 def print_plans(table: PlanTable, recall: tuple[tuple[float, ...], ...]) -> None:
     """Neurons kept in each layer, a line for each batch size; `recall` is that on text held out from everything."""
-    print(f"\nNeurons kept of {table.num_neurons}, by batch size (all: the layer is dense)")
+    dense = ", ".join(map(str, table.dense_layers))
+    print(
+        f"\nHeads kept: {table.head_density:.0%} in every layer but {dense}, unless generate is told otherwise"
+    )
+    print(f"Neurons kept of {table.num_neurons}, by batch size (all: the layer is dense)")
     rows = zip(table.batch_sizes, table.neurons, recall, strict=True)
     for size, counts, found in rows:
         kept = " ".join(f"{'all' if count is None else count:>6}" for count in counts)

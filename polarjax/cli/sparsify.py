@@ -26,15 +26,17 @@ def sparsify(
     learning_rate: learning.LearningRate = learning.DEFAULTS.learning_rate,
     batch: learning.Batch = learning.DEFAULTS.neuron_batch,
     epochs: learning.Epochs = learning.DEFAULTS.max_epochs,
+    head_objective: learning.Objective = learning.DEFAULTS.group_objective,
     target_recall: learning.Recall = 0.99,
     max_batch: learning.MaxBatch = learning.LARGEST_BATCH,
+    dense_attention: learning.DenseAttention = "first",
     seed: learning.Seed = 0,
     dtype: learning.Dtype = None,
 ) -> dict[str, Any]:
     """Learn from text what a model directory can skip: collect, train-routers and calibrate in one go."""
     collecting = CollectOptions(activations, (validation, test), int(max_gb * 1e9), fit)
-    training = learning.train_options(learning_rate, batch, epochs)
-    calibration = learning.calibrate_options(target_recall, max_batch)
+    training = learning.train_options(learning_rate, batch, epochs, head_objective)
+    calibration = learning.calibrate_options(target_recall, max_batch, dense_attention)
     bundle, windows = learning.load_and_cut(folder, text, window, max_tokens, dtype)
     learning.announce(bundle, windows, collecting)
     routers, plans, report = learn(
@@ -50,6 +52,8 @@ def sparsify(
     checkpoint.write_plans(folder, plans)
     learning.print_training(report.training)
     learning.print_plans(plans, report.recall)
+    shares = " ".join(f"{share:.3f}" for share in report.attention_importance)
+    print(f"\nHow far each layer's attention turns the residual stream (1 - cos): {shares}")
     spent = ", ".join(f"{stage} {seconds:.0f} s" for stage, seconds in report.seconds.items())
-    print(f"\n{spent}. Routers and plans are in {folder}. Next: polarjax generate {folder} --prompt TEXT")
+    print(f"{spent}. Routers and plans are in {folder}. Next: polarjax generate {folder} --prompt TEXT")
     return {"plans": plans.to_json(), **report.to_json()}

@@ -15,10 +15,11 @@ def train_routers(
     learning_rate: learning.LearningRate = learning.DEFAULTS.learning_rate,
     batch: learning.Batch = learning.DEFAULTS.neuron_batch,
     epochs: learning.Epochs = learning.DEFAULTS.max_epochs,
+    head_objective: learning.Objective = learning.DEFAULTS.group_objective,
     seed: learning.Seed = 0,
 ) -> dict[str, Any]:
     """Train the routers of a model directory; earlier routers, and the plans made for them, are replaced."""
-    options = learning.train_options(learning_rate, batch, epochs)
+    options = learning.train_options(learning_rate, batch, epochs, head_objective)
     bundle, recorded = learning.open_for(folder, activations)
     routers, report = train(
         recorded, bundle.model.config, jax.random.key(seed), head_density=head_density, options=options

@@ -36,10 +36,15 @@ def _perplexity(results: dict[str, Any], figure: Any, axes: Any) -> None:
     densities = [row["density"] for row in quality["rows"]]
     for name, (colour, style) in _LOOKS.items():
         axes.plot(densities, [row[name] for row in quality["rows"]], style, color=colour, label=name)
+    rows = quality["important_rows"]
+    label = f"router, layer {quality['important_layer']} dense"
+    axes.plot(
+        [row["density"] for row in rows], [row["router"] for row in rows], "v-.", color="#56B4E9", label=label
+    )
     axes.axhline(quality["dense"], color="0.5", linewidth=1, label="dense")
     axes.set(
         yscale="log",
-        xlabel="fraction of heads kept in every layer but the first",
+        xlabel="fraction of heads kept in every layer but one (the first, where no other is named)",
         ylabel="perplexity (log scale)",
         title=f"Which heads are kept matters: {quality['tokens']:,} held-out tokens",
     )

@@ -32,10 +32,14 @@ def reading(results: dict[str, Any]) -> list[str]:
         )
     else:
         density, rise = found
-        told = ", ".join(f"{name} {value:+.1%}" for name, value in rise.items())
-        lines.append(f"Perplexity at head density {density:g}, every position masked: {told}.")
+        lines.append(f"Perplexity at head density {density:g}, every position masked: {_told(rise)}.")
         lines.append(
             f"The routers avoid {1 - rise['router'] / rise['random']:.0%} of what random selection costs."
+        )
+        other = next(row for row in quality["important_rows"] if row["density"] == density)
+        lines.append(
+            f"With layer {quality['important_layer']} dense in place of layer 0, and predicted norms: "
+            f"{_told(_rise(other, quality['dense']))}."
         )
     same = results["generation"]["density_1_equals_dense"]
     lines.append(
@@ -55,10 +59,18 @@ def reading(results: dict[str, Any]) -> list[str]:
 def compared(quality: dict[str, Any]) -> tuple[float, dict[str, float]] | None:
     """The highest density at which random selection raises perplexity noticeably, and every selection's rise."""
     for row in quality["rows"]:
-        rise = {name: value / quality["dense"] - 1 for name, value in row.items() if name != "density"}
+        rise = _rise(row, quality["dense"])
         if rise["random"] >= NOTICEABLE:
             return row["density"], rise
     return None
+
+
+def _rise(row: dict[str, float], dense: float) -> dict[str, float]:
+    return {name: value / dense - 1 for name, value in row.items() if name != "density"}
+
+
+def _told(rise: dict[str, float]) -> str:
+    return ", ".join(f"{name} {value:+.1%}" for name, value in rise.items())
 
 
 def table(header: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
@@ -87,18 +99,36 @@ def _cut(text: str) -> list[str]:
 
 
 def _quality(quality: dict[str, Any]) -> str:
-    names = [name for name in quality["rows"][0] if name != "density"]
-    rows = [
+    title = (
+        f"Perplexity of {quality['tokens']:,} held-out tokens by head density, all heads kept in layer 0; "
+        f"dense {quality['dense']:.2f}"
+    )
+    other = (
+        f"The same with all heads kept in layer {quality['important_layer']} instead, whose attention turns the "
+        "residual stream the most,\nand one router for all densities that predicts norms "
+        "(--dense-attention important --head-objective norms)"
+    )
+    return "\n".join(
+        (
+            title,
+            _rises(quality["rows"], quality["dense"]),
+            "",
+            other,
+            _rises(quality["important_rows"], quality["dense"]),
+        )
+    )
+
+
+def _rises(rows: list[dict[str, float]], dense: float) -> str:
+    names = [name for name in rows[0] if name != "density"]
+    cells = [
         [
             f"{row['density']:g}",
-            *(f"{row[name]:.2f} ({row[name] / quality['dense'] - 1:+.1%})" for name in names),
+            *(f"{row[name]:.2f} ({row[name] / dense - 1:+.1%})" for name in names),
         ]
-        for row in quality["rows"]
+        for row in rows
     ]
-    title = (
-        f"Perplexity of {quality['tokens']:,} held-out tokens by head density; dense {quality['dense']:.2f}"
-    )
-    return f"{title}\n{table(['density', *names], rows)}"
+    return table(["density", *names], cells)
 
 
 def _plans(plans: list[dict[str, Any]], costs: list[dict[str, Any]]) -> str:

@@ -3,6 +3,7 @@
 import dataclasses
 import tempfile
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,7 @@ from polarjax import checkpoint, costs, data
 from polarjax.cli.inputs import load_with_tokenizer, text_windows
 from polarjax.evaluation import perplexity
 from polarjax.generate import Generation, generate
+from polarjax.model import Decoder
 from polarjax.sparsity import collect, sparsify
 from polarjax.sparsity.activations import Activations, open_activations
 from polarjax.sparsity.calibrate import measure_recall
@@ -121,27 +123,34 @@ class Selectors:
     Attributes:
       routers: by head density, trained to find so many groups.
       static: the mean norm of every group over the recorded tokens.
+      regressors: routers that predict norms, for every density.
+      important: the layer whose attention turns the residual stream the most.
     """
 
     routers: dict[float, Routers]
     static: Static
+    regressors: Routers
+    important: int
 
 
 def _selectors(
     activations: Activations, routers: Routers, training: TrainOptions, options: DemoOptions
 ) -> Selectors:
+    def groups_alone(density: float, options: TrainOptions) -> Routers:
+        call: dict[str, Any] = {"head_density": density, "neurons": False, "options": options}
+        return train_routers(activations, activations.config, jax.random.key(0), **call)[0]
+
     found = dict.fromkeys((1.0, options.head_density), routers)
-    for density in set(options.densities) - set(found):
-        found[density], _ = train_routers(
-            activations,
-            activations.config,
-            jax.random.key(0),
-            head_density=density,
-            neurons=False,
-            options=training,
-        )
+    for density in sorted(set(options.densities) - set(found)):
+        found[density] = groups_alone(density, training)
+    of_norms = dataclasses.replace(training, group_objective="norms", max_epochs=3 * options.epochs)
     norms = activations.records("norms", activations.rows("train"))
-    return Selectors(found, Static(jnp.asarray(np.asarray(norms, np.float32).mean(1))))
+    return Selectors(
+        routers=found,
+        static=Static(jnp.asarray(np.asarray(norms, np.float32).mean(1))),
+        regressors=groups_alone(options.head_density, of_norms),
+        important=int(np.argmax(activations.attention_importance())),
+    )
 
 
 def _plans(bundle: checkpoint.Bundle, windows: np.ndarray) -> list[dict[str, Any]]:
@@ -197,25 +206,47 @@ def _generation(bundle: checkpoint.Bundle, options: DemoOptions) -> dict[str, An
 def _quality(
     bundle: checkpoint.Bundle, learnt: Selectors, windows: np.ndarray, options: DemoOptions
 ) -> dict[str, Any]:
-    """Perplexity of every selection at every head density; selection at every position, neurons dense."""
-    model, config = bundle.model, bundle.model.config
-    fixed: dict[str, Selector] = {
+    """Perplexity of every selection at every head density; selection at every position, neurons dense.
+
+    Twice: with the first layer dense and routers trained for each density, as published; and with the important
+    layer dense, as many groups kept, and one router that predicts norms.
+    """
+    random, static = Random(jax.random.key(2)), learnt.static
+    dense = perplexity(bundle.model, windows, batch_size=11, description="perplexity, dense")
+
+    def rows(selectors: Callable[[float], dict[str, Selector]], densities: tuple[float, ...], layer: int):
+        return [
+            {"density": density}
+            | {
+                name: _masked_perplexity(bundle.model, windows, name, selector, density, dense_layer=layer)
+                for name, selector in selectors(density).items()
+            }
+            for density in densities
+        ]
+
+    published = lambda density: {
+        "router": learnt.routers[density],
         "oracle": Oracle(),
-        "random": Random(jax.random.key(2)),
-        "static": learnt.static,
+        "random": random,
+        "static": static,
     }
-    dense = perplexity(model, windows, batch_size=11, description="perplexity, dense")
-    rows = []
-    for density in options.densities:
-        plan = SparsityPlan(dense_plan(config).neurons, uniform_groups(config, density))
-        row: dict[str, Any] = {"density": density}
-        for name, selector in {"router": learnt.routers[density], **fixed}.items():
-            label = f"perplexity, {name} at {density:g}"
-            sparsity = Sparsity(selector, plan)
-            found = perplexity(model, windows, sparsity=sparsity, batch_size=11, description=label)
-            row[name] = found.perplexity
-        rows.append(row)
-    return {"dense": dense.perplexity, "tokens": dense.tokens, "rows": rows}
+    important = lambda density: {"router": learnt.regressors, "oracle": Oracle(), "static": static}
+    return {
+        "dense": dense.perplexity,
+        "tokens": dense.tokens,
+        "rows": rows(published, options.densities, 0),
+        "important_layer": learnt.important,
+        "important_rows": rows(important, options.densities[1:], learnt.important),
+    }
+
+
+def _masked_perplexity(
+    model: Decoder, windows: np.ndarray, name: str, selector: Selector, density: float, *, dense_layer: int
+) -> float:
+    groups = uniform_groups(model.config, density, dense_layers=(dense_layer,))
+    sparsity = Sparsity(selector, SparsityPlan(dense_plan(model.config).neurons, groups))
+    label = f"perplexity, {name} at {density:g}, layer {dense_layer} dense"
+    return perplexity(model, windows, sparsity=sparsity, batch_size=11, description=label).perplexity
 
 
 def _costs(bundle: checkpoint.Bundle, options: DemoOptions) -> list[dict[str, Any]]:

@@ -13,7 +13,7 @@ from polarjax import types
 from polarjax.configs import ModelConfig
 from polarjax.errors import InputError, SparsityError
 
-FORMAT = 1
+FORMAT = 2
 Part = Literal["train", "validation", "test"]
 Record = Literal["activity", "norms"]
 COLLECT = "collect them again: polarjax collect"
@@ -30,6 +30,7 @@ class Activations:
       inputs: router inputs [L n D]; bfloat16 is stored as its uint16 bits.
       activity: packed neuron activity, uint8 [L n ceil(F / 8)], as in `Taps`; None if not recorded.
       norms: group norms, float32 [L n K]; None if not recorded.
+      change: how far attention turns the residual stream, float32 [L n], as in `Taps`; None if not recorded.
       part: which part each token belongs to, uint8 [n]: 0 train, 1 validation, 2 test.
     """
 
@@ -39,6 +40,7 @@ class Activations:
     inputs: np.ndarray
     activity: np.ndarray | None
     norms: np.ndarray | None
+    change: np.ndarray | None = None
     part: np.ndarray
 
     @property
@@ -66,6 +68,12 @@ class Activations:
             raise SparsityError(f"these activations hold no {kind}", where="activations", mend=COLLECT)
         return np.stack([of_layer[rows] for of_layer in stored[layer]])
 
+    def attention_importance(self) -> np.ndarray:
+        """The mean `change` of each layer over the training tokens, [L]; `SparsityError` if it was not recorded."""
+        if self.change is None:
+            raise SparsityError("these activations hold no change", where="activations", mend=COLLECT)
+        return self.change[:, self.rows("train")].mean(1, dtype=np.float64)
+
     def check(self, config: ModelConfig, fingerprint: str | None = None) -> None:
         """Raises `SparsityError` unless they were recorded from a model of this config (and these weights)."""
         if config != self.config:
@@ -92,6 +100,7 @@ def array_specs(
         "inputs": ((L, tokens, D), np.dtype(np.uint16) if dtype == jnp.bfloat16 else dtype),
         "activity": ((L, tokens, -(-F // 8)), np.dtype(np.uint8)),
         "norms": ((L, tokens, K), np.dtype(np.float32)),
+        "change": ((L, tokens), np.dtype(np.float32)),
         "part": ((tokens,), np.dtype(np.uint8)),
     }
     return {name: spec for name, spec in specs.items() if config.neuron_sparsity or name != "activity"}
@@ -151,6 +160,7 @@ def open_activations(path: types.Path) -> Activations:
         inputs=arrays["inputs"],
         activity=arrays.get("activity"),
         norms=arrays["norms"],
+        change=arrays["change"],
         part=np.array(arrays["part"]),
     )
 

@@ -2,6 +2,7 @@
 
 import dataclasses
 from collections.abc import Callable
+from typing import Literal, get_args
 
 import jax
 import jax.numpy as jnp
@@ -16,6 +17,7 @@ from polarjax.sparsity.router import Routers
 from polarjax.sparsity.taps import unpack
 from polarjax.types import Array, Bool, Float, Int, Key
 
+DenseAttention = Literal["first", "important"]
 BATCH_SIZES = (1, 2, 4, 8, 16, 32, 64, 128, 256, 512)
 
 
@@ -29,6 +31,9 @@ class CalibrateOptions:
       multiple: k is rounded up to a multiple of this (and never beyond F).
       num_batches: random batches drawn for each batch size.
       max_tokens: held-out tokens used, at most.
+      dense_attention: the layer whose attention keeps all groups. "first" is the published choice: there the first
+        layer's attention turns the residual stream by far the most. "important" takes the layer in which it does in
+        this model (`Activations.attention_importance`).
     """
 
     batch_sizes: tuple[int, ...] = BATCH_SIZES
@@ -36,6 +41,7 @@ class CalibrateOptions:
     multiple: int = 128
     num_batches: int = 256
     max_tokens: int = 8192
+    dense_attention: DenseAttention = "first"
 
     def __post_init__(self) -> None:
         sizes = self.batch_sizes
@@ -43,6 +49,14 @@ class CalibrateOptions:
             raise InputError("unusable batch sizes", got=sizes, expected="increasing whole numbers from 1")
         if not 0 < self.target_recall <= 1:
             raise InputError("unusable target recall", got=self.target_recall, expected="above 0, at most 1")
+        if self.dense_attention not in get_args(DenseAttention):
+            expected = " | ".join(get_args(DenseAttention))
+            raise InputError(
+                "no such choice of a dense layer",
+                where="dense attention",
+                got=self.dense_attention,
+                expected=expected,
+            )
         for name in ("multiple", "num_batches", "max_tokens"):
             if getattr(self, name) < 1:
                 raise InputError(f"{name} is not usable", got=getattr(self, name), expected="at least 1")
@@ -79,6 +93,7 @@ def calibrate(
     options = options or CalibrateOptions()
     routers.check(config)
     activations.check(config)
+    dense_layers = (dense_layer(activations, options),)
     layers = [[(None, 1.0)] * len(options.batch_sizes)] * config.num_layers
     if config.neuron_sparsity:
         held_out = HeldOut(activations, routers, key, sizes=options.batch_sizes, options=options)
@@ -94,7 +109,13 @@ def calibrate(
         neurons=tuple(tuple(k for k, _ in row) for row in zip(*layers, strict=True)),
         recall=tuple(tuple(recall for _, recall in row) for row in zip(*layers, strict=True)),
         head_density=head_density,
+        dense_layers=dense_layers,
     )
+
+
+def dense_layer(activations: Activations, options: CalibrateOptions) -> int:
+    """The layer whose attention keeps all groups."""
+    return 0 if options.dense_attention == "first" else int(np.argmax(activations.attention_importance()))
 
 
 def _calibrate_layer(

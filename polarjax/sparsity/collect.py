@@ -86,7 +86,8 @@ def collect(
     overwrite: bool = False,
     batch_size: int = 8,
 ) -> Activations:
-    """Runs the dense model over token windows and writes router inputs, neuron activity and group norms.
+    """Runs the dense model over token windows and writes router inputs, neuron activity, group norms and
+    how far attention turns the residual stream.
 
     Neuron activity is recorded for ReLU models only, one bit a neuron. The folder appears at `out_dir` when it
     is complete; an interrupted run leaves nothing there.
@@ -234,7 +235,7 @@ def _record_all(
             rows = kept[low:high] - start * length
             for name in arrays.keys() - {"part"}:
                 for layer, record in enumerate(getattr(taps, name)):
-                    flat = np.asarray(record).reshape(batch * length, -1)
+                    flat = np.asarray(record).reshape(batch * length, *record.shape[2:])
                     arrays[name][layer, low:high] = flat[rows].view(arrays[name].dtype)
             advance(stop - start)
 

@@ -51,6 +51,7 @@ class SparsifyReport:
       num_bytes: of the activations.
       training: quality of the routers on the validation tokens.
       recall: of the plans on the test tokens, for each batch size of the table and each layer.
+      attention_importance: of each layer, see `Activations.attention_importance`.
       seconds: of each stage.
     """
 
@@ -58,6 +59,7 @@ class SparsifyReport:
     num_bytes: int
     training: TrainReport
     recall: tuple[tuple[float, ...], ...]
+    attention_importance: tuple[float, ...]
     seconds: dict[str, float]
 
     def to_json(self) -> dict[str, Any]:
@@ -109,7 +111,8 @@ def sparsify(
             plans = calibrate(activations, routers, model.config, key=keys[1], **options)
         with _timed(seconds, "measure"):
             recall = measure_recall(activations, routers, plans, key=keys[2], options=calibration)
-    report = SparsifyReport(len(recording.part), recording.num_bytes, trained, recall, seconds)
+        importance = tuple(activations.attention_importance().tolist())
+    report = SparsifyReport(len(recording.part), recording.num_bytes, trained, recall, importance, seconds)
     return routers, plans, report
 
 

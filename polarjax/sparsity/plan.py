@@ -126,7 +126,8 @@ class PlanTable:
       batch_sizes: increasing.
       neurons: for each batch size, k of each layer's MLP (None = dense).
       recall: for each batch size, the measured recall of the truly active neurons in each layer.
-      head_density: default density of groups in every layer but the first.
+      head_density: default density of groups in every layer but `dense_layers`.
+      dense_layers: whose attention keeps all groups.
     """
 
     num_layers: int
@@ -136,9 +137,18 @@ class PlanTable:
     neurons: tuple[tuple[int | None, ...], ...]
     recall: tuple[tuple[float, ...], ...]
     head_density: float = 0.5
+    dense_layers: tuple[int, ...] = (0,)
 
     def __post_init__(self) -> None:
         check_density(self.head_density, where="plan table")
+        if not all(type(layer) is int and 0 <= layer < self.num_layers for layer in self.dense_layers):
+            raise SparsityError(
+                "a plan table keeps the attention of layers dense that there are not",
+                where="plan table",
+                got=str(self.dense_layers),
+                expected=f"numbers from 0 to {self.num_layers - 1}",
+                mend="run polarjax calibrate again",
+            )
         sizes = self.batch_sizes
         counting = all(type(size) is int and size > 0 for size in sizes) and list(sizes) == sorted(set(sizes))
         if not (counting and len(sizes) == len(self.neurons) == len(self.recall)):
@@ -179,7 +189,8 @@ class PlanTable:
         row = bisect.bisect_left(self.batch_sizes, batch_size)
         dense = (None,) * self.num_layers
         return SparsityPlan(
-            self.neurons[row] if row < len(self.neurons) else dense, uniform_groups(config, density)
+            self.neurons[row] if row < len(self.neurons) else dense,
+            uniform_groups(config, density, dense_layers=self.dense_layers),
         )
 
     def to_json(self) -> dict[str, Any]:
@@ -191,7 +202,8 @@ class PlanTable:
         """Builds a table from `to_json` output; raises `SparsityError` when it is not one."""
         try:
             rows = {name: tuple(map(tuple, data[name])) for name in ("neurons", "recall")}
-            return cls(**{**data, **rows, "batch_sizes": tuple(data["batch_sizes"])})
+            rows |= {name: tuple(data[name]) for name in ("batch_sizes", "dense_layers") if name in data}
+            return cls(**{**data, **rows})
         except (KeyError, TypeError) as error:
             raise SparsityError(
                 "not a plan table", where="plans", got=str(error), mend="run polarjax calibrate again"

@@ -16,11 +16,13 @@ class TapSpec:
       inputs: the output of each layer's pre-attention norm, which the routers read.
       activity: which neurons have a positive pre-activation, bit-packed.
       norms: the L2 norm of each group's attention output before the output projection.
+      change: how far attention turns the residual stream.
     """
 
     inputs: bool = True
     activity: bool = True
     norms: bool = True
+    change: bool = True
 
 
 @jax.tree_util.register_dataclass
@@ -32,11 +34,13 @@ class Taps:
       inputs: L arrays [B T D] in the model's dtype.
       activity: L arrays uint8 [B T ceil(F / 8)]; neuron j is bit `7 - j % 8` of byte `j // 8`.
       norms: L arrays float32 [B T K].
+      change: L arrays float32 [B T]: 1 - cos of the residual stream before and after the layer's attention.
     """
 
     inputs: tuple[Float[Array, "B T D"], ...] = ()
     activity: tuple[UInt8[Array, "B T bytes"], ...] = ()
     norms: tuple[Float[Array, "B T K"], ...] = ()
+    change: tuple[Float[Array, "B T"], ...] = ()
 
 
 def pack(activity: Bool[Array, "... F"]) -> UInt8[Array, "... bytes"]:

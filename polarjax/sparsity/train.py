@@ -4,7 +4,7 @@ import dataclasses
 import functools
 import math
 from collections.abc import Callable
-from typing import Any, cast
+from typing import Any, cast, get_args
 
 import jax
 import jax.numpy as jnp
@@ -15,10 +15,11 @@ from polarjax.configs import ModelConfig
 from polarjax.errors import InputError, SparsityError
 from polarjax.progress import task as progress
 from polarjax.sparsity.activations import Activations
+from polarjax.sparsity.best import Best
 from polarjax.sparsity.feed import Feed, read
 from polarjax.sparsity.plan import check_density
 from polarjax.sparsity.router import LayerRouter, Routers, init_routers
-from polarjax.sparsity.tasks import GroupTask, NeuronTask, Task, Weights, count, loss, weights_of
+from polarjax.sparsity.tasks import GroupTask, NeuronTask, Objective, Task, Weights, count, loss, weights_of
 from polarjax.types import Array, Float, Int, Key, Num
 
 EVALUATION_ROWS = 512
@@ -33,7 +34,8 @@ class TrainOptions:
       neuron_batch, group_batch: tokens a step, for the neuron and the group routers.
       max_epochs: passes over the training tokens, at most.
       patience: a layer stops after so many epochs without a gain on the validation tokens.
-      good_enough: a layer stops when its measure (see `TrainReport`) exceeds this.
+      good_enough: a layer stops when its f1 (neurons) or `selected` (groups, objective "top") exceeds this.
+      group_objective: what the group routers learn: "top" or "norms", see `GroupTask`.
       rank: R of the neuron routers; None takes `router_rank(config)`.
       memory_bytes: training tokens are kept on the device up to this size, and read from disk beyond it.
     """
@@ -45,10 +47,16 @@ class TrainOptions:
     max_epochs: int = 20
     patience: int = 5
     good_enough: float = 0.99
+    group_objective: Objective = "top"
     rank: int | None = None
     memory_bytes: int = 4 * 10**9
 
     def __post_init__(self) -> None:
+        if self.group_objective not in get_args(Objective):
+            expected = " | ".join(get_args(Objective))
+            raise InputError(
+                "no such objective", where="group objective", got=self.group_objective, expected=expected
+            )
         whole = ("neuron_batch", "group_batch", "max_epochs", "patience", "memory_bytes")
         for name in (*whole, "learning_rate", *(["rank"] if self.rank is not None else [])):
             value = getattr(self, name)
@@ -61,9 +69,10 @@ class Quality:
     """How well the routers of one kind predict the validation tokens; one entry a layer.
 
     Attributes:
-      recall, precision, f1: micro-averaged, a logit of at least 0 being a yes.
+      recall, precision, f1: micro-averaged, a logit of at least 0 being a yes (of norms: being selected).
       selected: the share of the positives among what would be selected: the top k for groups; for neurons, whose
         k depends on the batch size, those with a logit of at least 0 (so it equals the recall).
+      captured: the same, each group counting by its squared norm.
       epoch: the epoch whose weights were kept, from 1.
     """
 
@@ -71,6 +80,7 @@ class Quality:
     precision: tuple[float, ...]
     f1: tuple[float, ...]
     selected: tuple[float, ...]
+    captured: tuple[float, ...]
     epoch: tuple[int, ...]
 
 
@@ -78,8 +88,8 @@ class Quality:
 class TrainReport:
     """What came out of a training, measured with the routers in the dtype that they are served in.
 
-    The measure that picks a layer's best epoch is f1 for neurons and `selected` for groups: a recall at a
-    threshold is won by saying yes to everything.
+    The measure that picks a layer's best epoch is f1 for neurons and `selected` for groups (`captured` where norms
+    are predicted): a recall at a threshold is won by saying yes to everything.
     """
 
     neurons: Quality | None
@@ -129,7 +139,7 @@ def train_routers(
     neurons = config.neuron_sparsity if neurons is None else neurons
     initial = _stack(init_routers(config, initial_key, rank=options.rank, neurons=neurons))
     kept = max(1, math.floor(density * config.num_kv_heads + 1e-9))
-    groups = GroupTask(kept)
+    groups = GroupTask(kept, options.group_objective)
     weights, quality = fit(groups, weights_of(groups, initial), activations, group_key, options)
     neuron_quality = None
     if neurons:
@@ -149,6 +159,8 @@ def fit(
     batch = options.neuron_batch if isinstance(task, NeuronTask) else options.group_batch
     feed = Feed(activations, task, activations.rows("train"), batch=batch, memory_bytes=options.memory_bytes)
     order = np.random.default_rng(np.asarray(jax.random.bits(key, (4,), jnp.uint32)))
+    good_enough = 1.0 if task.criterion == "captured" else options.good_enough  # alike norms are soon .99
+    limits: dict[str, Any] = {"patience": options.patience, "good_enough": good_enough}
     best, weights = Best.start(weights), jax.tree.map(jnp.copy, weights)  # the copy is donated to each step
     optimiser_state = jax.vmap(_optimiser(options).init)(weights)
     with progress(f"train {task.name}", options.max_epochs, "epochs") as advance:
@@ -157,7 +169,7 @@ def fit(
                 weights, optimiser_state, losses = _steps(task, options, weights, optimiser_state, *piece)
                 _check_finite(losses, options)
             measured = getattr(measure(task, weights, activations), task.criterion)
-            best = best.update(weights, np.asarray(measured), epoch, options)
+            best = best.update(weights, np.asarray(measured), epoch, **limits)
             if best.done.all():
                 advance(options.max_epochs + 1 - epoch, best.note(task))
                 break
@@ -165,48 +177,6 @@ def fit(
     served = {name: value.astype(activations.dtype) for name, value in best.weights.items()}
     quality = measure(task, served, activations)
     return served, dataclasses.replace(quality, epoch=tuple(best.epoch.tolist()))
-
-
-@dataclasses.dataclass
-class Best:
-    """Each layer's best weights so far; a layer that is done keeps them.
-
-    Attributes:
-      weights: stacked [L …].
-      measure: of those weights [L].
-      epoch: when they were reached [L].
-      done: layers that stopped [L].
-    """
-
-    weights: Weights
-    measure: np.ndarray
-    epoch: np.ndarray
-    done: np.ndarray
-
-    @classmethod
-    def start(cls, weights: Weights) -> "Best":
-        """Before the first epoch: anything is better."""
-        layers = next(iter(weights.values())).shape[0]
-        return cls(weights, np.full(layers, -1.0), np.zeros(layers, int), np.zeros(layers, bool))
-
-    def update(self, weights: Weights, measured: np.ndarray, epoch: int, options: TrainOptions) -> "Best":
-        """After an epoch: keeps what is better, and stops layers that are good enough or gain no more."""
-        better = ~self.done & (measured > self.measure)
-        at = np.where(better, epoch, self.epoch)
-        value = np.where(better, measured, self.measure)
-        done = self.done | (value > options.good_enough) | (epoch - at >= options.patience)
-        return Best(_where(better, weights, self.weights), value, at, done)
-
-    def note(self, task: Task) -> str:
-        """One phrase for the progress bar."""
-        done = f", {self.done.sum()}/{len(self.done)} layers done" if self.done.any() else ""
-        return f"{task.criterion} {self.measure.mean():.3f} (least {self.measure.min():.3f}){done}"
-
-
-@jax.jit
-def _where(better: Array, new: Weights, old: Weights) -> Weights:
-    pick = lambda a, b: jnp.where(jnp.expand_dims(better, range(1, a.ndim)), a, b)
-    return jax.tree.map(pick, new, old)
 
 
 def _optimiser(options: TrainOptions) -> optax.GradientTransformation:
@@ -260,6 +230,7 @@ def measure(task: Task, weights: Weights, activations: Activations) -> Quality:
         precision=ratio(totals["right"], totals["said"]),
         f1=ratio(2 * totals["right"], totals["said"] + totals["positive"]),
         selected=ratio(totals["found"], totals["positive"]),
+        captured=ratio(totals["captured"], totals["reachable"]),
         epoch=(0,) * len(totals["right"]),
     )
 

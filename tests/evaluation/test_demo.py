@@ -26,6 +26,16 @@ def test_routers_avoid_most_of_what_random_selection_costs(results):
     assert rise["router"] <= 1.5 * rise["oracle"] + 0.01
 
 
+def test_a_dense_layer_that_matters_and_predicted_norms_are_worth_more_at_the_same_cost(results):
+    quality = results["quality"]
+    published = next(row for row in quality["rows"] if row["density"] == 0.75)
+    (row,) = quality["important_rows"]
+    assert quality["important_layer"] == 1 and row["density"] == 0.75
+    cost = {name: value / quality["dense"] - 1 for name, value in row.items()}
+    assert cost["oracle"] < cost["router"] < cost["static"]
+    assert row["router"] < published["router"]
+
+
 def test_plans_reach_their_recall_on_other_text(results):
     assert [row["batch_size"] for row in results["plans"]] == [2**i for i in range(10)]
     assert min(min(row["recall"]) for row in results["plans"]) >= 0.985

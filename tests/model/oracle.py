@@ -58,7 +58,7 @@ def activate(x: np.ndarray, kind: str) -> np.ndarray:
 class Oracle:
     """Reads a decoder's parameters by name and computes one sequence.
 
-    After a call, `inputs`, `active` and `norms` hold what taps should have recorded: lists over layers and
+    After a call, `inputs`, `active`, `norms` and `changes` hold what taps should have recorded: lists over layers and
     positions.
     """
 
@@ -69,7 +69,7 @@ class Oracle:
     def __call__(self, tokens: list[int]) -> np.ndarray:
         """Logits [T V]."""
         config, p = self.config, self.p
-        self.inputs, self.active, self.norms = [], [], []
+        self.inputs, self.active, self.norms, self.changes = [], [], [], []
         rows = []
         for position, token in enumerate(tokens):
             x = p["embed.tokens"][token]
@@ -98,7 +98,10 @@ class Oracle:
         before = self.config.norm_position == "pre"
         inputs = [self._norm(f"layers.{layer}.attn_norm", x) if before else x for x in rows]
         self.inputs.append(inputs)
-        rows = [x + y for x, y in zip(rows, self._attention(layer, inputs), strict=True)]
+        turned = [x + y for x, y in zip(rows, self._attention(layer, inputs), strict=True)]
+        length = np.linalg.norm
+        self.changes.append([1 - x @ y / length(x) / length(y) for x, y in zip(rows, turned, strict=True)])
+        rows = turned
         rows = rows if before else [self._norm(f"layers.{layer}.attn_norm", x) for x in rows]
         inputs = [self._norm(f"layers.{layer}.mlp_norm", x) if before else x for x in rows]
         rows = [x + y for x, y in zip(rows, self._mlp(layer, inputs), strict=True)]

@@ -38,23 +38,24 @@ def test_logits_equal_the_plain_decoders(name):
 
 
 @pytest.mark.parametrize("name", zoo.CONFIGS)
-def test_taps_record_router_inputs_activity_and_group_norms(name):
+def test_taps_record_router_inputs_activity_group_norms_and_change(name):
     _, taps, oracles = _computed(name)
     F = zoo.CONFIGS[name].d_ff
     for row, (length, _, oracle) in enumerate(oracles):
         for layer in range(zoo.CONFIGS[name].num_layers):
             assert_close(taps.inputs[layer][row, :length], oracle.inputs[layer], "rounding")
             assert_close(taps.norms[layer][row, :length], oracle.norms[layer], "rounding")
+            assert_close(taps.change[layer][row, :length], oracle.changes[layer], "rounding")
             assert (unpack(taps.activity[layer], F)[row, :length] == np.array(oracle.active[layer])).all()
 
 
 def test_taps_keep_only_what_was_asked_for():
     model, (tokens, lengths) = zoo.model("opt"), zoo.batch()
     plain, nothing = pj.forward(model, tokens, lengths)
-    logits, taps = pj.forward(model, tokens, lengths, taps=TapSpec(inputs=False, norms=False))
+    logits, taps = pj.forward(model, tokens, lengths, taps=TapSpec(inputs=False, norms=False, change=False))
     assert nothing is None
     assert taps is not None
-    assert (taps.inputs, len(taps.activity), taps.norms) == ((), 2, ())
+    assert (taps.inputs, len(taps.activity), taps.norms, taps.change) == ((), 2, (), ())
     assert (taps.activity[0].shape, taps.activity[0].dtype) == ((3, 9, 5), jnp.uint8)
     assert (logits == plain).all()
 

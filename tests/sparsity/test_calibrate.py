@@ -169,6 +169,26 @@ def test_a_model_that_is_not_relu_stays_dense():
     assert set(itertools.chain(*measure_recall(activations, routers, table, key=KEY))) == {1.0}
 
 
+def test_the_layer_whose_attention_matters_most_stays_dense_if_asked():
+    activations, routers = problem(0, whole_numbers=True)
+    change = np.full((3, 300), 0.1, np.float32)
+    change[1, activations.rows("train")] = 0.2
+    change[2, activations.rows("validation")] = 0.9  # not what is learnt from
+    activations = dataclasses.replace(activations, change=change)
+    make = lambda **wanted: calibrate(
+        activations,
+        routers,
+        activations.config,
+        key=KEY,
+        options=dataclasses.replace(OPTIONS, batch_sizes=(1,), **wanted),
+    )
+    assert make().dense_layers == (0,)
+    assert make(dense_attention="important").dense_layers == (1,)
+    activations = dataclasses.replace(activations, change=None)
+    with pytest.raises(pj.SparsityError, match="hold no change"):
+        make(dense_attention="important")
+
+
 def test_too_few_held_out_tokens_are_refused():
     activations, routers = problem(0, whole_numbers=True)
     got = len(activations.rows("validation"))
@@ -205,6 +225,7 @@ def test_routers_plans_and_activations_of_another_model_are_refused():
         {"batch_sizes": (0, 1)},
         {"target_recall": 1.1},
         {"multiple": 0},
+        {"dense_attention": "last"},
     ],
 )
 def test_options_that_cannot_be_are_refused(wrong):

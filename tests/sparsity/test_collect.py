@@ -58,6 +58,18 @@ def test_recorded_arrays_equal_the_taps_of_forward(tmp_path, dtype, batch_size):
             norms[layer], np.asarray(taps.norms[layer]).reshape(60, -1), "rounding", jnp.dtype(dtype)
         )
         assert np.mean(bits(packed[layer], 43) != bits(expected, 43)) < 0.005
+        change = np.asarray(taps.change[layer]).reshape(60)
+        assert_close(activations.change[layer], change, "rounding", jnp.dtype(dtype))
+
+
+def test_importance_is_the_mean_change_over_the_training_tokens(tmp_path):
+    activations = collect(odd_model(), windows(10), tmp_path / "acts")
+    train = activations.part == 0
+    assert 0 < train.sum() < 120
+    for layer, importance in enumerate(activations.attention_importance()):
+        assert importance == pytest.approx(activations.change[layer][train].mean(), rel=1e-6)
+    with pytest.raises(pj.SparsityError, match=r"hold no change.*polarjax collect"):
+        dataclasses.replace(activations, change=None).attention_importance()
 
 
 def test_a_model_that_is_not_relu_has_no_activity(tmp_path):
@@ -89,7 +101,9 @@ def test_the_size_is_what_was_announced(tmp_path):
     activations = collect(odd_model("bfloat16"), windows(), tmp_path / "acts")
     stored = sum(np.load(file).nbytes for file in (tmp_path / "acts").glob("*.npy"))
     assert (
-        stored == activations.num_tokens * row_bytes(ODD, "bfloat16") == 60 * (2 * (24 * 2 + 6 + 4 * 4) + 1)
+        stored
+        == activations.num_tokens * row_bytes(ODD, "bfloat16")
+        == 60 * (2 * (24 * 2 + 6 + 4 * 4 + 4) + 1)
     )
 
 
@@ -219,11 +233,12 @@ def spoil_meta(folder: Path, **changes) -> None:
         lambda folder: (folder / "meta.json").unlink(),
         lambda folder: (folder / "meta.json").write_text("{"),
         lambda folder: (folder / "meta.json").write_text("[]"),
-        lambda folder: spoil_meta(folder, format=2),
+        lambda folder: spoil_meta(folder, format=1),
         lambda folder: spoil_meta(folder, tokens=59),
         lambda folder: spoil_meta(folder, dtype="float16"),
         lambda folder: spoil_meta(folder, dtype="float99"),
         lambda folder: (folder / "norms.npy").unlink(),
+        lambda folder: (folder / "change.npy").unlink(),
         lambda folder: (folder / "inputs.npy").write_bytes((folder / "inputs.npy").read_bytes()[:-1]),
         lambda folder: np.save(folder / "activity.npy", np.zeros((2, 60, 6), np.int8)),
     ],

@@ -1,6 +1,7 @@
 """Plans: how much each layer keeps, by batch size."""
 
 import dataclasses
+import json
 import math
 
 import jax
@@ -112,8 +113,21 @@ def test_tables_are_for_one_model():
         TABLE.for_batch(1, other)
 
 
+def test_a_table_may_keep_another_layer_dense():
+    other = dataclasses.replace(TABLE, dense_layers=(1,))
+    assert other.for_batch(1, CONFIG).groups == (2, None, 2)
+    assert other.for_batch(1, CONFIG, 0.75).groups == (3, None, 3)
+
+
 def test_tables_survive_json():
-    assert pj.PlanTable.from_json(TABLE.to_json()) == TABLE
+    for table in (TABLE, dataclasses.replace(TABLE, dense_layers=(1, 2))):
+        assert pj.PlanTable.from_json(json.loads(json.dumps(table.to_json()))) == table
+
+
+def test_a_table_of_before_dense_layers_keeps_the_first_one():
+    data = TABLE.to_json()
+    del data["dense_layers"]
+    assert pj.PlanTable.from_json(data) == TABLE
 
 
 @pytest.mark.parametrize(
@@ -124,6 +138,8 @@ def test_tables_survive_json():
         ({"batch_sizes": (0, 2, 8)}, "increasing batch sizes"),
         ({"recall": ()}, "one plan each"),
         ({"head_density": 0}, "plan table: a density is a fraction"),
+        ({"dense_layers": (L,)}, rf"layers dense that there are not; got \({L},\), expected numbers from 0"),
+        ({"dense_layers": (-1,)}, "layers dense that there are not"),
         ({"neurons": ((4, 5), (8, 9), (16, 16))}, "different numbers of layers"),
     ],
 )
@@ -138,6 +154,7 @@ def test_tables_that_cannot_be(changes, named):
         lambda data: data.pop("neurons"),
         lambda data: data.update(neurons=3),
         lambda data: data.update(batch_sizes=None),
+        lambda data: data.update(dense_layers=0),
         lambda data: data.update(unknown=1),
     ],
 )

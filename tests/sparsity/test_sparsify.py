@@ -167,7 +167,7 @@ def test_the_verbs_one_by_one(bundled, text, tmp_path, capsys):
     model, acts = tmp_path / "model", tmp_path / "acts"
     shutil.copytree(bundled, model)
     code, out, _ = run(capsys, "collect", model, "--text", text, "--to", acts, *SHORT)
-    assert code == 0 and "64 windows of 64 tokens; recording 16.5 MB of activations (4,096 tokens)" in out
+    assert code == 0 and "64 windows of 64 tokens; recording 16.6 MB of activations (4,096 tokens)" in out
     code, _, error = run(capsys, "calibrate", model, "--activations", acts)
     assert code == 2 and "the model has no routers yet" in error
     code, out, _ = run(capsys, "train-routers", model, "--activations", acts, *QUICK, "--json")
@@ -187,20 +187,25 @@ def test_sparsify_in_one_go_and_what_it_refuses(bundled, text, tmp_path, capsys)
     code, _, error = run(capsys, "sparsify", model, "--text", text, *SHORT, *QUICK)
     assert code == 2 and "too short to calibrate; got 384 validation tokens" in error
     code, _, error = run(capsys, "sparsify", model, "--text", text, *SHORT, *QUICK, "--max-gb", "0.001")
-    assert code == 2 and "got 0.0165 GB for 4,096 tokens, expected at most 0.001 GB" in error
+    assert code == 2 and "got 0.0166 GB for 4,096 tokens, expected at most 0.001 GB" in error
     code, _, error = run(capsys, "sparsify", model, "--text", text, *SHORT, "--head-density", "0")
     assert code == 2 and "head density: a density is a fraction" in error
     code, _, error = run(capsys, "sparsify", model, "--text", text, *SHORT, "--epochs", "0")
     assert code == 2 and "max_epochs is not usable" in error
     assert sorted(path.name for path in model.rglob("*")) == before
-    code, out, _ = run(
-        capsys, "sparsify", model, "--text", text, *SHORT, *QUICK, "--max-batch", "2", "--json"
-    )
-    result = json.loads(out)
-    assert code == 0 and result["tokens"] == 4096 and len(result["recall"]) == 2
-    bundle = pj.load(model)
-    assert bundle.plans == pj.PlanTable.from_json(result["plans"])
-    assert bundle.sparsity(2).plan.groups == (None, 4, 4, 4, 4, 4)
+    for wrong in (("--head-objective", "mse"), ("--dense-attention", "last")):
+        code, _, error = run(capsys, "sparsify", model, "--text", text, *SHORT, *wrong)
+        assert code == 2 and f"got {wrong[1]}, expected" in error
+    wanted = ("--head-objective", "norms", "--dense-attention", "important")
+    for options, groups in (((), (None, 4, 4, 4, 4, 4)), (wanted, (4, None, 4, 4, 4, 4))):
+        words = (*SHORT, *QUICK, "--max-batch", "2", "--json", *options)
+        code, out, _ = run(capsys, "sparsify", model, "--text", text, *words)
+        result = json.loads(out)
+        assert code == 0 and result["tokens"] == 4096 and len(result["recall"]) == 2
+        assert max(result["attention_importance"]) == result["attention_importance"][1]
+        bundle = pj.load(model)
+        assert bundle.plans == pj.PlanTable.from_json(result["plans"])
+        assert bundle.sparsity(2).plan.groups == groups
 
 
 def test_activations_of_another_training_are_refused(bundled, tmp_path, capsys):

@@ -62,13 +62,16 @@ def test_a_group_that_gives_nothing_has_norm_zero():
     assert (np.asarray(taps.norms[1][0, : tokens.shape[1], 0]) > 0).all()
 
 
-@pytest.mark.parametrize("kept", ["inputs", "activity", "norms"])
+TAPS = ("inputs", "activity", "norms", "change")
+
+
+@pytest.mark.parametrize("kept", TAPS)
 def test_only_what_is_asked_for_is_kept(kept):
-    spec = TapSpec(**{name: name == kept for name in ("inputs", "activity", "norms")})
+    spec = TapSpec(**{name: name == kept for name in TAPS})
     model, batch = zoo.model("opt"), zoo.batch()
     _, taps = zoo.jit(pj.forward, static_argnames="taps")(model, *batch, taps=spec)
     assert taps is not None
-    lengths = {name: len(getattr(taps, name)) for name in ("inputs", "activity", "norms")}
+    lengths = {name: len(getattr(taps, name)) for name in TAPS}
     assert lengths == {name: model.config.num_layers * (name == kept) for name in lengths}
 
 

@@ -9,10 +9,12 @@ import pytest
 
 import polarjax as pj
 from polarjax.sparsity import train_routers
+from polarjax.sparsity.best import Best
 from polarjax.sparsity.feed import Feed
 from polarjax.sparsity.router import init_routers
+from polarjax.sparsity.select import top_mask
 from polarjax.sparsity.tasks import GroupTask, NeuronTask, count, loss, weights_of
-from polarjax.sparsity.train import Best, TrainOptions, fit
+from polarjax.sparsity.train import TrainOptions, fit
 from tests.sparsity import planted
 from tests.tolerances import assert_close
 
@@ -62,6 +64,11 @@ def test_what_is_reported_is_what_the_routers_do():
         pairs = zip(np.asarray(routers.group_scores(layer, x)), activations.norms[layer, rows], strict=True)
         shared = [len(best(scores) & best(norms)) / 2 for scores, norms in pairs]
         assert report.groups.selected[layer] == pytest.approx(np.mean(shared))
+        pairs = zip(np.asarray(routers.group_scores(layer, x)), activations.norms[layer, rows], strict=True)
+        worth = [[sum(norms[i] ** 2 for i in best(by)) for by in (scores, norms)] for scores, norms in pairs]
+        kept, most = np.sum(worth, 0)
+        assert report.groups.captured[layer] == pytest.approx(kept / most, rel=1e-5)
+        assert report.neurons.captured[layer] == report.neurons.recall[layer]
 
 
 def test_shuffled_records_are_not_learnt():
@@ -95,11 +102,12 @@ def test_the_same_key_gives_the_same_routers():
 
 
 def test_each_layer_keeps_its_own_best_and_stops_by_itself():
-    options = TrainOptions(patience=2, good_enough=0.9)
     history = [[0.5, 0.2, 0.95], [0.4, 0.3, 0.99], [0.3, 0.4, 0.1], [0.8, 0.5, 1.0]]
     best = Best.start({"w": jnp.zeros((3, 1))})
     for epoch, measured in enumerate(history, 1):
-        best = best.update({"w": jnp.full((3, 1), float(epoch))}, np.array(measured), epoch, options)
+        best = best.update(
+            {"w": jnp.full((3, 1), float(epoch))}, np.array(measured), epoch, patience=2, good_enough=0.9
+        )
     assert best.weights["w"].tolist() == [
         [1.0],
         [4.0],
@@ -121,6 +129,62 @@ def test_the_loss_is_the_published_one(task):
     negative = label.mean() + (0.005 if isinstance(task, NeuronTask) else 0.0)
     expected = -(label * np.log(p) + negative * (1 - label) * np.log(1 - p)).mean()
     assert_close(loss(task, weights, x, record), expected, "rounding")
+
+
+def test_the_loss_of_norms_is_the_squared_error_of_their_multiples_of_the_mean():
+    activations, task = planted.activations(64), GroupTask(2, "norms")
+    rows = np.arange(64)
+    weights = {name: leaf[1] + 0.1 for name, leaf in stacked(activations, task).items()}
+    x, record = activations.router_inputs(rows)[1], activations.records("norms", rows)[1]
+    scores = np.asarray(x) @ np.asarray(weights["w_group"]) + np.asarray(weights["b_group"])
+    expected = np.mean((scores - record / record.mean()) ** 2)
+    assert_close(loss(task, weights, x, record), expected, "rounding")
+
+
+def test_one_router_of_norms_serves_every_density():
+    activations = planted.activations()
+    routers, report = trained(activations, dataclasses.replace(QUICK, group_objective="norms"), neurons=False)
+    assert min(report.groups.selected) > 0.95
+    assert report.groups.selected == report.groups.recall == report.groups.precision
+    rows = activations.rows("validation")
+    for layer in range(activations.config.num_layers):
+        scores = routers.group_scores(layer, jnp.asarray(activations.router_inputs(rows)[layer]))
+        for kept in (1, 3):  # it was measured with 2
+            found = np.asarray(
+                top_mask(scores, kept) & top_mask(jnp.asarray(activations.norms[layer, rows]), kept)
+            )
+            assert found.sum() > 0.95 * kept * len(rows)
+
+
+def lost(routers, activations, kept=1) -> float:
+    """The share of the squared norms that the routers' selection loses on the validation tokens."""
+    rows, losses = activations.rows("validation"), []
+    for layer in range(activations.config.num_layers):
+        scores = routers.group_scores(layer, jnp.asarray(activations.router_inputs(rows)[layer]))
+        energy = activations.norms[layer, rows] ** 2
+        losses.append(1 - (energy * top_mask(scores, kept)).sum() / energy.sum())
+    return float(np.mean(losses))
+
+
+def test_norms_are_worth_more_than_ranks_where_a_rare_group_is_large():
+    """Group 0 is the largest at 70 % of the tokens, just; group 1 at 30 %, by far, and nothing tells when."""
+    activations = planted.activations()
+    large = np.random.default_rng(3).random(activations.num_tokens) < 0.3
+    norms = np.full_like(activations.norms, 0.1)
+    norms[..., 0], norms[..., 1] = 1.0, np.where(large, 5.0, 0.9)
+    activations = dataclasses.replace(activations, norms=norms)
+    options = dataclasses.replace(QUICK, max_epochs=8)
+    top, _ = trained(activations, options, neurons=False, head_density=0.25)
+    valued, _ = trained(
+        activations, dataclasses.replace(options, group_objective="norms"), neurons=False, head_density=0.25
+    )
+    assert lost(top, activations) > 0.8
+    assert lost(valued, activations) < 0.2
+
+
+def test_an_objective_that_there_is_not_is_refused():
+    with pytest.raises(pj.InputError, match=r"no such objective; got mse, expected top \| norms"):
+        TrainOptions(group_objective="mse")
 
 
 def test_padding_rows_do_not_count():
