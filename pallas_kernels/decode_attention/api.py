@@ -22,18 +22,31 @@ def sparse_decode_attention(
     """softmax(scale · q·kᵀ)·v over positions [max(0, length - window), length) of the selected groups' cache.
 
     The G query heads of a group share its keys and values. `group_index` names the groups to compute in each
-    sequence, in any order; -1 is an absent entry, a repeated one counts once, and None means every group.
-    Groups that are not named come out as exact zeros, as does a sequence of length 0; neither their cache nor
-    positions outside the range influence the result, whatever they hold. Lengths above S count as S.
+    sequence, in any order; an entry outside [0, K), -1 by convention, is absent, a repeated one counts once, and
+    None means every group. Groups that are not named come out as exact zeros, as does a sequence of length 0;
+    neither their cache nor positions outside the range influence the result, whatever they hold. Lengths above S
+    count as S, negative ones as 0.
 
-    `implementation`: "mosaic" (Pallas, Hopper GPUs), "xla" (anywhere), or None for the best one available.
-    The result has q's dtype; products are accumulated, and the softmax is computed, in float32.
+    Args:
+      q, k, v: queries of the new tokens and the cache, of one floating dtype, which the result has. Products are
+        accumulated, and the softmax is computed, in float32.
+      lengths: positions of each sequence that are filled, the new token's among them; any signed integers.
+      group_index: any signed integers, or None.
+      scale: a positive Python number, for instance H ** -0.5.
+      window: the last positions that count; None for all.
+      implementation: "mosaic" (Pallas, Hopper GPUs; bfloat16 and float16, no derivative), "xla" (anywhere), or
+        None for the best one that can do the call; `record_backends` tells which that was.
 
-    Raises ValueError for shapes, dtypes or values that don't fit, NotImplementedError when the named
-    implementation can't do the call.
+    Raises:
+      ValueError: shapes, dtypes or values that don't fit.
+      NotImplementedError: the named implementation can't do the call.
     """
+    q, k, v, lengths = (jnp.asarray(x) for x in (q, k, v, lengths))
+    group_index = None if group_index is None else jnp.asarray(group_index)
     _validate(q, k, v, lengths, group_index, scale, window)
     call = {"scale": float(scale), "window": window}
+    lengths = lengths.astype(jnp.int32)  # a narrow dtype may not hold S
+    group_index = None if group_index is None else group_index.astype(jnp.int32)
     operands = (q, k, v, lengths, group_index)
     backends = {
         "mosaic": lambda device: mosaic.sparse_decode_attention(*operands, device=device, **call),
@@ -43,11 +56,13 @@ def sparse_decode_attention(
 
 
 def _validate(q, k, v, lengths, group_index, scale, window) -> None:
-    if q.ndim != 4:
-        _fail("q must be [B K G H]", q.shape, "4 axes")
+    if q.ndim != 4 or 0 in q.shape:
+        _fail("q must be [B K G H]", q.shape, "4 axes, none empty")
     batch, groups, _, width = q.shape
     if k.ndim != 4 or (k.shape[0], k.shape[1], k.shape[3]) != (batch, groups, width):
         _fail("k must be [B K S H] like q", k.shape, (batch, groups, "S", width))
+    if k.shape[2] == 0:
+        _fail("the cache must have room", k.shape, "S > 0")
     if v.shape != k.shape:
         _fail("v must have k's shape", v.shape, k.shape)
     if not (q.dtype == k.dtype == v.dtype) or not jnp.issubdtype(q.dtype, jnp.floating):
@@ -60,9 +75,9 @@ def _validate(q, k, v, lengths, group_index, scale, window) -> None:
         if not jnp.issubdtype(group_index.dtype, jnp.signedinteger):
             _fail("group_index must be signed integers", group_index.dtype, "int32")
     if not isinstance(scale, int | float) or not scale > 0 or scale == float("inf"):
-        _fail("scale must be a positive Python number", scale, "for instance H ** -0.5")
+        _fail("scale must be a positive Python number", repr(scale), "for instance H ** -0.5")
     if window is not None and (not isinstance(window, int) or isinstance(window, bool) or window < 1):
-        _fail("window must be a positive int or None", window, "positions")
+        _fail("window must be a positive int or None", repr(window), "positions")
 
 
 def _fail(what: str, got: object, expected: object) -> None:

@@ -15,15 +15,23 @@ def select_top_k(
 ) -> Int[Array, "*B k"]:
     """Indices of the k largest scores, ascending, int32; among equal scores the lower index wins.
 
-    shared=True: one index [k] for the batch, by the sum over B of max(score, 0) in float32.
-    shared=False: [B k], the k largest of every row. NaN counts as the smallest value.
+    -0 equals +0; NaN counts as -inf. The same call gives the same indices whichever implementation runs, as far
+    as sums over B are the same: these are taken in float32, in no order that is promised.
 
-    `implementation`: "mosaic" (Pallas, Hopper GPUs), "xla" (anywhere), or None for the best one available.
+    Args:
+      scores: of any floating dtype; compared in float32.
+      k: a Python int from 1 to n.
+      shared: True for one index [k] for the batch, by the sum over B of max(score, 0), where a NaN makes the sum
+        NaN; False for [B k], the k largest of every row.
+      implementation: "mosaic" (Pallas, Hopper GPUs; rows of up to 36,864 entries), "xla" (anywhere), or None for
+        the best one that can do the call; `record_backends` tells which that was.
 
-    Raises ValueError for shapes, dtypes or a k that don't fit, NotImplementedError when the named
-    implementation can't do the call.
+    Raises:
+      ValueError: shapes, dtypes or a k that don't fit.
+      NotImplementedError: the named implementation can't do the call.
     """
-    _validate(scores, k)
+    scores = jnp.asarray(scores)
+    _validate(scores, k, shared)
     backends = {
         "mosaic": lambda device: mosaic.select_top_k(scores, k, shared=shared, device=device),
         "xla": lambda device: xla.select_top_k(scores, k, shared=shared),
@@ -31,13 +39,15 @@ def select_top_k(
     return dispatch(OP, implementation, backends, scores)
 
 
-def _validate(scores: jax.Array, k: int) -> None:
-    if scores.ndim != 2 or scores.shape[0] < 1:
-        _fail("scores must be [B n] with B > 0", list(scores.shape), "2 axes")
+def _validate(scores: jax.Array, k: int, shared: bool) -> None:
+    if scores.ndim != 2 or 0 in scores.shape:
+        _fail("scores must be [B n]", list(scores.shape), "2 axes, none empty")
     if not jnp.issubdtype(scores.dtype, jnp.floating):
         _fail("scores must be floating", scores.dtype, "a floating dtype")
     if not isinstance(k, int) or isinstance(k, bool) or not 1 <= k <= scores.shape[1]:
-        _fail("k must be a Python int from 1 to n", k, f"1..{scores.shape[1]}")
+        _fail("k must be a Python int from 1 to n", repr(k), f"1..{scores.shape[1]}")
+    if not isinstance(shared, bool):
+        _fail("shared must be a Python bool", repr(shared), "True or False")
 
 
 def _fail(what: str, got: object, expected: object) -> None:

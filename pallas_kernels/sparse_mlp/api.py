@@ -30,15 +30,26 @@ def sparse_mlp(
     is absent and contributes exact zeros; a neuron counts as often as it is named. Rows that are not named
     have no influence, whatever they hold; therefore no density falls through to the dense products, where
     0 · NaN of a row of w_down would: to compute a layer densely is the caller's choice.
-    `activation`: "relu", "silu" or "gelu" (the exact one).
 
-    `implementation`: "mosaic" (Pallas, Hopper GPUs), "xla" (anywhere), or None for the best one available.
-    The result has x's dtype; products are accumulated in float32, hidden values are rounded to x's dtype.
+    Args:
+      x: any floating dtype, which the result has. Products are accumulated in float32, hidden values are rounded
+        to x's dtype.
+      w_up, w_down, w_gate: neuron-major, row j is neuron j's, in one floating dtype.
+      index: any signed integers.
+      b_up, b_gate: floating; b_gate goes with w_gate alone.
+      activation: "relu", "silu" or "gelu" (the exact one).
+      implementation: "mosaic" (Pallas, Hopper GPUs; bfloat16 and float16, D in steps of 128, no "gelu", no
+        derivative), "xla" (anywhere), or None for the best one that can do the call; `record_backends` tells which
+        that was.
 
-    Raises ValueError for shapes, dtypes or names that don't fit, NotImplementedError when the named
-    implementation can't do the call.
+    Raises:
+      ValueError: shapes, dtypes or names that don't fit.
+      NotImplementedError: the named implementation can't do the call.
     """
+    x, w_up, w_down, index = (jnp.asarray(a) for a in (x, w_up, w_down, index))
+    w_gate, b_up, b_gate = (None if a is None else jnp.asarray(a) for a in (w_gate, b_up, b_gate))
     _validate(x, w_up, w_down, index, (w_gate, b_up, b_gate), activation)
+    index = index.astype(jnp.int32)  # a narrow dtype may not hold F
     optional = {"w_gate": w_gate, "b_up": b_up, "b_gate": b_gate}
     weights = {"w_up": w_up, "w_down": w_down} | {n: a for n, a in optional.items() if a is not None}
 

@@ -105,6 +105,17 @@ def test_xla(check, dtype):
     assert_right(check, jax.jit(call)(**operands(check)))
 
 
+@pytest.mark.parametrize("dtype", ["int8", "int64"])
+def test_indices_of_any_width_and_numpy_arrays(dtype):
+    """More neurons than int8 has numbers."""
+    check = Check(num_neurons=300, d_model=128, selected=20, batch=5, dtype="float32")
+    given = {name: np.asarray(value) for name, value in operands(check).items()}
+    low = np.where(np.arange(20) % 3, np.nonzero(np.isfinite(given["w_up"][:, 0]))[0][0], -1)
+    given["index"] = low.astype(dtype)
+    want = reference.reference(**given | {"index": jnp.asarray(low, jnp.int32)}, activation="relu")
+    assert_close(sparse_mlp(**given), want, "kernel", "float32")
+
+
 @pytest.mark.parametrize("check", CHECKS, ids=case_name)
 def test_kernel_interpreted(check):
     interpreter.reset_gpu_interpret_mode_state()
