@@ -94,9 +94,9 @@ def convert_checkpoint(
     used = [tensors[step.source] for step in plan.steps]
     wanted = parameter_dtype(dtype, used, source)
     largest = max(tensor.num_bytes for tensor in used)
-    with new_model(
-        target, config, model_type=family.model_type, overwrite=overwrite, largest=largest
-    ) as writer:
+    num_bytes = sum(tensor.num_bytes // tensor.dtype.itemsize * wanted.itemsize for tensor in used)
+    options = {"model_type": family.model_type, "overwrite": overwrite}
+    with new_model(target, config, **options, largest=largest, num_bytes=num_bytes) as writer:
         _check_equal(plan, tensors)
         source_config = read_json(source / CONFIG)
         write_json(writer.folder / SOURCE_CONFIG, source_config)

@@ -86,7 +86,8 @@ def export_checkpoint(
     family, data = hf_config(source)
     steps = list(expected_tensors(family, source.config).values())
     shards = _shards(steps, source, shard_bytes)
-    with atomic_folder(target, overwrite=overwrite, may_replace=is_hf_export) as folder:
+    options = {"overwrite": overwrite, "may_replace": is_hf_export, "num_bytes": source.num_bytes()}
+    with atomic_folder(target, **options) as folder:
         source.verify()
         with counter(progress, source.num_bytes(), "exporting") as advance:
             for name, part in shards.items():

@@ -6,6 +6,8 @@ Orbax's current format has no checksum over uncompressed array data, so the reco
 import contextlib
 import glob
 import hashlib
+import os
+import re
 import tempfile
 from collections.abc import Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -18,6 +20,7 @@ from orbax.checkpoint.experimental import v1 as ocp
 
 from polarjax.errors import CheckpointError
 from polarjax.memory import ran_out
+from polarjax.quiet import quiet_threads
 from polarjax.types import Array, DTypeLike
 
 type Record = dict[str, Any]  # {"arrays": {name: {"shape", "dtype"}}, "files": {path: {"bytes", "sha256"}}}
@@ -25,6 +28,7 @@ type Record = dict[str, Any]  # {"arrays": {name: {"shape", "dtype"}}, "files": 
 BATCH_BYTES = 1 << 26  # small arrays are written together, up to this many bytes
 CHUNK_BYTES = 1 << 26  # the unit in which a shard of a large array can be read back
 _THREADS = 8
+_ROOM = "make room, or choose a folder that can be written"
 _LARGE = 1 << 20  # smaller files are hashed at the end: some are written again by then
 
 
@@ -70,7 +74,7 @@ class ArrayWriter:
         self._wait()
         known = {identity: digest.result() for identity, digest in self._digests.items()}
         self.stop()
-        with _orbax("cannot write the arrays", self._folder), _plain(self._folder) as path:
+        with self._writing() as path:
             ocp.partial.finalize(path)
         return {"arrays": self._arrays, "files": _digests(self._folder, _files(self._folder), known=known)}
 
@@ -92,12 +96,26 @@ class ArrayWriter:
             written.result()
 
     def _save(self, batch: dict[str, np.ndarray]) -> None:
-        with _orbax("cannot write the arrays", self._folder), _plain(self._folder) as path, _context():
+        with self._writing() as path, _context():
             ocp.partial.save(path, batch)
         batch.clear()
         for file in self._folder.parent.glob(f"{glob.escape(self._folder.name)}*/**/*"):
             if file.is_file() and file.stat().st_size >= _LARGE and _identity(file) not in self._digests:
                 self._digests[_identity(file)] = self._hasher.submit(_digest, file)
+
+    @contextlib.contextmanager
+    def _writing(self) -> Iterator[str]:
+        with (
+            _orbax("cannot write the arrays", self._folder, _ROOM),
+            quiet_threads(),
+            _plain(self._folder) as path,
+        ):
+            try:
+                yield path
+            except (ValueError, RuntimeError) as error:
+                if refused := re.search(r"os_error_code='(\d+)'", str(error)):
+                    raise OSError(int(refused[1]), os.strerror(int(refused[1]))) from error
+                raise
 
 
 def read_arrays(

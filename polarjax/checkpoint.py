@@ -149,6 +149,7 @@ def new_model(
     model_type: str | None = None,
     overwrite: bool = False,
     largest: int = 0,
+    num_bytes: int = 0,
 ) -> Iterator[ModelWriter]:
     """Makes a model directory that appears at `path` only when the block ends without an exception.
 
@@ -158,11 +159,13 @@ def new_model(
       model_type: the HuggingFace family it comes from.
       overwrite: whether an existing model directory is replaced.
       largest: bytes of the largest parameter, if known; that much is gathered before it is written.
+      num_bytes: of all parameters, if known; the disk must have room for so many.
 
     Raises:
       CheckpointError: `path` exists, the disk refuses, or a parameter is missing, unknown or mis-shaped.
     """
-    with atomic_folder(absolute(path), overwrite=overwrite, may_replace=is_model_directory) as folder:
+    options = {"overwrite": overwrite, "may_replace": is_model_directory, "num_bytes": num_bytes}
+    with atomic_folder(absolute(path), **options) as folder:
         writer = ModelWriter(folder, config, model_type=model_type, batch_bytes=max(largest, BATCH_BYTES))
         try:
             yield writer

@@ -19,7 +19,11 @@ _LOCK = ".lock"
 
 @contextlib.contextmanager
 def atomic_folder(
-    path: Path, *, overwrite: bool = False, may_replace: Callable[[Path], bool] | None = None
+    path: Path,
+    *,
+    overwrite: bool = False,
+    may_replace: Callable[[Path], bool] | None = None,
+    num_bytes: int = 0,
 ) -> Iterator[Path]:
     """Yields a temporary sibling folder that becomes `path` when the block ends, and is removed if it raises.
 
@@ -30,15 +34,17 @@ def atomic_folder(
       path: the folder to make; its parents are made too.
       overwrite: whether an existing `path` may be replaced.
       may_replace: whether what exists at `path` is of the kind that may be replaced; asked only with `overwrite`.
+      num_bytes: that the files will have at least, if known; the disk must have room for so many.
 
     Raises:
-      CheckpointError: `path` exists and must not be replaced, or the disk refuses.
+      CheckpointError: `path` exists and must not be replaced, or the disk refuses or has too little room.
     """
     path = absolute(path)
     _check_free(path, overwrite, may_replace)
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
         remove_stale(path)
+        _check_room(path, num_bytes)
+        path.parent.mkdir(parents=True, exist_ok=True)
         temporary = _sibling(path)
         temporary.mkdir()
     except OSError as error:
@@ -143,6 +149,16 @@ def _check_free(path: Path, overwrite: bool, may_replace: Callable[[Path], bool]
             "overwriting is refused: this was not written by polarjax",
             where=path,
             mend="choose another folder",
+        )
+
+
+def _check_room(path: Path, num_bytes: int) -> None:
+    free = shutil.disk_usage(next(each for each in path.parents if each.exists())).free
+    if free < num_bytes:
+        got, expected = f"{free / 1e9:,.2f} GB", f"at least {num_bytes / 1e9:,.2f} GB"
+        mend = "make room, or choose a folder on another disk"
+        raise CheckpointError(
+            "the disk has too little room", where=path, got=got, expected=expected, mend=mend
         )
 
 

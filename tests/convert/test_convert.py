@@ -319,7 +319,7 @@ def test_file_size_limit(folders, tmp_path):
         from checkpoints_convert import convert_checkpoint
         import polarjax
         signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
-        resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, 20_000))
+        resource.setrlimit(resource.RLIMIT_FSIZE, (8_000, 8_000))
         try:
             convert_checkpoint(*sys.argv[1:])
         except polarjax.CheckpointError as error:

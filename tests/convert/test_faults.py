@@ -4,6 +4,7 @@ Here are the tests of whole conversions; those of one reader lie beside the read
 """
 
 import ast
+import collections
 import json
 import os
 import resource
@@ -17,7 +18,7 @@ import pytest
 from safetensors.numpy import load_file, save_file
 
 import polarjax as pj
-from checkpoints_convert import config_from_hf, convert_checkpoint
+from checkpoints_convert import config_from_hf, convert_checkpoint, export_checkpoint
 from checkpoints_convert.weights_io import INDEX, SINGLE, TORCH_INDEX
 from polarjax.model import parameters
 from tests.convert import hf_models
@@ -111,6 +112,7 @@ FAULTS = {
         "convert/test_convert.py::test_source_is_untouched",
         "convert/test_export.py::test_an_interruption_leaves_nothing",
         "convert/test_faults.py::test_fault_25_a_disk_that_fills_up_at_any_point",
+        "convert/test_faults.py::test_fault_25_a_disk_without_room_is_refused_before_any_work",
     ],
     "26 outputs": [
         "convert/test_convert.py::test_output_exists",
@@ -290,14 +292,40 @@ FULL = """if True:
 def test_fault_25_a_disk_that_fills_up_at_any_point(plain, tmp_path):
     """No file may grow beyond so many bytes: one line each time, nothing left; with room again it succeeds."""
     assert resource.getrlimit(resource.RLIMIT_FSIZE)[1] == resource.RLIM_INFINITY
-    sizes = ["0", "100", "300", "1000", "20000", "40000"]
+    sizes = [
+        "0",
+        "100",
+        "300",
+        "1000",
+        "4000",
+        "8000",
+    ]  # the smallest of the large files always has 8860 bytes
     command = [sys.executable, "-c", FULL, plain["opt"], tmp_path / "out", *sizes]
-    done = subprocess.run(command, check=True, capture_output=True, text=True)
+    done = subprocess.run(command, check=False, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-2000:]
     *refusals, last = done.stdout.splitlines()
     assert [line.split()[0] for line in refusals] == sizes, done.stdout
-    assert all("cannot" in line for line in refusals)
+    assert all("cannot write here; got File too large. Mend: make room" in line for line in refusals)
+    assert done.stderr == "", "nothing of what orbax has to say about it"
     assert last == "52 tensors"
     assert [path.name for path in tmp_path.iterdir()] == ["out"]
+
+
+@pytest.mark.parametrize("place", ["out", "new/out"])
+def test_fault_25_a_disk_without_room_is_refused_before_any_work(plain, tmp_path, monkeypatch, place):
+    disk = collections.namedtuple("disk", "free")
+    done = convert_checkpoint(plain["opt"], tmp_path / "model")
+    monkeypatch.setattr("shutil.disk_usage", lambda _: disk(done.num_bytes - 1))
+    with refuses(
+        pj.CheckpointError, "out: the disk has too little room; got 0.00 GB, expected at least 0.00 GB"
+    ):
+        convert_checkpoint(plain["opt"], tmp_path / place)
+    with refuses(pj.CheckpointError, "too little room"):
+        export_checkpoint(tmp_path / "model", tmp_path / place)
+    with refuses(pj.CheckpointError, "too little room"):
+        convert_checkpoint(plain["opt"], tmp_path / "model", overwrite=True)
+    assert [path.name for path in tmp_path.iterdir()] == ["model"]
+    assert convert_checkpoint(plain["opt"], tmp_path / place, dtype="bfloat16").dtype == "bfloat16"
 
 
 def test_fault_27_a_byte_of_a_converted_model_flips(plain, tmp_path):
