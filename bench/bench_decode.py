@@ -151,12 +151,6 @@ def filled_cache(config: pj.ModelConfig, batch: int, capacity: int) -> pj.KVCach
     return pj.KVCache(draw(0), draw(1), jnp.full((batch,), capacity - STEPS, jnp.int32))
 
 
-@functools.partial(
-    jax.jit,
-    static_argnames=("implementation",),
-    donate_argnames=("cache",),
-    compiler_options=pj.OVERLAP,
-)
 def _steps(model, token, cache, sparsity, start, *, implementation=None):
     """STEPS greedy steps from position `start`."""
 
@@ -168,14 +162,27 @@ def _steps(model, token, cache, sparsity, start, *, implementation=None):
     return jax.lax.scan(one, (token, cache), None, length=STEPS)[0]
 
 
-def seconds_per_step(model, cache: pj.KVCache, sparsity, **options) -> tuple[float, float, pj.KVCache]:
+def compiled(shape: DecodeShape, batch: int, sparsity: Sparsity | None, options: dict[str, Any]) -> Any:
+    """The loop of STEPS steps, from shapes alone, as `generate` compiles its own."""
+    config, tokens = shape.config, jax.ShapeDtypeStruct((batch,), jnp.int32)
+    cache = jax.eval_shape(
+        lambda: pj.init_cache(config, batch_size=batch, capacity=shape.cache, dtype=jnp.bfloat16)
+    )
+    loop = jax.jit(
+        functools.partial(_steps, **options), donate_argnames=("cache",), compiler_options=pj.OVERLAP
+    )
+    sparsity = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype), sparsity)
+    return loop.lower(abstract(config, jnp.bfloat16), tokens, cache, sparsity, tokens).compile()
+
+
+def seconds_per_step(loop, model, cache: pj.KVCache, sparsity) -> tuple[float, float, pj.KVCache]:
     """Median and spread of a step's time, and the cache, which the loop takes and gives back."""
     batch = cache.length.shape[0]
     token, start = jnp.zeros((batch,), jnp.int32), jnp.array(cache.length)
     times = []
     for repeat in range(6):
         started = time.perf_counter()
-        last, cache = _steps(model, token, cache, sparsity, start, **options)
+        last, cache = loop(model, token, cache, sparsity, jnp.array(start))
         jax.block_until_ready(last)
         if repeat:
             times.append((time.perf_counter() - started) / STEPS)
@@ -202,19 +209,21 @@ def table(names: list[str], seconds: float) -> tuple[list[dict[str, Any]], dict[
     print(head, flush=True)
     for name in names:
         shape = SHAPES[name]
-        config = shape.config
-        model, made = random_model(config), routers(config)
-        for batch in shape.batches:
-            cache, dense = filled_cache(config, batch, shape.cache), None
-            for kind, sparsity, options in kinds(shape, batch, made):
+        made = routers(shape.config)
+        todo = [(batch, *kind) for batch in shape.batches for kind in kinds(shape, batch, made)]
+        with ThreadPoolExecutor(8) as pool:
+            jobs = [pool.submit(compiled, shape, batch, sparsity, more) for batch, _, sparsity, more in todo]
+        model = random_model(shape.config)
+        for batch, of in itertools.groupby(zip(todo, jobs, strict=True), key=lambda each: each[0][0]):
+            cache, dense = filled_cache(shape.config, batch, shape.cache), None
+            for (_, kind, sparsity, _), job in of:
                 if time.monotonic() > deadline:
                     print("out of time", flush=True)
                     return rows, head
-                began = time.monotonic()
-                median, spread, cache = seconds_per_step(model, cache, sparsity, **options)
+                median, spread, cache = seconds_per_step(job.result(), model, cache, sparsity)
                 dense = dense or median
                 moved = costs.decode_bytes(
-                    config,
+                    shape.config,
                     batch_size=batch,
                     cache_length=shape.cache - STEPS // 2,
                     plan=sparsity and sparsity.plan,
@@ -231,7 +240,7 @@ def table(names: list[str], seconds: float) -> tuple[list[dict[str, Any]], dict[
                         "pct_of_floor": 100 * moved / peak / median,
                     }
                 )
-                print(rows[-1], f"{time.monotonic() - began:.1f} s", flush=True)
+                print(rows[-1], flush=True)
             del cache
         del model, made
     return rows, head

@@ -10,8 +10,11 @@ Several verbs run one after the other. With the variable OUT set, JSON lines go 
 
 import argparse
 import functools
+import itertools
+import os
 import sys
 from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -24,19 +27,23 @@ from bench.check_decode_attention import LIMIT, Operands, kernel_call, run_check
 from bench.workloads import MODELS, AttentionCase
 from pallas_kernels import _device
 from pallas_kernels.decode_attention import reference
-from pallas_kernels.decode_attention.tiles import Problem, Tiles, heuristic
+from pallas_kernels.decode_attention.tiles import Problem, Tiles, heuristic, search_space
 
-SWEEP = ("64x3", "64x2", "128x3")
+SWEEP = ("128x2s1", "64x2s1", "64x3s1", "128x2s2", "64x2s2", "128x2s4", "64x2s4", "128x2s8", "64x2s8")
 SWEEP_CASES = (
-    ("opt-6.7b", 16, 1920, (1.0, 0.3)),
-    ("llama-3.1-8b", 16, 8192, (1.0, 0.3)),
+    ("opt-6.7b", 16, 1920, (1.0, 0.5, 0.3)),
     ("opt-66b", 64, 1920, (1.0, 0.3)),
-    ("llama-3.1-8b", 1, 8192, (1.0,)),
+    ("llama-2-7b", 16, 3968, (1.0, 0.5, 0.3)),
+    ("llama-3.1-8b", 64, 8192, (1.0, 0.5, 0.3)),
+    ("llama-3.1-8b", 16, 8192, (1.0, 0.3)),
+    ("llama-3.1-8b", 16, 1920, (1.0, 0.3)),
+    ("llama-2-7b", 1, 3968, (1.0, 0.5)),
+    ("llama-3.1-8b", 1, 8192, (1.0, 0.5)),
 )
 
 
-def operand_sets(case: AttentionCase) -> list[Operands]:
-    """Random operands, as many sets as it takes to touch four times the L2."""
+def operand_sets(case: AttentionCase, count: int | None = None) -> list[Operands]:
+    """Random operands, as many sets as it takes to touch four times the L2, or `count`."""
     model, keys = case.model, iter(jax.random.split(jax.random.key(1), 64))
     cache = (case.batch, model.kv_heads, case.cache, model.head_dim)
 
@@ -54,22 +61,28 @@ def operand_sets(case: AttentionCase) -> list[Operands]:
         Operands(q, normal(next(keys), cache), normal(next(keys), cache), lengths, None)
         if case.selected is None
         else Operands(q, normal(next(keys), cache), normal(next(keys), cache), lengths, index(next(keys)))
-        for _ in range(timing.sets_needed(case.cache_bytes))
+        for _ in range(count or timing.sets_needed(case.cache_bytes))
     ]
 
 
+def chain(case: AttentionCase, call: Callable[..., jax.Array], peak: float) -> tuple[Any, int]:
+    """A compiled program of several calls, each on another set of operands, and their number."""
+    calls = max(4, min(16, round(4e-4 / (case.cache_bytes / peak))))
+    count = timing.sets_needed(case.cache_bytes)
+    q, *others = jax.eval_shape(lambda: tuple(vars(operand_sets(case, 1)[0]).values()))
+    return timing.chained(call, calls).lower(q, [tuple(others)] * count).compile(), calls
+
+
 def measure(
-    case: AttentionCase, sets: list[Operands], call: Callable[..., jax.Array], kernel: str, peak: float
+    case: AttentionCase, sets: list[Operands], program: Any, calls: int, kernel: str, peak: float
 ) -> dict[str, Any]:
     """A row of the table; the time is missing when the result is wrong."""
     rows = sorted({0, case.batch // 2, case.batch - 1})
     picked = sets[0].rows(rows)
     oracle = functools.partial(reference.sparse_decode_attention, scale=case.model.head_dim**-0.5)
     want = jax.jit(oracle)(*vars(picked).values())
-    calls = max(4, min(16, round(4e-4 / (case.cache_bytes / peak))))
-    run = timing.chained(call, calls)
     operands = [tuple(vars(s).values())[1:] for s in sets]
-    out = run(sets[0].q, operands)[0][jnp.asarray(rows)].astype(jnp.float32)
+    out = program(sets[0].q, operands)[0][jnp.asarray(rows)].astype(jnp.float32)
     row: dict[str, Any] = {
         "case": str(case),
         "kernel": kernel,
@@ -78,7 +91,7 @@ def measure(
     }
     if row["error"] > LIMIT["bfloat16"]:
         return row | {"wrong": True}
-    seconds, spread = timing.seconds_per_call(lambda: run(sets[0].q, operands), calls)
+    seconds, spread = timing.seconds_per_call(lambda: program(sets[0].q, operands), calls)
     rate = case.cache_bytes / seconds
     return row | {
         "time_us": seconds * 1e6,
@@ -110,27 +123,39 @@ def problem_of(case: AttentionCase) -> Problem:
 
 
 def sweep(peak: float, specs: Sequence[str]) -> list[dict[str, Any]]:
-    """Every configuration on every workload of SWEEP_CASES."""
-    rows = []
-    for name, batch, cache, densities in SWEEP_CASES:
-        dense: dict[str, float] = {}
-        for density in densities:
-            case = AttentionCase(MODELS[name], batch, cache, density)
-            sets = operand_sets(case)
-            for spec in specs:
-                tiles = _tiles(spec, problem_of(case))
-                row = _try(case, sets, kernel_call(case.model.head_dim**-0.5, tiles=tiles), spec, peak)
-                row |= {"block": tiles.block, "stages": tiles.stages, "splits": tiles.splits}
-                if density == 1 and "time_us" in row:
-                    dense[spec] = row["time_us"]
-                _compare(row, dense.get(spec))
-                rows.append(row)
+    """Every configuration that fits on every workload of SWEEP_CASES; compiled side by side, timed one by one."""
+    cases = [
+        AttentionCase(MODELS[name], batch, cache, density)
+        for name, batch, cache, densities in SWEEP_CASES
+        for density in densities
+    ]
+    todo: list[tuple[AttentionCase, str, Tiles]] = []
+    for case in cases:
+        space = set(search_space(problem_of(case), _device.current()))
+        named = ((spec, _tiles(spec, problem_of(case))) for spec in specs)
+        todo += [(case, spec, tiles) for spec, tiles in named if tiles in space]
+    with ThreadPoolExecutor(os.cpu_count()) as pool:
+        jobs = [
+            pool.submit(chain, case, kernel_call(case.model.head_dim**-0.5, tiles=tiles), peak)
+            for case, _, tiles in todo
+        ]
+    rows, dense = [], {}
+    for case, of in itertools.groupby(zip(todo, jobs, strict=True), key=lambda each: each[0][0]):
+        sets = operand_sets(case)
+        for (_, spec, tiles), job in of:
+            row = _try(case, sets, job, spec, peak)
+            row |= {"block": tiles.block, "stages": tiles.stages, "splits": tiles.splits}
+            whole = str(AttentionCase(case.model, case.batch, case.cache, 1.0))
+            if "time_us" in row and str(case) == whole:
+                dense[whole] = min(row["time_us"], dense.get(whole, row["time_us"]))
+            _compare(row, dense.get(whole))
+            rows.append(row)
     return rows
 
 
-def _try(case, sets, call, kernel, peak) -> dict[str, Any]:
+def _try(case, sets, job, kernel, peak) -> dict[str, Any]:
     try:
-        row = measure(case, sets, call, kernel, peak)
+        row = measure(case, sets, *job.result(), kernel, peak)
     except Exception as failure:  # a configuration that fails is a row of the table
         row = {
             "case": str(case),

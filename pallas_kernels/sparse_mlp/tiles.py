@@ -88,7 +88,7 @@ def padded(batch: int) -> int:
 
 
 _CHOICE = {  # by padded batch, for wide rows
-    16: Tiles(batch=16, groups=2, cols=256, stages=6, x_cols=128, x_slots=3, blocks=132),
+    16: Tiles(batch=16, groups=2, cols=256, stages=6, x_cols=128, x_slots=5, blocks=132),
     32: Tiles(batch=32, groups=2, cols=256, stages=5, x_cols=128, x_slots=4, blocks=132),
     64: Tiles(batch=64, groups=2, cols=256, stages=5, x_cols=128, x_slots=3, blocks=132),
     128: Tiles(batch=128, warpgroups=2, groups=2, cols=256, stages=2, x_cols=64, x_slots=5, blocks=132),

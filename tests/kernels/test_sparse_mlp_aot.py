@@ -7,8 +7,8 @@ import jax
 import jax.numpy as jnp
 import pytest
 
-from bench.bench_sparse_mlp import MlpCase
 from bench.check_sparse_mlp import brief
+from bench.mlp_runs import MlpCase
 from bench.workloads import BATCHES, DENSITIES, MODELS
 from pallas_kernels import sparse_mlp
 from pallas_kernels._device import HOPPER
