@@ -4,7 +4,8 @@
 
 writes a LLaMA-shaped bfloat16 checkpoint of about 0.13 GB a layer and 0.26 GB more, then copies, converts and exports
 it, in turns; each time the source is cold (dropped from the page cache) and the result is flushed to the disk. The
-folder is emptied again. Seconds are medians; "of copy" is the time divided by the copy's.
+folder is emptied again. Seconds are medians; "of copy" is the time divided by the copy's, "best" the same of the
+shortest times, which other work on the machine disturbs least; "load" is the machine's while it was measured, and processor seconds are those of all threads.
 """
 
 import argparse
@@ -15,6 +16,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +24,7 @@ from bench import report
 from checkpoints_convert import convert_checkpoint, export_checkpoint
 from tests.convert import big
 
-COLUMNS = ("work", "GB", "seconds", "GB_per_s", "of_copy")
+COLUMNS = ("work", "GB", "seconds", "cpu_seconds", "GB_per_s", "of_copy", "best")
 
 
 def copy(source: Path, target: Path) -> None:
@@ -43,33 +45,36 @@ def chill(folder: Path) -> None:
                 os.posix_fadvise(stream.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
 
 
-def timed(work: Callable[[Path, Path], Any], source: Path, target: Path) -> float:
-    """Seconds of one run from a cold source."""
+def timed(work: Callable[[Path, Path], Any], source: Path, target: Path) -> tuple[float, float]:
+    """Seconds of one run from a cold source, and those of the processor, of all threads."""
     chill(source)
-    started = time.perf_counter()
+    started, used = time.perf_counter(), time.process_time()
     work(source, target)
-    return time.perf_counter() - started
+    return time.perf_counter() - started, time.process_time() - used
 
 
 def measure(folder: Path, layers: int, repeats: int) -> list[dict[str, Any]]:
     """The rows of the table."""
     total, _ = big.write(folder / "hf", layers=layers)
-    seconds: dict[str, list[float]] = {"copy": [], "convert": [], "export": []}
+    runs: dict[str, list[tuple[float, float]]] = {"copy": [], "convert": [], "export": []}
     for _ in range(repeats):
-        seconds["copy"].append(timed(copy, folder / "hf", folder / "copy"))
+        runs["copy"].append(timed(copy, folder / "hf", folder / "copy"))
         shutil.rmtree(folder / "copy")
-        seconds["convert"].append(timed(convert_checkpoint, folder / "hf", folder / "model"))
-        seconds["export"].append(timed(export_checkpoint, folder / "model", folder / "back"))
+        runs["convert"].append(timed(convert_checkpoint, folder / "hf", folder / "model"))
+        runs["export"].append(timed(export_checkpoint, folder / "model", folder / "back"))
         shutil.rmtree(folder / "model")
         shutil.rmtree(folder / "back")
+    seconds = {work: [each for each, _ in pairs] for work, pairs in runs.items()}
     middle = {work: statistics.median(each) for work, each in seconds.items()}
     return [
         {
             "work": work,
             "GB": total / 1e9,
             "seconds": middle[work],
+            "cpu_seconds": statistics.median(used for _, used in runs[work]),
             "GB_per_s": total / 1e9 / middle[work],
             "of_copy": middle[work] / middle["copy"],
+            "best": min(seconds[work]) / min(seconds["copy"]),
             "all_seconds": [round(each, 2) for each in seconds[work]],
         }
         for work in seconds
@@ -88,7 +93,8 @@ def main() -> int:
         rows = measure(Path(folder), args.layers, args.repeats)
     print(report.table(rows, COLUMNS))
     if path := report.results_path("convert.jsonl"):
-        report.append_jsonl(path, rows, report.provenance(cpus=os.cpu_count()))
+        machine = {"cpus": os.cpu_count(), "load": os.getloadavg()[1], "orbax": version("orbax-checkpoint")}
+        report.append_jsonl(path, rows, report.provenance(**machine))
     return 0
 
 
