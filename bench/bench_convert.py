@@ -4,8 +4,8 @@
 
 writes a LLaMA-shaped bfloat16 checkpoint of about 0.13 GB a layer and 0.26 GB more, then copies, converts and exports
 it, in turns; each time the source is cold (dropped from the page cache) and the result is flushed to the disk. The
-folder is emptied again. Seconds are medians; "of copy" is the time divided by the copy's, "best" the same of the
-shortest times, which other work on the machine disturbs least; "load" is the machine's while it was measured, and processor seconds are those of all threads.
+folder is emptied again. Seconds are medians, those of the processor of all threads; "of copy" is the time divided by
+the copy's, "best" the same of the shortest times; "load" is the machine's, other work included.
 """
 
 import argparse
