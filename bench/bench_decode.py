@@ -3,7 +3,8 @@
     python3 -m bench.bench_decode check             greedy tokens of the bundled models, our kernels against XLA
     python3 -m bench.bench_decode table [--models]  published shapes with random weights, dense and sparse
 
-A row's time is that of one step in a compiled loop of many. Its floor is the time that `costs.decode_bytes` would
+A row's time is that of one step in a compiled loop of many. Set XLA_PYTHON_CLIENT_MEM_FRACTION=0.95 for the table:
+the largest cache takes nearly all of an H200. Its floor is the time that `costs.decode_bytes` would
 take at the bandwidth of a copy measured in the same run. With the variable OUT set, JSON lines go into that folder.
 """
 
@@ -162,8 +163,8 @@ def _steps(model, token, cache, sparsity, start, *, implementation=None):
     return jax.lax.scan(one, (token, cache), None, length=STEPS)[0]
 
 
-def compiled(shape: DecodeShape, batch: int, sparsity: Sparsity | None, options: dict[str, Any]) -> Any:
-    """The loop of STEPS steps, from shapes alone, as `generate` compiles its own."""
+def lowered(shape: DecodeShape, batch: int, sparsity: Sparsity | None, options: dict[str, Any]) -> Any:
+    """The loop of STEPS steps, from shapes alone, to be compiled as `generate` compiles its own."""
     config, tokens = shape.config, jax.ShapeDtypeStruct((batch,), jnp.int32)
     cache = jax.eval_shape(
         lambda: pj.init_cache(config, batch_size=batch, capacity=shape.cache, dtype=jnp.bfloat16)
@@ -172,7 +173,7 @@ def compiled(shape: DecodeShape, batch: int, sparsity: Sparsity | None, options:
         functools.partial(_steps, **options), donate_argnames=("cache",), compiler_options=pj.OVERLAP
     )
     sparsity = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype), sparsity)
-    return loop.lower(abstract(config, jnp.bfloat16), tokens, cache, sparsity, tokens).compile()
+    return loop.lower(abstract(config, jnp.bfloat16), tokens, cache, sparsity, tokens)
 
 
 def seconds_per_step(loop, model, cache: pj.KVCache, sparsity) -> tuple[float, float, pj.KVCache]:
@@ -201,25 +202,23 @@ def kinds(
         yield kind, Sparsity(made, shape.plan(batch, neurons=True)), {}
 
 
-def table(names: list[str], seconds: float) -> tuple[list[dict[str, Any]], dict[str, Any]]:
+def table(names: list[str], seconds: float, peak: float) -> Iterator[dict[str, Any]]:
     """One row a case and kind; stops early when the time is over."""
-    deadline, rows = time.monotonic() + seconds, []
-    peak = timing.copy_bandwidth()
-    head = report.provenance(copy_gbps=peak / 1e9)
-    print(head, flush=True)
+    deadline = time.monotonic() + seconds
     for name in names:
         shape = SHAPES[name]
         made = routers(shape.config)
         todo = [(batch, *kind) for batch in shape.batches for kind in kinds(shape, batch, made)]
-        with ThreadPoolExecutor(8) as pool:
-            jobs = [pool.submit(compiled, shape, batch, sparsity, more) for batch, _, sparsity, more in todo]
+        with ThreadPoolExecutor(1) as pool:  # one at a time: XLA chooses its products by measuring them
+            traced = (lowered(shape, batch, sparsity, more) for batch, _, sparsity, more in todo)
+            jobs = [pool.submit(loop.compile) for loop in traced]
         model = random_model(shape.config)
         for batch, of in itertools.groupby(zip(todo, jobs, strict=True), key=lambda each: each[0][0]):
             cache, dense = filled_cache(shape.config, batch, shape.cache), None
             for (_, kind, sparsity, _), job in of:
                 if time.monotonic() > deadline:
                     print("out of time", flush=True)
-                    return rows, head
+                    return
                 median, spread, cache = seconds_per_step(job.result(), model, cache, sparsity)
                 dense = dense or median
                 moved = costs.decode_bytes(
@@ -228,22 +227,18 @@ def table(names: list[str], seconds: float) -> tuple[list[dict[str, Any]], dict[
                     cache_length=shape.cache - STEPS // 2,
                     plan=sparsity and sparsity.plan,
                 ).total
-                rows.append(
-                    {
-                        "case": f"{name} B{batch} S{shape.cache}",
-                        "kind": kind,
-                        "ms_per_step": median * 1e3,
-                        "spread_ms": spread * 1e3,
-                        "tokens_per_s": batch / median,
-                        "speedup_vs_dense": dense / median,
-                        "bytes": moved,
-                        "pct_of_floor": 100 * moved / peak / median,
-                    }
-                )
-                print(rows[-1], flush=True)
+                yield {
+                    "case": f"{name} B{batch} S{shape.cache}",
+                    "kind": kind,
+                    "ms_per_step": median * 1e3,
+                    "spread_ms": spread * 1e3,
+                    "tokens_per_s": batch / median,
+                    "speedup_vs_dense": dense / median,
+                    "bytes": moved,
+                    "pct_of_floor": 100 * moved / peak / median,
+                }
             del cache
         del model, made
-    return rows, head
 
 
 def main() -> int:
@@ -254,14 +249,20 @@ def main() -> int:
     parser.add_argument("--models", nargs="+", default=list(SHAPES), choices=tuple(SHAPES))
     parser.add_argument("--seconds", type=float, default=240, help="for the table")
     args = parser.parse_args()
+    timing.require_gpu()
     if "check" in args.verbs and not run_checks():
         print("wrong results: no speed is reported", file=sys.stderr)
         return 1
     if "table" in args.verbs:
-        rows, head = table(args.models, args.seconds)
+        peak, rows = timing.copy_bandwidth(), []
+        head, path = report.provenance(copy_gbps=peak / 1e9), report.results_path("decode.jsonl")
+        print(head, flush=True)
+        for row in table(args.models, args.seconds, peak):
+            rows.append(row)
+            print(row, flush=True)
+            if path:
+                report.append_jsonl(path, [row], head)
         print(report.table(rows, COLUMNS))
-        if path := report.results_path("decode.jsonl"):
-            report.append_jsonl(path, rows, head)
     return 0
 
 

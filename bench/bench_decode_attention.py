@@ -29,7 +29,7 @@ from pallas_kernels import _device
 from pallas_kernels.decode_attention import reference
 from pallas_kernels.decode_attention.tiles import Problem, Tiles, heuristic, search_space
 
-SWEEP = ("128x2s1", "64x2s1", "64x3s1", "128x2s2", "64x2s2", "128x2s4", "64x2s4", "128x2s8", "64x2s8")
+SWEEP = ("128x2s1", "64x2s1", "64x3s1", "128x2s2", "64x2s2", "64x2s4")
 SWEEP_CASES = (
     ("opt-6.7b", 16, 1920, (1.0, 0.5, 0.3)),
     ("opt-66b", 64, 1920, (1.0, 0.3)),

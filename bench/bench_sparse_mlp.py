@@ -21,7 +21,9 @@ from bench.workloads import BATCHES, DENSITIES, MODELS
 
 COLUMNS = ("case", "kernel", "time_us", "spread_us", "bytes", "gbps", "pct_peak", "speedup_vs_dense", "error")
 TABLE_MODELS = ("opt-66b", "opt-6.7b", "opt-30b", *(name for name in MODELS if not name.startswith("opt")))
-BESIDE = (0.1, 0.3)  # densities at which XLA's gathered products are timed too
+BESIDE = tuple(
+    (batch, density) for batch in (1, 16, 64) for density in (0.1, 0.3)
+)  # XLA's gathered products too
 # (model, batch, densities, whether every candidate is tried)
 SWEEP = (
     ("opt-66b", 16, (0.1,), True),
@@ -71,7 +73,7 @@ def table(bench: Bench, models: Sequence[str]) -> None:
             runs.append(dense(model, batch))
             for case in (MlpCase(model, batch, density) for density in DENSITIES):
                 runs.append(selective(case, choices(case)[0]))
-                if case.density in BESIDE:
+                if (batch, case.density) in BESIDE:
                     runs.append(gathered(case))
         weights.cache_clear()
         bench.measure(runs)

@@ -21,6 +21,7 @@ from pallas_kernels.sparse_mlp.tiles import BATCHES as PADDED
 from pallas_kernels.sparse_mlp.tiles import Tiles, candidates
 
 CALLS = 8  # chained in a program
+UNTUNED = {"xla_gpu_autotune_level": 0}  # for oracles: XLA must not measure variants while others do
 
 
 @dataclass(frozen=True)
@@ -104,6 +105,7 @@ class Run:
     case: MlpCase
     kernel: str
     call: Callable[..., jax.Array]
+    ours: Tiles | None = None
     dense: bool = False
 
     def programs(self) -> tuple[Any, Any]:
@@ -114,7 +116,7 @@ class Run:
         sets = [(params,)] if self.dense else [(params, index)] * case.sets
         oracle = jax.jit(functools.partial(reference.reference, activation=case.model.activation))
         chain = timing.chained(self.call, CALLS)
-        return chain.lower(x, sets).compile(), oracle.lower(x=x, index=index, **params).compile()
+        return chain.lower(x, sets).compile(), oracle.lower(x=x, index=index, **params).compile(UNTUNED)
 
     def time(self, programs: tuple[Any, Any], peak: float) -> dict[str, Any]:
         """Error, time and rate; no time where the result is wrong."""
@@ -146,7 +148,7 @@ def selective(case: MlpCase, tiles: Tiles) -> Run:
     """Our kernel with a configuration."""
     options = {"activation": case.model.activation, "tiles": tiles, "device": _device.current()}
     call = functools.partial(mosaic.sparse_mlp, **options)
-    return Run(case, brief(tiles), lambda x, params, index: call(x, index=index, **params))
+    return Run(case, brief(tiles), lambda x, params, index: call(x, index=index, **params), tiles)
 
 
 def _dense(model: ModelShape, x: jax.Array, params: dict[str, jax.Array]) -> jax.Array:
@@ -169,11 +171,10 @@ class Bench:
 
     def measure(self, runs: Iterable[Run]) -> None:
         """Appends a row a run, dense ones before those compared with them; the time is missing when it is wrong."""
-        wanted = [run for run in runs if " " not in run.kernel or run.kernel.split()[0] in self.kinds]
-        with ThreadPoolExecutor(os.cpu_count()) as pool:
-            jobs: list[tuple[Run, Future[Any]]] = [(run, pool.submit(run.programs)) for run in wanted]
-            for _, job in jobs:
-                job.exception()  # the machine is idle before anything is timed
+        wanted = [run for run in runs if run.ours is None or kind(run.ours) in self.kinds]
+        # XLA chooses its products by measuring them, so those are compiled one after the other.
+        with ThreadPoolExecutor(os.cpu_count()) as many, ThreadPoolExecutor(1) as one:
+            jobs = [(run, (many if run.ours else one).submit(run.programs)) for run in wanted]
         for run, job in jobs:
             if time.monotonic() > self.deadline:
                 print("out of time", flush=True)
@@ -203,6 +204,6 @@ class Bench:
         chain = timing.chained(selective(case, tiles).call, CALLS)
         x = jax.random.normal(jax.random.key(1), (case.batch, case.model.d_model), jnp.bfloat16)
         sets = [(weights(case.model), index) for index in index_sets(case)]
-        print(f"{case}, {kind(tiles)} {brief(tiles)}: kernel, count, us, us before it", flush=True)
+        print(f"{case}, {brief(tiles)}: kernel, count, us, us before it", flush=True)
         for name, count, length, gap in timing.timeline(lambda: chain(x, sets)):
             print(f"  {name[:60]:60s} {count:4d} {length:8.2f} {gap:8.2f}", flush=True)

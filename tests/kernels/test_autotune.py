@@ -272,9 +272,9 @@ def test_shipped_tiles_are_those_of_the_sweep():
 
 
 def test_a_shipped_value_replaces_the_heuristics():
-    problem = problem_of(AttentionCase(MODELS["opt-6.7b"], 16, 1920, 1.0))
-    assert heuristic(problem, HOPPER).stages == 2
-    assert choose(problem, "bfloat16", HOPPER) == Tiles(block=64, stages=3, splits=1)
+    problem = problem_of(AttentionCase(MODELS["opt-66b"], 64, 1920, 0.3))
+    assert heuristic(problem, HOPPER).block == 64
+    assert choose(problem, "bfloat16", HOPPER) == Tiles(block=128, stages=2, splits=1)
     assert choose(problem, "float16", HOPPER) == heuristic(problem, HOPPER)
 
 
