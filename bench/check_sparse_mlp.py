@@ -87,7 +87,7 @@ def checks(which: str) -> list[Check]:
     changes = (
         (16, {"groups": 2}),
         (16, {"groups": 4}),
-        (16, {"groups": 4, "cols": 512, "stages": 3, "x_cols": 256}),
+        (16, {"groups": 4, "cols": 512, "stages": 3, "x_cols": 256, "x_slots": 3}),
         (16, {"groups": 2, "warpgroups": 2, "stages": 3}),
         (32, {"groups": 4}),
         (64, {"groups": 4}),

@@ -8,7 +8,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from bench import bench_selection, workloads
+from bench import bench_selection, check_sparse_mlp, workloads
+from bench.check_sparse_mlp import checks, kind
 from bench.report import ROOT
 
 GPU = ("bench_decode_attention", "bench_sparse_mlp", "bench_selection", "bench_decode")
@@ -87,3 +88,8 @@ def test_a_wrong_selection_gets_no_time(monkeypatch):
 def test_named_selections_are_measured_once():
     cases = [*bench_selection.FIRST, *bench_selection.OTHERS]
     assert len(set(cases)) == len(cases) == 3 * 5 * 4
+
+
+@pytest.mark.parametrize("which", check_sparse_mlp.KINDS)
+def test_every_check_of_the_selective_mlp_names_tiles_that_exist(which):
+    assert all(kind(check.tiles(which)) == which for check in checks(which))
