@@ -193,6 +193,8 @@ class Bench:
         if "time_us" in row and key in self.dense_us:
             row["speedup_vs_dense"] = self.dense_us[key] / row["time_us"]
         self.rows.append(row)
+        if path := report.results_path("sparse_mlp.jsonl"):
+            report.append_jsonl(path, [row], self.head)
         numbers = " ".join(
             f"{row[name]:8.2f}" for name in ("time_us", "pct_peak", "speedup_vs_dense") if name in row
         )
