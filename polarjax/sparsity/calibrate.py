@@ -12,7 +12,7 @@ from polarjax.configs import ModelConfig
 from polarjax.errors import InputError
 from polarjax.progress import task
 from polarjax.sparsity.activations import Activations, Part
-from polarjax.sparsity.plan import DENSE_ABOVE, PlanTable
+from polarjax.sparsity.plan import PlanTable, dense_above
 from polarjax.sparsity.router import Routers
 from polarjax.sparsity.taps import unpack
 from polarjax.types import Array, Bool, Float, Int, Key
@@ -75,8 +75,8 @@ def calibrate(
 
     For random batches of B tokens the truth is what any of them makes active; the router's choice is ranked as
     decoding ranks it (the sum over the batch of its positive scores, ties to the lower index), and the rank of
-    every true neuron gives the recall at all k at once. A layer that needs more than 0.8 F, or is dense at a
-    smaller batch size, is dense (None); k never falls as B grows. Models that are not ReLU are dense throughout.
+    every true neuron gives the recall at all k at once. A layer that needs more than `dense_above`'s share, or is
+    dense at a smaller batch size, is dense (None); k never falls as B grows. Models that are not ReLU are dense throughout.
 
     Args:
       activations: of this model, with a validation part of at least the largest batch size.
@@ -126,7 +126,7 @@ def _calibrate_layer(
     column: list[tuple[int | None, float]] = []
     for size in options.batch_sizes:
         curve = held_out.curve(data, size)
-        k = _choose(curve, k, options)
+        k = choose(curve, k, size, options)
         if k is None:
             break
         column.append((k, float(curve[k - 1])))
@@ -255,10 +255,10 @@ def _recall_curve(scores: Float[Array, "g F"], truth: Bool[Array, "g F"]) -> Flo
     return jnp.mean(jax.lax.map(one, (scores, truth)), 0)
 
 
-def _choose(curve: np.ndarray, smallest: int, options: CalibrateOptions) -> int | None:
+def choose(curve: np.ndarray, smallest: int, batch_size: int, options: CalibrateOptions) -> int | None:
     """k of one layer: the first to reach the target, rounded up, not below `smallest`; None where dense."""
     width = len(curve)
     reached = int(np.argmax(curve >= options.target_recall)) + 1
     rounded = min(-(-reached // options.multiple) * options.multiple, width)
     k = max(rounded, smallest)
-    return None if k > DENSE_ABOVE * width else k
+    return None if k > dense_above(batch_size) * width else k

@@ -8,11 +8,15 @@ from typing import Any
 from polarjax.configs import ModelConfig
 from polarjax.errors import SparsityError
 
-DENSE_ABOVE = 0.8
-"""Fraction of a layer's neurons above which calibration keeps a layer dense: the published value.
 
-On an H200 (bench/results/sparse_mlp.jsonl, OPT-66B) dense is the faster one from .95 on at batch 16, .85 at 64.
-"""
+def dense_above(batch_size: int) -> float:
+    """Fraction of a layer's neurons above which calibration keeps the layer dense at a batch size.
+
+    .8 is the published value. On an H200 (bench/results/sparse_mlp.jsonl) dense is the faster one from .84 to .98 on at
+    batches of 1 to 64, by model; at 256, where the products are bound by arithmetic, from .28 (OPT-6.7B) to .58
+    (OPT-66B) on. Nothing between was measured.
+    """
+    return 0.8 if batch_size <= 128 else 0.3
 
 
 def check_density(density: float, *, where: str) -> float:

@@ -12,6 +12,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 import polarjax as pj
 from checkpoints_convert import convert_checkpoint
 from polarjax import data
+from tests.tolerances import OWN_ERRORS
 
 ASSETS = Path(pj.__file__).parent / "assets"
 MODELS = ("opt-6m", "llama-6m")
@@ -53,12 +54,17 @@ def test_same_logits_as_torch_and_learnt(name: str, tmp_path: Path):
     lengths = jnp.full(len(rows), rows.shape[1], jnp.int32)
     ours = np.asarray(pj.forward(model, jnp.asarray(rows), lengths)[0])
 
-    # logits reach 30, so float32 itself errs by about 1e-4 here: torch's own error is the measure
-    assert np.abs(ours - exact).max() <= 1.5 * np.abs(theirs - exact).max()
+    # logits reach 30, where float32 itself errs by about 1e-4, differently on each processor: torch's own error is
+    # the measure, and the mean of its square is steadier than the largest of four million
+    assert rms(ours - exact) <= OWN_ERRORS * rms(theirs - exact)
     np.testing.assert_array_equal(ours.argmax(-1), theirs.argmax(-1))
     scores = ours - np.log(np.exp(ours).sum(-1, keepdims=True))
     picked = np.take_along_axis(scores[:, :-1], rows[:, 1:, None], -1)
     assert math.exp(-picked.mean()) < 30  # measured on all of it: 9.8 (OPT); a unigram model is above 1,000
+
+
+def rms(x: np.ndarray) -> float:
+    return float(np.sqrt(np.mean(np.square(x))))
 
 
 def torch_logits(name: str, rows: np.ndarray, dtype: torch.dtype) -> np.ndarray:

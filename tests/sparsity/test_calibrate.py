@@ -12,7 +12,7 @@ import polarjax as pj
 from pallas_kernels import select_top_k
 from polarjax.sparsity import calibrate
 from polarjax.sparsity.activations import Activations
-from polarjax.sparsity.calibrate import CalibrateOptions, HeldOut, measure_recall, random_batches
+from polarjax.sparsity.calibrate import CalibrateOptions, HeldOut, choose, measure_recall, random_batches
 from polarjax.sparsity.router import LayerRouter, Routers
 from tests.sparsity import planted
 
@@ -56,7 +56,7 @@ def brute_force(activations: Activations, routers: Routers, held_out: HeldOut, o
             reached = 1 + next(i for i, recall in enumerate(mean) if recall >= options.target_recall)
             k = max(least, min(width, options.multiple * -(-reached // options.multiple)))
             least = k
-            dense = k > 0.8 * width
+            dense = k > (0.8 if size <= 128 else 0.3) * width
             yield layer, size, None if dense else k, 1.0 if dense else mean[k - 1]
 
 
@@ -231,3 +231,9 @@ def test_routers_plans_and_activations_of_another_model_are_refused():
 def test_options_that_cannot_be_are_refused(wrong):
     with pytest.raises(pj.InputError):
         CalibrateOptions(**wrong)
+
+
+@pytest.mark.parametrize(("batch_size", "k"), [(1, 50), (128, 50), (129, None), (512, None)])
+def test_large_batches_are_dense_sooner(batch_size, k):
+    half = np.minimum(np.arange(1, 101) / 50, 1.0)  # all is found with half of the neurons
+    assert choose(half, 1, batch_size, dataclasses.replace(OPTIONS, target_recall=1.0)) == k
