@@ -25,7 +25,7 @@ from polarjax.types import Array, DTypeLike
 
 type Record = dict[str, Any]  # {"arrays": {name: {"shape", "dtype"}}, "files": {path: {"bytes", "sha256"}}}
 
-BATCH_BYTES = 1 << 26  # small arrays are written together, up to this many bytes
+BATCH_BYTES = 3 << 26  # small arrays are written together, up to this many bytes
 CHUNK_BYTES = 1 << 26  # the unit in which a shard of a large array can be read back
 _THREADS = 8
 _ROOM = "make room, or choose a folder that can be written"

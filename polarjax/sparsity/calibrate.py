@@ -76,7 +76,8 @@ def calibrate(
     For random batches of B tokens the truth is what any of them makes active; the router's choice is ranked as
     decoding ranks it (the sum over the batch of its positive scores, ties to the lower index), and the rank of
     every true neuron gives the recall at all k at once. A layer that needs more than `dense_above`'s share, or is
-    dense at a smaller batch size, is dense (None); k never falls as B grows. Models that are not ReLU are dense throughout.
+    dense at a smaller batch size, is dense (None); k never falls as B grows. Models that are not ReLU are dense
+    throughout.
 
     Args:
       activations: of this model, with a validation part of at least the largest batch size.
