@@ -1,6 +1,7 @@
 """Selective MLP on Hopper: prepares the operands, launches the kernels of `kernel.py`, adds up partial sums."""
 
 import functools
+from collections.abc import Callable
 from typing import Any, cast
 
 import jax
@@ -45,12 +46,10 @@ def sparse_mlp(
     if not interpret:
         _device.require_hopper(device)
     _require(x, w_up, activation)
-    largest = BATCHES[-1]
-    if x.shape[0] > largest:
+    if x.shape[0] > BATCHES[-1]:
         call = {"w_gate": w_gate, "b_up": b_up, "b_gate": b_gate, "activation": activation}
         call |= {"device": device, "tiles": tiles, "interpret": interpret}
-        pieces = [x[i : i + largest] for i in range(0, x.shape[0], largest)]
-        return jnp.concatenate([sparse_mlp(piece, w_up, w_down, index, **call) for piece in pieces])
+        return _in_pieces(x, lambda piece: sparse_mlp(piece, w_up, w_down, index, **call))
     if tiles is None:
         gated = w_gate is not None
         tiles = heuristic(x.shape[0], x.shape[1], device, selected=index.shape[0], gated=gated)
@@ -63,6 +62,17 @@ def sparse_mlp(
     if tiles.copy == "rows":
         operands |= _for_rows(plan, operands["index"])
     return _run(plan, operands, interpret)
+
+
+def _in_pieces(x: jax.Array, call: Callable[[jax.Array], jax.Array]) -> jax.Array:
+    """[B D] -> [B D], by the largest batch at a time.
+
+    In a loop, so that no two run at once: the thread blocks of a fused kernel wait for each other, and two kernels
+    that each have a part of the card would wait forever.
+    """
+    batch, width = x.shape
+    pieces = jnp.pad(x, ((0, -batch % BATCHES[-1]), (0, 0))).reshape(-1, BATCHES[-1], width)
+    return lax.map(call, pieces).reshape(-1, width)[:batch]
 
 
 def _require(x: jax.Array, w_up: jax.Array, activation: str) -> None:

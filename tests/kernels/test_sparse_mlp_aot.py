@@ -2,6 +2,7 @@
 
 import functools
 import itertools
+import re
 
 import jax
 import jax.numpy as jnp
@@ -57,3 +58,18 @@ def test_compiles_for_h200(case):
     assert "cp.async.bulk.shared::cta.global" in kernel.ptx
     assert kernel.smem <= chosen(case).smem_bytes
     aot.assert_fit(program)
+
+
+def test_large_batches_run_one_piece_after_the_other():
+    """Two fused kernels that ran at once could wait for each other forever; weights are not copied into the loop."""
+    weight = jax.ShapeDtypeStruct((2000, 1024), jnp.bfloat16)
+    x, index = jax.ShapeDtypeStruct((300, 1024), jnp.bfloat16), jax.ShapeDtypeStruct((512,), jnp.int32)
+    program = aot.compile_for_h200(
+        lambda x, up, down, index: sparse_mlp(x, up, down, index, implementation="mosaic"),
+        *(x, weight, weight, index),
+    )
+    text = program.compiled.as_text()
+    assert text.count('custom_call_target="mosaic_gpu_v2"') == 1
+    entry = text[text.index("\nENTRY") :]
+    assert " while(" in entry and "mosaic_gpu_v2" not in entry
+    assert not re.search(r"= bf16\[2000,1024\]\S* copy\(", text)
