@@ -16,7 +16,15 @@ if importlib.util.find_spec("jax_cuda13_plugin") is None and Path(_aot).is_dir()
 
 import hypothesis  # noqa: E402
 import jax  # noqa: E402
+import pytest  # noqa: E402
 
 jax.config.update("jax_numpy_rank_promotion", "raise")
 hypothesis.settings.register_profile("polarjax", deadline=None, derandomize=True, max_examples=25)
 hypothesis.settings.load_profile("polarjax")
+
+
+@pytest.fixture(autouse=True, scope="module")
+def compiled_programs_are_freed():
+    """Thousands of them in one process take more memory maps than Linux gives, and then XLA crashes."""
+    yield
+    jax.clear_caches()
