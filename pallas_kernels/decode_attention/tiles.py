@@ -168,9 +168,7 @@ def _splits(problem: Problem, device: Device, block: int, stages: int | None) ->
 
 BYTES_PER_US = 4.4e6  # that an H200 reads
 IN_FLIGHT = 10e6  # bytes on their way that it takes for that
-CLUSTER_ROOM = (
-    0.9  # of the card's room for thread blocks, for whole clusters within its groups of multiprocessors
-)
+CLUSTER_ROOM = 0.9  # of the room for thread blocks: a cluster lies within one group of multiprocessors
 WIDE_GAIN = 0.97  # of the time, with blocks of 128 positions: half as many steps
 
 
@@ -181,9 +179,7 @@ def _finish_time(problem: Problem, tiles: Tiles, device: Device) -> float:
     saturating = IN_FLIGHT / (4 * tiles.stages * tiles.block * problem.width)
     waves, rest = divmod(blocks, slots)
     share = (waves * slots + (max(rest, saturating) if rest else 0)) / blocks
-    if (
-        not waves and blocks > sms
-    ):  # multiprocessors with more thread blocks than others; deep rings starve them
+    if not waves and blocks > sms:  # some multiprocessors have more thread blocks; deep rings starve those
         share *= (-(-blocks // sms) * sms / blocks) ** (0.15 * (tiles.stages - 1))
     if tiles.block > 64:
         share *= WIDE_GAIN
@@ -191,7 +187,5 @@ def _finish_time(problem: Problem, tiles: Tiles, device: Device) -> float:
     if tiles.splits > 1:
         share *= 1 + 0.06 * tiles.splits
         merging = (1 + 0.25 * tiles.splits) * -(-blocks // slots)
-    return (
-        share * 4 * problem.batch * problem.selected * problem.capacity * problem.width / BYTES_PER_US
-        + merging
-    )
+    cache = 4 * problem.batch * problem.selected * problem.capacity * problem.width
+    return share * cache / BYTES_PER_US + merging
