@@ -2,6 +2,7 @@
 
 import contextlib
 import dataclasses
+import math
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -14,8 +15,8 @@ import numpy as np
 from checkpoints_convert.hf_config import CONFIG, read_config
 from checkpoints_convert.hub import locate
 from checkpoints_convert.json_files import read_json
-from checkpoints_convert.rules import Plan, Step, make_plan, some
-from checkpoints_convert.weights_io import DTYPES, Tensor, open_weights
+from checkpoints_convert.rules import Layout, Plan, Step, make_plan, some
+from checkpoints_convert.weights_io import DTYPES, Tensor, open_weights, read_rows
 from polarjax.checkpoint import SOURCE_CONFIG, ModelWriter, absolute, new_model, write_json
 from polarjax.configs import ModelConfig
 from polarjax.errors import CheckpointError, InputError
@@ -176,17 +177,16 @@ def _transfer(
 ) -> None:
     """Reads the tensors in the order in which they lie on the disk; after a bad one it only looks for more."""
     bad: list[str] = []
-    copied = {step.source for step in steps if step.layout.turn or tensors[step.source].dtype != dtype}
-    buffer = np.empty(max((tensors[name].num_bytes for name in copied), default=0), np.uint8)
-    for step in sorted(steps, key=lambda step: (tensors[step.source].file, tensors[step.source].offset)):
-        tensor = tensors[step.source]
-        writer.reserve(tensor.num_bytes)
-        array = _cast(tensor.read(buffer if step.source in copied else None), dtype)
-        if finite and not all_finite(array):
-            bad.append(step.source)
-        if not bad:
-            writer.add(step.target, step.layout.to_target(array, step.shape))
-        advance(tensor.num_bytes)
+    steps = sorted(steps, key=lambda step: (tensors[step.source].file, tensors[step.source].offset))
+    with contextlib.closing(read_rows([tensors[step.source] for step in steps])) as rows:
+        for step in steps:
+            tensor = tensors[step.source]
+            array = writer.reserve(math.prod(tensor.shape) * dtype.itemsize).view(dtype)
+            if not _fill(array, step.layout, rows, count=tensor.matrix[0], finite=finite):
+                bad.append(step.source)
+            if not bad:
+                writer.add(step.target, array.reshape(step.shape))
+            advance(tensor.num_bytes)
     if bad:
         raise CheckpointError(
             f"{len(bad)} tensors hold NaN or infinity as {dtype.name}",
@@ -196,11 +196,20 @@ def _transfer(
         )
 
 
+def _fill(array: np.ndarray, layout: Layout, rows: Iterator[np.ndarray], *, count: int, finite: bool) -> bool:
+    """Puts the next `count` rows into the memory of a parameter; whether they may be there, if they must be finite."""
+    done, good = 0, True
+    while done < count:
+        part = _cast(next(rows), array.dtype)
+        good = good and (not finite or all_finite(part))
+        layout.place(part, done, array)
+        done += len(part)
+    return good
+
+
 def _cast(array: np.ndarray, dtype: np.dtype) -> np.ndarray:
-    if array.dtype == dtype:
-        return array
     with np.errstate(over="ignore", invalid="ignore"):  # what overflows is found as infinity
-        return array.astype(dtype)
+        return array.astype(dtype, copy=False)
 
 
 def all_finite(array: np.ndarray) -> bool:

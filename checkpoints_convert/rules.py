@@ -16,7 +16,7 @@ import numpy as np
 from checkpoints_convert.config_reader import ConfigReader
 from polarjax.configs import ModelConfig
 from polarjax.errors import CheckpointError
-from polarjax.model import abstract, parameters
+from polarjax.model import shapes
 
 SHOWN = 10
 """How many names a report lists of each kind of fault."""
@@ -62,22 +62,39 @@ class Layout:
         """The parameter from the source tensor; its `shape` splits the axes."""
         return (transposed(array) if self.turn else array).reshape(shape)
 
+    def place(self, rows: np.ndarray, start: int, out: np.ndarray) -> None:
+        """Puts rows of the source matrix, from row `start` on, into the memory of the parameter: `out` [size]."""
+        rows, out = _bits(rows), _bits(out)
+        if self.turn:
+            _transpose(rows, out.reshape(rows.shape[1], -1)[:, start : start + len(rows)])
+        else:
+            out.reshape(-1, rows.shape[1])[start : start + len(rows)] = rows
+
     def to_source(self, array: np.ndarray, shape: Sequence[int]) -> np.ndarray:
         """The source tensor of `shape` from the parameter."""
         return transposed(array.reshape(shape[::-1])) if self.turn else array.reshape(shape)
 
 
 def transposed(array: np.ndarray) -> np.ndarray:
-    """The transpose of a matrix as a contiguous copy, made in blocks (several times faster than in one go)."""
-    bits = array.view(f"u{array.itemsize}")
-    rows, columns = bits.shape
-    out = np.empty((columns, rows), bits.dtype)
-    block = np.empty((min(_ROWS, rows), columns + _APART), bits.dtype)[:, :columns]
+    """The transpose of a matrix as a contiguous copy."""
+    out = np.empty(array.shape[::-1], array.dtype)
+    _transpose(_bits(array), _bits(out))
+    return out
+
+
+def _transpose(array: np.ndarray, out: np.ndarray) -> None:
+    """Writes the transpose of a matrix in blocks, several times faster than in one go."""
+    rows, columns = array.shape
+    block = np.empty((min(_ROWS, rows), columns + _APART), array.dtype)[:, :columns]
     for row in range(0, rows, _ROWS):
         part = block[: rows - row]
-        part[:] = bits[row : row + _ROWS]
+        part[:] = array[row : row + _ROWS]
         out[:, row : row + _ROWS] = part.T
-    return out.view(array.dtype)
+
+
+def _bits(array: np.ndarray) -> np.ndarray:
+    """The array as unsigned integers, which NumPy copies faster than the dtypes that it does not know."""
+    return array.view(f"u{array.itemsize}")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -168,21 +185,21 @@ def expected_tensors(family: Family, config: ModelConfig) -> dict[str, Step]:
     Raises:
       CheckpointError: the rules leave a parameter out or fill one twice (a fault of the table).
     """
-    shapes = {name: leaf.shape for name, leaf in parameters(abstract(config)).items()}
-    steps = {step.source: step for step in _expand(family.rules, config.num_layers, shapes)}
+    wanted = shapes(config)
+    steps = {step.source: step for step in _expand(family.rules, config.num_layers, wanted)}
     filled = sorted(step.target for step in steps.values())
-    if filled != sorted(shapes):
-        wrong = sorted({*shapes} ^ {*filled}) or [name for name in filled if filled.count(name) > 1]
+    if filled != sorted(wanted):
+        wrong = sorted({*wanted} ^ {*filled}) or [name for name in filled if filled.count(name) > 1]
         raise CheckpointError(f"the rules of {family.model_type} do not fit the config", got=some(wrong))
     return steps
 
 
-def _expand(table: Sequence[Rule], layers: int, shapes: Mapping[str, tuple[int, ...]]) -> Iterator[Step]:
+def _expand(table: Sequence[Rule], layers: int, wanted: Mapping[str, tuple[int, ...]]) -> Iterator[Step]:
     for rule in table:
         for i in range(layers) if "{i}" in rule.source else (0,):
             target = rule.target.format(i=i)
-            if target in shapes:
-                yield Step(rule.source.format(i=i), target, shapes[target], rule.layout)
+            if target in wanted:
+                yield Step(rule.source.format(i=i), target, wanted[target], rule.layout)
 
 
 def make_plan(
@@ -208,10 +225,10 @@ def make_plan(
     )
     missing = sorted(expected.keys() - names.keys())
     sizes = letter_sizes(config)
-    shapes = {name: step.layout.source_shape(sizes) for name, step in expected.items() if name in names}
+    right = {name: step.layout.source_shape(sizes) for name, step in expected.items() if name in names}
     misshaped = [
         f"{names[name]} {list(found[names[name]])} instead of {list(shape)}"
-        for name, shape in sorted(shapes.items())
+        for name, shape in sorted(right.items())
         if tuple(found[names[name]]) != shape
     ]
     faults = {"missing": missing, "unknown": unknown, "of the same meaning": doubled}

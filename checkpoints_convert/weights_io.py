@@ -4,11 +4,13 @@ The safetensors library validates the headers, torch those of .bin files. The by
 the file: through the libraries' memory maps they would be held twice.
 """
 
+import contextlib
 import dataclasses
+import math
 import os
 import re
 from collections import Counter
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 
 import jax.numpy as jnp
@@ -16,6 +18,7 @@ import numpy as np
 from safetensors import SafetensorError, safe_open
 
 from checkpoints_convert.json_files import parse_json, read_json
+from checkpoints_convert.read_ahead import PART_BYTES, Part, read_ahead
 from checkpoints_convert.rules import some
 from checkpoints_convert.torch_files import read_torch_header
 from polarjax.errors import CheckpointError
@@ -71,12 +74,25 @@ class Tensor:
         """Size in bytes."""
         return int(np.prod(self.shape, dtype=np.int64)) * self.dtype.itemsize
 
-    def read(self, into: np.ndarray | None = None) -> np.ndarray:
-        """Reads the tensor into memory.
+    @property
+    def matrix(self) -> tuple[int, int]:
+        """Its rows and columns; what is no matrix is one row."""
+        return (self.shape[0], self.shape[1]) if len(self.shape) == 2 else (1, math.prod(self.shape))
 
-        Args:
-          into: uint8, at least `num_bytes`; taken where the file holds the tensor in rows, and the result is then a
-            view of it. Memory that is used again is several times faster than fresh memory.
+    def parts(self) -> list[Part]:
+        """Where the rows lie, a few at a time; nothing if the file holds it in another order."""
+        rows, columns = self.matrix
+        row = columns * self.dtype.itemsize
+        if self.strides is not None or not rows * row:
+            return []
+        step = max(PART_BYTES // row, 1)
+        return [
+            Part(self.file, self.offset + start * row, (min(start + step, rows) - start) * row)
+            for start in range(0, rows, step)
+        ]
+
+    def read(self) -> np.ndarray:
+        """Reads the tensor into memory of its own.
 
         Raises:
           CheckpointError: the file no longer holds it.
@@ -84,25 +100,46 @@ class Tensor:
         count = (
             self.num_bytes if self.strides is None else self.dtype.itemsize * _span(self.shape, self.strides)
         )
-        memory = into[:count] if into is not None and self.strides is None else np.empty(count, np.uint8)
-        try:
-            with open(self.file, "rb") as stream:
-                stream.seek(self.offset)
-                done = stream.readinto(memory.data)
-        except OSError as error:
-            raise CheckpointError("cannot be read", where=self.file, got=error.strerror) from error
-        if done != count:
-            raise CheckpointError(f"the file ends within {self.name}", where=self.file, mend=_DOWNLOAD)
-        array = memory.view(self.dtype)
+        with self._read_errors():
+            (memory,) = read_ahead([Part(self.file, self.offset, count)])
+        array = self._whole(memory, count).view(self.dtype)
         if self.strides is None:
             return array.reshape(self.shape)
         steps = [step * array.itemsize for step in self.strides]
         return np.ascontiguousarray(np.lib.stride_tricks.as_strided(array, self.shape, steps))
 
+    @contextlib.contextmanager
+    def _read_errors(self) -> Iterator[None]:
+        try:
+            yield
+        except OSError as error:
+            raise CheckpointError("cannot be read", where=self.file, got=error.strerror) from error
+
+    def _whole(self, memory: np.ndarray, size: int) -> np.ndarray:
+        if memory.size != size:
+            raise CheckpointError(f"the file ends within {self.name}", where=self.file, mend=_DOWNLOAD)
+        return memory
+
 
 def _span(shape: tuple[int, ...], strides: tuple[int, ...]) -> int:
     """Elements from the first to the last of a strided tensor."""
     return 1 + sum((size - 1) * step for size, step in zip(shape, strides, strict=True)) if all(shape) else 0
+
+
+def read_rows(tensors: Sequence[Tensor]) -> Iterator[np.ndarray]:
+    """All rows of the tensors one after another, a few of one tensor at a time; valid until the next are asked for.
+
+    Raises:
+      CheckpointError: a file no longer holds them.
+    """
+    with contextlib.closing(read_ahead([part for tensor in tensors for part in tensor.parts()])) as found:
+        for tensor in tensors:
+            if tensor.strides is not None:
+                yield tensor.read().reshape(tensor.matrix)
+            for part in tensor.parts():
+                with tensor._read_errors():
+                    memory = next(found)
+                yield tensor._whole(memory, part.size).view(tensor.dtype).reshape(-1, tensor.matrix[1])
 
 
 def open_weights(folder: Path) -> dict[str, Tensor]:

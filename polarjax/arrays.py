@@ -36,7 +36,8 @@ class ArrayWriter:
     """Writes named arrays one after another, holding little more than the two largest in memory.
 
     While a batch is gathered, the one before is written and the files of the one before that are hashed, each by a
-    thread of its own.
+    thread of its own. Memory for the arrays can be had here (`reserve`): two blocks, used in turns, because a system
+    hands out fresh memory more slowly than it copies.
 
     Args:
       folder: where the orbax checkpoint will be; must not exist.
@@ -47,6 +48,7 @@ class ArrayWriter:
         self._folder = folder
         self._limit = batch_bytes
         self._batch: dict[str, np.ndarray] = {}
+        self._blocks: list[np.ndarray] = []
         self._arrays: dict[str, dict[str, Any]] = {}
         self._digests: dict[tuple[int, ...], Future[dict[str, Any]]] = {}
         self._writer, self._hasher = ThreadPoolExecutor(1), ThreadPoolExecutor(1)
@@ -57,14 +59,23 @@ class ArrayWriter:
         """Shape and dtype of everything added so far, by name."""
         return self._arrays
 
-    def reserve(self, size: int) -> None:
-        """Writes out what is held if `size` more bytes would exceed the batch; call it before making an array."""
-        if self._batch and size + sum(array.nbytes for array in self._batch.values()) > self._limit:
-            self._write()
+    def reserve(self, size: int) -> np.ndarray:
+        """Memory of `size` bytes in which the next array can be made, uint8 [size].
+
+        What is held is written out first if `size` more bytes would exceed the batch. Without an `add` the next call
+        gives the same memory.
+        """
+        self._make_room(size)
+        if size > self._limit:
+            return np.empty(size, np.uint8)
+        if not self._blocks:
+            self._blocks = [np.empty(self._limit, np.uint8) for _ in range(2)]
+        held = self._held()
+        return self._blocks[0][held : held + size]
 
     def add(self, name: str, array: np.ndarray) -> None:
         """Adds an array; it must not be changed afterwards."""
-        self.reserve(array.nbytes)
+        self._make_room(array.nbytes)
         self._batch[name] = array
         self._arrays[name] = {"shape": list(array.shape), "dtype": array.dtype.name}
 
@@ -83,10 +94,18 @@ class ArrayWriter:
         self._writer.shutdown(cancel_futures=True)
         self._hasher.shutdown(cancel_futures=True)
 
+    def _held(self) -> int:
+        return sum(array.nbytes for array in self._batch.values())
+
+    def _make_room(self, size: int) -> None:
+        if self._batch and self._held() + size > self._limit:
+            self._write()
+
     def _write(self) -> None:
         batch, self._batch = self._batch, {}
         if batch:
             self._wait()
+            self._blocks.reverse()  # the other block was written
             self._written = self._writer.submit(self._save, batch)
 
     def _wait(self) -> None:

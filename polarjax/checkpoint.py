@@ -24,7 +24,7 @@ from polarjax.arrays import BATCH_BYTES, ArrayWriter, Record, read_arrays
 from polarjax.configs import ModelConfig
 from polarjax.errors import CheckpointError, SparsityError
 from polarjax.generation_config import GenerationSettings
-from polarjax.model import Decoder, abstract, parameters, with_parameters
+from polarjax.model import Decoder, parameters, shapes, with_parameters
 from polarjax.sparsity.plan import PlanTable
 from polarjax.sparsity.router import LayerRouter, Routers
 from polarjax.sparsity.select import Sparsity
@@ -89,7 +89,7 @@ class ModelWriter:
     def __init__(self, folder: Path, config: ModelConfig, *, model_type: str | None, batch_bytes: int):
         self.folder = folder
         self._config = config
-        self._expected = {name: leaf.shape for name, leaf in parameters(abstract(config)).items()}
+        self._expected = shapes(config)
         self._model_type = model_type
         self._params = ArrayWriter(folder / "params", batch_bytes=batch_bytes)
 
@@ -106,9 +106,9 @@ class ModelWriter:
         """Takes over the tokenizer of a HuggingFace folder, mended; names of files and notes (`copy_tokenizer`)."""
         return copy_tokenizer(source, self.tokenizer_folder, model_type=self._model_type or "", config=config)
 
-    def reserve(self, size: int) -> None:
-        """Announces an array of `size` bytes, so that memory is freed before it is made."""
-        self._params.reserve(size)
+    def reserve(self, size: int) -> np.ndarray:
+        """Memory of `size` bytes in which the next parameter can be made: `ArrayWriter.reserve`."""
+        return self._params.reserve(size)
 
     def add(self, name: str, array: np.ndarray) -> None:
         """Writes the parameter with the dotted path `name`; every one exactly once, in any order."""

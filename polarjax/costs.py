@@ -8,7 +8,7 @@ import jax.numpy as jnp
 
 from polarjax.configs import ModelConfig
 from polarjax.errors import InputError
-from polarjax.model import abstract, parameters
+from polarjax.model import shapes
 from polarjax.sparsity.plan import SparsityPlan, dense_plan
 from polarjax.sparsity.router import router_rank as default_rank
 from polarjax.types import DTypeLike
@@ -143,8 +143,7 @@ def decode_flops(
 
 def weights_bytes(config: ModelConfig, dtype: DTypeLike = jnp.bfloat16) -> int:
     """Bytes of all parameters of the model; a tied embedding table counts once."""
-    shapes = parameters(abstract(config)).values()
-    return jnp.dtype(dtype).itemsize * sum(math.prod(leaf.shape) for leaf in shapes)
+    return jnp.dtype(dtype).itemsize * sum(map(math.prod, shapes(config).values()))
 
 
 def cache_bytes_per_token(config: ModelConfig, dtype: DTypeLike = jnp.bfloat16) -> int:

@@ -1,6 +1,8 @@
 """The one decoder: `forward` over whole sequences, `prefill` of a cache, `decode_step` of one token a sequence."""
 
+import functools
 from collections.abc import Mapping
+from types import MappingProxyType
 
 import jax
 import jax.numpy as jnp
@@ -60,6 +62,12 @@ def parameters(model: Decoder) -> dict[str, Array]:
     return {_dotted(path): leaf for path, leaf in leaves}
 
 
+@functools.cache
+def shapes(config: ModelConfig) -> Mapping[str, tuple[int, ...]]:
+    """The shape of every parameter by dotted path, in the order of `parameters`."""
+    return MappingProxyType({name: leaf.shape for name, leaf in parameters(abstract(config)).items()})
+
+
 def _dotted(path: tuple) -> str:
     names = (getattr(entry, "name", getattr(entry, "idx", None)) for entry in path[:-1])
     return ".".join(map(str, names))
@@ -71,10 +79,9 @@ def with_parameters(config: ModelConfig, flat: Mapping[str, Array]) -> Decoder:
     Raises:
       CheckpointError: a parameter is missing, unknown, or of the wrong shape.
     """
-    shapes = abstract(config)
-    expected = parameters(shapes)
+    expected = shapes(config)
     wrong = sorted(expected.keys() ^ flat.keys())
-    wrong += [name for name in expected if name in flat and expected[name].shape != flat[name].shape]
+    wrong += [name for name in expected if name in flat and expected[name] != flat[name].shape]
     if wrong:
         raise CheckpointError(
             "parameters are missing, unknown or of the wrong shape",
@@ -83,7 +90,7 @@ def with_parameters(config: ModelConfig, flat: Mapping[str, Array]) -> Decoder:
             expected=f"the {len(expected)} parameters of this config",
             mend="use the config that belongs to these parameters",
         )
-    return jax.tree.unflatten(jax.tree.structure(shapes), [flat[name] for name in expected])
+    return jax.tree.unflatten(jax.tree.structure(abstract(config)), [flat[name] for name in expected])
 
 
 def logits(model: Decoder, x: Float[Array, "... D"]) -> Float[Array, "... V"]:

@@ -11,7 +11,7 @@ from polarjax.arrays import read_array, verify
 from polarjax.checkpoint import SOURCE_CONFIG, read_config, read_manifest
 from polarjax.configs import ModelConfig
 from polarjax.errors import CheckpointError
-from polarjax.model import abstract, parameters
+from polarjax.model import shapes
 from polarjax.storage import absolute, read_json
 
 _AGAIN = "convert the source again: polarjax convert HF_DIR OUT --overwrite"
@@ -35,7 +35,7 @@ class ModelReader:
 
     def _check(self) -> None:
         arrays = self._record["arrays"]
-        expected = {name: list(leaf.shape) for name, leaf in parameters(abstract(self.config)).items()}
+        expected = {name: list(shape) for name, shape in shapes(self.config).items()}
         if {name: entry["shape"] for name, entry in arrays.items()} != expected:
             what = "config.json and manifest.json are of different models"
             raise CheckpointError(what, where=self.folder, mend=_AGAIN)

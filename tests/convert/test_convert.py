@@ -19,7 +19,7 @@ from safetensors.numpy import load_file, save_file
 import polarjax as pj
 from checkpoints_convert import convert, convert_checkpoint
 from checkpoints_convert.convert import all_finite
-from checkpoints_convert.weights_io import SINGLE, Tensor
+from checkpoints_convert.weights_io import SINGLE
 from polarjax import storage
 from polarjax.cli.convert import convert as verb
 from polarjax.model import parameters
@@ -277,14 +277,14 @@ def test_output_cannot_be_written(source, tmp_path):
 def stop_at(monkeypatch, count: int, error: BaseException) -> None:
     """Makes reading the tensor number `count` raise."""
     left = iter(range(count))
-    read = Tensor.read
+    fill = convert._fill
 
-    def stop(tensor, *into):
+    def stop(*args, **options):
         if next(left, None) is None:
             raise error
-        return read(tensor, *into)
+        return fill(*args, **options)
 
-    monkeypatch.setattr(Tensor, "read", stop)
+    monkeypatch.setattr(convert, "_fill", stop)
 
 
 @pytest.mark.parametrize("count", [0, 1, 15, 29])
@@ -334,16 +334,16 @@ def test_file_size_limit(folders, tmp_path):
 
 SLOW = """if True:
     import sys, time
-    from checkpoints_convert.weights_io import Tensor
+    from checkpoints_convert import convert
     import polarjax.checkpoint
     from polarjax.cli.main import main
     polarjax.checkpoint.BATCH_BYTES = 1000
-    read = Tensor.read
-    def slow(tensor, *into):
+    fill = convert._fill
+    def slow(*args, **options):
         print("reading", flush=True)
         time.sleep(0.2)
-        return read(tensor, *into)
-    Tensor.read = slow
+        return fill(*args, **options)
+    convert._fill = slow
     main(["convert", *sys.argv[1:]])
 """
 
