@@ -7,7 +7,7 @@ a page that is found, filled and given back, which took more of the processor th
 import itertools
 import os
 from collections import deque
-from collections.abc import Iterator, Sequence
+from collections.abc import Generator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import NamedTuple
@@ -31,7 +31,7 @@ class Part(NamedTuple):
     size: int
 
 
-def read_ahead(parts: Sequence[Part]) -> Iterator[np.ndarray]:
+def read_ahead(parts: Sequence[Part]) -> Generator[np.ndarray, None, None]:
     """The bytes of each part, uint8 [size], or fewer where the file ends; valid until the next is asked for.
 
     Raises:

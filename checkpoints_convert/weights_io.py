@@ -10,7 +10,7 @@ import math
 import os
 import re
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from pathlib import Path
 
 import jax.numpy as jnp
@@ -126,7 +126,7 @@ def _span(shape: tuple[int, ...], strides: tuple[int, ...]) -> int:
     return 1 + sum((size - 1) * step for size, step in zip(shape, strides, strict=True)) if all(shape) else 0
 
 
-def read_rows(tensors: Sequence[Tensor]) -> Iterator[np.ndarray]:
+def read_rows(tensors: Sequence[Tensor]) -> Generator[np.ndarray, None, None]:
     """All rows of the tensors one after another, a few of one tensor at a time; valid until the next are asked for.
 
     Raises:
