@@ -13,6 +13,7 @@ from bench.check_sparse_mlp import checks, kind
 from bench.report import ROOT
 
 GPU = ("bench_decode_attention", "bench_sparse_mlp", "bench_selection", "bench_decode")
+VERBLESS = ("read_floor",)  # on a GPU, too
 CPU = ("bench_convert", "roofline", "readme_tables")
 
 
@@ -21,7 +22,7 @@ def run(monkeypatch, name: str, *arguments: str) -> int:
     return importlib.import_module(f"bench.{name}").main()
 
 
-@pytest.mark.parametrize("name", [*GPU, *CPU, "check_sparse_mlp"])
+@pytest.mark.parametrize("name", [*GPU, *VERBLESS, *CPU, "check_sparse_mlp"])
 def test_help(monkeypatch, capsys, name):
     with pytest.raises(SystemExit) as ended:
         run(monkeypatch, name, "--help")
@@ -32,14 +33,15 @@ def test_help(monkeypatch, capsys, name):
 @pytest.mark.parametrize(
     ("name", "verb"),
     [
-        *((name, "table") for name in GPU),
-        *((name, "check") for name in GPU[:3]),
-        ("check_sparse_mlp", "fused"),
+        *((name, ["table"]) for name in GPU),
+        *((name, ["check"]) for name in GPU[:3]),
+        *((name, []) for name in VERBLESS),
+        ("check_sparse_mlp", ["fused"]),
     ],
 )
 def test_without_a_gpu_one_line_says_so(monkeypatch, name, verb):
     with pytest.raises(SystemExit, match=r"^bench: needs an NVIDIA Hopper GPU; got cpu\. Mend: .*") as ended:
-        run(monkeypatch, name, verb)
+        run(monkeypatch, name, *verb)
     assert "\n" not in str(ended.value)
 
 
@@ -48,9 +50,9 @@ def test_every_bench_is_on_the_page():
     scripts = {
         path.stem for path in (ROOT / "bench").glob("*.py") if 'if __name__ == "__main__"' in path.read_text()
     }
-    assert scripts == {*GPU, *CPU, "check_sparse_mlp"}
+    assert scripts == {*GPU, *VERBLESS, *CPU, "check_sparse_mlp"}
     named = set(re.findall(r"^\| (`.*?`) \|", page, re.MULTILINE))
-    assert set(re.findall(r"`(\w+)`", " ".join(named))) >= {*GPU, "bench_convert"}
+    assert set(re.findall(r"`(\w+)`", " ".join(named))) >= {*GPU, *VERBLESS, "bench_convert"}
     numbers = (*workloads.BATCHES, *(f"{d:g}".lstrip("0") for d in workloads.DENSITIES))
     assert all(str(number) in page for number in numbers)
 
