@@ -11,6 +11,7 @@ import re
 import tempfile
 from collections.abc import Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
+from io import BufferedReader
 from pathlib import Path
 from typing import Any
 
@@ -51,6 +52,7 @@ class ArrayWriter:
         self._blocks: list[np.ndarray] = []
         self._arrays: dict[str, dict[str, Any]] = {}
         self._digests: dict[tuple[int, ...], Future[dict[str, Any]]] = {}
+        self._opened = contextlib.ExitStack()
         self._writer, self._hasher = ThreadPoolExecutor(1), ThreadPoolExecutor(1)
         self._written: Future[None] | None = None
 
@@ -83,16 +85,17 @@ class ArrayWriter:
         """Finishes the checkpoint and returns its record."""
         self._write()
         self._wait()
-        known = {identity: digest.result() for identity, digest in self._digests.items()}
-        self.stop()
         with self._writing() as path:
             ocp.partial.finalize(path)
+        known = {identity: digest.result() for identity, digest in self._digests.items()}
+        self.stop()
         return {"arrays": self._arrays, "files": _digests(self._folder, _files(self._folder), known=known)}
 
     def stop(self) -> None:
         """Lets what is being written come to an end; nothing more is written."""
         self._writer.shutdown(cancel_futures=True)
         self._hasher.shutdown(cancel_futures=True)
+        self._opened.close()
 
     def _held(self) -> int:
         return sum(array.nbytes for array in self._batch.values())
@@ -120,7 +123,9 @@ class ArrayWriter:
         batch.clear()
         for file in self._folder.parent.glob(f"{glob.escape(self._folder.name)}*/**/*"):
             if file.is_file() and file.stat().st_size >= _LARGE and _identity(file) not in self._digests:
-                self._digests[_identity(file)] = self._hasher.submit(_digest, file)
+                # Opened now: it may have another name by then.
+                stream = self._opened.enter_context(open(file, "rb"))  # noqa: SIM115
+                self._digests[_identity(file)] = self._hasher.submit(_digest, stream)
 
     @contextlib.contextmanager
     def _writing(self) -> Iterator[str]:
@@ -236,14 +241,16 @@ def _digests(
 ) -> dict[str, dict[str, Any]]:
     """Size and checksum of each file; of those already known, by identity, they are not taken again."""
     known = known or {}
-    digest = lambda name: known.get(_identity(folder / name)) or _digest(folder / name)
+    digest = lambda name: known.get(_identity(folder / name)) or _digest((folder / name).open("rb"))
     with ThreadPoolExecutor(_THREADS) as pool:
         return dict(zip(names, pool.map(digest, names), strict=True))
 
 
-def _digest(path: Path) -> dict[str, Any]:
-    with open(path, "rb") as file:
-        return {"bytes": path.stat().st_size, "sha256": hashlib.file_digest(file, "sha256").hexdigest()}
+def _digest(stream: BufferedReader) -> dict[str, Any]:
+    """Of a file, which is closed."""
+    with stream as file:
+        size = os.fstat(file.fileno()).st_size
+        return {"bytes": size, "sha256": hashlib.file_digest(file, "sha256").hexdigest()}
 
 
 def _identity(path: Path) -> tuple[int, ...]:
