@@ -167,6 +167,14 @@ class Block:
         plgpu.commit_smem()  # what was read may be overwritten by asynchronous copies
         plgpu.barrier_arrive(self.refs["empty"].at[self._slot(t)])
 
+    def _release_input(self, slot, pending: int):
+        """Frees a slot of the input that all products but the last `pending` have read."""
+        if self.interpret:
+            plgpu.commit_smem()  # its products load what wgmma reads
+        else:
+            plgpu.wgmma_wait(pending)
+        plgpu.barrier_arrive(self.refs["x_empty"].at[slot])
+
     # The loader
 
     def load(self):
@@ -310,22 +318,23 @@ class Block:
         pieces = tiles.cols // tiles.x_cols
         bias = self._bias(warpgroup, tile)
         rows = pl.ds(warpgroup * 64, 64)
+        depth = min(tiles.x_cols, 128 if tiles.groups * tiles.batch <= 128 else 64)
 
         def unit(u, multiply):
+            slots = [lax.rem((u - self.up[0]) * pieces + p, _int(tiles.x_slots)) for p in range(pieces)]
             for g in range(tiles.groups):
                 t = (u - self.up[0]) * tiles.groups + g
                 self._await_full(t)
-                for p in range(pieces):
-                    slot = lax.rem((u - self.up[0]) * pieces + p, _int(tiles.x_slots))
+                for p, slot in enumerate(slots):
                     if g == 0:
                         plgpu.barrier_wait(refs["x_full"].at[slot])
-                    depth = min(tiles.x_cols, 128 if tiles.groups * tiles.batch <= 128 else 64)
                     for c in range(0, tiles.x_cols, depth):
                         a = refs["w_ring"].at[self._slot(t), rows, pl.ds(p * tiles.x_cols + c, depth)]
                         multiply(g, a, refs["x_ring"].at[slot, :, pl.ds(c, depth)].T)
+                    if tiles.early and g == tiles.groups - 1 and p > 0:
+                        self._release_input(slots[p - 1], tiles.x_cols // depth)
                 self._release(t)
-            for p in range(pieces):
-                slot = lax.rem((u - self.up[0]) * pieces + p, _int(tiles.x_slots))
+            for slot in slots[-1:] if tiles.early else slots:
                 plgpu.barrier_arrive(refs["x_empty"].at[slot])
 
         total = self._accumulate(tiles.groups, start, end, unit)

@@ -20,6 +20,7 @@ class Tiles:
     groups: stages of rows whose sums are held together going up, so that the input is read once for all of them.
     cols: columns of a stage: of the contraction going up, of the output going down.
     stages: depth of the ring of weights. x_cols, x_slots: columns and depth of the input's ring.
+    early: a slot of the input is freed once its own products are done, not all of its chunk's.
     blocks: thread blocks at most. fused: one kernel with a barrier among all its blocks, which must therefore run
     at the same time, else one kernel a projection.
     copy: how rows are gathered: "bulk" (one cp.async.bulk each, in inline PTX) or "rows" (Pallas's own copy, slow,
@@ -34,6 +35,7 @@ class Tiles:
     x_cols: int
     x_slots: int
     blocks: int
+    early: bool = True
     copy: str = "bulk"
     fused: bool = True
 
