@@ -9,6 +9,7 @@ memory to registers as wgmma's left operand, the batch as its N.
 in a fixed order: by the same kernel, after a barrier among its blocks, or by XLA.
 """
 
+import functools
 from collections.abc import Callable
 from typing import Any
 
@@ -52,16 +53,18 @@ class Block:
 
     def __init__(self, plan: Plan, refs: dict[str, Any], interpret: bool):
         self.plan, self.tiles, self.refs, self.interpret = plan, plan.tiles, refs, interpret
-        self.block = lax.axis_index("block")
-        self.up = self._range(plan.up, "x")
-        self.down = self._range(plan.down, "w_down")
+        self.cluster = lax.axis_index("cluster")
+        self.peer = lax.axis_index("peer") if plan.tiles.cluster > 1 else _int(0)
+        self.block = self.cluster * plan.tiles.cluster + self.peer
+        self.up = self._range(plan.up, "x", self.cluster)
+        self.down = self._range(plan.down, "w_down", self.block)
         self.up_stages = (self.up[1] - self.up[0]) * _int(plan.tiles.groups)
         self.stages = self.up_stages + self.down[1] - self.down[0]
 
-    def _range(self, split, needs):
+    def _range(self, split, needs, worker):
         if needs not in self.refs:
             return _int(0), _int(0)
-        return split.start(self.block), split.start(self.block + 1)
+        return split.start(worker), split.start(worker + 1)
 
     # The ring of weights. Stage t lies in slot t % stages; those of the up-projection come first.
 
@@ -79,12 +82,16 @@ class Block:
         return tuple(lax.select(going_up, up, down) for up, down in both)
 
     def _locate_up(self, t):
-        m, rows = self.tiles.groups, self.tiles.rows
+        m = self.tiles.groups
         unit = self.up[0] + lax.div(t, _int(m))
         tile, chunk = self._tile_chunk(self.plan.up, unit)
-        within = lax.rem(tile, _int(self.plan.row_tiles))
-        entry = (within * m + lax.rem(t, _int(m))) * rows
+        entry = self._first_entry(tile) + lax.rem(t, _int(m)) * self.tiles.rows
         return lax.div(tile, _int(self.plan.row_tiles)), entry, chunk * self.tiles.cols
+
+    def _first_entry(self, tile):
+        """First entry of the index of this block's part of a tile going up."""
+        within = lax.rem(tile, _int(self.plan.row_tiles))
+        return (within * self.tiles.cluster + self.peer) * (self.tiles.groups * self.tiles.rows)
 
     def _locate_down(self, t):
         tile, chunk = self._tile_chunk(self.plan.down, self.down[0] + t - self.up_stages)
@@ -173,6 +180,11 @@ class Block:
             plgpu.commit_smem()  # its products load what wgmma reads
         else:
             plgpu.wgmma_wait(pending)
+        self._free_input(slot)
+
+    def _free_input(self, slot):
+        if self.tiles.cluster > 1:
+            gather.sync_warpgroup()  # as one thread arrives for all of them, in both blocks
         plgpu.barrier_arrive(self.refs["x_empty"].at[slot])
 
     # The loader
@@ -202,8 +214,9 @@ class Block:
             _, chunk = self._tile_chunk(self.plan.up, self.up[0] + lax.div(i, _int(pieces)))
             column = chunk * tiles.cols + lax.rem(i, _int(pieces)) * tiles.x_cols
             slot = lax.rem(i, _int(tiles.x_slots))
-            source = refs["x"].at[:, pl.ds(column, tiles.x_cols)]
-            plgpu.copy_gmem_to_smem(source, refs["x_ring"].at[slot], refs["x_full"].at[slot])
+            source, target = refs["x"].at[:, pl.ds(column, tiles.x_cols)], refs["x_ring"].at[slot]
+            together = "peer" if tiles.cluster > 1 else None
+            plgpu.copy_gmem_to_smem(source, target, refs["x_full"].at[slot], collective_axes=together)
 
         pl.loop(lax.max(count - tiles.x_slots, _int(0)), count)(wait)
 
@@ -251,8 +264,8 @@ class Block:
         """[64 width] float32: columns of a block of 64 neurons."""
         per = self.tiles.warpgroups
         group = lax.div(block, _int(per))
-        tile = lax.div(group, _int(self.tiles.groups))
-        place = lax.rem(group, _int(self.tiles.groups)) * per + lax.rem(block, _int(per))
+        tile = lax.div(group, _int(self.plan.tile_groups))
+        place = lax.rem(group, _int(self.plan.tile_groups)) * per + lax.rem(block, _int(per))
         act = ACTIVATIONS[self.plan.activation]
         up = self._sum_parts(tile, place, column, width)
         if not self.plan.gated:
@@ -278,11 +291,13 @@ class Block:
         """Multiplies; `warpgroup` owns 64 rows of each stage going up, a share of its columns going down."""
         plgpu.set_max_registers(REGISTERS[self.tiles.warpgroups][0], action="increase")
         if "x" in self.refs:
-            self._for_each_part(self.plan.up, self.up, lambda *args: self._up_part(warpgroup, *args))
+            up = functools.partial(self._up_part, warpgroup)
+            self._for_each_part(self.plan.up, self.cluster, self.up, up)
         if self.tiles.fused:
             self._arrive(0)
         if "w_down" in self.refs:
-            self._for_each_part(self.plan.down, self.down, lambda *args: self._down_part(warpgroup, *args))
+            down = functools.partial(self._down_part, warpgroup)
+            self._for_each_part(self.plan.down, self.block, self.down, down)
         if self.tiles.fused:
             self._arrive(2)
         self._finish(warpgroup)
@@ -301,8 +316,8 @@ class Block:
         total = gather.sum_columns(plan.down, tiles.cols, plan.grid * (tiles.warpgroups + 2))
         total(self.refs["down_parts"], self.refs["out"], self.block * (tiles.warpgroups + 2) + warpgroup)
 
-    def _for_each_part(self, split, units, body):
-        """body(number of the partial sum, its tile, first unit, end) for each tile that the block touches."""
+    def _for_each_part(self, split, worker, units, body):
+        """body(number of the partial sum, its tile, first unit, end) for each tile that the worker touches."""
         first = lax.div(units[0], _int(split.chunks))
         last = lax.div(lax.max(units[1] - 1, units[0]), _int(split.chunks))
 
@@ -311,7 +326,7 @@ class Block:
             tile = first + part
             start = lax.max(units[0], tile * split.chunks)
             end = lax.min(units[1], (tile + 1) * split.chunks)
-            body(self.block * split.max_parts + part, tile, start, end)
+            body(worker * split.max_parts + part, tile, start, end)
 
     def _up_part(self, warpgroup, number, tile, start, end):
         tiles, refs = self.tiles, self.refs
@@ -335,7 +350,7 @@ class Block:
                         self._release_input(slots[p - 1], tiles.x_cols // depth)
                 self._release(t)
             for slot in slots[-1:] if tiles.early else slots:
-                plgpu.barrier_arrive(refs["x_empty"].at[slot])
+                self._free_input(slot)
 
         total = self._accumulate(tiles.groups, start, end, unit)
         begins = lax.rem(start, _int(self.plan.up.chunks)) == 0
@@ -343,7 +358,8 @@ class Block:
             part = total[g * 64 : (g + 1) * 64]
             if bias is not None:
                 part = part + bias(g) * begins.astype(jnp.float32)
-            refs["up_parts"][number, g * tiles.warpgroups + warpgroup] = part
+            place = (self.peer * tiles.groups + g) * tiles.warpgroups + warpgroup
+            refs["up_parts"][number, place] = part
 
     def _bias(self, warpgroup, tile) -> Callable | None:
         """-> f(g), the bias [64 batch] of the rows of group g of a tile; None without biases."""
@@ -352,7 +368,7 @@ class Block:
         if not biases:
             return None
         out = refs["bias"].at[warpgroup]
-        entry = lax.rem(tile, _int(self.plan.row_tiles)) * (tiles.groups * tiles.rows) + warpgroup * 64
+        entry = self._first_entry(tile) + warpgroup * 64
         for i, source in enumerate(biases):
             chosen = lax.div(tile, _int(self.plan.row_tiles)) == i
             pl.when(chosen)(lambda source=source: self._take_bias(source, out, entry))

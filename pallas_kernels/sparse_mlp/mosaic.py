@@ -111,6 +111,9 @@ def _scratch(plan: Plan, has_up: bool, has_down: bool) -> dict[str, Any]:
     scratch["operand"] = plgpu.RefUnion(x_ring, h_ring)
     if has_up:
         scratch |= {"x_full": barriers(tiles.x_slots), "x_empty": barriers(tiles.x_slots, tiles.warpgroups)}
+        if tiles.cluster > 1:
+            counts = {"num_barriers": tiles.x_slots, "num_arrivals": tiles.warpgroups}
+            scratch["x_empty"] = plgpu.ClusterBarrier(collective_axes=("peer",), **counts)
         scratch["bias"] = plgpu.SMEM((tiles.warpgroups, 64 * tiles.groups), jnp.float32)
     if has_up and has_down:
         width = min(tiles.batch, HIDDEN_WIDTH)
@@ -155,8 +158,9 @@ def products(plan: Plan, operands: dict[str, jax.Array], interpret: bool = False
     kernel = plgpu.kernel(
         body,
         out_type=list(outputs.values()),
-        grid=(plan.grid,),
-        grid_names=("block",),
+        grid=(plan.clusters,),
+        grid_names=("cluster",),
+        **({"cluster": (tiles.cluster,), "cluster_names": ("peer",)} if tiles.cluster > 1 else {}),
         num_threads=tiles.warpgroups + 2,
         thread_name="warpgroup",
         scratch_types=list(scratch.values()),

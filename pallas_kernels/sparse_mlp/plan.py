@@ -25,35 +25,46 @@ class Plan:
         """Stages of rows that hold the selected neurons."""
         return -(-self.selected // self.tiles.rows)
 
+    @property
+    def tile_groups(self) -> int:
+        """Stages of rows of an output tile of the up-projection."""
+        return self.tiles.groups * self.tiles.cluster
+
     @cached_property
     def row_tiles(self) -> int:
         """Output tiles of one matrix in the up-projection."""
-        return -(-self.groups // self.tiles.groups)
+        return -(-self.groups // self.tile_groups)
 
     @property
     def padded(self) -> int:
         """Entries of the index up to the end of the last output tile of the up-projection."""
-        return self.row_tiles * self.tiles.groups * self.tiles.rows
+        return self.row_tiles * self.tile_groups * self.tiles.rows
 
     @cached_property
     def up(self) -> Split:
+        """Among the clusters: the blocks of one take the same chunks of neighbouring rows."""
         tiles = self.row_tiles * (2 if self.gated else 1)
-        return Split(tiles, self.d_model // self.tiles.cols, self.tiles.blocks)
+        return Split(tiles, self.d_model // self.tiles.cols, self.tiles.blocks // self.tiles.cluster)
 
     @cached_property
     def down(self) -> Split:
         return Split(self.d_model // self.tiles.cols, self.groups, self.tiles.blocks)
 
     @property
+    def clusters(self) -> int:
+        """Clusters to launch, the same for either product and for both."""
+        return max(self.up.blocks, -(-self.down.blocks // self.tiles.cluster))
+
+    @property
     def grid(self) -> int:
-        """Thread blocks to launch, the same for either product and for both."""
-        return max(self.up.blocks, self.down.blocks)
+        """Thread blocks in them."""
+        return self.clusters * self.tiles.cluster
 
     @property
     def up_parts(self) -> tuple[int, int, int, int]:
         """Shape of the partial sums of the up-projection, in blocks of 64 neurons."""
         t = self.tiles
-        return (self.up.blocks * self.up.max_parts, t.groups * t.warpgroups, 64, t.batch)
+        return (self.up.blocks * self.up.max_parts, self.tile_groups * t.warpgroups, 64, t.batch)
 
     @property
     def hidden(self) -> tuple[int, int, int]:

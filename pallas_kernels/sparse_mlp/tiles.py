@@ -21,7 +21,8 @@ class Tiles:
     cols: columns of a stage: of the contraction going up, of the output going down.
     stages: depth of the ring of weights. x_cols, x_slots: columns and depth of the input's ring.
     early: a slot of the input is freed once its own products are done, not all of its chunk's.
-    blocks: thread blocks at most. fused: one kernel with a barrier among all its blocks, which must therefore run
+    blocks: thread blocks at most. cluster: of them that take the same chunks going up, so that each is read once.
+    fused: one kernel with a barrier among all its blocks, which must therefore run
     at the same time, else one kernel a projection.
     copy: how rows are gathered: "bulk" (one cp.async.bulk each, in inline PTX) or "rows" (Pallas's own copy, slow,
     but the interpreter knows it).
@@ -35,6 +36,7 @@ class Tiles:
     x_cols: int
     x_slots: int
     blocks: int
+    cluster: int = 1
     early: bool = True
     copy: str = "bulk"
     fused: bool = True
@@ -50,8 +52,13 @@ class Tiles:
                 "x_slots must hold one chunk and more",
             ),
             (min(self.groups, self.stages, self.blocks) > 0, "groups, stages and blocks must be positive"),
+            (
+                self.cluster in (1, 2) and self.blocks % self.cluster == 0,
+                "cluster must be 1 or 2, dividing blocks",
+            ),
             (self.copy in COPIES, f"copy must be one of {COPIES}"),
             (not (self.fused and self.copy == "rows"), "rows can't be fused"),
+            (not (self.cluster > 1 and self.copy == "rows"), "rows can't be copied in clusters"),
             (self.hidden_slots > 1, "the input's ring is too small for two stages of hidden values"),
             (max(self.groups, self.cols // 64 // self.warpgroups) * self.batch <= 256, "sums need registers"),
             (self.smem_bytes <= 232448, "too much shared memory"),
@@ -109,11 +116,11 @@ def heuristic(batch: int, d_model: int, device: Device, *, selected: int, gated:
 
     def cost(tiles: Tiles) -> float:
         stages = -(-selected // tiles.rows)
-        row_tiles = -(-stages // tiles.groups) * (2 if gated else 1)
-        going_up = Split(row_tiles, d_model // tiles.cols, tiles.blocks)
+        row_tiles = -(-stages // (tiles.groups * tiles.cluster)) * (2 if gated else 1)
+        going_up = Split(row_tiles, d_model // tiles.cols, tiles.blocks // tiles.cluster)
         up, sums = going_up.max_units, going_up.contributions.shape[1]
         down = Split(d_model // tiles.cols, stages, tiles.blocks).max_units
-        rows = up * (tiles.groups * tiles.rows + INPUT_COST * tiles.batch) + down * tiles.rows
+        rows = up * (tiles.groups * tiles.rows + INPUT_COST / tiles.cluster * tiles.batch) + down * tiles.rows
         return rows * tiles.cols + SUM_COST * tiles.batch**2 * sums
 
     known = replace(_CHOICE[padded(batch)], blocks=device.num_sms)
