@@ -197,7 +197,8 @@ def sum_columns(split: Split, cols: int, workers: int) -> Callable:
                 there = arith.cmpi(arith.CmpIPredicate.ule, block, last)
                 number = add(mul(block, split.max_parts), tile, mul(first_tile(block), -1))
                 source = _utils.getelementptr(parts, [add(mul(number, cols * batch), place)], f32)
-                total = [arith.addf(a, b) for a, b in zip(total, _load_if(there, source), strict=True)]
+                part = [arith.bitcast(f32, word) for word in _load_if(there, source)]
+                total = [arith.addf(a, b) for a, b in zip(total, part, strict=True)]
             target = _utils.getelementptr(out, [add(mul(row, width), column)], out_type.element_type)
             _store_rounded(total, target, out_type.element_type)
             scf.yield_([])
@@ -205,15 +206,146 @@ def sum_columns(split: Split, cols: int, workers: int) -> Callable:
     return run
 
 
-def _load_if(condition: ir.Value, source: ir.Value) -> list[ir.Value]:
-    """Four float32, zeros where `condition` is false."""
-    f32 = ir.F32Type.get()
-    zeros = " ".join(f"mov.b32 ${i}, 0;" for i in range(4))
-    load = f"{zeros} @$5 ld.global.v4.f32 {{$0, $1, $2, $3}}, [$4];"
-    four = _asm(
-        load, [source, condition], "=&f,=&f,=&f,=&f,l,b", ir.Type.parse("!llvm.struct<(f32, f32, f32, f32)>")
+def _words(value: mgpu.FragmentedArray, packed: bool) -> list[ir.Value]:
+    """A thread's share of a float32 array as 32-bit words: one a number, or one a pair of bfloat16."""
+    words = []
+    for pair in value.registers.flat:
+        low, high = (
+            vector.extract(pair, dynamic_position=[], static_position=[element]) for element in (0, 1)
+        )
+        if packed:
+            words.append(_pack(low, high, ir.BF16Type.get()))
+        else:
+            words += [arith.bitcast(_i32(), low), arith.bitcast(_i32(), high)]
+    return words
+
+
+def _numbers(word: ir.Value, packed: bool) -> list[ir.Value]:
+    """The float32 in a word."""
+    halves = [arith.shli(word, _c(16)), arith.andi(word, _c(-65536))] if packed else [word]
+    return [arith.bitcast(ir.F32Type.get(), half) for half in halves]
+
+
+def _pack(low: ir.Value, high: ir.Value, dtype: ir.Type) -> ir.Value:
+    """Two float32 rounded to bfloat16 or float16, in a word."""
+    short = "bf16" if dtype == ir.BF16Type.get() else "f16"
+    return _asm(f"cvt.rn.{short}x2.f32 $0, $1, $2;", [high, low], "=r,f,f", _i32())
+
+
+def store_fragments(packed: bool) -> Callable:
+    """-> f(value float32 [64 batch], parts [n cols/64 batch 64], block): to parts as [n · cols/64, ...][block].
+
+    In the order in which threads hold it: each 16 bytes, one thread after the other. `packed`: as bfloat16.
+    """
+
+    @_inline(arg_types=(plgpu.Layout.WGMMA, _REF, _SPLAT))
+    def run(ctx, value, parts, block):
+        words = _words(value, packed)
+        first = arith.addi(arith.muli(block.registers.item(), _c(32 * len(words))), _thread())
+        for i in range(0, len(words), 4):
+            place = arith.muli(arith.addi(first, _c(32 * i)), _c(4))
+            target = _utils.getelementptr(_utils.memref_ptr(parts), [place], _i32())
+            _asm("st.global.v4.b32 [$0], {$1, $2, $3, $4};", [target, *words[i : i + 4]], "l,r,r,r,r")
+
+    return run
+
+
+SUM_REGISTERS = 48  # of a thread, for partial sums on their way
+
+
+def sum_fragments(split: Split, cols: int, workers: int, packed: bool) -> Callable:
+    """-> f(parts [n cols/64 batch 64], out [B D], worker): as `sum_columns`, for what `store_fragments` stored."""
+    most = split.contributions.shape[1]
+
+    @_inline(arg_types=(_REF, _REF, _SPLAT))
+    def run(ctx, parts, out, worker):
+        (_, _, batch, _), width = ir.MemRefType(parts.type).shape, ir.MemRefType(out.type).shape[1]
+        quads = batch // (16 if packed else 8)  # of words of a thread, of each 64 columns
+        items = width // 64 * quads
+        rounds = -(-items // workers)
+        ahead = max(1, min(rounds, SUM_REGISTERS // (4 * most)))
+        source = _utils.memref_ptr(parts)
+
+        def load(item):
+            column = arith.divui(item, _c(quads))
+            tile, block = arith.divui(column, _c(cols // 64)), arith.remui(column, _c(cols // 64))
+            quad, found = arith.remui(item, _c(quads)), []
+            for number, there in _contributors(split, tile, most):
+                place = arith.addi(arith.muli(number, _c(cols // 64)), block)
+                place = arith.addi(arith.muli(place, _c(quads)), quad)
+                place = arith.muli(arith.addi(arith.muli(place, _c(128)), _thread()), _c(4))
+                there = arith.andi(there, _less(item, _c(items)))
+                found.append(_load_if(there, _utils.getelementptr(source, [place], _i32())))
+            return found
+
+        def store(item, found):
+            sums = [
+                functools.reduce(arith.addf, numbers)
+                for words in zip(*found, strict=True)
+                for numbers in zip(*(_numbers(word, packed) for word in words), strict=True)
+            ]
+            column, quad = arith.divui(item, _c(quads)), arith.remui(item, _c(quads))
+            with _utils.when(_less(item, _c(items))):
+                for i in range(0, len(sums), 4):
+                    row = arith.addi(arith.muli(quad, _c(2 * len(sums))), _c(2 * i))
+                    _store_transposed_sums(sums[i : i + 4], out, row, arith.muli(column, _c(64)))
+
+        first = worker.registers.item()
+        loop = scf.ForOp(first, _c(items), _c(workers * ahead))
+        with ir.InsertionPoint(loop.body):
+            taken = [arith.addi(loop.induction_variable, _c(i * workers)) for i in range(ahead)]
+            for item, found in [(item, load(item)) for item in taken]:
+                store(item, found)
+            scf.yield_([])
+
+    return run
+
+
+def _contributors(split: Split, tile: ir.Value, most: int) -> list[tuple[ir.Value, ir.Value]]:
+    """(number of a partial sum of a tile, whether there is one), as `split.contributions`."""
+
+    def owner(unit):
+        return arith.divui(
+            arith.addi(arith.muli(arith.addi(unit, _c(1)), _c(split.blocks)), _c(-1)), _c(split.units)
+        )
+
+    first = owner(arith.muli(tile, _c(split.chunks)))
+    last = owner(arith.addi(arith.muli(tile, _c(split.chunks)), _c(split.chunks - 1)))
+    found = []
+    for i in range(most):
+        block = arith.addi(first, _c(i))
+        start = arith.divui(arith.muli(block, _c(split.units)), _c(split.blocks))
+        part = arith.subi(tile, arith.divui(start, _c(split.chunks)))
+        number = arith.addi(arith.muli(block, _c(split.max_parts)), part)
+        found.append((number, arith.cmpi(arith.CmpIPredicate.ule, block, last)))
+    return found
+
+
+def _store_transposed_sums(sums: list[ir.Value], out: ir.Value, row: ir.Value, column: ir.Value) -> None:
+    """A thread's four numbers of 64 columns x 8 rows, as products leave them, to out [B D] from (row, column) on."""
+    out_type = ir.MemRefType(out.type)
+    rows, width = out_type.shape
+    lane, warp = arith.remui(_thread(), _c(32)), arith.divui(_thread(), _c(32))
+    row = arith.addi(row, arith.divui(lane, _c(4)))
+    column = arith.addi(
+        column, arith.addi(arith.muli(warp, _c(16)), arith.muli(arith.remui(lane, _c(4)), _c(2)))
     )
-    return [llvm.extractvalue(f32, four, [i]) for i in range(4)]
+    for half in (0, 1):
+        word = _pack(sums[2 * half], sums[2 * half + 1], out_type.element_type)
+        word = _asm("movmatrix.sync.aligned.m8n8.trans.b16 $0, $1;", [word], "=r,r", _i32())
+        place = arith.addi(arith.addi(arith.muli(row, _c(width)), column), _c(8 * half))
+        target = _utils.getelementptr(_utils.memref_ptr(out), [place], out_type.element_type)
+        _asm("@$2 st.global.b32 [$0], $1;", [target, word, _less(row, _c(rows))], "l,r,b")
+
+
+def _load_if(condition: ir.Value, source: ir.Value) -> list[ir.Value]:
+    """Four words, zeros where `condition` is false."""
+    zeros = " ".join(f"mov.b32 ${i}, 0;" for i in range(4))
+    load = f"{zeros} @$5 ld.global.v4.b32 {{$0, $1, $2, $3}}, [$4];"
+    four = _asm(
+        load, [source, condition], "=&r,=&r,=&r,=&r,l,b", ir.Type.parse("!llvm.struct<(i32, i32, i32, i32)>")
+    )
+    return [llvm.extractvalue(_i32(), four, [i]) for i in range(4)]
 
 
 def _store_rounded(four: list[ir.Value], target: ir.Value, dtype: ir.Type) -> None:

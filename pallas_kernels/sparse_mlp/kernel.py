@@ -313,7 +313,10 @@ class Block:
         if not tiles.fused:
             return
         _wait(self.refs["arrived"].at[2], plan.grid * tiles.warpgroups)
-        total = gather.sum_columns(plan.down, tiles.cols, plan.grid * (tiles.warpgroups + 2))
+        workers = plan.grid * (tiles.warpgroups + 2)
+        total = gather.sum_columns(plan.down, tiles.cols, workers)
+        if plan.sums != "rows":
+            total = gather.sum_fragments(plan.down, tiles.cols, workers, plan.sums == "bfloat16")
         total(self.refs["down_parts"], self.refs["out"], self.block * (tiles.warpgroups + 2) + warpgroup)
 
     def _for_each_part(self, split, worker, units, body):
@@ -412,10 +415,14 @@ class Block:
 
         total = self._accumulate(share // 64, start, end, unit)
         for p in range(share // 64):
-            out = refs["down_parts"].at[number, warpgroup * (share // 64) + p]
+            place = warpgroup * (share // 64) + p
+            out = refs["down_parts"].at[number, place]
             part = total[p * 64 : (p + 1) * 64]
             if self.interpret:
                 out[...] = part.T
+            elif self.plan.sums != "rows":
+                store = gather.store_fragments(self.plan.sums == "bfloat16")
+                store(part, refs["down_parts"], number * (tiles.cols // 64) + place)
             else:
                 gather.store_transposed(part, out)
 

@@ -135,7 +135,8 @@ def products(plan: Plan, operands: dict[str, jax.Array], interpret: bool = False
     if has_up and has_down:
         outputs["hidden"] = jax.ShapeDtypeStruct(plan.hidden, jnp.dtype(plan.dtype))
     if has_down:
-        outputs["down_parts"] = jax.ShapeDtypeStruct(plan.down_parts, jnp.float32)
+        kind = jnp.bfloat16 if plan.sums == "bfloat16" else jnp.float32
+        outputs["down_parts"] = jax.ShapeDtypeStruct(plan.down_parts, kind)
     if has_up and has_down:
         outputs["out"] = jax.ShapeDtypeStruct((plan.batch, plan.d_model), jnp.dtype(plan.dtype))
     scratch = _scratch(plan, has_up, has_down)

@@ -61,6 +61,13 @@ class Plan:
         return self.clusters * self.tiles.cluster
 
     @property
+    def sums(self) -> str:
+        """How partial sums of the down-projection are stored; bfloat16 would be too coarse for float16."""
+        if not self.tiles.fused:
+            return "rows"
+        return "float32" if self.tiles.sums == "bfloat16" != self.dtype else self.tiles.sums
+
+    @property
     def up_parts(self) -> tuple[int, int, int, int]:
         """Shape of the partial sums of the up-projection, in blocks of 64 neurons."""
         t = self.tiles

@@ -11,6 +11,7 @@ from pallas_kernels.sparse_mlp.schedule import Split
 PADDING = 8  # elements after each row in shared memory: eight rows meet eight different groups of banks
 BATCHES = (16, 32, 64, 128)  # padded batch; a larger one is cut into pieces of the last
 COPIES = ("bulk", "rows")
+SUMS = ("rows", "float32", "bfloat16")
 SMEM_RESERVE = 2048  # bytes for barriers and for the compiler
 
 
@@ -26,6 +27,8 @@ class Tiles:
     at the same time, else one kernel a projection.
     copy: how rows are gathered: "bulk" (one cp.async.bulk each, in inline PTX) or "rows" (Pallas's own copy, slow,
     but the interpreter knows it).
+    sums: how a fused kernel stores partial sums of the down-projection: "rows" of float32, or in the order in which
+    threads hold them, as "float32" or "bfloat16".
     """
 
     batch: int
@@ -39,6 +42,7 @@ class Tiles:
     cluster: int = 1
     early: bool = True
     copy: str = "bulk"
+    sums: str = "rows"
     fused: bool = True
 
     def __post_init__(self) -> None:
@@ -56,6 +60,7 @@ class Tiles:
                 self.cluster in (1, 2) and self.blocks % self.cluster == 0,
                 "cluster must be 1 or 2, dividing blocks",
             ),
+            (self.sums in SUMS, f"sums must be one of {SUMS}"),
             (self.copy in COPIES, f"copy must be one of {COPIES}"),
             (not (self.fused and self.copy == "rows"), "rows can't be fused"),
             (not (self.cluster > 1 and self.copy == "rows"), "rows can't be copied in clusters"),
