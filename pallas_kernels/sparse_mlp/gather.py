@@ -8,7 +8,7 @@ Barriers here are raw `mbarrier` words in an int64 array, as inline code can't b
 """
 
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import jax.numpy as jnp
@@ -206,10 +206,10 @@ def sum_columns(split: Split, cols: int, workers: int) -> Callable:
     return run
 
 
-def _words(value: mgpu.FragmentedArray, packed: bool) -> list[ir.Value]:
-    """A thread's share of a float32 array as 32-bit words: one a number, or one a pair of bfloat16."""
+def _words(pairs: Iterable[ir.Value], packed: bool) -> list[ir.Value]:
+    """Pairs of float32 as 32-bit words: one a number, or one a pair of bfloat16."""
     words = []
-    for pair in value.registers.flat:
+    for pair in pairs:
         low, high = (
             vector.extract(pair, dynamic_position=[], static_position=[element]) for element in (0, 1)
         )
@@ -240,21 +240,23 @@ def store_fragments(packed: bool) -> Callable:
 
     @_inline(arg_types=(plgpu.Layout.WGMMA, _REF, _SPLAT))
     def run(ctx, value, parts, block):
-        words = _words(value, packed)
-        first = arith.addi(arith.muli(block.registers.item(), _c(32 * len(words))), _thread())
-        for i in range(0, len(words), 4):
-            place = arith.muli(arith.addi(first, _c(32 * i)), _c(4))
-            target = _utils.getelementptr(_utils.memref_ptr(parts), [place], _i32())
-            _asm("st.global.v4.b32 [$0], {$1, $2, $3, $4};", [target, *words[i : i + 4]], "l,r,r,r,r")
+        pairs, taken = list(value.registers.flat), 4 if packed else 2
+        first = arith.muli(block.registers.item(), _c(128 * len(pairs) // taken))
+        first = arith.muli(arith.addi(first, _thread()), _c(4))
+        target = _utils.getelementptr(_utils.memref_ptr(parts), [first], _i32())
+        for i in range(0, len(pairs), taken):
+            words = _words(pairs[i : i + taken], packed)
+            store = f"st.global.v4.b32 [$0 + {i // taken * 128 * 16}], {{$1, $2, $3, $4}};"
+            _asm(store, [target, *words], "l,r,r,r,r")
 
     return run
 
 
-SUM_REGISTERS = 48  # of a thread, for partial sums on their way
+def sum_fragments(split: Split, cols: int, workers: int, packed: bool, registers: int) -> Callable:
+    """-> f(parts [n cols/64 batch 64], out [B D], worker): as `sum_columns`, for what `store_fragments` stored.
 
-
-def sum_fragments(split: Split, cols: int, workers: int, packed: bool) -> Callable:
-    """-> f(parts [n cols/64 batch 64], out [B D], worker): as `sum_columns`, for what `store_fragments` stored."""
+    registers: of a thread, that partial sums on their way may take, where one round of them doesn't take more.
+    """
     most = split.contributions.shape[1]
 
     @_inline(arg_types=(_REF, _REF, _SPLAT))
@@ -263,7 +265,7 @@ def sum_fragments(split: Split, cols: int, workers: int, packed: bool) -> Callab
         quads = batch // (16 if packed else 8)  # of words of a thread, of each 64 columns
         items = width // 64 * quads
         rounds = -(-items // workers)
-        ahead = max(1, min(rounds, SUM_REGISTERS // (4 * most)))
+        ahead = max(1, min(rounds, registers // (4 * most)))
         source = _utils.memref_ptr(parts)
 
         def load(item):

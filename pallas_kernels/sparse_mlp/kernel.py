@@ -108,7 +108,7 @@ class Block:
         fill(matrices)
         first = lax.max(self.stages - self.tiles.stages, _int(0))
         pl.loop(first, self.stages)(lambda t: plgpu.barrier_wait(self.refs["empty"].at[self._slot(t)]))
-        self._finish(self.tiles.warpgroups)
+        self._finish(self.tiles.warpgroups, registers=16)
 
     def _await_empty(self, t):
         empty = self.refs["empty"].at[self._slot(t)]
@@ -195,7 +195,8 @@ class Block:
         if "x" in self.refs:
             self._load_input()
         if self.tiles.fused:
-            self._complete_hidden()
+            self._complete_hidden(_int(0))
+            _wait(self.refs["arrived"].at[1], self.plan.grid * self.plan.completers)
         if "w_down" in self.refs:
             self._load_hidden()
         self._finish(self.tiles.warpgroups + 1)
@@ -237,28 +238,31 @@ class Block:
 
         pl.loop(lax.max(count - slots, _int(0)), count)(wait)
 
-    def _complete_hidden(self):
-        """Once all partial sums are there, turns this block's share of them into hidden values; waits for all."""
-        refs, plan, grid = self.refs, self.plan, self.plan.grid
-        _wait(refs["arrived"].at[0], grid * self.tiles.warpgroups)
+    def _complete_hidden(self, helper):
+        """Once all partial sums are there, turns a share of them into hidden values.
+
+        `helper`: which of the block's warpgroups that do so; the loader is the first.
+        """
+        refs, plan = self.refs, self.plan
+        _wait(refs["arrived"].at[0], plan.grid * self.tiles.warpgroups)
         width = min(self.tiles.batch, HIDDEN_WIDTH)
         pieces = self.tiles.batch // width
-        count = plan.hidden[0] * pieces
+        count, workers = plan.hidden[0] * pieces, plan.grid * plan.completers
+        worker, stage = helper * plan.grid + self.block, refs["h_stage"].at[helper]
 
-        @pl.loop(0, lax.div(_int(count - 1) - self.block + _int(grid), _int(grid)))
+        @pl.loop(0, lax.div(_int(count - 1) - worker + _int(workers), _int(workers)))
         def _(i):
-            piece = self.block + i * grid
+            piece = worker + i * workers
             block, column = lax.div(piece, _int(pieces)), lax.rem(piece, _int(pieces)) * width
             values = self._hidden_values(block, column, width)
             plgpu.wait_smem_to_gmem(0)
             gather.sync_warpgroup()
-            refs["h_stage"][...] = values.astype(plan.dtype)
+            stage[...] = values.astype(plan.dtype)
             plgpu.commit_smem()
-            plgpu.copy_smem_to_gmem(refs["h_stage"], refs["hidden"].at[block, :, pl.ds(column, width)])
+            plgpu.copy_smem_to_gmem(stage, refs["hidden"].at[block, :, pl.ds(column, width)])
 
         plgpu.wait_smem_to_gmem(0)
         plgpu.semaphore_signal(refs["arrived"].at[1], memory_scope="gpu")
-        _wait(refs["arrived"].at[1], grid)
 
     def _hidden_values(self, block, column, width):
         """[64 width] float32: columns of a block of 64 neurons."""
@@ -295,6 +299,8 @@ class Block:
             self._for_each_part(self.plan.up, self.cluster, self.up, up)
         if self.tiles.fused:
             self._arrive(0)
+            if self.tiles.helping:
+                self._complete_hidden(warpgroup + 1)
         if "w_down" in self.refs:
             down = functools.partial(self._down_part, warpgroup)
             self._for_each_part(self.plan.down, self.block, self.down, down)
@@ -307,8 +313,11 @@ class Block:
         gather.sync_warpgroup()
         plgpu.semaphore_signal(self.refs["arrived"].at[semaphore], memory_scope="gpu")
 
-    def _finish(self, warpgroup):
-        """In a fused kernel, once all partial sums of the result are there: adds up this warpgroup's share."""
+    def _finish(self, warpgroup, registers=48):
+        """In a fused kernel, once all partial sums of the result are there: adds up this warpgroup's share.
+
+        registers: for sums on their way; more makes the compiler spill.
+        """
         plan, tiles = self.plan, self.tiles
         if not tiles.fused:
             return
@@ -316,7 +325,8 @@ class Block:
         workers = plan.grid * (tiles.warpgroups + 2)
         total = gather.sum_columns(plan.down, tiles.cols, workers)
         if plan.sums != "rows":
-            total = gather.sum_fragments(plan.down, tiles.cols, workers, plan.sums == "bfloat16")
+            packed = plan.sums == "bfloat16"
+            total = gather.sum_fragments(plan.down, tiles.cols, workers, packed, registers)
         total(self.refs["down_parts"], self.refs["out"], self.block * (tiles.warpgroups + 2) + warpgroup)
 
     def _for_each_part(self, split, worker, units, body):

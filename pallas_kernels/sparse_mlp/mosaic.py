@@ -108,17 +108,18 @@ def _scratch(plan: Plan, has_up: bool, has_down: bool) -> dict[str, Any]:
     rows = tiles.copy == "rows"
     full = barriers(tiles.stages, tiles.rows) if rows else plgpu.SMEM((2 * tiles.stages,), jnp.int32)
     scratch = {"w_ring": ring, "full": full, "empty": barriers(tiles.stages, tiles.warpgroups)}
-    scratch["operand"] = plgpu.RefUnion(x_ring, h_ring)
+    operands = [x_ring, h_ring]
+    if has_up and has_down:
+        width = min(tiles.batch, HIDDEN_WIDTH)
+        transforms = (tiling((8, width)), swizzled(2 * width))
+        operands.append(plgpu.SMEM((plan.completers, 64, width), dtype, transforms=transforms))
+    scratch["operand"] = plgpu.RefUnion(*operands)
     if has_up:
         scratch |= {"x_full": barriers(tiles.x_slots), "x_empty": barriers(tiles.x_slots, tiles.warpgroups)}
         if tiles.cluster > 1:
             counts = {"num_barriers": tiles.x_slots, "num_arrivals": tiles.warpgroups}
             scratch["x_empty"] = plgpu.ClusterBarrier(collective_axes=("peer",), **counts)
         scratch["bias"] = plgpu.SMEM((tiles.warpgroups, 64 * tiles.groups), jnp.float32)
-    if has_up and has_down:
-        width = min(tiles.batch, HIDDEN_WIDTH)
-        transforms = (tiling((8, width)), swizzled(2 * width))
-        scratch["h_stage"] = plgpu.SMEM((64, width), dtype, transforms=transforms)
     if has_down:
         count = tiles.hidden_slots
         scratch |= {"h_full": barriers(count), "h_empty": barriers(count, tiles.warpgroups)}
@@ -144,7 +145,7 @@ def products(plan: Plan, operands: dict[str, jax.Array], interpret: bool = False
 
     def body(*references):
         refs = dict(zip(names, references, strict=True))
-        refs["x_ring"], refs["h_ring"] = refs.pop("operand")
+        refs |= dict(zip(("x_ring", "h_ring", "h_stage"), refs.pop("operand"), strict=False))
         if has_up and has_down:
             refs["arrived"] = pl.get_global(plgpu.SemaphoreType.REGULAR((3,)))
         if tiles.copy != "rows":

@@ -61,6 +61,11 @@ class Plan:
         return self.clusters * self.tiles.cluster
 
     @property
+    def completers(self) -> int:
+        """Warpgroups of a block that complete hidden values in a fused kernel."""
+        return 1 + self.tiles.helping * self.tiles.warpgroups
+
+    @property
     def sums(self) -> str:
         """How partial sums of the down-projection are stored; bfloat16 would be too coarse for float16."""
         if not self.tiles.fused:

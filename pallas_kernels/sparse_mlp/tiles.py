@@ -27,6 +27,7 @@ class Tiles:
     at the same time, else one kernel a projection.
     copy: how rows are gathered: "bulk" (one cp.async.bulk each, in inline PTX) or "rows" (Pallas's own copy, slow,
     but the interpreter knows it).
+    helping: the warpgroups that multiply complete hidden values too, in between.
     sums: how a fused kernel stores partial sums of the down-projection: "rows" of float32, or in the order in which
     threads hold them, as "float32" or "bfloat16".
     """
@@ -42,6 +43,7 @@ class Tiles:
     cluster: int = 1
     early: bool = True
     copy: str = "bulk"
+    helping: bool = False
     sums: str = "rows"
     fused: bool = True
 
@@ -90,7 +92,6 @@ class Tiles:
             ring,
             self.x_slots * self.batch * self.x_cols * 2,
             self.rows * self.groups * 4,
-            64 * 32 * 2,
             1,
         )
         return sum(-(-size // 1024) * 1024 for size in arrays) + SMEM_RESERVE
