@@ -366,19 +366,37 @@ def issue_rows(rows: int, cols: int) -> Callable:
 
     @_inline(arg_types=(_REF, IDS, _REF, _REF, _SPLAT, _SPLAT))
     def run(ctx, w, ids, out, barriers, slot, column):
-        (neuron,) = ids.registers.flat
-        neuron = vector.extract(neuron, dynamic_position=[], static_position=[0])
-        element = ir.MemRefType(w.type).element_type
-        width = ir.MemRefType(w.type).shape[1]
+        neuron, element = _own(ids), ir.MemRefType(w.type).element_type
         slot_elements = arith.muli(slot.registers.item(), _c(rows * (cols + PADDING)))
         out = _utils.getelementptr(_utils.memref_ptr(out), [slot_elements], element)
-
-        def source(row):  # address of w[row, column]
-            offset = arith.muli(arith.extsi(_i64(), row), _utils.c(width, _i64()))
-            offset = arith.addi(offset, arith.extsi(_i64(), column.registers.item()))
-            return _utils.getelementptr(_utils.memref_ptr(w), [offset], element)
-
+        source = functools.partial(_address, w, column)
         _issue(rows, cols, neuron, source, out, element, _barrier_pointer(barriers, slot))
+
+    return run
+
+
+def _own(ids: mgpu.FragmentedArray) -> ir.Value:
+    (neuron,) = ids.registers.flat
+    return vector.extract(neuron, dynamic_position=[], static_position=[0])
+
+
+def _address(w: ir.Value, column: mgpu.FragmentedArray, row: ir.Value) -> ir.Value:
+    """Of w[row, column]."""
+    w_type = ir.MemRefType(w.type)
+    offset = arith.muli(arith.extsi(_i64(), row), _utils.c(w_type.shape[1], _i64()))
+    offset = arith.addi(offset, arith.extsi(_i64(), column.registers.item()))
+    return _utils.getelementptr(_utils.memref_ptr(w), [offset], w_type.element_type)
+
+
+def prefetch_rows(cols: int) -> Callable:
+    """-> f(w [F D], ids, column): starts to bring what a stage will hold into the L2."""
+
+    @_inline(arg_types=(_REF, IDS, _SPLAT))
+    def run(ctx, w, ids, column):
+        neuron = _own(ids)
+        with _utils.when(arith.cmpi(arith.CmpIPredicate.sge, neuron, _c(0))):
+            prefetch = f"cp.async.bulk.prefetch.L2.global [$0], {cols * 2};"
+            _asm(prefetch, [_address(w, column, neuron)], "l")
 
     return run
 

@@ -125,6 +125,8 @@ class Block:
         def stage(t, queue):
             now, *others = queue
             later = ids(t + ahead)
+            if self.tiles.prefetch and self.tiles.fused:
+                pl.when(t == self.up_stages + ahead)(lambda: self._prefetch(t, ids))
             self._await_empty(t)
             matrix, _, column = self._locate(t)
             for i, w in matrices:
@@ -134,6 +136,14 @@ class Block:
             return (*others, later)
 
         lax.fori_loop(_int(0), self.stages, stage, tuple(ids(_int(t)) for t in range(ahead)))
+
+    def _prefetch(self, t, ids):
+        """Stages from t on to the L2: the ring is full, and the hidden values are awaited."""
+        prefetch = gather.prefetch_rows(self.tiles.cols)
+
+        @pl.loop(t, lax.min(t + self.tiles.prefetch, self.stages))
+        def _(later):
+            prefetch(self.refs["w_down"], ids(later), self._locate_down(later)[2])
 
     def _fill_rows(self, matrices):
         refs, rows, cols = self.refs, self.tiles.rows, self.tiles.cols

@@ -27,6 +27,7 @@ class Tiles:
     at the same time, else one kernel a projection.
     copy: how rows are gathered: "bulk" (one cp.async.bulk each, in inline PTX) or "rows" (Pallas's own copy, slow,
     but the interpreter knows it).
+    prefetch: stages of the down-projection that a fused kernel brings to the L2 while hidden values are completed.
     helping: the warpgroups that multiply complete hidden values too, in between.
     sums: how a fused kernel stores partial sums of the down-projection: "rows" of float32, or in the order in which
     threads hold them, as "float32" or "bfloat16".
@@ -43,6 +44,7 @@ class Tiles:
     cluster: int = 1
     early: bool = True
     copy: str = "bulk"
+    prefetch: int = 0
     helping: bool = False
     sums: str = "rows"
     fused: bool = True
