@@ -52,7 +52,7 @@ class Check:
     gated: bool = False
     bias: bool = True
     dtype: str = "bfloat16"
-    change: dict[str, int] = field(default_factory=dict)
+    change: dict[str, Any] = field(default_factory=dict)
 
     def tiles(self, which: str) -> Tiles:
         """The configuration of that kind to check."""
@@ -94,9 +94,15 @@ def checks(which: str) -> list[Check]:
         (64, {"groups": 2, "cols": 128, "stages": 10, "x_cols": 64}),
         (64, {"groups": 2, "warpgroups": 2, "stages": 2}),
         (128, {"groups": 2}),
+        *((batch, {"cluster": 2}) for batch in (16, 64, 128)),
+        (64, {"groups": 4, "cluster": 2, "x_cols": 64, "x_slots": 6}),
+        *((batch, {"sums": "bfloat16", "helping": True, "prefetch": 3}) for batch in (16, 64, 128)),
+        (64, {"sums": "float32", "helping": True, "prefetch": 3, "cluster": 2}),
+        (64, {"early": False}),
     )
     others = [Check(batch=batch, d_model=2048, selected=640, change=change) for batch, change in changes]
-    others += [replace(others[i], **gated) for i in (0, 5)]
+    others += [replace(others[i], **gated) for i in (0, 5, 10, 14)]
+    others += [replace(check, change=changes[-2][1]) for check in few]
     return few + (many + others if which == "fused" else [])
 
 
