@@ -29,6 +29,9 @@ BULK = plgpu.OOBFillMode.PROMISE_IN_BOUNDS
 ACTIVATIONS = {"relu": lambda a: jnp.maximum(a, 0.0), "silu": lambda a: a / (1.0 + jnp.exp(-a))}
 MATRICES = ("w_up", "w_gate", "w_down")
 REGISTERS = {1: (232, 104, 128), 2: (184, 56, 88)}  # consumers, producer, loader; in all 512 a lane at most
+ARRIVED = (
+    3  # semaphores of all blocks; then, with flags, one a tile going up and one a stage of hidden values
+)
 HIDDEN_WIDTH = 32  # columns of hidden values that are completed at once in a fused kernel
 COMPILER = plgpu.CompilerParams(
     lowering_semantics=plgpu.LoweringSemantics.Lane,  # the other one can't slice padded rows
@@ -206,7 +209,8 @@ class Block:
             self._load_input()
         if self.tiles.fused:
             self._complete_hidden(_int(0))
-            _wait(self.refs["arrived"].at[1], self.plan.grid * self.plan.completers)
+            if not self.tiles.flags:
+                self._await_hidden()
         if "w_down" in self.refs:
             self._load_hidden()
         self._finish(self.tiles.warpgroups + 1)
@@ -231,6 +235,17 @@ class Block:
 
         pl.loop(lax.max(count - tiles.x_slots, _int(0)), count)(wait)
 
+    def _await_hidden(self):
+        _wait(self.refs["arrived"].at[1], self.plan.grid * self.plan.completers)
+
+    def _await_group(self, i, group):
+        """With flags: before the i-th hidden values, of `group`, are loaded. Later than the first few, all at once."""
+        plan, slots = self.plan, self.tiles.hidden_slots
+        pieces = self.tiles.batch // min(self.tiles.batch, HIDDEN_WIDTH)
+        flag = self.refs["arrived"].at[ARRIVED + plan.up.tiles + group]
+        pl.when(i < slots)(lambda: _wait(flag, pieces * self.tiles.warpgroups))
+        pl.when(i == slots)(self._await_hidden)
+
     def _load_hidden(self):
         refs, slots = self.refs, self.tiles.hidden_slots
         count = self.down[1] - self.down[0]
@@ -242,6 +257,8 @@ class Block:
         def _(i):
             pl.when(i >= slots)(lambda: wait(i))
             _, group = self._tile_chunk(self.plan.down, self.down[0] + i)
+            if self.tiles.flags:
+                self._await_group(i, group)
             slot, per = lax.rem(i, _int(slots)), self.tiles.warpgroups
             source = refs["hidden"].at[pl.ds(group * per, per)]
             plgpu.copy_gmem_to_smem(source, refs["h_ring"].at[slot], refs["h_full"].at[slot])
@@ -249,12 +266,13 @@ class Block:
         pl.loop(lax.max(count - slots, _int(0)), count)(wait)
 
     def _complete_hidden(self, helper):
-        """Once all partial sums are there, turns a share of them into hidden values.
+        """Once all partial sums are there, with flags those it needs, turns a share of them into hidden values.
 
         `helper`: which of the block's warpgroups that do so; the loader is the first.
         """
         refs, plan = self.refs, self.plan
-        _wait(refs["arrived"].at[0], plan.grid * self.tiles.warpgroups)
+        if not self.tiles.flags:
+            _wait(refs["arrived"].at[0], plan.grid * self.tiles.warpgroups)
         width = min(self.tiles.batch, HIDDEN_WIDTH)
         pieces = self.tiles.batch // width
         count, workers = plan.hidden[0] * pieces, plan.grid * plan.completers
@@ -270,9 +288,16 @@ class Block:
             stage[...] = values.astype(plan.dtype)
             plgpu.commit_smem()
             plgpu.copy_smem_to_gmem(stage, refs["hidden"].at[block, :, pl.ds(column, width)])
+            if self.tiles.flags:
+                group = lax.div(block, _int(self.tiles.warpgroups))
+                self._signal(ARRIVED + plan.up.tiles + group)
 
+        self._signal(1)
+
+    def _signal(self, semaphore):
+        """Tells all blocks that what the calling warpgroup copied to device memory is there."""
         plgpu.wait_smem_to_gmem(0)
-        plgpu.semaphore_signal(refs["arrived"].at[1], memory_scope="gpu")
+        plgpu.semaphore_signal(self.refs["arrived"].at[semaphore], memory_scope="gpu")
 
     def _hidden_values(self, block, column, width):
         """[64 width] float32: columns of a block of 64 neurons."""
@@ -289,6 +314,9 @@ class Block:
     def _sum_parts(self, tile, place, column, width):
         split, parts = self.plan.up, self.refs["up_parts"]
         first, last = split.owner(tile * split.chunks), split.owner((tile + 1) * split.chunks - 1)
+        if self.tiles.flags:
+            signals = self.tiles.cluster * self.tiles.warpgroups
+            _wait(self.refs["arrived"].at[ARRIVED + tile], (last - first + 1) * signals)
         total = None
         for i in range(split.contributions.shape[1]):
             owner = lax.min(first + i, last)
@@ -308,7 +336,7 @@ class Block:
             up = functools.partial(self._up_part, warpgroup)
             self._for_each_part(self.plan.up, self.cluster, self.up, up)
         if self.tiles.fused:
-            self._arrive(0)
+            self._arrive(0, *(self._range_of_tiles() if self.tiles.flags else ()))
             if self.tiles.helping:
                 self._complete_hidden(warpgroup + 1)
         if "w_down" in self.refs:
@@ -318,9 +346,21 @@ class Block:
             self._arrive(2)
         self._finish(warpgroup)
 
-    def _arrive(self, semaphore: int):
-        """Tells all blocks that the calling warpgroup's partial sums are there."""
+    def _range_of_tiles(self):
+        """Semaphores of the tiles that this block touches going up: the first, and after the last."""
+        first, last = (self._tile_chunk(self.plan.up, unit)[0] for unit in (self.up[0], self.up[1] - 1))
+        return ARRIVED + first, lax.select(self.up[1] > self.up[0], ARRIVED + last + 1, ARRIVED + first)
+
+    def _arrive(self, semaphore: int, *tiles):
+        """Tells all blocks that the calling warpgroup's partial sums are there.
+
+        On one semaphore, or on those of a range of tiles.
+        """
         gather.sync_warpgroup()
+        if tiles:
+            signal = functools.partial(plgpu.semaphore_signal, memory_scope="gpu")
+            pl.loop(*tiles)(lambda tile: signal(self.refs["arrived"].at[tile]))
+            return
         plgpu.semaphore_signal(self.refs["arrived"].at[semaphore], memory_scope="gpu")
 
     def _finish(self, warpgroup, registers=48):

@@ -14,7 +14,7 @@ from jaxtyping import Array, Float, Int
 
 from pallas_kernels import _device
 from pallas_kernels.sparse_mlp import gather
-from pallas_kernels.sparse_mlp.kernel import ACTIVATIONS, COMPILER, HIDDEN_WIDTH, Block
+from pallas_kernels.sparse_mlp.kernel import ACTIVATIONS, ARRIVED, COMPILER, HIDDEN_WIDTH, Block
 from pallas_kernels.sparse_mlp.plan import Plan
 from pallas_kernels.sparse_mlp.schedule import Split
 from pallas_kernels.sparse_mlp.tiles import BATCHES, PADDING, Tiles, heuristic
@@ -147,7 +147,8 @@ def products(plan: Plan, operands: dict[str, jax.Array], interpret: bool = False
         refs = dict(zip(names, references, strict=True))
         refs |= dict(zip(("x_ring", "h_ring", "h_stage"), refs.pop("operand"), strict=False))
         if has_up and has_down:
-            refs["arrived"] = pl.get_global(plgpu.SemaphoreType.REGULAR((3,)))
+            count = ARRIVED + (plan.up.tiles + plan.groups if tiles.flags else 0)
+            refs["arrived"] = pl.get_global(plgpu.SemaphoreType.REGULAR((count,)))
         if tiles.copy != "rows":
             gather.init_barriers(tiles.stages)(refs["full"])
         block = Block(plan, refs, interpret)

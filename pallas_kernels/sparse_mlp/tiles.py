@@ -28,6 +28,7 @@ class Tiles:
     copy: how rows are gathered: "bulk" (one cp.async.bulk each, in inline PTX) or "rows" (Pallas's own copy, slow,
     but the interpreter knows it).
     prefetch: stages of the down-projection that a fused kernel brings to the L2 while hidden values are completed.
+    flags: in a fused kernel, hidden values are completed tile by tile and used stage by stage, as they arrive.
     helping: the warpgroups that multiply complete hidden values too, in between.
     sums: how a fused kernel stores partial sums of the down-projection: "rows" of float32, or in the order in which
     threads hold them, as "float32" or "bfloat16".
@@ -45,6 +46,7 @@ class Tiles:
     early: bool = True
     copy: str = "bulk"
     prefetch: int = 0
+    flags: bool = False
     helping: bool = False
     sums: str = "rows"
     fused: bool = True
@@ -64,6 +66,7 @@ class Tiles:
                 self.cluster in (1, 2) and self.blocks % self.cluster == 0,
                 "cluster must be 1 or 2, dividing blocks",
             ),
+            (not (self.flags and self.helping), "flags and helping exclude each other"),
             (self.sums in SUMS, f"sums must be one of {SUMS}"),
             (self.copy in COPIES, f"copy must be one of {COPIES}"),
             (not (self.fused and self.copy == "rows"), "rows can't be fused"),
