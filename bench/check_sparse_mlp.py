@@ -98,11 +98,13 @@ def checks(which: str) -> list[Check]:
         (64, {"groups": 4, "cluster": 2, "x_cols": 64, "x_slots": 6}),
         *((batch, {"sums": "bfloat16", "helping": True, "prefetch": 3}) for batch in (16, 64, 128)),
         (64, {"sums": "float32", "helping": True, "prefetch": 3, "cluster": 2}),
+        *((batch, {"sums": "bfloat16", "flags": True, "prefetch": 9}) for batch in (16, 64, 128)),
+        (64, {"flags": True, "cluster": 2}),
         (64, {"early": False}),
     )
     others = [Check(batch=batch, d_model=2048, selected=640, change=change) for batch, change in changes]
-    others += [replace(others[i], **gated) for i in (0, 5, 10, 14)]
-    others += [replace(check, change=changes[-2][1]) for check in few]
+    others += [replace(others[i], **gated) for i in (0, 5, 10, 14, 18, 20)]
+    others += [replace(check, change=changes[i][1]) for check in few for i in (-2, 16)]
     return few + (many + others if which == "fused" else [])
 
 
