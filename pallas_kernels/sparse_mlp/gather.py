@@ -153,59 +153,6 @@ def load_bias(rows: int, stride: int, num_neurons: int) -> Callable:
     return run
 
 
-def sum_columns(split: Split, cols: int, workers: int) -> Callable:
-    """-> f(parts float32 [n cols/64 batch 64], out [B D], worker): the partial sums of each tile, added in order.
-
-    Worker i of `workers` warpgroups computes every `workers`-th group of 512 neighbours of `out`.
-    """
-    most = split.contributions.shape[1]
-
-    @_inline(arg_types=(_REF, _REF, _SPLAT))
-    def run(ctx, parts, out, worker):
-        f32 = ir.F32Type.get()
-        out_type, (_, _, batch, _) = ir.MemRefType(out.type), ir.MemRefType(parts.type).shape
-        rows, width = out_type.shape
-        parts, out = _utils.memref_ptr(parts), _utils.memref_ptr(out)
-
-        def div(a, b):
-            return arith.divui(a, _c(b))
-
-        def add(a, *others):
-            return functools.reduce(lambda x, y: arith.addi(x, _c(y) if isinstance(y, int) else y), others, a)
-
-        def mul(a, b):
-            return arith.muli(a, _c(b))
-
-        def first_tile(block):
-            return div(div(mul(block, split.units), split.blocks), split.chunks)
-
-        def owner(unit):
-            return div(add(mul(add(unit, 1), split.blocks), -1), split.units)
-
-        first_quad = add(mul(worker.registers.item(), 128), _thread())
-        loop = scf.ForOp(first_quad, _c(rows * width // 4), _c(workers * 128))
-        with ir.InsertionPoint(loop.body):
-            quad = loop.induction_variable
-            row, column = div(quad, width // 4), mul(arith.remui(quad, _c(width // 4)), 4)
-            tile, within = div(column, cols), arith.remui(column, _c(cols))
-            place = add(mul(add(mul(div(within, 64), batch), row), 64), arith.remui(within, _c(64)))
-            first = owner(mul(tile, split.chunks))
-            last = owner(add(mul(tile, split.chunks), split.chunks - 1))
-            total = [arith.constant(f32, ir.FloatAttr.get(f32, 0.0))] * 4
-            for i in range(most):
-                block = add(first, i)
-                there = arith.cmpi(arith.CmpIPredicate.ule, block, last)
-                number = add(mul(block, split.max_parts), tile, mul(first_tile(block), -1))
-                source = _utils.getelementptr(parts, [add(mul(number, cols * batch), place)], f32)
-                part = [arith.bitcast(f32, word) for word in _load_if(there, source)]
-                total = [arith.addf(a, b) for a, b in zip(total, part, strict=True)]
-            target = _utils.getelementptr(out, [add(mul(row, width), column)], out_type.element_type)
-            _store_rounded(total, target, out_type.element_type)
-            scf.yield_([])
-
-    return run
-
-
 def _words(pairs: Iterable[ir.Value], packed: bool) -> list[ir.Value]:
     """Pairs of float32 as 32-bit words: one a number, or one a pair of bfloat16."""
     words = []
@@ -253,7 +200,10 @@ def store_fragments(packed: bool) -> Callable:
 
 
 def sum_fragments(split: Split, cols: int, workers: int, packed: bool, registers: int) -> Callable:
-    """-> f(parts [n cols/64 batch 64], out [B D], worker): as `sum_columns`, for what `store_fragments` stored.
+    """-> f(parts [n cols/64 batch 64], out [B D], worker): the partial sums of each tile, added in order.
+
+    `parts` is what `store_fragments` stored. Of `workers` warpgroups each adds every `workers`-th group of four words
+    a thread.
 
     registers: of a thread, that partial sums on their way may take, where one round of them doesn't take more.
     """
@@ -350,14 +300,6 @@ def _load_if(condition: ir.Value, source: ir.Value) -> list[ir.Value]:
     return [llvm.extractvalue(_i32(), four, [i]) for i in range(4)]
 
 
-def _store_rounded(four: list[ir.Value], target: ir.Value, dtype: ir.Type) -> None:
-    """Four float32 to bfloat16 or float16."""
-    short = "bf16" if dtype == ir.BF16Type.get() else "f16"
-    a, b = (f"cvt.rn.{short}x2.f32 {name}, ${i + 1}, ${i};" for name, i in (("low", 0), ("high", 2)))
-    store = f"{{ .reg .b32 low, high; {a} {b} st.global.v2.b32 [$4], {{low, high}}; }}"
-    _asm(store, [*four, target], "f,f,f,f,l")
-
-
 def issue_rows(rows: int, cols: int) -> Callable:
     """-> f(w [F D], ids, out [stages rows cols+PADDING], barriers, slot, column): starts one stage of copies.
 
@@ -386,19 +328,6 @@ def _address(w: ir.Value, column: mgpu.FragmentedArray, row: ir.Value) -> ir.Val
     offset = arith.muli(arith.extsi(_i64(), row), _utils.c(w_type.shape[1], _i64()))
     offset = arith.addi(offset, arith.extsi(_i64(), column.registers.item()))
     return _utils.getelementptr(_utils.memref_ptr(w), [offset], w_type.element_type)
-
-
-def prefetch_rows(cols: int) -> Callable:
-    """-> f(w [F D], ids, column): starts to bring what a stage will hold into the L2."""
-
-    @_inline(arg_types=(_REF, IDS, _SPLAT))
-    def run(ctx, w, ids, column):
-        neuron = _own(ids)
-        with _utils.when(arith.cmpi(arith.CmpIPredicate.sge, neuron, _c(0))):
-            prefetch = f"cp.async.bulk.prefetch.L2.global [$0], {cols * 2};"
-            _asm(prefetch, [_address(w, column, neuron)], "l")
-
-    return run
 
 
 def _evict_first() -> ir.Value:

@@ -29,9 +29,7 @@ BULK = plgpu.OOBFillMode.PROMISE_IN_BOUNDS
 ACTIVATIONS = {"relu": lambda a: jnp.maximum(a, 0.0), "silu": lambda a: a / (1.0 + jnp.exp(-a))}
 MATRICES = ("w_up", "w_gate", "w_down")
 REGISTERS = {1: (232, 104, 128), 2: (184, 56, 88)}  # consumers, producer, loader; in all 512 a lane at most
-ARRIVED = (
-    3  # semaphores of all blocks; then, with flags, one a tile going up and one a stage of hidden values
-)
+HIDDEN, RESULT, TILES = range(3)  # what semaphores of a fused kernel count: see `Plan.semaphores`
 HIDDEN_WIDTH = 32  # columns of hidden values that are completed at once in a fused kernel
 COMPILER = plgpu.CompilerParams(
     lowering_semantics=plgpu.LoweringSemantics.Lane,  # the other one can't slice padded rows
@@ -56,18 +54,16 @@ class Block:
 
     def __init__(self, plan: Plan, refs: dict[str, Any], interpret: bool):
         self.plan, self.tiles, self.refs, self.interpret = plan, plan.tiles, refs, interpret
-        self.cluster = lax.axis_index("cluster")
-        self.peer = lax.axis_index("peer") if plan.tiles.cluster > 1 else _int(0)
-        self.block = self.cluster * plan.tiles.cluster + self.peer
-        self.up = self._range(plan.up, "x", self.cluster)
-        self.down = self._range(plan.down, "w_down", self.block)
+        self.block = lax.axis_index("block")
+        self.up = self._range(plan.up, "x")
+        self.down = self._range(plan.down, "w_down")
         self.up_stages = (self.up[1] - self.up[0]) * _int(plan.tiles.groups)
         self.stages = self.up_stages + self.down[1] - self.down[0]
 
-    def _range(self, split, needs, worker):
+    def _range(self, split, needs):
         if needs not in self.refs:
             return _int(0), _int(0)
-        return split.start(worker), split.start(worker + 1)
+        return split.start(self.block), split.start(self.block + 1)
 
     # The ring of weights. Stage t lies in slot t % stages; those of the up-projection come first.
 
@@ -92,9 +88,8 @@ class Block:
         return lax.div(tile, _int(self.plan.row_tiles)), entry, chunk * self.tiles.cols
 
     def _first_entry(self, tile):
-        """First entry of the index of this block's part of a tile going up."""
-        within = lax.rem(tile, _int(self.plan.row_tiles))
-        return (within * self.tiles.cluster + self.peer) * (self.tiles.groups * self.tiles.rows)
+        """First entry of the index of a tile going up."""
+        return lax.rem(tile, _int(self.plan.row_tiles)) * (self.tiles.groups * self.tiles.rows)
 
     def _locate_down(self, t):
         tile, chunk = self._tile_chunk(self.plan.down, self.down[0] + t - self.up_stages)
@@ -128,8 +123,6 @@ class Block:
         def stage(t, queue):
             now, *others = queue
             later = ids(t + ahead)
-            if self.tiles.prefetch and self.tiles.fused:
-                pl.when(t == self.up_stages + ahead)(lambda: self._prefetch(t, ids))
             self._await_empty(t)
             matrix, _, column = self._locate(t)
             for i, w in matrices:
@@ -139,14 +132,6 @@ class Block:
             return (*others, later)
 
         lax.fori_loop(_int(0), self.stages, stage, tuple(ids(_int(t)) for t in range(ahead)))
-
-    def _prefetch(self, t, ids):
-        """Stages from t on to the L2: the ring is full, and the hidden values are awaited."""
-        prefetch = gather.prefetch_rows(self.tiles.cols)
-
-        @pl.loop(t, lax.min(t + self.tiles.prefetch, self.stages))
-        def _(later):
-            prefetch(self.refs["w_down"], ids(later), self._locate_down(later)[2])
 
     def _fill_rows(self, matrices):
         refs, rows, cols = self.refs, self.tiles.rows, self.tiles.cols
@@ -193,11 +178,6 @@ class Block:
             plgpu.commit_smem()  # its products load what wgmma reads
         else:
             plgpu.wgmma_wait(pending)
-        self._free_input(slot)
-
-    def _free_input(self, slot):
-        if self.tiles.cluster > 1:
-            gather.sync_warpgroup()  # as one thread arrives for all of them, in both blocks
         plgpu.barrier_arrive(self.refs["x_empty"].at[slot])
 
     # The loader
@@ -208,9 +188,7 @@ class Block:
         if "x" in self.refs:
             self._load_input()
         if self.tiles.fused:
-            self._complete_hidden(_int(0))
-            if not self.tiles.flags:
-                self._await_hidden()
+            self._complete_hidden()
         if "w_down" in self.refs:
             self._load_hidden()
         self._finish(self.tiles.warpgroups + 1)
@@ -230,21 +208,17 @@ class Block:
             column = chunk * tiles.cols + lax.rem(i, _int(pieces)) * tiles.x_cols
             slot = lax.rem(i, _int(tiles.x_slots))
             source, target = refs["x"].at[:, pl.ds(column, tiles.x_cols)], refs["x_ring"].at[slot]
-            together = "peer" if tiles.cluster > 1 else None
-            plgpu.copy_gmem_to_smem(source, target, refs["x_full"].at[slot], collective_axes=together)
+            plgpu.copy_gmem_to_smem(source, target, refs["x_full"].at[slot])
 
         pl.loop(lax.max(count - tiles.x_slots, _int(0)), count)(wait)
 
-    def _await_hidden(self):
-        _wait(self.refs["arrived"].at[1], self.plan.grid * self.plan.completers)
-
-    def _await_group(self, i, group):
-        """With flags: before the i-th hidden values, of `group`, are loaded. Later than the first few, all at once."""
-        plan, slots = self.plan, self.tiles.hidden_slots
+    def _await_hidden(self, i, group):
+        """Before the i-th hidden values, those of `group`, are loaded: the first few one by one, the others at once."""
+        plan, arrived, slots = self.plan, self.refs["arrived"], self.tiles.hidden_slots
         pieces = self.tiles.batch // min(self.tiles.batch, HIDDEN_WIDTH)
-        flag = self.refs["arrived"].at[ARRIVED + plan.up.tiles + group]
-        pl.when(i < slots)(lambda: _wait(flag, pieces * self.tiles.warpgroups))
-        pl.when(i == slots)(self._await_hidden)
+        own = arrived.at[TILES + plan.up.tiles + group]
+        pl.when(i < slots)(lambda: _wait(own, pieces * self.tiles.warpgroups))
+        pl.when(i == slots)(lambda: _wait(arrived.at[HIDDEN], plan.grid))
 
     def _load_hidden(self):
         refs, slots = self.refs, self.tiles.hidden_slots
@@ -257,30 +231,24 @@ class Block:
         def _(i):
             pl.when(i >= slots)(lambda: wait(i))
             _, group = self._tile_chunk(self.plan.down, self.down[0] + i)
-            if self.tiles.flags:
-                self._await_group(i, group)
+            if self.tiles.fused:
+                self._await_hidden(i, group)
             slot, per = lax.rem(i, _int(slots)), self.tiles.warpgroups
             source = refs["hidden"].at[pl.ds(group * per, per)]
             plgpu.copy_gmem_to_smem(source, refs["h_ring"].at[slot], refs["h_full"].at[slot])
 
         pl.loop(lax.max(count - slots, _int(0)), count)(wait)
 
-    def _complete_hidden(self, helper):
-        """Once all partial sums are there, with flags those it needs, turns a share of them into hidden values.
-
-        `helper`: which of the block's warpgroups that do so; the loader is the first.
-        """
-        refs, plan = self.refs, self.plan
-        if not self.tiles.flags:
-            _wait(refs["arrived"].at[0], plan.grid * self.tiles.warpgroups)
+    def _complete_hidden(self):
+        """Turns this block's share of the partial sums into hidden values, each as soon as its own are there."""
+        refs, plan, stage = self.refs, self.plan, self.refs["h_stage"]
         width = min(self.tiles.batch, HIDDEN_WIDTH)
         pieces = self.tiles.batch // width
-        count, workers = plan.hidden[0] * pieces, plan.grid * plan.completers
-        worker, stage = helper * plan.grid + self.block, refs["h_stage"].at[helper]
+        count = plan.hidden[0] * pieces
 
-        @pl.loop(0, lax.div(_int(count - 1) - worker + _int(workers), _int(workers)))
+        @pl.loop(0, lax.div(_int(count - 1) - self.block + _int(plan.grid), _int(plan.grid)))
         def _(i):
-            piece = worker + i * workers
+            piece = self.block + i * plan.grid
             block, column = lax.div(piece, _int(pieces)), lax.rem(piece, _int(pieces)) * width
             values = self._hidden_values(block, column, width)
             plgpu.wait_smem_to_gmem(0)
@@ -288,11 +256,9 @@ class Block:
             stage[...] = values.astype(plan.dtype)
             plgpu.commit_smem()
             plgpu.copy_smem_to_gmem(stage, refs["hidden"].at[block, :, pl.ds(column, width)])
-            if self.tiles.flags:
-                group = lax.div(block, _int(self.tiles.warpgroups))
-                self._signal(ARRIVED + plan.up.tiles + group)
+            self._signal(TILES + plan.up.tiles + lax.div(block, _int(self.tiles.warpgroups)))
 
-        self._signal(1)
+        self._signal(HIDDEN)
 
     def _signal(self, semaphore):
         """Tells all blocks that what the calling warpgroup copied to device memory is there."""
@@ -303,8 +269,8 @@ class Block:
         """[64 width] float32: columns of a block of 64 neurons."""
         per = self.tiles.warpgroups
         group = lax.div(block, _int(per))
-        tile = lax.div(group, _int(self.plan.tile_groups))
-        place = lax.rem(group, _int(self.plan.tile_groups)) * per + lax.rem(block, _int(per))
+        tile = lax.div(group, _int(self.tiles.groups))
+        place = lax.rem(group, _int(self.tiles.groups)) * per + lax.rem(block, _int(per))
         act = ACTIVATIONS[self.plan.activation]
         up = self._sum_parts(tile, place, column, width)
         if not self.plan.gated:
@@ -314,9 +280,7 @@ class Block:
     def _sum_parts(self, tile, place, column, width):
         split, parts = self.plan.up, self.refs["up_parts"]
         first, last = split.owner(tile * split.chunks), split.owner((tile + 1) * split.chunks - 1)
-        if self.tiles.flags:
-            signals = self.tiles.cluster * self.tiles.warpgroups
-            _wait(self.refs["arrived"].at[ARRIVED + tile], (last - first + 1) * signals)
+        _wait(self.refs["arrived"].at[TILES + tile], (last - first + 1) * self.tiles.warpgroups)
         total = None
         for i in range(split.contributions.shape[1]):
             owner = lax.min(first + i, last)
@@ -333,35 +297,25 @@ class Block:
         """Multiplies; `warpgroup` owns 64 rows of each stage going up, a share of its columns going down."""
         plgpu.set_max_registers(REGISTERS[self.tiles.warpgroups][0], action="increase")
         if "x" in self.refs:
-            up = functools.partial(self._up_part, warpgroup)
-            self._for_each_part(self.plan.up, self.cluster, self.up, up)
+            self._for_each_part(self.plan.up, self.up, functools.partial(self._up_part, warpgroup))
         if self.tiles.fused:
-            self._arrive(0, *(self._range_of_tiles() if self.tiles.flags else ()))
-            if self.tiles.helping:
-                self._complete_hidden(warpgroup + 1)
+            self._arrive(*self._up_tiles())
         if "w_down" in self.refs:
-            down = functools.partial(self._down_part, warpgroup)
-            self._for_each_part(self.plan.down, self.block, self.down, down)
+            self._for_each_part(self.plan.down, self.down, functools.partial(self._down_part, warpgroup))
         if self.tiles.fused:
-            self._arrive(2)
+            self._arrive(_int(RESULT), _int(RESULT + 1))
         self._finish(warpgroup)
 
-    def _range_of_tiles(self):
+    def _up_tiles(self):
         """Semaphores of the tiles that this block touches going up: the first, and after the last."""
         first, last = (self._tile_chunk(self.plan.up, unit)[0] for unit in (self.up[0], self.up[1] - 1))
-        return ARRIVED + first, lax.select(self.up[1] > self.up[0], ARRIVED + last + 1, ARRIVED + first)
+        return TILES + first, lax.select(self.up[1] > self.up[0], TILES + last + 1, TILES + first)
 
-    def _arrive(self, semaphore: int, *tiles):
-        """Tells all blocks that the calling warpgroup's partial sums are there.
-
-        On one semaphore, or on those of a range of tiles.
-        """
+    def _arrive(self, first, end):
+        """Tells all blocks, on the semaphores first:end, that the calling warpgroup's partial sums are there."""
         gather.sync_warpgroup()
-        if tiles:
-            signal = functools.partial(plgpu.semaphore_signal, memory_scope="gpu")
-            pl.loop(*tiles)(lambda tile: signal(self.refs["arrived"].at[tile]))
-            return
-        plgpu.semaphore_signal(self.refs["arrived"].at[semaphore], memory_scope="gpu")
+        signal = functools.partial(plgpu.semaphore_signal, memory_scope="gpu")
+        pl.loop(first, end)(lambda i: signal(self.refs["arrived"].at[i]))
 
     def _finish(self, warpgroup, registers=48):
         """In a fused kernel, once all partial sums of the result are there: adds up this warpgroup's share.
@@ -371,16 +325,13 @@ class Block:
         plan, tiles = self.plan, self.tiles
         if not tiles.fused:
             return
-        _wait(self.refs["arrived"].at[2], plan.grid * tiles.warpgroups)
+        _wait(self.refs["arrived"].at[RESULT], plan.grid * tiles.warpgroups)
         workers = plan.grid * (tiles.warpgroups + 2)
-        total = gather.sum_columns(plan.down, tiles.cols, workers)
-        if plan.sums != "rows":
-            packed = plan.sums == "bfloat16"
-            total = gather.sum_fragments(plan.down, tiles.cols, workers, packed, registers)
+        total = gather.sum_fragments(plan.down, tiles.cols, workers, plan.packed, registers)
         total(self.refs["down_parts"], self.refs["out"], self.block * (tiles.warpgroups + 2) + warpgroup)
 
-    def _for_each_part(self, split, worker, units, body):
-        """body(number of the partial sum, its tile, first unit, end) for each tile that the worker touches."""
+    def _for_each_part(self, split, units, body):
+        """body(number of the partial sum, its tile, first unit, end) for each tile that this block touches."""
         first = lax.div(units[0], _int(split.chunks))
         last = lax.div(lax.max(units[1] - 1, units[0]), _int(split.chunks))
 
@@ -389,7 +340,7 @@ class Block:
             tile = first + part
             start = lax.max(units[0], tile * split.chunks)
             end = lax.min(units[1], (tile + 1) * split.chunks)
-            body(worker * split.max_parts + part, tile, start, end)
+            body(self.block * split.max_parts + part, tile, start, end)
 
     def _up_part(self, warpgroup, number, tile, start, end):
         tiles, refs = self.tiles, self.refs
@@ -409,11 +360,10 @@ class Block:
                     for c in range(0, tiles.x_cols, depth):
                         a = refs["w_ring"].at[self._slot(t), rows, pl.ds(p * tiles.x_cols + c, depth)]
                         multiply(g, a, refs["x_ring"].at[slot, :, pl.ds(c, depth)].T)
-                    if tiles.early and g == tiles.groups - 1 and p > 0:
+                    if g == tiles.groups - 1 and p > 0:
                         self._release_input(slots[p - 1], tiles.x_cols // depth)
                 self._release(t)
-            for slot in slots[-1:] if tiles.early else slots:
-                self._free_input(slot)
+            plgpu.barrier_arrive(refs["x_empty"].at[slots[-1]])
 
         total = self._accumulate(tiles.groups, start, end, unit)
         begins = lax.rem(start, _int(self.plan.up.chunks)) == 0
@@ -421,8 +371,7 @@ class Block:
             part = total[g * 64 : (g + 1) * 64]
             if bias is not None:
                 part = part + bias(g) * begins.astype(jnp.float32)
-            place = (self.peer * tiles.groups + g) * tiles.warpgroups + warpgroup
-            refs["up_parts"][number, place] = part
+            refs["up_parts"][number, g * tiles.warpgroups + warpgroup] = part
 
     def _bias(self, warpgroup, tile) -> Callable | None:
         """-> f(g), the bias [64 batch] of the rows of group g of a tile; None without biases."""
@@ -480,8 +429,8 @@ class Block:
             part = total[p * 64 : (p + 1) * 64]
             if self.interpret:
                 out[...] = part.T
-            elif self.plan.sums != "rows":
-                store = gather.store_fragments(self.plan.sums == "bfloat16")
+            elif tiles.fused:
+                store = gather.store_fragments(self.plan.packed)
                 store(part, refs["down_parts"], number * (tiles.cols // 64) + place)
             else:
                 gather.store_transposed(part, out)

@@ -14,7 +14,7 @@ from jaxtyping import Array, Float, Int
 
 from pallas_kernels import _device
 from pallas_kernels.sparse_mlp import gather
-from pallas_kernels.sparse_mlp.kernel import ACTIVATIONS, ARRIVED, COMPILER, HIDDEN_WIDTH, Block
+from pallas_kernels.sparse_mlp.kernel import ACTIVATIONS, COMPILER, HIDDEN_WIDTH, Block
 from pallas_kernels.sparse_mlp.plan import Plan
 from pallas_kernels.sparse_mlp.schedule import Split
 from pallas_kernels.sparse_mlp.tiles import BATCHES, PADDING, Tiles, heuristic
@@ -112,13 +112,10 @@ def _scratch(plan: Plan, has_up: bool, has_down: bool) -> dict[str, Any]:
     if has_up and has_down:
         width = min(tiles.batch, HIDDEN_WIDTH)
         transforms = (tiling((8, width)), swizzled(2 * width))
-        operands.append(plgpu.SMEM((plan.completers, 64, width), dtype, transforms=transforms))
+        operands.append(plgpu.SMEM((64, width), dtype, transforms=transforms))
     scratch["operand"] = plgpu.RefUnion(*operands)
     if has_up:
         scratch |= {"x_full": barriers(tiles.x_slots), "x_empty": barriers(tiles.x_slots, tiles.warpgroups)}
-        if tiles.cluster > 1:
-            counts = {"num_barriers": tiles.x_slots, "num_arrivals": tiles.warpgroups}
-            scratch["x_empty"] = plgpu.ClusterBarrier(collective_axes=("peer",), **counts)
         scratch["bias"] = plgpu.SMEM((tiles.warpgroups, 64 * tiles.groups), jnp.float32)
     if has_down:
         count = tiles.hidden_slots
@@ -136,7 +133,7 @@ def products(plan: Plan, operands: dict[str, jax.Array], interpret: bool = False
     if has_up and has_down:
         outputs["hidden"] = jax.ShapeDtypeStruct(plan.hidden, jnp.dtype(plan.dtype))
     if has_down:
-        kind = jnp.bfloat16 if plan.sums == "bfloat16" else jnp.float32
+        kind = jnp.bfloat16 if plan.packed else jnp.float32
         outputs["down_parts"] = jax.ShapeDtypeStruct(plan.down_parts, kind)
     if has_up and has_down:
         outputs["out"] = jax.ShapeDtypeStruct((plan.batch, plan.d_model), jnp.dtype(plan.dtype))
@@ -147,8 +144,7 @@ def products(plan: Plan, operands: dict[str, jax.Array], interpret: bool = False
         refs = dict(zip(names, references, strict=True))
         refs |= dict(zip(("x_ring", "h_ring", "h_stage"), refs.pop("operand"), strict=False))
         if has_up and has_down:
-            count = ARRIVED + (plan.up.tiles + plan.groups if tiles.flags else 0)
-            refs["arrived"] = pl.get_global(plgpu.SemaphoreType.REGULAR((count,)))
+            refs["arrived"] = pl.get_global(plgpu.SemaphoreType.REGULAR((plan.semaphores,)))
         if tiles.copy != "rows":
             gather.init_barriers(tiles.stages)(refs["full"])
         block = Block(plan, refs, interpret)
@@ -161,9 +157,8 @@ def products(plan: Plan, operands: dict[str, jax.Array], interpret: bool = False
     kernel = plgpu.kernel(
         body,
         out_type=list(outputs.values()),
-        grid=(plan.clusters,),
-        grid_names=("cluster",),
-        **({"cluster": (tiles.cluster,), "cluster_names": ("peer",)} if tiles.cluster > 1 else {}),
+        grid=(plan.grid,),
+        grid_names=("block",),
         num_threads=tiles.warpgroups + 2,
         thread_name="warpgroup",
         scratch_types=list(scratch.values()),

@@ -11,7 +11,6 @@ from pallas_kernels.sparse_mlp.schedule import Split
 PADDING = 8  # elements after each row in shared memory: eight rows meet eight different groups of banks
 BATCHES = (16, 32, 64, 128)  # padded batch; a larger one is cut into pieces of the last
 COPIES = ("bulk", "rows")
-SUMS = ("rows", "float32", "bfloat16")
 SMEM_RESERVE = 2048  # bytes for barriers and for the compiler
 
 
@@ -21,17 +20,10 @@ class Tiles:
     groups: stages of rows whose sums are held together going up, so that the input is read once for all of them.
     cols: columns of a stage: of the contraction going up, of the output going down.
     stages: depth of the ring of weights. x_cols, x_slots: columns and depth of the input's ring.
-    early: a slot of the input is freed once its own products are done, not all of its chunk's.
-    blocks: thread blocks at most. cluster: of them that take the same chunks going up, so that each is read once.
-    fused: one kernel with a barrier among all its blocks, which must therefore run
-    at the same time, else one kernel a projection.
+    blocks: thread blocks at most. fused: one kernel whose blocks wait for each other and must therefore run at the
+    same time, else one kernel a projection.
     copy: how rows are gathered: "bulk" (one cp.async.bulk each, in inline PTX) or "rows" (Pallas's own copy, slow,
     but the interpreter knows it).
-    prefetch: stages of the down-projection that a fused kernel brings to the L2 while hidden values are completed.
-    flags: in a fused kernel, hidden values are completed tile by tile and used stage by stage, as they arrive.
-    helping: the warpgroups that multiply complete hidden values too, in between.
-    sums: how a fused kernel stores partial sums of the down-projection: "rows" of float32, or in the order in which
-    threads hold them, as "float32" or "bfloat16".
     """
 
     batch: int
@@ -42,13 +34,7 @@ class Tiles:
     x_cols: int
     x_slots: int
     blocks: int
-    cluster: int = 1
-    early: bool = True
     copy: str = "bulk"
-    prefetch: int = 0
-    flags: bool = False
-    helping: bool = False
-    sums: str = "rows"
     fused: bool = True
 
     def __post_init__(self) -> None:
@@ -62,15 +48,8 @@ class Tiles:
                 "x_slots must hold one chunk and more",
             ),
             (min(self.groups, self.stages, self.blocks) > 0, "groups, stages and blocks must be positive"),
-            (
-                self.cluster in (1, 2) and self.blocks % self.cluster == 0,
-                "cluster must be 1 or 2, dividing blocks",
-            ),
-            (not (self.flags and self.helping), "flags and helping exclude each other"),
-            (self.sums in SUMS, f"sums must be one of {SUMS}"),
             (self.copy in COPIES, f"copy must be one of {COPIES}"),
             (not (self.fused and self.copy == "rows"), "rows can't be fused"),
-            (not (self.cluster > 1 and self.copy == "rows"), "rows can't be copied in clusters"),
             (self.hidden_slots > 1, "the input's ring is too small for two stages of hidden values"),
             (max(self.groups, self.cols // 64 // self.warpgroups) * self.batch <= 256, "sums need registers"),
             (self.smem_bytes <= 232448, "too much shared memory"),
@@ -127,11 +106,11 @@ def heuristic(batch: int, d_model: int, device: Device, *, selected: int, gated:
 
     def cost(tiles: Tiles) -> float:
         stages = -(-selected // tiles.rows)
-        row_tiles = -(-stages // (tiles.groups * tiles.cluster)) * (2 if gated else 1)
-        going_up = Split(row_tiles, d_model // tiles.cols, tiles.blocks // tiles.cluster)
+        row_tiles = -(-stages // tiles.groups) * (2 if gated else 1)
+        going_up = Split(row_tiles, d_model // tiles.cols, tiles.blocks)
         up, sums = going_up.max_units, going_up.contributions.shape[1]
         down = Split(d_model // tiles.cols, stages, tiles.blocks).max_units
-        rows = up * (tiles.groups * tiles.rows + INPUT_COST / tiles.cluster * tiles.batch) + down * tiles.rows
+        rows = up * (tiles.groups * tiles.rows + INPUT_COST * tiles.batch) + down * tiles.rows
         return rows * tiles.cols + SUM_COST * tiles.batch**2 * sums
 
     known = replace(_CHOICE[padded(batch)], blocks=device.num_sms)
