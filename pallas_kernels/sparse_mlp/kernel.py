@@ -38,7 +38,7 @@ COMPILER = plgpu.CompilerParams(
 )
 
 
-def _wait(semaphore, value: int) -> None:
+def _wait(semaphore, value: int | jax.Array) -> None:
     plgpu.semaphore_wait(semaphore, value, decrement=False, memory_scope="gpu")
 
 
