@@ -8,7 +8,9 @@ import glob
 import hashlib
 import os
 import re
+import sys
 import tempfile
+import threading
 from collections.abc import Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from io import BufferedReader
@@ -53,7 +55,7 @@ class ArrayWriter:
         self._arrays: dict[str, dict[str, Any]] = {}
         self._digests: dict[tuple[int, ...], Future[dict[str, Any]]] = {}
         self._opened = contextlib.ExitStack()
-        self._writer, self._hasher = ThreadPoolExecutor(1), ThreadPoolExecutor(1)
+        self._writer, self._hasher = ThreadPoolExecutor(1), ThreadPoolExecutor(1, initializer=_give_way)
         self._written: Future[None] | None = None
 
     @property
@@ -189,6 +191,12 @@ def read_array(folder: Path, name: str, record: Record, *, mend: str) -> np.ndar
     context.pytree_options.loading.partial_load = True
     with _orbax("the array cannot be read", folder, mend), _plain(folder) as path, context:
         return np.asarray(ocp.load(path, {name: target})[name])
+
+
+def _give_way() -> None:
+    """Lets other threads go before the calling one, where threads have priorities of their own."""
+    if sys.platform == "linux":
+        os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), 15)
 
 
 def _host() -> Any:
