@@ -33,7 +33,7 @@ def sparse_mlp(
 
     Args:
       x: any floating dtype, which the result has. Products are accumulated in float32, hidden values are rounded
-        to x's dtype.
+        to x's dtype; "mosaic" adds the result up in float32 from a few parts that, for bfloat16, are rounded to it.
       w_up, w_down, w_gate: neuron-major, row j is neuron j's, in one floating dtype.
       index: any signed integers.
       b_up, b_gate: floating; b_gate goes with w_gate alone.
