@@ -298,24 +298,16 @@ class Block:
         plgpu.set_max_registers(REGISTERS[self.tiles.warpgroups][0], action="increase")
         if "x" in self.refs:
             self._for_each_part(self.plan.up, self.up, functools.partial(self._up_part, warpgroup))
-        if self.tiles.fused:
-            self._arrive(*self._up_tiles())
         if "w_down" in self.refs:
             self._for_each_part(self.plan.down, self.down, functools.partial(self._down_part, warpgroup))
         if self.tiles.fused:
-            self._arrive(_int(RESULT), _int(RESULT + 1))
+            self._arrive(RESULT)
         self._finish(warpgroup)
 
-    def _up_tiles(self):
-        """Semaphores of the tiles that this block touches going up: the first, and after the last."""
-        first, last = (self._tile_chunk(self.plan.up, unit)[0] for unit in (self.up[0], self.up[1] - 1))
-        return TILES + first, lax.select(self.up[1] > self.up[0], TILES + last + 1, TILES + first)
-
-    def _arrive(self, first, end):
-        """Tells all blocks, on the semaphores first:end, that the calling warpgroup's partial sums are there."""
+    def _arrive(self, semaphore):
+        """Tells all blocks that partial sums of the calling warpgroup are there."""
         gather.sync_warpgroup()
-        signal = functools.partial(plgpu.semaphore_signal, memory_scope="gpu")
-        pl.loop(first, end)(lambda i: signal(self.refs["arrived"].at[i]))
+        plgpu.semaphore_signal(self.refs["arrived"].at[semaphore], memory_scope="gpu")
 
     def _finish(self, warpgroup, registers=48):
         """In a fused kernel, once all partial sums of the result are there: adds up this warpgroup's share.
@@ -372,6 +364,8 @@ class Block:
             if bias is not None:
                 part = part + bias(g) * begins.astype(jnp.float32)
             refs["up_parts"][number, g * tiles.warpgroups + warpgroup] = part
+        if tiles.fused:
+            self._arrive(TILES + tile)
 
     def _bias(self, warpgroup, tile) -> Callable | None:
         """-> f(g), the bias [64 batch] of the rows of group g of a tile; None without biases."""
