@@ -12,11 +12,11 @@ from polarjax.errors import SparsityError
 def dense_above(batch_size: int) -> float:
     """Fraction of a layer's neurons above which calibration keeps the layer dense at a batch size.
 
-    .8 is the published value. On an H200 (bench/results/sparse_mlp.jsonl) dense is the faster one from .85 on at
-    batches of 1 to 64, with some shapes never; at 256, where the products are bound by arithmetic, from .38 (OPT-6.7B)
-    to .62 (OPT-66B) on. Nothing between was measured.
+    .8 is the published value. On an H200 (bench/results/sparse_mlp.jsonl) dense is the faster one from .83 on at
+    batches of 1 to 64, with some shapes never; at 256, where the products are bound by arithmetic, from .29 (OPT-6.7B)
+    to .63 (OPT-66B) on. Nothing between was measured.
     """
-    return 0.8 if batch_size <= 128 else 0.35
+    return 0.8 if batch_size <= 128 else 0.3
 
 
 def check_density(density: float, *, where: str) -> float:
