@@ -55,7 +55,7 @@ class Unit:
         ours = functools.partial(mosaic.sparse_decode_attention, scale=scale, device=_device.current())
         for density in self.densities:
             floor = self.at(density).cache_bytes / 4e12
-            yield "mosaic", density, ours, max(4, min(16, round(4e-4 / floor)))
+            yield "mosaic", density, ours, timing.calls_needed(floor)
             if self.beside and density in (1.0, 0.3):
                 yield "xla", density, functools.partial(xla.sparse_decode_attention, scale=scale), 2
             if self.beside and density == 1.0:
@@ -214,9 +214,7 @@ def _timed(program, q, sets, calls, peak, row, oracle, rows) -> dict[str, Any]:
     if wrong > LIMIT:
         return {"error": wrong, "wrong": True}
     seconds, spread = timing.seconds_per_call(lambda: program(q, next(turns)), calls, min_seconds=0.01)
-    rate = row["bytes"] / seconds
-    speeds = {"gbps": rate / 1e9, "pct_peak": 100 * rate / peak}
-    return {"error": wrong, "time_us": seconds * 1e6, "spread_us": spread * 1e6, **speeds}
+    return {"error": wrong} | timing.speed(row["bytes"], seconds, spread, peak)
 
 
 def error(out: Any, want: Any) -> float:

@@ -67,7 +67,7 @@ def operand_sets(case: AttentionCase, count: int | None = None) -> list[Operands
 
 def chain(case: AttentionCase, call: Callable[..., jax.Array], peak: float) -> tuple[Any, int]:
     """A compiled program of several calls, each on another set of operands, and their number."""
-    calls = max(4, min(16, round(4e-4 / (case.cache_bytes / peak))))
+    calls = timing.calls_needed(case.cache_bytes / peak)
     count = timing.sets_needed(case.cache_bytes)
     q, *others = jax.eval_shape(lambda: tuple(vars(operand_sets(case, 1)[0]).values()))
     return timing.chained(call, calls).lower(q, [tuple(others)] * count).compile(), calls
@@ -92,13 +92,7 @@ def measure(
     if row["error"] > LIMIT["bfloat16"]:
         return row | {"wrong": True}
     seconds, spread = timing.seconds_per_call(lambda: program(sets[0].q, operands), calls)
-    rate = case.cache_bytes / seconds
-    return row | {
-        "time_us": seconds * 1e6,
-        "spread_us": spread * 1e6,
-        "gbps": rate / 1e9,
-        "pct_peak": 100 * rate / peak,
-    }
+    return row | timing.speed(case.cache_bytes, seconds, spread, peak)
 
 
 def _tiles(spec: str, problem: Problem) -> Tiles:

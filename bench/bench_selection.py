@@ -105,13 +105,9 @@ def measure(scores: list[jax.Array], call: Callable[..., jax.Array], peak: float
     run = jax.jit(lambda sets: [call(one) for one in sets])
     seconds, spread = timing.seconds_per_call(lambda: run(scores), len(scores), min_seconds=0.005)
     seen = timing.timeline(lambda: run(scores))
-    return {
-        "time_us": seconds * 1e6,
-        "spread_us": spread * 1e6,
+    return timing.speed(scores[0].nbytes, seconds, spread, peak) | {
         "device_us": sum(count * us for _, count, us, _ in seen) / (3 * len(scores)) if seen else None,
         "launches": round(sum(count for _, count, _, _ in seen) / (3 * len(scores)), 2),
-        "gbps": scores[0].nbytes / seconds / 1e9,
-        "pct_peak": 100 * scores[0].nbytes / seconds / peak,
     }
 
 

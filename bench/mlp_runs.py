@@ -128,9 +128,7 @@ class Run:
         if not found <= LIMIT["bfloat16"]:
             return {"error": found, "wrong": True}
         seconds, spread = timing.seconds_per_call(lambda: chain(x, sets), CALLS)
-        rate = case.bytes / seconds
-        row = {"error": found, "time_us": seconds * 1e6, "spread_us": spread * 1e6}
-        return row | {"gbps": rate / 1e9, "pct_peak": 100 * rate / peak}
+        return {"error": found} | timing.speed(case.bytes, seconds, spread, peak)
 
 
 def dense(model: ModelShape, batch: int) -> Run:

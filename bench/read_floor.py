@@ -72,21 +72,16 @@ def measure(megabytes: int, stages: int, peak: float, blocks: int) -> dict[str, 
     """A row: the time of one of the chained calls."""
     chunks = round(megabytes * 1e6 / (ROWS * COLUMNS * 2))
     data = jax.ShapeDtypeStruct((chunks * ROWS, COLUMNS), jnp.bfloat16)
-    count = timing.sets_needed(data.size * 2)
-    calls = max(count, max(4, min(16, round(4e-4 * peak / (data.size * 2)))))
+    size = data.size * data.dtype.itemsize
+    count = timing.sets_needed(size)
+    calls = max(count, timing.calls_needed(size / peak))
     x = jnp.zeros((blocks, 128), jnp.float32)
     make = jax.jit(lambda key: jax.random.normal(key, data.shape, data.dtype))
     sets = [(make(key),) for key in jax.random.split(jax.random.key(0), count)]
     program = timing.chained(functools.partial(read, stages=stages, blocks=blocks), calls)
     seconds, spread = timing.seconds_per_call(lambda: program(x, sets), calls)
-    rate = data.size * 2 / seconds
-    speed = {
-        "time_us": seconds * 1e6,
-        "spread_us": spread * 1e6,
-        "gbps": rate / 1e9,
-        "pct_peak": 100 * rate / peak,
-    }
-    return {"MB": megabytes, "bytes": data.size * 2, "stages": stages} | speed
+    row = {"MB": megabytes, "bytes": size, "stages": stages}
+    return row | timing.speed(size, seconds, spread, peak)
 
 
 def main() -> int:

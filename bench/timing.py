@@ -86,6 +86,22 @@ def timeline(run: Callable[[], Any]) -> list[tuple[str, int, float, float]]:
     ]
 
 
+def calls_needed(seconds: float) -> int:
+    """How many calls to chain, of which each takes about so long."""
+    return max(4, min(16, round(4e-4 / seconds)))
+
+
+def speed(size: int, seconds: float, spread: float, peak: float) -> dict[str, float]:
+    """The columns of a call that moves `size` bytes, beside a copy of `peak` bytes a second."""
+    rate = size / seconds
+    return {
+        "time_us": seconds * 1e6,
+        "spread_us": spread * 1e6,
+        "gbps": rate / 1e9,
+        "pct_peak": 100 * rate / peak,
+    }
+
+
 def sets_needed(touched_bytes: int) -> int:
     """How many operand sets to rotate so that a call finds nothing of its own in the L2."""
     return max(1, -(-4 * L2_BYTES // touched_bytes))
