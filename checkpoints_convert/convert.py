@@ -2,7 +2,6 @@
 
 import contextlib
 import dataclasses
-import math
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -95,7 +94,7 @@ def convert_checkpoint(
     used = [tensors[step.source] for step in plan.steps]
     wanted = parameter_dtype(dtype, used, source)
     largest = max(tensor.num_bytes for tensor in used)
-    num_bytes = sum(tensor.num_bytes // tensor.dtype.itemsize * wanted.itemsize for tensor in used)
+    num_bytes = sum(tensor.size * wanted.itemsize for tensor in used)
     options = {"model_type": family.model_type, "overwrite": overwrite}
     with new_model(target, config, **options, largest=largest, num_bytes=num_bytes) as writer:
         _check_equal(plan, tensors)
@@ -181,7 +180,7 @@ def _transfer(
     with contextlib.closing(read_rows([tensors[step.source] for step in steps])) as rows:
         for step in steps:
             tensor = tensors[step.source]
-            array = writer.reserve(math.prod(tensor.shape) * dtype.itemsize).view(dtype)
+            array = writer.reserve(tensor.size * dtype.itemsize).view(dtype)
             if not _fill(array, step.layout, rows, count=tensor.matrix[0], finite=finite):
                 bad.append(step.source)
             if not bad:

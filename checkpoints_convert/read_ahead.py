@@ -9,6 +9,7 @@ import os
 from collections import deque
 from collections.abc import Generator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
+from io import FileIO
 from pathlib import Path
 from typing import NamedTuple
 
@@ -62,9 +63,9 @@ def _read(part: Part, buffer: np.ndarray) -> np.ndarray:
     """Reads a part; within the buffer it begins as far from a page's start as within the file."""
     memory = buffer[part.offset % _PAGE :][: part.size]
     done = 0
-    if part.size >= _SMALL and _DIRECT and not _in_page_cache(part):
-        done = _read_direct(part, buffer)
     with open(part.file, "rb", buffering=0) as stream:
+        if part.size >= _SMALL and _DIRECT and not _in_page_cache(stream, part.offset + part.size // 2):
+            done = _read_direct(part, buffer)
         while done < part.size and (
             got := os.preadv(stream.fileno(), [memory[done:].data], part.offset + done)
         ):
@@ -86,12 +87,11 @@ def _read_direct(part: Part, buffer: np.ndarray) -> int:
         return 0  # the ordinary way follows, and tells what is wrong
 
 
-def _in_page_cache(part: Part) -> bool:
-    """Whether the system holds the middle of a part in memory; True where it cannot tell."""
-    with open(part.file, "rb", buffering=0) as stream:
-        try:
-            return os.preadv(stream.fileno(), [bytearray(1)], part.offset + part.size // 2, os.RWF_NOWAIT) > 0
-        except BlockingIOError:
-            return False
-        except (OSError, AttributeError):  # of file systems and platforms
-            return True
+def _in_page_cache(stream: FileIO, offset: int) -> bool:
+    """Whether the system holds a byte of a file in memory; True where it cannot tell."""
+    try:
+        return os.preadv(stream.fileno(), [bytearray(1)], offset, os.RWF_NOWAIT) > 0
+    except BlockingIOError:
+        return False
+    except (OSError, AttributeError):  # of file systems and platforms
+        return True

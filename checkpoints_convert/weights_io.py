@@ -70,14 +70,19 @@ class Tensor:
         return DTYPES[self.kind]
 
     @property
+    def size(self) -> int:
+        """Number of elements."""
+        return math.prod(self.shape)
+
+    @property
     def num_bytes(self) -> int:
         """Size in bytes."""
-        return int(np.prod(self.shape, dtype=np.int64)) * self.dtype.itemsize
+        return self.size * self.dtype.itemsize
 
     @property
     def matrix(self) -> tuple[int, int]:
         """Its rows and columns; what is no matrix is one row."""
-        return (self.shape[0], self.shape[1]) if len(self.shape) == 2 else (1, math.prod(self.shape))
+        return (self.shape[0], self.shape[1]) if len(self.shape) == 2 else (1, self.size)
 
     def parts(self) -> list[Part]:
         """Where the rows lie, a few at a time; nothing if the file holds it in another order."""

@@ -12,7 +12,7 @@ import sys
 import tempfile
 import threading
 from collections.abc import Iterator, Mapping
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor, wait
 from io import BufferedReader
 from pathlib import Path
 from typing import Any
@@ -32,6 +32,7 @@ BATCH_BYTES = 3 << 26  # small arrays are written together, up to this many byte
 CHUNK_BYTES = 1 << 26  # the unit in which a shard of a large array can be read back
 _THREADS = 8
 _ROOM = "make room, or choose a folder that can be written"
+_OPEN = 64  # files that may wait for their hash, held open: a process may not hold many
 _LARGE = 1 << 20  # smaller files are hashed at the end: some are written again by then
 
 
@@ -123,6 +124,7 @@ class ArrayWriter:
         with self._writing() as path, _context():
             ocp.partial.save(path, batch)
         batch.clear()
+        wait(list(self._digests.values())[:-_OPEN])
         for file in self._folder.parent.glob(f"{glob.escape(self._folder.name)}*/**/*"):
             if file.is_file() and file.stat().st_size >= _LARGE and _identity(file) not in self._digests:
                 # Opened now: it may have another name by then.

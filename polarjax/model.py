@@ -79,9 +79,10 @@ def with_parameters(config: ModelConfig, flat: Mapping[str, Array]) -> Decoder:
     Raises:
       CheckpointError: a parameter is missing, unknown, or of the wrong shape.
     """
-    expected = shapes(config)
+    empty = abstract(config)
+    expected = parameters(empty)
     wrong = sorted(expected.keys() ^ flat.keys())
-    wrong += [name for name in expected if name in flat and expected[name] != flat[name].shape]
+    wrong += [name for name in expected if name in flat and expected[name].shape != flat[name].shape]
     if wrong:
         raise CheckpointError(
             "parameters are missing, unknown or of the wrong shape",
@@ -90,7 +91,7 @@ def with_parameters(config: ModelConfig, flat: Mapping[str, Array]) -> Decoder:
             expected=f"the {len(expected)} parameters of this config",
             mend="use the config that belongs to these parameters",
         )
-    return jax.tree.unflatten(jax.tree.structure(abstract(config)), [flat[name] for name in expected])
+    return jax.tree.unflatten(jax.tree.structure(empty), [flat[name] for name in expected])
 
 
 def logits(model: Decoder, x: Float[Array, "... D"]) -> Float[Array, "... V"]:

@@ -1,8 +1,12 @@
 """Named arrays on disk: memory that is lent for making them is used again only once they are written."""
 
+import os
+import time
+
 import numpy as np
 import pytest
 
+from polarjax import arrays as module
 from polarjax.arrays import ArrayWriter, read_arrays
 
 
@@ -38,3 +42,24 @@ def test_lent_memory(tmp_path):
     writer.add("second", second)
     assert writer.reserve(200).nbytes == 200
     writer.close()
+
+
+def test_few_files_wait_open_for_their_hash(tmp_path, monkeypatch):
+    """A slow hash must not let them grow beyond what a process may hold."""
+    digest, most = module._digest, 0
+
+    def slow(stream):
+        nonlocal most
+        files = (os.path.realpath(f"/proc/self/fd/{number}") for number in os.listdir("/proc/self/fd"))
+        most = max(most, sum(name.startswith(str(tmp_path)) for name in files))
+        time.sleep(0.05)
+        return digest(stream)
+
+    monkeypatch.setattr(module, "_digest", slow)
+    monkeypatch.setattr(module, "_LARGE", 1)
+    monkeypatch.setattr(module, "_OPEN", 2)
+    writer = ArrayWriter(tmp_path / "arrays", batch_bytes=100)
+    for i in range(12):
+        writer.add(f"array.{i}", np.full(25, i, np.float32))
+    writer.close()
+    assert 0 < most <= 2 + 12  # and those of a batch

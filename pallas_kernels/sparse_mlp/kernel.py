@@ -6,7 +6,8 @@ memory to registers as wgmma's left operand, the batch as its N.
   up:   part[tile, 64 neurons, batch] += W[rows, cols] · x[cols, batch]
   down: part[tile, 64 columns, batch] += W[rows, cols]ᵀ · hidden[rows, batch]
 `schedule.Split` deals the units of a product evenly to the blocks; the partial sums of a tile are added afterwards,
-in a fixed order: by the same kernel, after a barrier among its blocks, or by XLA.
+in a fixed order: by XLA, or by the same kernel: going up as soon as those of a tile are there, going down after a
+barrier among all blocks.
 """
 
 import functools

@@ -42,7 +42,7 @@ def refuse(*_) -> int:
 def test_bytes_are_those_of_the_file(file, data, way, spans):
     parts = [Part(file, offset, min(size, SIZE - offset)) for offset, size in spans]
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(module, "_in_page_cache", lambda part: way == "cached")
+        patch.setattr(module, "_in_page_cache", lambda stream, offset: way == "cached")
         patch.setattr(module, "_SMALL", 1000)
         if way == "refused":
             patch.setattr(os, "open", refuse)
@@ -77,7 +77,8 @@ def test_fewer_where_the_file_ends(file, data, part):
 
 def test_page_cache_is_noticed(file):
     file.read_bytes()
-    assert module._in_page_cache(Part(file, 0, SIZE))
+    with open(file, "rb", buffering=0) as stream:
+        assert module._in_page_cache(stream, SIZE // 2)
 
 
 def test_nothing():
