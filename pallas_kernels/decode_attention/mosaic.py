@@ -1,15 +1,16 @@
 """Split-KV flash decoding over selected groups for Hopper GPUs, in Pallas Mosaic GPU.
 
-One thread block (one warpgroup) takes one (sequence, entry of group_index, split): it streams its share of the
-group's keys and values through a ring of TMA copies, and attends with keys as the rows of wgmma, so that the few
-query heads of a group cost 8 columns and not 64 rows. The splits of a group are a cluster, whose first thread
-block merges the partial results and writes the group's rows of the result. Zeros for unselected groups are
-written on the way, while the first tiles are in flight. One launch, no pass before or after it.
+One warpgroup takes one (sequence, entry of group_index, share of the positions): it streams its keys and values
+through a ring of TMA copies, and attends with keys as the rows of wgmma, so that the few query heads of a group cost
+8 columns and not 64 rows. A group's warpgroups lie in the thread blocks (splits) of one cluster: they send their
+partial results into the shared memory of the first, which merges them and writes the group's rows of the result.
+Zeros for unselected groups are written on the way, while the first tiles are in flight. One launch, no pass before
+or after it.
 """
 
 import functools
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple, cast
 
@@ -17,7 +18,6 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 from jax.experimental import pallas as pl
-from jax.experimental.mosaic.gpu.utils import inline_ptx
 from jax.experimental.pallas import mosaic_gpu as plgpu
 from jax.experimental.pallas.mosaic_gpu import ACC  # pyright: ignore[reportPrivateImportUsage]
 from jaxtyping import Array, Float, Int
@@ -29,6 +29,7 @@ KERNEL_NAME = "sparse_decode_attention"
 ROWS = plgpu.Layout.WGMMA
 TURNED = plgpu.Layout.WGMMA_TRANSPOSED  # of a [rows, heads] array that is stored as [heads, rows]
 PER_HEAD = ROWS.reduce(0)
+REDUCTION = 512  # float32 of scratch memory for sums and maxima over the rows of an array
 NEVER = -1e30  # the score of a position that doesn't count; finite, so that no difference of two is NaN
 
 
@@ -60,10 +61,10 @@ def sparse_decode_attention(
     tiles = tiles or choose(problem, str(q.dtype), device)
     tiles.require_fit(problem, device)
     kernel = _Kernel(
-        problem, tiles, scale * math.log2(math.e), window, jnp.dtype(q.dtype), group_index is None
+        problem, tiles, scale * math.log2(math.e), window, jnp.dtype(q.dtype), group_index is None, interpret
     )
     index = () if group_index is None else (group_index.astype(jnp.int32),)
-    return kernel.build(interpret)(q, k, v, lengths.astype(jnp.int32), *index)[0]
+    return kernel.build()(q, k, v, lengths.astype(jnp.int32), *index)[0]
 
 
 class _Work(NamedTuple):
@@ -86,15 +87,24 @@ class _State(NamedTuple):
     total: jax.Array
 
 
+class _Part(NamedTuple):
+    """A share's result: 64-row pieces of [H, heads], and log2 of the sum of its weights, [64, heads] of equal rows."""
+
+    out: tuple[jax.Array, ...]
+    weight: jax.Array
+
+
 class _Ring(NamedTuple):
-    """Blocks of keys or values on their way from `source` into the slots of `shared`."""
+    """Blocks of keys or values on their way from `source` into slots [first, first + stages) of `shared`."""
 
     source: Any
     shared: Any
     full: Any
+    first: jax.Array
+    stages: int
 
     def slot(self, step: jax.Array) -> jax.Array:
-        return lax.rem(step, jnp.int32(self.shared.shape[0]))
+        return self.first + lax.rem(step, jnp.int32(self.stages))
 
     def fetch(self, work: _Work, step: jax.Array) -> None:
         _, block, columns = self.shared.shape
@@ -121,28 +131,28 @@ class _Kernel:
     window: int | None
     dtype: Any
     dense: bool
+    interpret: plgpu.InterpretGPUParams | None
 
-    def build(self, interpret: plgpu.InterpretGPUParams | None) -> Callable[..., Any]:
-        """The function (q, k, v, lengths[, group_index]) -> [out, ...partial results of the splits]."""
+    def build(self) -> Callable[..., Any]:
+        """The function (q, k, v, lengths[, group_index]) -> [out, ...partial results, where interpreted]."""
         p, t = self.problem, self.tiles
         out = [jax.ShapeDtypeStruct((p.batch, p.groups, p.queries, p.width), self.dtype)]
         cluster: dict[str, Any] = {}
         if t.splits > 1:
             cluster = {"cluster": (t.splits,), "cluster_names": ("split",)}
-            share = (p.batch, p.selected, t.splits)
-            out.append(jax.ShapeDtypeStruct((*share, len(p.row_pieces), WIDE, p.heads), jnp.float32))
-            out.append(jax.ShapeDtypeStruct((*share, 2, p.heads), jnp.float32))
+            if self.interpret is not None:
+                out.append(jax.ShapeDtypeStruct((p.batch, p.selected, *self._parts), jnp.float32))
         return plgpu.kernel(
             self._body,
             out_type=out,
             scratch_types=self._scratch(),
             grid=(p.batch, p.selected),
             grid_names=("row", "entry"),
-            num_threads=1,
+            num_threads=t.warpgroups,
             thread_name="warpgroup",
             compiler_params=plgpu.CompilerParams(approx_math=True),
             kernel_name=KERNEL_NAME,
-            interpret=interpret,
+            interpret=self.interpret,
             **cluster,
         )
 
@@ -150,36 +160,52 @@ class _Kernel:
         p, t = self.problem, self.tiles
         tiled, swizzle = (cast(Any, kind) for kind in (plgpu.TilingTransform, plgpu.SwizzleTransform))
         swizzled = (tiled((8, p.swizzle // 2)), swizzle(p.swizzle))
+        slots = t.warpgroups * t.stages
         scratch = {
-            "q_raw": plgpu.SMEM((p.heads, p.padded_width), self.dtype),
-            "q_s": plgpu.SMEM((p.heads, p.padded_width), self.dtype, transforms=swizzled),
-            "k_s": plgpu.SMEM((t.stages, t.block, p.width), self.dtype, transforms=swizzled),
-            "v_s": plgpu.SMEM((t.stages, t.block, p.value_width), self.dtype, transforms=swizzled),
-            "p_s": plgpu.SMEM((p.heads, t.block), self.dtype, transforms=swizzled),
-            "o_s": plgpu.SMEM((p.heads, p.padded_width), self.dtype),
-            "q_full": plgpu.Barrier(num_arrivals=1 if p.padded_width == p.width else p.queries),
-            "k_full": plgpu.Barrier(num_barriers=t.stages),
+            "q_raw": plgpu.SMEM((t.warpgroups, p.heads, p.padded_width), self.dtype),
+            "q_s": plgpu.SMEM((t.warpgroups, p.heads, p.padded_width), self.dtype, transforms=swizzled),
+            "k_s": plgpu.SMEM((slots, t.block, p.width), self.dtype, transforms=swizzled),
+            "v_s": plgpu.SMEM((slots, t.block, p.value_width), self.dtype, transforms=swizzled),
+            "p_s": plgpu.SMEM((t.warpgroups, p.heads, t.block), self.dtype, transforms=swizzled),
+            "o_s": plgpu.SMEM((t.warpgroups, p.heads, p.padded_width), self.dtype),
+            "q_full": plgpu.Barrier(
+                num_barriers=t.warpgroups, num_arrivals=1 if p.padded_width == p.width else p.queries
+            ),
+            "k_full": plgpu.Barrier(num_barriers=slots),
             "v_full": plgpu.Barrier(
-                num_barriers=t.stages, num_arrivals=1 if p.value_width == p.width else t.block // 8
+                num_barriers=slots, num_arrivals=1 if p.value_width == p.width else t.block // 8
             ),
         }
-        if t.splits > 1:
-            scratch["merge"] = plgpu.ClusterBarrier(collective_axes=("split",))
+        if self.interpret is None:
+            scratch["reduce_s"] = plgpu.SMEM((t.warpgroups, REDUCTION), jnp.float32)
+        if t.splits > 1 and self.interpret is not None:
+            scratch["merge"] = plgpu.ClusterBarrier(collective_axes=("split",), num_arrivals=t.warpgroups)
+        elif t.shares > 1:
+            arrivals = self._parts[0] if t.splits > 1 else t.shares - 1
+            scratch["parts_s"] = plgpu.SMEM(self._parts, jnp.float32, transforms=(tiled((8, 8)), swizzle(32)))
+            scratch["merge"] = plgpu.Barrier(num_arrivals=arrivals)
         return scratch
 
-    def _body(
-        self, q_g, k_g, v_g, lengths_g, *refs, q_raw, q_s, p_s, o_s, q_full, merge=None, **ring
-    ) -> None:
+    @property
+    def _parts(self) -> tuple[int, int, int]:
+        """Shape of what all shares but the first find: arrays of a `_Part` one after the other."""
+        return ((self.tiles.shares - 1) * (len(self.problem.row_pieces) + 1), WIDE, self.problem.heads)
+
+    def _body(self, q_g, k_g, v_g, lengths_g, *refs, merge=None, **shared) -> None:
+        t = self.tiles
         index_g = None if self.dense else refs[0]
         out_g, *partial_g = refs if self.dense else refs[1:]
+        own = lax.axis_index("warpgroup")
+        q_raw, q_s, p_s, o_s, q_full = (shared[n].at[own] for n in ("q_raw", "q_s", "p_s", "o_s", "q_full"))
         work = self._work(lengths_g, index_g)
-        keys = _Ring(k_g, ring["k_s"], ring["k_full"])
-        values = _Ring(v_g, ring["v_s"], ring["v_full"])
+        first = own * t.stages
+        keys = _Ring(k_g, shared["k_s"], shared["k_full"], first, t.stages)
+        values = _Ring(v_g, shared["v_s"], shared["v_full"], first, t.stages)
         self._fetch_queries(q_g.at[work.row, work.group], q_raw, q_full)
-        for first in range(self.tiles.stages):
+        for step in range(t.stages):
 
-            @pl.when(first < work.steps)
-            def _(step=first):
+            @pl.when(step < work.steps)
+            def _(step=step):
                 keys.fetch(work, jnp.int32(step))
                 values.fetch(work, jnp.int32(step))
 
@@ -188,18 +214,33 @@ class _Kernel:
         plgpu.barrier_wait(q_full)
         q_s.T[...] = plgpu.load(q_raw.T, layout=TURNED, optimized=False)
         plgpu.commit_smem()
+        reduce = _Reduce(shared["reduce_s"].at[own] if "reduce_s" in shared else None)
 
         def step(t, state):
-            return self._attend(work, t, state, keys, values, q_s, p_s)
+            return self._attend(work, t, state, keys, values, q_s, p_s, reduce)
 
-        state = lax.fori_loop(0, work.steps, step, self._empty())
-        out, peak, total = state.out, state.peak, state.total.sum(axis=0)
-        if merge is None:
-            self._write(work, out, total, out_g, o_s)
-        else:
-            self._merge(
-                work, out, peak, total, partial_g, merge, lambda o, t: self._write(work, o, t, out_g, o_s)
-            )
+        part = self._part(lax.fori_loop(0, work.steps, step, self._empty()), reduce)
+        if t.shares == 1:
+            self._write(work, part.out, out_g, o_s)
+            return
+        parts = partial_g[0].at[work.row, lax.axis_index("entry")] if partial_g else shared["parts_s"]
+        share = self._share()
+        pl.when(share != 0)(lambda: self._send(part, share, parts, merge))
+        if partial_g:  # a barrier of the cluster, at which all arrive
+            pl.when(share == 0)(lambda: plgpu.barrier_arrive(merge))
+            plgpu.barrier_wait(merge)
+
+        @pl.when(share == 0)
+        def _():
+            if not partial_g:
+                plgpu.barrier_wait(merge)
+            self._write(work, _merged([part, *self._received(parts)]), out_g, o_s)
+
+    def _part(self, state: _State, reduce: "_Reduce") -> _Part:
+        """What a warpgroup found: a softmax over its positions, and how much that weighs beside others'."""
+        total = lax.max(reduce(state.total, "add"), 1e-30)
+        out = tuple(piece * _down(1.0 / total, WIDE) for piece in state.out)
+        return _Part(out, _down(state.peak + jnp.log2(total), WIDE))
 
     def _work(self, lengths_g, index_g) -> _Work:
         p, t = self.problem, self.tiles
@@ -210,11 +251,7 @@ class _Kernel:
         start = jnp.int32(0) if self.window is None else lax.max(end - self.window, jnp.int32(0))
         origin = lax.div(start, jnp.int32(8)) * 8  # where a TMA copy may begin
         blocks = pl.cdiv(end - origin, jnp.int32(t.block))
-        first, steps = jnp.int32(0), blocks
-        if t.splits > 1:
-            share = pl.cdiv(blocks, jnp.int32(t.splits))
-            first = lax.min(lax.axis_index("split") * share, blocks)
-            steps = lax.min(first + share, blocks) - first
+        first, last = (lax.div((self._share() + i) * blocks, jnp.int32(t.shares)) for i in (0, 1))
         return _Work(
             row=row,
             group=lax.max(lax.min(group, jnp.int32(p.groups - 1)), jnp.int32(0)),
@@ -222,8 +259,13 @@ class _Kernel:
             origin=origin + first * t.block,
             start=start,
             end=end,
-            steps=jnp.where(present, steps, 0),
+            steps=jnp.where(present, last - first, 0),
         )
+
+    def _share(self) -> jax.Array:
+        """Which of a group's shares the calling warpgroup takes."""
+        own = lax.axis_index("warpgroup")
+        return own if self.tiles.splits == 1 else lax.axis_index("split") * self.tiles.warpgroups + own
 
     def _fetch_queries(self, q_g, q_raw, full) -> None:
         p = self.problem
@@ -241,9 +283,9 @@ class _Kernel:
         o_s[...] = jnp.zeros(o_s.shape, self.dtype)
         plgpu.commit_smem()
         entry = lax.axis_index("entry")
-        share = entry if t.splits == 1 else entry * t.splits + lax.axis_index("split")
+        share = entry * t.shares + self._share()
         named = [index_g[work.row, i] for i in range(p.selected)]
-        for first in range(0, p.groups, p.selected * t.splits):
+        for first in range(0, p.groups, p.selected * t.shares):
             group = first + share
             wanted = group < p.groups
             for name in named:
@@ -265,7 +307,9 @@ class _Kernel:
         peak = plgpu.layout_cast(jnp.full((p.heads,), NEVER, jnp.float32), PER_HEAD)
         return _State(tuple(zeros(WIDE) for _ in p.row_pieces), peak, zeros(self.tiles.block))
 
-    def _attend(self, work: _Work, step, state: _State, keys: _Ring, values: _Ring, q_s, p_s) -> _State:
+    def _attend(
+        self, work: _Work, step, state: _State, keys: _Ring, values: _Ring, q_s, p_s, reduce
+    ) -> _State:
         p, t = self.problem, self.tiles
         slot, origin = keys.slot(step), work.origin + step * t.block
         more = step + t.stages < work.steps
@@ -280,7 +324,7 @@ class _Kernel:
         pl.when(more)(lambda: keys.fetch(work, step + t.stages))
         counts = self._counts(work, origin, (t.block, p.heads))
         scores = jnp.where(counts, scores * self.factor, NEVER)
-        peak = jnp.maximum(state.peak, scores.max(axis=0))
+        peak = jnp.maximum(state.peak, reduce(scores, "max"))
         fade = jnp.exp2(state.peak - peak)
         weights = jnp.exp2(scores - _down(peak, t.block))
         total = state.total * _down(fade, t.block) + weights
@@ -315,47 +359,69 @@ class _Kernel:
                 piece[...] = jnp.where(counts, plgpu.load(piece, layout=ROWS), jnp.zeros((), self.dtype))
         plgpu.commit_smem()
 
-    def _merge(self, work: _Work, out, peak, total, partial_g, merge, write) -> None:
-        """The cluster's first thread block combines what all of them leave in `partial_g`, and writes it."""
-        out_g, sums_g = (ref.at[work.row, lax.axis_index("entry")] for ref in partial_g)
-        split = lax.axis_index("split")
+    def _send(self, part: _Part, share, parts, merge) -> None:
+        """Brings a share's part to the first warpgroup of its cluster, which waits for it at `merge`.
 
-        @pl.when(split != 0)
-        def _():
-            for piece, array in enumerate(out):
-                _store_plainly(out_g.at[split, piece], array)
-            _store_plainly(sums_g.at[split, 0], peak)
-            _store_plainly(sums_g.at[split, 1], total)
-            _global_fence()
-
-        plgpu.barrier_arrive(merge)
-        plgpu.barrier_wait(merge)  # all wait: a thread block must not end while others may still signal it
-
-        @pl.when((split == 0) & work.present)
-        def _():
-            _global_fence()
-            merged, top, weight = out, peak, total
-            for other in range(1, self.tiles.splits):
-                its_peak = plgpu.load(sums_g.at[other, 0], layout=PER_HEAD, optimized=False)
-                its_total = plgpu.load(sums_g.at[other, 1], layout=PER_HEAD, optimized=False)
-                new_top = jnp.maximum(top, its_peak)
-                mine, its = jnp.exp2(top - new_top), jnp.exp2(its_peak - new_top)
-                merged = tuple(
-                    array * _down(mine, WIDE)
-                    + plgpu.load(out_g.at[other, piece], layout=ROWS, optimized=False) * _down(its, WIDE)
-                    for piece, array in enumerate(merged)
+        parts: that one's shared memory; where the interpreter runs more than one split, which knows no stores to another
+        block's shared memory, memory of the device.
+        """
+        arrays = (*part.out, part.weight)
+        first = (share - 1) * len(arrays)
+        remote = self.tiles.splits > 1 and self.interpret is None
+        for i, array in enumerate(arrays):
+            there = parts.at[first + i]
+            if remote:
+                plgpu.async_store_smem(
+                    array, there, merge, cluster_idx=jnp.int32(0), cluster_dim="split", optimized=False
                 )
-                top, weight = new_top, weight * mine + its_total * its
-            write(merged, weight)
+            else:
+                _store_plainly(there, array)
+        if not remote:
+            plgpu.barrier_arrive(merge)
 
-    def _write(self, work: _Work, out, total, out_g, o_s) -> None:
-        share = _down(1.0 / jnp.maximum(total, 1e-30), WIDE)
+    def _received(self, parts) -> list[_Part]:
+        """The parts of all shares but the first."""
+        pieces = len(self.problem.row_pieces) + 1
+        arrays = [plgpu.load(parts.at[i], layout=ROWS, optimized=False) for i in range(self._parts[0])]
+        return [
+            _Part(tuple(arrays[i : i + pieces - 1]), arrays[i + pieces - 1])
+            for i in range(0, len(arrays), pieces)
+        ]
+
+    def _write(self, work: _Work, out, out_g, o_s) -> None:
         for piece, first in zip(out, self.problem.row_pieces, strict=True):
-            turned = plgpu.layout_cast((piece * share).astype(self.dtype), TURNED)
+            turned = plgpu.layout_cast(piece.astype(self.dtype), TURNED)
             _store_plainly(o_s.at[:, pl.ds(first, WIDE)].T, turned)
         plgpu.commit_smem()
         pl.when(work.present)(lambda: self._copy_out(o_s, out_g.at[work.row, work.group]))
         plgpu.wait_smem_to_gmem(0, wait_read_only=True)
+
+
+def _merged(parts: Sequence[_Part]) -> tuple[jax.Array, ...]:
+    """The softmax over the positions of all parts."""
+    peak = functools.reduce(jnp.maximum, (part.weight for part in parts))
+    weights = [jnp.exp2(part.weight - peak) for part in parts]
+    share = 1.0 / functools.reduce(jnp.add, weights)
+    weights = [weight * share for weight in weights]
+    weighted = [tuple(piece * w for piece in part.out) for part, w in zip(parts, weights, strict=True)]
+    return tuple(functools.reduce(jnp.add, pieces) for pieces in zip(*weighted, strict=True))
+
+
+class _Reduce:
+    """Sum or maximum over the rows of a [rows, heads] array, in the calling warpgroup's own scratch memory.
+
+    Mosaic's own reductions share theirs among the warpgroups of a thread block, which here run on their own.
+    """
+
+    def __init__(self, scratch: Any):
+        self.scratch = scratch
+
+    def __call__(self, array: jax.Array, op: str) -> jax.Array:
+        if self.scratch is None:
+            return array.sum(axis=0) if op == "add" else array.max(axis=0)
+        shape: Any = plgpu.ShapeDtypeStruct((array.shape[1],), jnp.float32, layout=PER_HEAD)
+        inline: Any = plgpu.inline_mgpu(arg_types=(ROWS, plgpu.RefType()), return_type=shape)
+        return inline(lambda _, values, scratch: values.reduce(op, 0, scratch))(array, self.scratch)
 
 
 def _down(per_head: jax.Array, rows: int) -> jax.Array:
@@ -370,9 +436,3 @@ def _store_plainly(ref: Any, array: jax.Array) -> None:
         ref[...] = array
     else:
         store(ref, array, optimized=False)
-
-
-def _global_fence() -> None:
-    """Orders this thread's accesses to global memory, and those it knows of, for the whole card."""
-    fence: Any = plgpu.inline_mgpu()(lambda _: inline_ptx("fence.acq_rel.gpu;", has_side_effects=True))
-    fence()

@@ -77,25 +77,36 @@ class Problem:
 
 @dataclass(frozen=True, kw_only=True)
 class Tiles:
-    """block: cache positions a step. stages: steps in flight. splits: thread blocks (one cluster) a group."""
+    """block: cache positions a step. stages: steps in flight a warpgroup. splits: thread blocks (one cluster) a group.
+    warpgroups: of a thread block, each with a share of its positions.
+    """
 
     block: int = 64
     stages: int = 3
     splits: int = 1
+    warpgroups: int = 1
 
     def __post_init__(self) -> None:
         if self.block not in (64, 128, 256):
             raise ValueError(f"attention tiles: block must be 64, 128 or 256; got {self.block}")
         if not 1 <= self.stages <= 16:
             raise ValueError(f"attention tiles: stages must be 1 to 16; got {self.stages}")
-        if self.splits not in (1, 2, 4, 8):
-            raise ValueError(f"attention tiles: splits must be 1, 2, 4 or 8 (a cluster); got {self.splits}")
+        if not 1 <= self.splits <= 8:
+            raise ValueError(f"attention tiles: splits must be 1 to 8 (a cluster); got {self.splits}")
+        if not 1 <= self.warpgroups <= 4:
+            raise ValueError(f"attention tiles: warpgroups must be 1 to 4; got {self.warpgroups}")
+
+    @property
+    def shares(self) -> int:
+        """Warpgroups that a group's positions are dealt to."""
+        return self.splits * self.warpgroups
 
     def smem_bytes(self, problem: Problem) -> int:
         """Shared memory of one thread block, an upper bound."""
         ring = self.stages * self.block * (problem.width + problem.value_width)
-        small = problem.heads * (3 * problem.padded_width + self.block)
-        return 2 * (ring + small) + 3 * 1024
+        small = problem.heads * (3 * problem.padded_width + self.block) + 1024
+        parts = 4 * (self.shares - 1) * (len(problem.row_pieces) + 1) * WIDE * problem.heads
+        return 2 * self.warpgroups * (ring + small) + parts + 3 * 1024
 
     def resident(self, problem: Problem) -> int:
         """Thread blocks that fit on one multiprocessor at a time."""
@@ -163,7 +174,8 @@ def _splits(problem: Problem, device: Device, block: int, stages: int | None) ->
     if whole is None:
         return [Tiles(block=block, stages=1)] if block == 64 else []
     counts = (1,) if (block, stages) == UNDIVIDED else (1, 2, 4, 8)
-    return [replace(whole, splits=n) for n in counts if n == 1 or n * 2 * block <= problem.capacity]
+    divided = (replace(whole, splits=n) for n in counts if n == 1 or n * 2 * block <= problem.capacity)
+    return [tiles for tiles in divided if tiles.fits(problem, device)]
 
 
 BYTES_PER_US = 4.4e6  # that an H200 reads

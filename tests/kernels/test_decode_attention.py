@@ -171,6 +171,8 @@ def races_found() -> bool:
             tiles=Tiles(block=128, stages=3, splits=2),
         ),
         Check(groups=2, capacity=72, lengths=(72,), index=((1,),), tiles=Tiles(stages=2, splits=8)),
+        Check(**SHORT, width=64, queries=2, tiles=Tiles(stages=1, warpgroups=2)),
+        Check(**DENSE, lengths=(1, 65, 150), width=64, tiles=Tiles(stages=1, splits=3, warpgroups=2)),
         Check(**SHORT, queries=12, window=40),
         Check(**SHORT, width=32, queries=3, dtype="float16"),
         Check(**SHORT, width=80, queries=5, window=20),
@@ -246,7 +248,7 @@ def test_search_space_holds_the_heuristics_choice():
 
 @pytest.mark.parametrize(
     ("sizes", "match"),
-    [({"block": 96}, "block must be"), ({"stages": 0}, "stages must be"), ({"splits": 3}, "splits must be")],
+    [({"block": 96}, "block must be"), ({"stages": 0}, "stages must be"), ({"splits": 9}, "splits must be")],
 )
 def test_tiles_validate_themselves(sizes, match):
     with pytest.raises(ValueError, match=match):
