@@ -101,6 +101,25 @@ def wait(ctx, barriers, slot, parity):
     nvvm.mbarrier_try_wait_parity(_barrier_pointer(barriers, slot), parity.registers.item(), _c(10_000_000))
 
 
+def wait_semaphore(backoff: int) -> Callable:
+    """-> f(semaphores int32 [n], number, value): waits until one is not below `value`; looks every so many ns."""
+
+    @_inline(arg_types=(_REF, _SPLAT, _SPLAT))
+    def run(ctx, semaphores, number, value):
+        place = _utils.getelementptr(_utils.memref_ptr(semaphores), [number.registers.item()], _i32())
+        with _utils.single_thread(scope=_utils.ThreadSubset.WARPGROUP):
+            loop = scf.WhileOp([], [])
+            with ir.InsertionPoint(loop.before.blocks.append()):
+                seen = _asm("ld.acquire.gpu.global.b32 $0, [$1];", [place], "=r,l", _i32())
+                scf.condition(_less(seen, value.registers.item()), [])
+            with ir.InsertionPoint(loop.after.blocks.append()):
+                _asm("nanosleep.u32 $0;", [_c(backoff)], "r")
+                scf.yield_([])
+        _utils.warpgroup_barrier()
+
+    return run
+
+
 @_inline()
 def sync_warpgroup(ctx):
     """Barrier among the 128 threads of the calling warpgroup, ordering their memory accesses."""
@@ -199,26 +218,33 @@ def store_fragments(packed: bool) -> Callable:
     return run
 
 
-def sum_fragments(split: Split, cols: int, workers: int, packed: bool, registers: int) -> Callable:
-    """-> f(parts [n cols/64 batch 64], out [B D], worker): the partial sums of each tile, added in order.
+type Places = list[tuple[ir.Value, ir.Value]]  # (whether there is something, its address)
 
-    `parts` is what `store_fragments` stored. Of `workers` warpgroups each adds every `workers`-th group of four words
-    a thread.
 
-    registers: of a thread, that partial sums on their way may take, where one round of them doesn't take more.
+def sum_fragments(
+    split: Split,
+    cols: int,
+    packed: bool,
+    ahead: int,
+    take: Callable[[Places], list[list[ir.Value]]] | None = None,
+) -> Callable:
+    """-> f(parts [n cols/64 batch 64], out [B D], first, step, end): the partial sums of each tile, added in order.
+
+    `parts` is what `store_fragments` stored. Of all groups of four words a thread, tile after tile, those numbered
+    first, first + step, ... below `end` are added, `ahead` of them at once.
+
+    take: loads four words from each of some places, zeros where there is nothing.
     """
     most = split.contributions.shape[1]
 
-    @_inline(arg_types=(_REF, _REF, _SPLAT))
-    def run(ctx, parts, out, worker):
-        (_, _, batch, _), width = ir.MemRefType(parts.type).shape, ir.MemRefType(out.type).shape[1]
+    @_inline(arg_types=(_REF, _REF, _SPLAT, _SPLAT, _SPLAT))
+    def run(ctx, parts, out, first, step, end):
+        (_, _, batch, _) = ir.MemRefType(parts.type).shape
         quads = batch // (16 if packed else 8)  # of words of a thread, of each 64 columns
-        items = width // 64 * quads
-        rounds = -(-items // workers)
-        ahead = max(1, min(rounds, registers // (4 * most)))
         source = _utils.memref_ptr(parts)
+        first, step, end = (value.registers.item() for value in (first, step, end))
 
-        def load(item):
+        def places(item):
             column = arith.divui(item, _c(quads))
             tile, block = arith.divui(column, _c(cols // 64)), arith.remui(column, _c(cols // 64))
             quad, found = arith.remui(item, _c(quads)), []
@@ -226,9 +252,13 @@ def sum_fragments(split: Split, cols: int, workers: int, packed: bool, registers
                 place = arith.addi(arith.muli(number, _c(cols // 64)), block)
                 place = arith.addi(arith.muli(place, _c(quads)), quad)
                 place = arith.muli(arith.addi(arith.muli(place, _c(128)), _thread()), _c(4))
-                there = arith.andi(there, _less(item, _c(items)))
-                found.append(_load_if(there, _utils.getelementptr(source, [place], _i32())))
+                there = arith.andi(there, _less(item, end))
+                found.append((there, _utils.getelementptr(source, [place], _i32())))
             return found
+
+        def load(items):
+            found = (take or _load_each)([place for item in items for place in places(item)])
+            return [found[i : i + most] for i in range(0, len(found), most)]
 
         def store(item, found):
             sums = [
@@ -237,16 +267,15 @@ def sum_fragments(split: Split, cols: int, workers: int, packed: bool, registers
                 for numbers in zip(*(_numbers(word, packed) for word in words), strict=True)
             ]
             column, quad = arith.divui(item, _c(quads)), arith.remui(item, _c(quads))
-            with _utils.when(_less(item, _c(items))):
+            with _utils.when(_less(item, end)):
                 for i in range(0, len(sums), 4):
                     row = arith.addi(arith.muli(quad, _c(2 * len(sums))), _c(2 * i))
                     _store_transposed_sums(sums[i : i + 4], out, row, arith.muli(column, _c(64)))
 
-        first = worker.registers.item()
-        loop = scf.ForOp(first, _c(items), _c(workers * ahead))
+        loop = scf.ForOp(first, end, arith.muli(step, _c(ahead)))
         with ir.InsertionPoint(loop.body):
-            taken = [arith.addi(loop.induction_variable, _c(i * workers)) for i in range(ahead)]
-            for item, found in [(item, load(item)) for item in taken]:
+            taken = [arith.addi(loop.induction_variable, arith.muli(step, _c(i))) for i in range(ahead)]
+            for item, found in zip(taken, load(taken), strict=True):
                 store(item, found)
             scf.yield_([])
 
@@ -288,6 +317,10 @@ def _store_transposed_sums(sums: list[ir.Value], out: ir.Value, row: ir.Value, c
         place = arith.addi(arith.addi(arith.muli(row, _c(width)), column), _c(8 * half))
         target = _utils.getelementptr(_utils.memref_ptr(out), [place], out_type.element_type)
         _asm("@$2 st.global.b32 [$0], $1;", [target, word, _less(row, _c(rows))], "l,r,b")
+
+
+def _load_each(places: Places) -> list[list[ir.Value]]:
+    return [_load_if(there, source) for there, source in places]
 
 
 def _load_if(condition: ir.Value, source: ir.Value) -> list[ir.Value]:

@@ -21,8 +21,9 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 from jax.experimental.pallas.mosaic_gpu import ACC  # pyright: ignore[reportPrivateImportUsage]
 
-from pallas_kernels.sparse_mlp import gather
+from pallas_kernels.sparse_mlp import gather, marks
 from pallas_kernels.sparse_mlp.plan import Plan
+from pallas_kernels.sparse_mlp.tiles import HIDDEN_WIDTH
 
 WGMMA = plgpu.Layout.WGMMA
 ROW = WGMMA.reduce(1)
@@ -30,17 +31,12 @@ BULK = plgpu.OOBFillMode.PROMISE_IN_BOUNDS
 ACTIVATIONS = {"relu": lambda a: jnp.maximum(a, 0.0), "silu": lambda a: a / (1.0 + jnp.exp(-a))}
 MATRICES = ("w_up", "w_gate", "w_down")
 REGISTERS = {1: (232, 104, 128), 2: (184, 56, 88)}  # consumers, producer, loader; in all 512 a lane at most
-HIDDEN, RESULT, TILES = range(3)  # what semaphores of a fused kernel count: see `Plan.semaphores`
-HIDDEN_WIDTH = 32  # columns of hidden values that are completed at once in a fused kernel
+HIDDEN, RESULT, READY, TILES = range(4)  # what semaphores of a fused kernel count: see `Plan.semaphores`
 COMPILER = plgpu.CompilerParams(
     lowering_semantics=plgpu.LoweringSemantics.Lane,  # the other one can't slice padded rows
     unsafe_no_auto_barriers=True,
     approx_math=True,
 )
-
-
-def _wait(semaphore, value: int | jax.Array) -> None:
-    plgpu.semaphore_wait(semaphore, value, decrement=False, memory_scope="gpu")
 
 
 def _int(value: int) -> jax.Array:
@@ -65,6 +61,63 @@ class Block:
         if needs not in self.refs:
             return _int(0), _int(0)
         return split.start(self.block), split.start(self.block + 1)
+
+    # What blocks tell each other
+
+    def _wait(self, semaphore, value):
+        arrived = self.refs["arrived"]
+        if self.tiles.backoff:
+            gather.wait_semaphore(self.tiles.backoff)(arrived, _int(semaphore), _int(value))
+        else:
+            plgpu.semaphore_wait(arrived.at[semaphore], value, decrement=False, memory_scope="gpu")
+
+    def _arrive(self, semaphore):
+        """Tells all blocks that what the calling warpgroup stored is there."""
+        gather.sync_warpgroup()
+        plgpu.semaphore_signal(self.refs["arrived"].at[semaphore], memory_scope="gpu")
+
+    def _signal(self, semaphore):
+        """Tells all blocks that what the calling warpgroup copied to device memory is there."""
+        plgpu.wait_smem_to_gmem(0)
+        plgpu.semaphore_signal(self.refs["arrived"].at[semaphore], memory_scope="gpu")
+
+    def _result_tile(self, tile):
+        """Number of the semaphore of a tile of the result."""
+        return TILES + self.plan.up.tiles + self.plan.groups + tile
+
+    def _mark_parts(self, warpgroup):
+        """Marks the places of the partial sums that the calling warpgroup will store."""
+        plan, tiles, per, fours = self.plan, self.tiles, self.tiles.warpgroups, self.tiles.batch // 8
+        if tiles.marked > 1:
+            mark_up = marks.fill(fours)
+
+            def mark(number, tile, start, end):
+                for g in range(tiles.groups):
+                    mark_up(self.refs["up_parts"], (number * tiles.groups + g) * per + warpgroup)
+
+            self._for_each_part(plan.up, self.up, mark)
+        blocks = tiles.cols // 64 // per
+        mark_down = marks.fill(fours // 2 if plan.packed else fours)
+
+        def mark(number, tile, start, end):
+            for p in range(blocks):
+                mark_down(self.refs["down_parts"], (number * per + warpgroup) * blocks + p)
+
+        self._for_each_part(plan.down, self.down, mark)
+        self._arrive(READY)
+
+    def _mark_early(self):
+        """Marks the places of the hidden values that the calling block will store early."""
+        fours = self._pieces[1] // 16
+        fill = marks.fill(fours)
+        self._for_each_piece(lambda block, piece: fill(self.refs["early"], block * self._pieces[0] + piece))
+        self._arrive(READY)
+
+    def _await_marks(self):
+        """Until every block has marked its places."""
+        if self.tiles.marked:
+            loaders = 1 if self.tiles.marked > 2 else 0
+            self._wait(READY, self.plan.grid * (self.tiles.warpgroups + loaders))
 
     # The ring of weights. Stage t lies in slot t % stages; those of the up-projection come first.
 
@@ -106,6 +159,7 @@ class Block:
         fill = self._fill_rows if self.tiles.copy == "rows" else self._fill_inline
         fill(matrices)
         first = lax.max(self.stages - self.tiles.stages, _int(0))
+        self._await_marks()
         pl.loop(first, self.stages)(lambda t: plgpu.barrier_wait(self.refs["empty"].at[self._slot(t)]))
         self._finish(self.tiles.warpgroups, registers=16)
 
@@ -170,7 +224,8 @@ class Block:
     def _release(self, t):
         if not self.interpret:
             plgpu.wgmma_wait(0)
-        plgpu.commit_smem()  # what was read may be overwritten by asynchronous copies
+        if self.interpret or not self.tiles.lean:
+            plgpu.commit_smem()  # what was read may be overwritten by asynchronous copies
         plgpu.barrier_arrive(self.refs["empty"].at[self._slot(t)])
 
     def _release_input(self, slot, pending: int):
@@ -186,6 +241,8 @@ class Block:
     def load(self):
         """Brings the input, then the hidden values; in a fused kernel it helps to compute these in between."""
         plgpu.set_max_registers(REGISTERS[self.tiles.warpgroups][2], action="decrease")
+        if self.tiles.marked > 2:
+            self._mark_early()
         if "x" in self.refs:
             self._load_input()
         if self.tiles.fused:
@@ -211,28 +268,35 @@ class Block:
             source, target = refs["x"].at[:, pl.ds(column, tiles.x_cols)], refs["x_ring"].at[slot]
             plgpu.copy_gmem_to_smem(source, target, refs["x_full"].at[slot])
 
+        self._await_marks()
         pl.loop(lax.max(count - tiles.x_slots, _int(0)), count)(wait)
 
     def _await_hidden(self, i, group):
         """Before the i-th hidden values, those of `group`, are loaded: the first few one by one, the others at once."""
-        plan, arrived, slots = self.plan, self.refs["arrived"], self.tiles.hidden_slots
-        pieces = self.tiles.batch // min(self.tiles.batch, HIDDEN_WIDTH)
-        own = arrived.at[TILES + plan.up.tiles + group]
-        pl.when(i < slots)(lambda: _wait(own, pieces * self.tiles.warpgroups))
-        pl.when(i == slots)(lambda: _wait(arrived.at[HIDDEN], plan.grid))
+        plan, slots = self.plan, self.tiles.hidden_slots
+        pieces, _ = self._pieces
+        own = TILES + plan.up.tiles + group
+        pl.when(i < slots)(lambda: self._wait(own, pieces * self.tiles.warpgroups))
+        pl.when(i == slots)(lambda: self._wait(HIDDEN, plan.grid))
 
     def _load_hidden(self):
-        refs, slots = self.refs, self.tiles.hidden_slots
+        refs, slots, early = self.refs, self.tiles.hidden_slots, self.tiles.marked > 2
         count = self.down[1] - self.down[0]
+        first = lax.min(count, _int(slots)) if early else _int(0)
+        if early:
+            self._take_hidden(first)
+            self._signal(HIDDEN)
 
         def wait(i):
             plgpu.barrier_wait(refs["h_empty"].at[lax.rem(i, _int(slots))])
 
-        @pl.loop(0, count)
+        @pl.loop(first, count)
         def _(i):
             pl.when(i >= slots)(lambda: wait(i))
             _, group = self._tile_chunk(self.plan.down, self.down[0] + i)
-            if self.tiles.fused:
+            if early:
+                pl.when(i == slots)(lambda: self._wait(HIDDEN, self.plan.grid))
+            elif self.tiles.fused:
                 self._await_hidden(i, group)
             slot, per = lax.rem(i, _int(slots)), self.tiles.warpgroups
             source = refs["hidden"].at[pl.ds(group * per, per)]
@@ -240,31 +304,56 @@ class Block:
 
         pl.loop(lax.max(count - slots, _int(0)), count)(wait)
 
+    def _take_hidden(self, count):
+        """Fills the first slots of the ring with hidden values as soon as they are there."""
+        refs, tiles = self.refs, self.tiles
+        take = marks.take(self.plan.dtype, tiles.batch, tiles.backoff)
+
+        @pl.loop(0, count)
+        def _(i):
+            _, group = self._tile_chunk(self.plan.down, self.down[0] + i)
+            for r in range(tiles.warpgroups):
+                refs["h_ring"].at[i, r][...] = take(refs["early"], group * tiles.warpgroups + r)
+            plgpu.commit_smem()
+            plgpu.barrier_arrive(refs["h_full"].at[i])
+
+    @property
+    def _pieces(self) -> tuple[int, int]:
+        """(pieces in which 64 neurons' hidden values are completed, columns of each)."""
+        width = min(self.tiles.batch, HIDDEN_WIDTH)
+        return self.tiles.batch // width, width
+
+    def _for_each_piece(self, body):
+        """body(block of 64 neurons, piece) for this block's share of the hidden values."""
+        pieces, grid = self._pieces[0], self.plan.grid
+        count = self.plan.hidden[0] * pieces
+
+        @pl.loop(0, lax.div(_int(count - 1) - self.block + _int(grid), _int(grid)))
+        def _(i):
+            piece = self.block + i * grid
+            body(lax.div(piece, _int(pieces)), lax.rem(piece, _int(pieces)))
+
     def _complete_hidden(self):
         """Turns this block's share of the partial sums into hidden values, each as soon as its own are there."""
         refs, plan, stage = self.refs, self.plan, self.refs["h_stage"]
-        width = min(self.tiles.batch, HIDDEN_WIDTH)
-        pieces = self.tiles.batch // width
-        count = plan.hidden[0] * pieces
+        pieces, width = self._pieces
 
-        @pl.loop(0, lax.div(_int(count - 1) - self.block + _int(plan.grid), _int(plan.grid)))
-        def _(i):
-            piece = self.block + i * plan.grid
-            block, column = lax.div(piece, _int(pieces)), lax.rem(piece, _int(pieces)) * width
+        def complete(block, piece):
+            column = piece * width
             values = self._hidden_values(block, column, width)
+            if self.tiles.marked > 2:
+                marks.store(plan.dtype)(values, refs["early"], (block * pieces + piece) * (width // 16))
             plgpu.wait_smem_to_gmem(0)
             gather.sync_warpgroup()
             stage[...] = values.astype(plan.dtype)
             plgpu.commit_smem()
             plgpu.copy_smem_to_gmem(stage, refs["hidden"].at[block, :, pl.ds(column, width)])
-            self._signal(TILES + plan.up.tiles + lax.div(block, _int(self.tiles.warpgroups)))
+            if self.tiles.marked < 3:
+                self._signal(TILES + plan.up.tiles + lax.div(block, _int(self.tiles.warpgroups)))
 
-        self._signal(HIDDEN)
-
-    def _signal(self, semaphore):
-        """Tells all blocks that what the calling warpgroup copied to device memory is there."""
-        plgpu.wait_smem_to_gmem(0)
-        plgpu.semaphore_signal(self.refs["arrived"].at[semaphore], memory_scope="gpu")
+        self._for_each_piece(complete)
+        if self.tiles.marked < 3:
+            self._signal(HIDDEN)
 
     def _hidden_values(self, block, column, width):
         """[64 width] float32: columns of a block of 64 neurons."""
@@ -279,9 +368,12 @@ class Block:
         return act(self._sum_parts(tile + self.plan.row_tiles, place, column, width)) * up
 
     def _sum_parts(self, tile, place, column, width):
-        split, parts = self.plan.up, self.refs["up_parts"]
+        split, parts, tiles = self.plan.up, self.refs["up_parts"], self.tiles
+        if tiles.marked > 1:
+            total = marks.sum_up(split, tiles.groups, tiles.batch, width, tiles.backoff)
+            return total(parts, _int(tile), _int(place), _int(column))
         first, last = split.owner(tile * split.chunks), split.owner((tile + 1) * split.chunks - 1)
-        _wait(self.refs["arrived"].at[TILES + tile], (last - first + 1) * self.tiles.warpgroups)
+        self._wait(TILES + tile, (last - first + 1) * tiles.warpgroups)
         total = None
         for i in range(split.contributions.shape[1]):
             owner = lax.min(first + i, last)
@@ -297,31 +389,58 @@ class Block:
     def consume(self, warpgroup):
         """Multiplies; `warpgroup` owns 64 rows of each stage going up, a share of its columns going down."""
         plgpu.set_max_registers(REGISTERS[self.tiles.warpgroups][0], action="increase")
+        if self.tiles.marked:
+            self._mark_parts(warpgroup)
         if "x" in self.refs:
             self._for_each_part(self.plan.up, self.up, functools.partial(self._up_part, warpgroup))
+        self._await_marks()
         if "w_down" in self.refs:
             self._for_each_part(self.plan.down, self.down, functools.partial(self._down_part, warpgroup))
-        if self.tiles.fused:
+        if self.tiles.fused and not (self.tiles.marked or self.tiles.own_sums):
             self._arrive(RESULT)
         self._finish(warpgroup)
 
-    def _arrive(self, semaphore):
-        """Tells all blocks that partial sums of the calling warpgroup are there."""
-        gather.sync_warpgroup()
-        plgpu.semaphore_signal(self.refs["arrived"].at[semaphore], memory_scope="gpu")
-
     def _finish(self, warpgroup, registers=48):
-        """In a fused kernel, once all partial sums of the result are there: adds up this warpgroup's share.
+        """In a fused kernel, once partial sums of the result are there: adds up this warpgroup's share.
 
         registers: for sums on their way; more makes the compiler spill.
         """
         plan, tiles = self.plan, self.tiles
         if not tiles.fused:
             return
-        _wait(self.refs["arrived"].at[RESULT], plan.grid * tiles.warpgroups)
-        workers = plan.grid * (tiles.warpgroups + 2)
-        total = gather.sum_fragments(plan.down, tiles.cols, workers, plan.packed, registers)
-        total(self.refs["down_parts"], self.refs["out"], self.block * (tiles.warpgroups + 2) + warpgroup)
+        most, size = plan.down.contributions.shape[1], self._tile_items
+        items, workers = plan.down.tiles * size, plan.grid * (tiles.warpgroups + 2)
+        ahead = max(1, min(-(-items // workers), registers // (4 * most)))
+        if tiles.own_sums:
+            self._finish_own(warpgroup, ahead)
+            return
+        take = functools.partial(marks.await_words, backoff=tiles.backoff) if tiles.marked else None
+        if not tiles.marked:
+            self._wait(RESULT, plan.grid * tiles.warpgroups)
+        total = gather.sum_fragments(plan.down, tiles.cols, plan.packed, ahead, take)
+        worker = self.block * (tiles.warpgroups + 2) + warpgroup
+        total(self.refs["down_parts"], self.refs["out"], worker, _int(workers), _int(items))
+
+    @property
+    def _tile_items(self) -> int:
+        """Pieces of a tile of the result that are added up one by one."""
+        tiles = self.tiles
+        return tiles.cols // 64 * (tiles.batch // (16 if self.plan.packed else 8))
+
+    def _finish_own(self, warpgroup, ahead):
+        """Adds up this warpgroup's share of each tile that its block has a partial sum of."""
+        plan, tiles, split, size = self.plan, self.tiles, self.plan.down, self._tile_items
+        total = gather.sum_fragments(split, tiles.cols, plan.packed, ahead)
+
+        def add(number, tile, start, end):
+            first, last = split.owner(tile * split.chunks), split.owner((tile + 1) * split.chunks - 1)
+            sharing = last - first + 1
+            self._wait(self._result_tile(tile), sharing * tiles.warpgroups)
+            worker = tile * size + (self.block - first) * (tiles.warpgroups + 2) + warpgroup
+            step = sharing * (tiles.warpgroups + 2)
+            total(self.refs["down_parts"], self.refs["out"], worker, step, (tile + 1) * size)
+
+        self._for_each_part(split, self.down, add)
 
     def _for_each_part(self, split, units, body):
         """body(number of the partial sum, its tile, first unit, end) for each tile that this block touches."""
@@ -364,8 +483,13 @@ class Block:
             part = total[g * 64 : (g + 1) * 64]
             if bias is not None:
                 part = part + bias(g) * begins.astype(jnp.float32)
-            refs["up_parts"][number, g * tiles.warpgroups + warpgroup] = part
-        if tiles.fused:
+            place = g * tiles.warpgroups + warpgroup
+            if tiles.marked > 1:
+                place = number * tiles.groups * tiles.warpgroups + place
+                marks.store("float32")(part, refs["up_parts"], place * (tiles.batch // 8))
+            else:
+                refs["up_parts"][number, place] = part
+        if tiles.fused and tiles.marked < 2:
             self._arrive(TILES + tile)
 
     def _bias(self, warpgroup, tile) -> Callable | None:
@@ -424,11 +548,17 @@ class Block:
             part = total[p * 64 : (p + 1) * 64]
             if self.interpret:
                 out[...] = part.T
+            elif tiles.marked:
+                fours = tiles.batch // (16 if self.plan.packed else 8)
+                store = marks.store("bfloat16" if self.plan.packed else "float32")
+                store(part, refs["down_parts"], (number * (tiles.cols // 64) + place) * fours)
             elif tiles.fused:
                 store = gather.store_fragments(self.plan.packed)
                 store(part, refs["down_parts"], number * (tiles.cols // 64) + place)
             else:
                 gather.store_transposed(part, out)
+        if tiles.own_sums:
+            self._arrive(self._result_tile(tile))
 
     def _accumulate(self, pieces, start, end, unit):
         """Sum over units of what `unit(u, multiply)` multiplies; multiply(i, a, b) adds a · b to rows 64 i."""

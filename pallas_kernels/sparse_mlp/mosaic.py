@@ -14,10 +14,10 @@ from jaxtyping import Array, Float, Int
 
 from pallas_kernels import _device
 from pallas_kernels.sparse_mlp import gather
-from pallas_kernels.sparse_mlp.kernel import ACTIVATIONS, COMPILER, HIDDEN_WIDTH, Block
+from pallas_kernels.sparse_mlp.kernel import ACTIVATIONS, COMPILER, Block
 from pallas_kernels.sparse_mlp.plan import Plan
 from pallas_kernels.sparse_mlp.schedule import Split
-from pallas_kernels.sparse_mlp.tiles import BATCHES, PADDING, Tiles, heuristic
+from pallas_kernels.sparse_mlp.tiles import BATCHES, HIDDEN_WIDTH, PADDING, Tiles, heuristic
 
 
 # Jitted, so that the layers of a model share one trace, one lowering and one binary.
@@ -112,7 +112,11 @@ def _scratch(plan: Plan, has_up: bool, has_down: bool) -> dict[str, Any]:
     if has_up and has_down:
         width = min(tiles.batch, HIDDEN_WIDTH)
         transforms = (tiling((8, width)), swizzled(2 * width))
-        operands.append(plgpu.SMEM((64, width), dtype, transforms=transforms))
+        stage = plgpu.SMEM((64, width), dtype, transforms=transforms)
+        if tiles.marked > 2:  # the first hidden values arrive while those of this block are on their way
+            scratch["h_stage"] = stage
+        else:
+            operands.append(stage)
     scratch["operand"] = plgpu.RefUnion(*operands)
     if has_up:
         scratch |= {"x_full": barriers(tiles.x_slots), "x_empty": barriers(tiles.x_slots, tiles.warpgroups)}
@@ -137,6 +141,8 @@ def products(plan: Plan, operands: dict[str, jax.Array], interpret: bool = False
         outputs["down_parts"] = jax.ShapeDtypeStruct(plan.down_parts, kind)
     if has_up and has_down:
         outputs["out"] = jax.ShapeDtypeStruct((plan.batch, plan.d_model), jnp.dtype(plan.dtype))
+        if tiles.marked > 2:
+            outputs["early"] = jax.ShapeDtypeStruct(plan.early, jnp.dtype(plan.dtype))
     scratch = _scratch(plan, has_up, has_down)
     names = [*operands, *outputs, *scratch]
 

@@ -51,10 +51,11 @@ class Plan:
 
     @property
     def semaphores(self) -> int:
-        """Of a fused kernel: hidden values of a block; a warpgroup's partial sums of the result; then, one for each
-        tile going up, a warpgroup's partial sums of it, and, one for each stage of rows, its hidden values.
+        """Of a fused kernel: hidden values of a block; a warpgroup's partial sums of the result; a warpgroup's marks;
+        then, one for each tile going up, a warpgroup's partial sums of it; one for each stage of rows, its hidden
+        values; one for each tile of the result, a warpgroup's partial sums of it.
         """
-        return 2 + self.up.tiles + self.groups
+        return 3 + self.up.tiles + self.groups + self.down.tiles
 
     @property
     def packed(self) -> bool:
@@ -71,6 +72,11 @@ class Plan:
     def hidden(self) -> tuple[int, int, int]:
         """Shape of the hidden values, in blocks of 64 neurons."""
         return (self.groups * self.tiles.warpgroups, 64, self.tiles.batch)
+
+    @property
+    def early(self) -> tuple[int, int, int]:
+        """Shape of the marked hidden values, in blocks of 64 neurons, in the order of threads."""
+        return (self.groups * self.tiles.warpgroups, self.tiles.batch, 64)
 
     @property
     def down_parts(self) -> tuple[int, int, int, int]:

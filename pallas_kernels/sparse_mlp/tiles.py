@@ -11,6 +11,7 @@ from pallas_kernels.sparse_mlp.schedule import Split
 PADDING = 8  # elements after each row in shared memory: eight rows meet eight different groups of banks
 BATCHES = (16, 32, 64, 128)  # padded batch; a larger one is cut into pieces of the last
 COPIES = ("bulk", "rows")
+HIDDEN_WIDTH = 32  # columns of hidden values that are completed at once in a fused kernel
 SMEM_RESERVE = 2048  # bytes for barriers and for the compiler
 
 
@@ -24,6 +25,12 @@ class Tiles:
     same time, else one kernel a projection.
     copy: how rows are gathered: "bulk" (one cp.async.bulk each, in inline PTX) or "rows" (Pallas's own copy, slow,
     but the interpreter knows it).
+    marked: what tells by itself that it is there, as its place was filled with marks before, instead of being
+    announced through a semaphore: nothing, (1) partial sums of the result, (2) those of hidden values too, (3) the
+    first few hidden values that a block needs too.
+    own_sums: partial sums of the result are announced and added up tile by tile, by the blocks that hold them.
+    lean: a slot of weights is freed without a fence for asynchronous copies, as only reads went before.
+    backoff: nanoseconds between two looks at something that another block announces.
     """
 
     batch: int
@@ -36,6 +43,10 @@ class Tiles:
     blocks: int
     copy: str = "bulk"
     fused: bool = True
+    marked: int = 0
+    own_sums: bool = False
+    lean: bool = False
+    backoff: int = 0
 
     def __post_init__(self) -> None:
         problems = [
@@ -50,6 +61,12 @@ class Tiles:
             (min(self.groups, self.stages, self.blocks) > 0, "groups, stages and blocks must be positive"),
             (self.copy in COPIES, f"copy must be one of {COPIES}"),
             (not (self.fused and self.copy == "rows"), "rows can't be fused"),
+            (
+                self.marked in range(4) and (self.fused or not self.marked),
+                "marked must be 0, or 1 to 3 if fused",
+            ),
+            (self.marked < 2 or self.warpgroups == 1, "marked hidden values of 2 warpgroups need registers"),
+            (not (self.marked and self.own_sums), "marked partial sums aren't announced"),
             (self.hidden_slots > 1, "the input's ring is too small for two stages of hidden values"),
             (max(self.groups, self.cols // 64 // self.warpgroups) * self.batch <= 256, "sums need registers"),
             (self.smem_bytes <= 232448, "too much shared memory"),
@@ -77,6 +94,7 @@ class Tiles:
             self.x_slots * self.batch * self.x_cols * 2,
             self.rows * self.groups * 4,
             1,
+            64 * min(self.batch, HIDDEN_WIDTH) * 2 if self.marked > 2 else 0,
         )
         return sum(-(-size // 1024) * 1024 for size in arrays) + SMEM_RESERVE
 

@@ -1,8 +1,10 @@
 """The selective MLP's kernels of the named workloads, compiled for an H200: no spills, shared memory in bounds."""
 
+import dataclasses
 import functools
 import itertools
 import re
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -13,6 +15,7 @@ from bench.mlp_runs import MlpCase
 from bench.workloads import BATCHES, DENSITIES, MODELS
 from pallas_kernels import sparse_mlp
 from pallas_kernels._device import HOPPER
+from pallas_kernels.sparse_mlp import mosaic
 from pallas_kernels.sparse_mlp.tiles import BATCHES as PADDED
 from pallas_kernels.sparse_mlp.tiles import Tiles, heuristic
 from tests.kernels import aot
@@ -57,6 +60,30 @@ def test_compiles_for_h200(case):
     assert "wgmma.mma_async" in kernel.ptx
     assert "cp.async.bulk.shared::cta.global" in kernel.ptx
     assert kernel.smem <= chosen(case).smem_bytes
+    aot.assert_fit(program)
+
+
+VARIANTS: dict[str, Any] = {
+    "own_sums-lean": {"own_sums": True, "lean": True},
+    "marked1": {"marked": 1},
+    "marked2": {"marked": 2},
+    "marked3-lean-backoff": {"marked": 3, "lean": True, "backoff": 50},
+}
+
+
+@pytest.mark.parametrize("density", [0.1, 0.3])
+@pytest.mark.parametrize("batch", PADDED)
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_variants_fit(variant, batch, density):
+    case = MlpCase(MODELS["opt-66b"], batch, density)
+    change = VARIANTS[variant]
+    if chosen(case).warpgroups > 1:
+        change = change | {"marked": min(1, change.get("marked", 0))}
+    options = {"activation": "relu", "device": HOPPER, "tiles": dataclasses.replace(chosen(case), **change)}
+    weight = jax.ShapeDtypeStruct((case.model.d_ff, case.model.d_model), jnp.bfloat16)
+    x = jax.ShapeDtypeStruct((batch, case.model.d_model), jnp.bfloat16)
+    call = functools.partial(mosaic.sparse_mlp, **options)
+    program = aot.compile_for_h200(call, x, weight, weight, jax.ShapeDtypeStruct((case.selected,), jnp.int32))
     aot.assert_fit(program)
 
 
