@@ -7,6 +7,9 @@ from pathlib import Path
 
 ROOT = Path(__file__).parents[1]
 os.environ["JAX_PLATFORMS"] = os.environ.get("POLARJAX_TEST_PLATFORM", "cpu")
+# Pallas's GPU interpreter runs a kernel's threads side by side on JAX's CPU threads, and they wait for each other: with
+# as few as a small machine's processors they would wait forever.
+os.environ["NPROC"] = "16"
 os.environ |= {"HF_HUB_OFFLINE": "1", "TRANSFORMERS_NO_ADVISORY_WARNINGS": "1", "MPLBACKEND": "agg"}
 
 _aot = str(Path(sys.prefix, "aot"))  # where `make test` puts the GPU compiler

@@ -23,6 +23,7 @@ from jax.experimental.pallas.mosaic_gpu import ACC  # pyright: ignore[reportPriv
 from jaxtyping import Array, Float, Int
 
 from pallas_kernels._device import Device, require_hopper
+from pallas_kernels.decode_attention import exchange
 from pallas_kernels.decode_attention.tiles import WIDE, Problem, Tiles, choose
 
 KERNEL_NAME = "sparse_decode_attention"
@@ -88,7 +89,7 @@ class _State(NamedTuple):
 
 
 class _Part(NamedTuple):
-    """A share's result: 64-row pieces of [H, heads], and log2 of the sum of its weights, [64, heads] of equal rows."""
+    """A share's result: 64-row pieces of [H, heads], and log2 of the sum of its weights [heads]."""
 
     out: tuple[jax.Array, ...]
     weight: jax.Array
@@ -137,24 +138,27 @@ class _Kernel:
         """The function (q, k, v, lengths[, group_index]) -> [out, ...partial results, where interpreted]."""
         p, t = self.problem, self.tiles
         out = [jax.ShapeDtypeStruct((p.batch, p.groups, p.queries, p.width), self.dtype)]
-        cluster: dict[str, Any] = {}
-        if t.splits > 1:
-            cluster = {"cluster": (t.splits,), "cluster_names": ("split",)}
-            if self.interpret is not None:
-                out.append(jax.ShapeDtypeStruct((p.batch, p.selected, *self._parts), jnp.float32))
+        if self._interpreted_cluster:
+            out.append(jax.ShapeDtypeStruct((p.batch, p.selected, *self._parts), jnp.float32))
         return plgpu.kernel(
             self._body,
             out_type=out,
             scratch_types=self._scratch(),
-            grid=(p.batch, p.selected),
-            grid_names=("row", "entry"),
+            grid=(p.batch // t.neighbours, p.selected),
+            grid_names=("rows", "entry"),
+            cluster=(t.splits, t.neighbours),
+            cluster_names=("split", "neighbour"),
             num_threads=t.warpgroups,
             thread_name="warpgroup",
             compiler_params=plgpu.CompilerParams(approx_math=True),
             kernel_name=KERNEL_NAME,
             interpret=self.interpret,
-            **cluster,
         )
+
+    @property
+    def _interpreted_cluster(self) -> bool:
+        """Whether parts travel through device memory: the interpreter knows no other block's shared memory."""
+        return self.interpret is not None and self.tiles.splits > 1
 
     def _scratch(self) -> dict[str, Any]:
         p, t = self.problem, self.tiles
@@ -178,17 +182,23 @@ class _Kernel:
         }
         if self.interpret is None:
             scratch["reduce_s"] = plgpu.SMEM((t.warpgroups, REDUCTION), jnp.float32)
-        if t.splits > 1 and self.interpret is not None:
+        if self._interpreted_cluster:
             scratch["merge"] = plgpu.ClusterBarrier(collective_axes=("split",), num_arrivals=t.warpgroups)
+        elif t.splits > 1:
+            scratch["parts_s"] = plgpu.SMEM((self._words * (t.shares - 1),), jnp.float32)
+            scratch["merge"] = plgpu.SMEM((exchange.BARRIER,), jnp.int32)
         elif t.shares > 1:
-            arrivals = self._parts[0] if t.splits > 1 else t.shares - 1
             scratch["parts_s"] = plgpu.SMEM(self._parts, jnp.float32, transforms=(tiled((8, 8)), swizzle(32)))
-            scratch["merge"] = plgpu.Barrier(num_arrivals=arrivals)
+            scratch["merge"] = plgpu.Barrier(num_arrivals=t.shares - 1)
         return scratch
 
     @property
+    def _words(self) -> int:
+        return exchange.words(len(self.problem.row_pieces), self.problem.heads)
+
+    @property
     def _parts(self) -> tuple[int, int, int]:
-        """Shape of what all shares but the first find: arrays of a `_Part` one after the other."""
+        """Shape of the parts of all shares but the first: arrays of a `_Part` one after the other, [heads] in rows."""
         return ((self.tiles.shares - 1) * (len(self.problem.row_pieces) + 1), WIDE, self.problem.heads)
 
     def _body(self, q_g, k_g, v_g, lengths_g, *refs, merge=None, **shared) -> None:
@@ -201,50 +211,57 @@ class _Kernel:
         first = own * t.stages
         keys = _Ring(k_g, shared["k_s"], shared["k_full"], first, t.stages)
         values = _Ring(v_g, shared["v_s"], shared["v_full"], first, t.stages)
+        remote = t.splits > 1 and not self._interpreted_cluster
+        if remote:
+            exchange.expect(4 * self._words * (t.shares - 1))(merge)
         self._fetch_queries(q_g.at[work.row, work.group], q_raw, q_full)
-        for step in range(t.stages):
-
-            @pl.when(step < work.steps)
-            def _(step=step):
-                keys.fetch(work, jnp.int32(step))
-                values.fetch(work, jnp.int32(step))
-
+        for step in range(t.stages + 1):  # keys a step ahead: the last bytes to come are values
+            if step < t.stages:
+                pl.when(step < work.steps)(lambda step=step: keys.fetch(work, jnp.int32(step)))
+            if step > 0:
+                pl.when(step <= work.steps)(lambda step=step: values.fetch(work, jnp.int32(step - 1)))
         if index_g is not None:
             self._write_zeros(work, index_g, out_g, o_s)
         plgpu.barrier_wait(q_full)
         q_s.T[...] = plgpu.load(q_raw.T, layout=TURNED, optimized=False)
         plgpu.commit_smem()
         reduce = _Reduce(shared["reduce_s"].at[own] if "reduce_s" in shared else None)
+        scores = functools.partial(self._scores, work, keys=keys, q_s=q_s)
 
-        def step(t, state):
-            return self._attend(work, t, state, keys, values, q_s, p_s, reduce)
+        def step(t, carry):
+            return self._attend(work, t, *carry, values, p_s, reduce, scores)
 
-        part = self._part(lax.fori_loop(0, work.steps, step, self._empty()), reduce)
+        state, _ = lax.fori_loop(0, work.steps, step, (self._empty(), scores(jnp.int32(0))))
+        part = self._part(state, reduce)
         if t.shares == 1:
             self._write(work, part.out, out_g, o_s)
             return
         parts = partial_g[0].at[work.row, lax.axis_index("entry")] if partial_g else shared["parts_s"]
+        send, receive = (
+            (self._send_remotely, self._receive_remotely) if remote else (self._send, self._receive)
+        )
         share = self._share()
-        pl.when(share != 0)(lambda: self._send(part, share, parts, merge))
+        if remote:
+            exchange.join()
+        pl.when(share != 0)(lambda: send(part, share, parts, merge))
         if partial_g:  # a barrier of the cluster, at which all arrive
             pl.when(share == 0)(lambda: plgpu.barrier_arrive(merge))
             plgpu.barrier_wait(merge)
 
         @pl.when(share == 0)
         def _():
-            if not partial_g:
-                plgpu.barrier_wait(merge)
-            self._write(work, _merged([part, *self._received(parts)]), out_g, o_s)
+            self._write(work, _merged([part, *receive(parts, merge)]), out_g, o_s)
 
     def _part(self, state: _State, reduce: "_Reduce") -> _Part:
         """What a warpgroup found: a softmax over its positions, and how much that weighs beside others'."""
         total = lax.max(reduce(state.total, "add"), 1e-30)
         out = tuple(piece * _down(1.0 / total, WIDE) for piece in state.out)
-        return _Part(out, _down(state.peak + jnp.log2(total), WIDE))
+        return _Part(out, state.peak + jnp.log2(total))
 
     def _work(self, lengths_g, index_g) -> _Work:
         p, t = self.problem, self.tiles
-        row, entry = lax.axis_index("row"), lax.axis_index("entry")
+        row = lax.axis_index("rows") * t.neighbours + lax.axis_index("neighbour")
+        entry = lax.axis_index("entry")
         group = entry if index_g is None else index_g[row, entry]
         present = (group >= 0) & (group < p.groups)
         end = lax.min(lengths_g[row], jnp.int32(p.capacity))
@@ -264,8 +281,7 @@ class _Kernel:
 
     def _share(self) -> jax.Array:
         """Which of a group's shares the calling warpgroup takes."""
-        own = lax.axis_index("warpgroup")
-        return own if self.tiles.splits == 1 else lax.axis_index("split") * self.tiles.warpgroups + own
+        return lax.axis_index("split") * self.tiles.warpgroups + lax.axis_index("warpgroup")
 
     def _fetch_queries(self, q_g, q_raw, full) -> None:
         p = self.problem
@@ -307,21 +323,28 @@ class _Kernel:
         peak = plgpu.layout_cast(jnp.full((p.heads,), NEVER, jnp.float32), PER_HEAD)
         return _State(tuple(zeros(WIDE) for _ in p.row_pieces), peak, zeros(self.tiles.block))
 
-    def _attend(
-        self, work: _Work, step, state: _State, keys: _Ring, values: _Ring, q_s, p_s, reduce
-    ) -> _State:
+    def _scores(self, work: _Work, step, *, keys: _Ring, q_s) -> jax.Array:
+        """Products of a step's keys with the queries [block, heads]; anything after the last step."""
         p, t = self.problem, self.tiles
-        slot, origin = keys.slot(step), work.origin + step * t.block
-        more = step + t.stages < work.steps
-        plgpu.barrier_wait(keys.full.at[slot])
+        queries = q_s if p.padded_width == p.width else q_s.at[:, pl.ds(0, p.width)]
 
         def score(acc):
-            queries = q_s if p.padded_width == p.width else q_s.at[:, pl.ds(0, p.width)]
-            plgpu.wgmma(acc, keys.shared.at[slot], queries.T)
+            plgpu.wgmma(acc, keys.shared.at[keys.slot(step)], queries.T)
             return acc[...]
 
-        scores = pl.run_scoped(score, ACC((t.block, p.heads), jnp.float32))
-        pl.when(more)(lambda: keys.fetch(work, step + t.stages))
+        def found():
+            plgpu.barrier_wait(keys.full.at[keys.slot(step)])
+            scores = pl.run_scoped(score, ACC((t.block, p.heads), jnp.float32))
+            pl.when(step + t.stages < work.steps)(lambda: keys.fetch(work, step + t.stages))
+            return scores
+
+        nothing = lambda: plgpu.layout_cast(jnp.zeros((t.block, p.heads), jnp.float32), ROWS)
+        return lax.cond(step < work.steps, found, nothing)
+
+    def _attend(self, work: _Work, step, state: _State, scores, values: _Ring, p_s, reduce, next_scores):
+        """One step from its scores on; the scores of the next are found while its values are still on their way."""
+        p, t = self.problem, self.tiles
+        slot, origin = values.slot(step), work.origin + step * t.block
         counts = self._counts(work, origin, (t.block, p.heads))
         scores = jnp.where(counts, scores * self.factor, NEVER)
         peak = jnp.maximum(state.peak, reduce(scores, "max"))
@@ -330,6 +353,7 @@ class _Kernel:
         total = state.total * _down(fade, t.block) + weights
         p_s.T[...] = plgpu.layout_cast(weights.astype(self.dtype), TURNED)
         plgpu.commit_smem()
+        scores = next_scores(step + 1)
         plgpu.barrier_wait(values.full.at[slot])
         pl.when((origin + t.block > work.end) | (origin < work.start))(
             lambda: self._clear_uncounted(work, origin, values.shared.at[slot])
@@ -342,8 +366,9 @@ class _Kernel:
 
         added = pl.run_scoped(combine, *(ACC((WIDE, p.heads), jnp.float32) for _ in p.row_pieces))
         out = tuple(old * _down(fade, WIDE) + new for old, new in zip(state.out, added, strict=True))
+        more = step + t.stages < work.steps
         pl.when(more)(lambda: values.fetch(work, step + t.stages))
-        return _State(out, peak, total)
+        return _State(out, peak, total), scores
 
     def _counts(self, work: _Work, origin, shape: tuple[int, int]) -> jax.Array:
         position = plgpu.broadcasted_iota(jnp.int32, shape, 0, layout=ROWS) + origin
@@ -360,33 +385,34 @@ class _Kernel:
         plgpu.commit_smem()
 
     def _send(self, part: _Part, share, parts, merge) -> None:
-        """Brings a share's part to the first warpgroup of its cluster, which waits for it at `merge`.
-
-        parts: that one's shared memory; where the interpreter runs more than one split, which knows no stores to another
-        block's shared memory, memory of the device.
-        """
-        arrays = (*part.out, part.weight)
-        first = (share - 1) * len(arrays)
-        remote = self.tiles.splits > 1 and self.interpret is None
+        """Leaves a share's part in `parts`, for the first warpgroup, which waits at `merge`."""
+        arrays = (*part.out, _down(part.weight, WIDE))
         for i, array in enumerate(arrays):
-            there = parts.at[first + i]
-            if remote:
-                plgpu.async_store_smem(
-                    array, there, merge, cluster_idx=jnp.int32(0), cluster_dim="split", optimized=False
-                )
-            else:
-                _store_plainly(there, array)
-        if not remote:
-            plgpu.barrier_arrive(merge)
+            _store_plainly(parts.at[(share - 1) * len(arrays) + i], array)
+        plgpu.barrier_arrive(merge)
 
-    def _received(self, parts) -> list[_Part]:
+    def _receive(self, parts, merge) -> list[_Part]:
         """The parts of all shares but the first."""
+        if not self._interpreted_cluster:
+            plgpu.barrier_wait(merge)
         pieces = len(self.problem.row_pieces) + 1
         arrays = [plgpu.load(parts.at[i], layout=ROWS, optimized=False) for i in range(self._parts[0])]
-        return [
-            _Part(tuple(arrays[i : i + pieces - 1]), arrays[i + pieces - 1])
-            for i in range(0, len(arrays), pieces)
+        found = [arrays[i : i + pieces] for i in range(0, len(arrays), pieces)]
+        return [_Part(tuple(out), weight.max(axis=0)) for *out, weight in found]
+
+    def _send_remotely(self, part: _Part, share, parts, merge) -> None:
+        """As `_send`, into the shared memory of the first thread block of the group's cluster."""
+        first = lax.axis_index("neighbour") * self.tiles.splits
+        exchange.send(len(part.out))(*part.out, part.weight, parts, merge, share - 1, first)
+
+    def _receive_remotely(self, parts, merge) -> list[_Part]:
+        exchange.wait(merge)
+        pieces, heads = len(self.problem.row_pieces), self.problem.heads
+        found = [
+            [exchange.receive(sender, pieces, heads, piece)(parts) for piece in range(pieces + 1)]
+            for sender in range(self.tiles.shares - 1)
         ]
+        return [_Part(tuple(out), weight) for *out, weight in found]
 
     def _write(self, work: _Work, out, out_g, o_s) -> None:
         for piece, first in zip(out, self.problem.row_pieces, strict=True):
@@ -403,7 +429,9 @@ def _merged(parts: Sequence[_Part]) -> tuple[jax.Array, ...]:
     weights = [jnp.exp2(part.weight - peak) for part in parts]
     share = 1.0 / functools.reduce(jnp.add, weights)
     weights = [weight * share for weight in weights]
-    weighted = [tuple(piece * w for piece in part.out) for part, w in zip(parts, weights, strict=True)]
+    weighted = [
+        tuple(piece * _down(w, WIDE) for piece in part.out) for part, w in zip(parts, weights, strict=True)
+    ]
     return tuple(functools.reduce(jnp.add, pieces) for pieces in zip(*weighted, strict=True))
 
 

@@ -78,21 +78,25 @@ class Problem:
 @dataclass(frozen=True, kw_only=True)
 class Tiles:
     """block: cache positions a step. stages: steps in flight a warpgroup. splits: thread blocks (one cluster) a group.
-    warpgroups: of a thread block, each with a share of its positions.
+    warpgroups: of a thread block, each with a share of its positions. neighbours: sequences whose thread blocks lie in
+    one cluster, which has no other effect than that the hardware spreads them more evenly over its parts.
     """
 
     block: int = 64
     stages: int = 3
     splits: int = 1
     warpgroups: int = 1
+    neighbours: int = 1
 
     def __post_init__(self) -> None:
         if self.block not in (64, 128, 256):
             raise ValueError(f"attention tiles: block must be 64, 128 or 256; got {self.block}")
         if not 1 <= self.stages <= 16:
             raise ValueError(f"attention tiles: stages must be 1 to 16; got {self.stages}")
-        if not 1 <= self.splits <= 8:
-            raise ValueError(f"attention tiles: splits must be 1 to 8 (a cluster); got {self.splits}")
+        if not 1 <= self.splits * self.neighbours <= 8:
+            raise ValueError(
+                f"attention tiles: splits times neighbours must be 1 to 8 (a cluster); got {self}"
+            )
         if not 1 <= self.warpgroups <= 4:
             raise ValueError(f"attention tiles: warpgroups must be 1 to 4; got {self.warpgroups}")
 
@@ -105,7 +109,7 @@ class Tiles:
         """Shared memory of one thread block, an upper bound."""
         ring = self.stages * self.block * (problem.width + problem.value_width)
         small = problem.heads * (3 * problem.padded_width + self.block) + 1024
-        parts = 4 * (self.shares - 1) * (len(problem.row_pieces) + 1) * WIDE * problem.heads
+        parts = 4 * (self.shares - 1) * (len(problem.row_pieces) + 1) * WIDE * problem.heads  # at most
         return 2 * self.warpgroups * (ring + small) + parts + 3 * 1024
 
     def resident(self, problem: Problem) -> int:
@@ -120,6 +124,10 @@ class Tiles:
         if not self.fits(problem, device):
             need, have = self.smem_bytes(problem), device.smem_bytes
             raise ValueError(f"attention tiles: {self} needs {need} B of shared memory; got {have} B")
+        if problem.batch % self.neighbours:
+            raise ValueError(
+                f"attention tiles: neighbours must divide the batch {problem.batch}; got {self.neighbours}"
+            )
 
 
 def search_space(problem: Problem, device: Device) -> Iterator[Tiles]:
