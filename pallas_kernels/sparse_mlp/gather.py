@@ -147,29 +147,49 @@ def load_ids(rows: int, num_neurons: int) -> Callable:
     return run
 
 
-def load_bias(rows: int, stride: int, num_neurons: int) -> Callable:
-    """-> f(index [k], bias [F], out float32 [rows], base): biases of `rows` entries, zero where absent.
+def load_bias(count: int, row_tiles: int, groups: int, rows: int, num_neurons: int) -> Callable:
+    """-> f(matrices) -> f(index [k], out float32 [count, 64 groups], first, row, *biases [F]): biases of some tiles.
 
-    Entry i of `out` is that of index[base + i // 64 * stride + i % 64]. Ends in a barrier of the warpgroup.
+    Tile t is the (t % row_tiles)-th of matrix t // row_tiles and has entries of the index in `groups` stages of
+    `rows`; 64 of each are taken, from `row` on, zero where absent. `matrices`: whose the biases are. All reads are on
+    their way at once. Ends in a barrier of the warpgroup.
     """
+    total = count * 64 * groups
 
-    @_inline(arg_types=(_REF, _REF, _REF, _SPLAT))
-    def run(ctx, index, bias, out, base):
-        f32 = ir.F32Type.get()
-        for start in range(0, rows, 128):
-            i = arith.addi(_thread(), _c(start))
-            inside = _less(i, _c(rows))
-            offset = arith.addi(arith.muli(arith.divui(i, _c(64)), _c(stride)), arith.remui(i, _c(64)))
-            neuron = _neuron(index, arith.addi(base.registers.item(), offset), inside, num_neurons)
-            present = _less(neuron, _c(num_neurons))
-            value = memref.load(bias, [_index(arith.select(present, neuron, _c(0)))])
-            value = value if value.type == f32 else arith.extf(f32, value)
-            with _utils.when(inside):
-                zero = arith.constant(f32, ir.FloatAttr.get(f32, 0.0))
-                memref.store(arith.select(present, value, zero), out, [_index(i)])
-        _utils.warpgroup_barrier()
+    def loads(matrices: tuple[int, ...]) -> Callable:
+        @_inline(arg_types=(_REF, _REF, _SPLAT, _SPLAT, *(_REF for _ in matrices)))
+        def run(ctx, index, out, first, row, *biases):
+            f32 = ir.F32Type.get()
+            first, row = first.registers.item(), row.registers.item()
+            found = []
+            for start in range(0, total, 128):
+                i = arith.addi(_thread(), _c(start))
+                part, at = arith.divui(i, _c(64 * groups)), arith.remui(i, _c(64 * groups))
+                tile = arith.addi(first, part)
+                stage = arith.addi(
+                    arith.muli(arith.remui(tile, _c(row_tiles)), _c(groups)), arith.divui(at, _c(64))
+                )
+                entry = arith.addi(arith.muli(stage, _c(rows)), arith.addi(row, arith.remui(at, _c(64))))
+                inside = _less(i, _c(total))
+                found.append((inside, part, at, tile, _neuron(index, entry, inside, num_neurons)))
+            values = []
+            for _, _, _, tile, neuron in found:
+                value = arith.constant(f32, ir.FloatAttr.get(f32, 0.0))
+                for matrix, bias in zip(matrices, biases, strict=True):
+                    mine = arith.cmpi(arith.CmpIPredicate.eq, arith.divui(tile, _c(row_tiles)), _c(matrix))
+                    present = arith.andi(mine, _less(neuron, _c(num_neurons)))
+                    loaded = memref.load(bias, [_index(arith.select(present, neuron, _c(0)))])
+                    loaded = loaded if loaded.type == f32 else arith.extf(f32, loaded)
+                    value = arith.select(present, loaded, value)
+                values.append(value)
+            for (inside, part, at, _, _), value in zip(found, values, strict=True):
+                with _utils.when(inside):
+                    memref.store(value, out, [_index(part), _index(at)])
+            _utils.warpgroup_barrier()
 
-    return run
+        return run
+
+    return loads
 
 
 def _words(pairs: Iterable[ir.Value], packed: bool) -> list[ir.Value]:

@@ -30,7 +30,7 @@ ROW = WGMMA.reduce(1)
 BULK = plgpu.OOBFillMode.PROMISE_IN_BOUNDS
 ACTIVATIONS = {"relu": lambda a: jnp.maximum(a, 0.0), "silu": lambda a: a / (1.0 + jnp.exp(-a))}
 MATRICES = ("w_up", "w_gate", "w_down")
-REGISTERS = {1: (232, 104, 128), 2: (184, 56, 88)}  # consumers, producer, loader; in all 512 a lane at most
+REGISTERS = {1: (232, 104, 128), 2: (192, 48, 80)}  # consumers, producer, loader; in all 512 a lane at most
 HIDDEN, RESULT, READY, TILES = range(4)  # what semaphores of a fused kernel count: see `Plan.semaphores`
 COMPILER = plgpu.CompilerParams(
     lowering_semantics=plgpu.LoweringSemantics.Lane,  # the other one can't slice padded rows
@@ -71,10 +71,10 @@ class Block:
         else:
             plgpu.semaphore_wait(arrived.at[semaphore], value, decrement=False, memory_scope="gpu")
 
-    def _arrive(self, semaphore):
-        """Tells all blocks that what the calling warpgroup stored is there."""
+    def _arrive(self, semaphore, count: int = 1):
+        """Tells all blocks that what the calling warpgroup stored, or knows to be stored, is there."""
         gather.sync_warpgroup()
-        plgpu.semaphore_signal(self.refs["arrived"].at[semaphore], memory_scope="gpu")
+        plgpu.semaphore_signal(self.refs["arrived"].at[semaphore], count, memory_scope="gpu")
 
     def _signal(self, semaphore):
         """Tells all blocks that what the calling warpgroup copied to device memory is there."""
@@ -104,20 +104,26 @@ class Block:
                 mark_down(self.refs["down_parts"], (number * per + warpgroup) * blocks + p)
 
         self._for_each_part(plan.down, self.down, mark)
-        self._arrive(READY)
+        plgpu.barrier_arrive(self.refs["marked"].at[0])
 
     def _mark_early(self):
         """Marks the places of the hidden values that the calling block will store early."""
         fours = self._pieces[1] // 16
         fill = marks.fill(fours)
         self._for_each_piece(lambda block, piece: fill(self.refs["early"], block * self._pieces[0] + piece))
-        self._arrive(READY)
+
+    def _announce_marks(self):
+        """Tells all blocks that this one's places are marked: here consumers need not wait for their stores."""
+        if self.tiles.marked > 2:
+            self._mark_early()
+        if self.tiles.marked:
+            plgpu.barrier_wait(self.refs["marked"].at[0])
+            self._arrive(READY)
 
     def _await_marks(self):
         """Until every block has marked its places."""
         if self.tiles.marked:
-            loaders = 1 if self.tiles.marked > 2 else 0
-            self._wait(READY, self.plan.grid * (self.tiles.warpgroups + loaders))
+            self._wait(READY, self.plan.grid)
 
     # The ring of weights. Stage t lies in slot t % stages; those of the up-projection come first.
 
@@ -241,8 +247,6 @@ class Block:
     def load(self):
         """Brings the input, then the hidden values; in a fused kernel it helps to compute these in between."""
         plgpu.set_max_registers(REGISTERS[self.tiles.warpgroups][2], action="decrease")
-        if self.tiles.marked > 2:
-            self._mark_early()
         if "x" in self.refs:
             self._load_input()
         if self.tiles.fused:
@@ -255,21 +259,45 @@ class Block:
         refs, tiles = self.refs, self.tiles
         pieces = tiles.cols // tiles.x_cols
         count = (self.up[1] - self.up[0]) * pieces
+        first = lax.min(count, _int(tiles.x_slots))
 
         def wait(i):
             plgpu.barrier_wait(refs["x_empty"].at[lax.rem(i, _int(tiles.x_slots))])
 
-        @pl.loop(0, count)
-        def _(i):
-            pl.when(i >= tiles.x_slots)(lambda: wait(i))
+        def bring(i):
             _, chunk = self._tile_chunk(self.plan.up, self.up[0] + lax.div(i, _int(pieces)))
             column = chunk * tiles.cols + lax.rem(i, _int(pieces)) * tiles.x_cols
             slot = lax.rem(i, _int(tiles.x_slots))
             source, target = refs["x"].at[:, pl.ds(column, tiles.x_cols)], refs["x_ring"].at[slot]
             plgpu.copy_gmem_to_smem(source, target, refs["x_full"].at[slot])
 
+        pl.loop(0, first)(bring)
+        self._announce_marks()
+
+        @pl.loop(first, count)
+        def _(i):
+            wait(i)
+            bring(i)
+            self._announce_part(i - tiles.x_slots, pieces)
+
         self._await_marks()
-        pl.loop(lax.max(count - tiles.x_slots, _int(0)), count)(wait)
+
+        @pl.loop(count - first, count)
+        def _(i):
+            wait(i)
+            self._announce_part(i, pieces)
+
+    def _announce_part(self, piece, pieces: int):
+        """Once consumers have read that piece of the input: if it began a tile, the sums of the one before are stored.
+
+        They need not wait then until all blocks can see what they stored.
+        """
+        if not self.tiles.fused or self.tiles.marked > 1:
+            return
+        unit = self.up[0] + lax.div(piece, _int(pieces))
+        tile, chunk = self._tile_chunk(self.plan.up, unit)
+        begins = (lax.rem(piece, _int(pieces)) == 0) & (chunk == 0) & (unit > self.up[0])
+        pl.when(begins)(lambda: self._arrive(TILES + tile - 1, self.tiles.warpgroups))
 
     def _await_hidden(self, i, group):
         """Before the i-th hidden values, those of `group`, are loaded: the first few one by one, the others at once."""
@@ -284,8 +312,10 @@ class Block:
         count = self.down[1] - self.down[0]
         first = lax.min(count, _int(slots)) if early else _int(0)
         if early:
-            self._take_hidden(first)
-            self._signal(HIDDEN)
+            once = lax.min(first, _int(1))
+            self._take_hidden(_int(0), once)
+            self._signal(HIDDEN)  # before more is taken: others wait for all blocks' soon
+            self._take_hidden(once, first)
 
         def wait(i):
             plgpu.barrier_wait(refs["h_empty"].at[lax.rem(i, _int(slots))])
@@ -304,12 +334,12 @@ class Block:
 
         pl.loop(lax.max(count - slots, _int(0)), count)(wait)
 
-    def _take_hidden(self, count):
-        """Fills the first slots of the ring with hidden values as soon as they are there."""
+    def _take_hidden(self, first, end):
+        """Fills some of the first slots of the ring with hidden values as soon as they are there."""
         refs, tiles = self.refs, self.tiles
         take = marks.take(self.plan.dtype, tiles.batch, tiles.backoff)
 
-        @pl.loop(0, count)
+        @pl.loop(first, end)
         def _(i):
             _, group = self._tile_chunk(self.plan.down, self.down[0] + i)
             for r in range(tiles.warpgroups):
@@ -389,10 +419,14 @@ class Block:
     def consume(self, warpgroup):
         """Multiplies; `warpgroup` owns 64 rows of each stage going up, a share of its columns going down."""
         plgpu.set_max_registers(REGISTERS[self.tiles.warpgroups][0], action="increase")
+        self._take_biases(warpgroup)
         if self.tiles.marked:
             self._mark_parts(warpgroup)
         if "x" in self.refs:
             self._for_each_part(self.plan.up, self.up, functools.partial(self._up_part, warpgroup))
+            if self.tiles.fused and self.tiles.marked < 2:  # the loader announces all but the last
+                last = lax.div(self.up[1] - 1, _int(self.plan.up.chunks))
+                pl.when(self.up[1] > self.up[0])(lambda: self._arrive(TILES + last))
         self._await_marks()
         if "w_down" in self.refs:
             self._for_each_part(self.plan.down, self.down, functools.partial(self._down_part, warpgroup))
@@ -457,7 +491,7 @@ class Block:
     def _up_part(self, warpgroup, number, tile, start, end):
         tiles, refs = self.tiles, self.refs
         pieces = tiles.cols // tiles.x_cols
-        bias = self._bias(warpgroup, tile)
+        bias = self._bias(warpgroup, number - self.block * self.plan.up.max_parts)
         rows = pl.ds(warpgroup * 64, 64)
         depth = min(tiles.x_cols, 128 if tiles.groups * tiles.batch <= 128 else 64)
 
@@ -489,40 +523,69 @@ class Block:
                 marks.store("float32")(part, refs["up_parts"], place * (tiles.batch // 8))
             else:
                 refs["up_parts"][number, place] = part
-        if tiles.fused and tiles.marked < 2:
-            self._arrive(TILES + tile)
 
-    def _bias(self, warpgroup, tile) -> Callable | None:
-        """-> f(g), the bias [64 batch] of the rows of group g of a tile; None without biases."""
-        tiles, refs = self.tiles, self.refs
-        biases = [refs[name] for name in ("b_up", "b_gate") if name in refs]
-        if not biases:
+    @property
+    def _biases(self) -> list[tuple[int, Any]]:
+        """(which of `MATRICES`, its biases)."""
+        found = enumerate(self.refs.get(name) for name in ("b_up", "b_gate"))
+        return [(i, ref) for i, ref in found if ref is not None]
+
+    def _take_biases(self, warpgroup):
+        """Brings the biases of this warpgroup's rows in the first tiles of this block, before any weights are there."""
+        if self._biases:
+            out = self.refs["bias"].at[warpgroup]
+            self._take_bias(
+                warpgroup, out, lax.div(self.up[0], _int(self.plan.up.chunks)), self.plan.bias_parts
+            )
+
+    def _bias(self, warpgroup, part) -> Callable | None:
+        """-> f(g), the bias [64 batch] of the rows of group g of a block's tile; None without biases."""
+        plan = self.plan
+        if not self._biases:
             return None
-        out = refs["bias"].at[warpgroup]
-        entry = self._first_entry(tile) + warpgroup * 64
-        for i, source in enumerate(biases):
-            chosen = lax.div(tile, _int(self.plan.row_tiles)) == i
-            pl.when(chosen)(lambda source=source: self._take_bias(source, out, entry))
+        out = self.refs["bias"].at[warpgroup]
+        last = plan.bias_parts - 1
+        if plan.up.max_parts > plan.bias_parts:
+
+            @pl.when(part > last)
+            def _():
+                if not self.interpret:
+                    gather.sync_warpgroup()  # the tile before may have used the same place
+                tile = lax.div(self.up[0], _int(plan.up.chunks)) + part
+                self._take_bias(warpgroup, out.at[pl.ds(last, 1)], tile, 1)
 
         def broadcast(g):
-            row = plgpu.load(out.at[pl.ds(g * 64, 64)], layout=ROW)
-            return lax.broadcast_in_dim(row, (64, tiles.batch), [0])
+            row = plgpu.load(out.at[lax.min(part, _int(last)), pl.ds(g * 64, 64)], layout=ROW)
+            return lax.broadcast_in_dim(row, (64, self.tiles.batch), [0])
 
         return broadcast
 
-    def _take_bias(self, source, out, entry):
-        rows, stride = 64 * self.tiles.groups, self.tiles.rows
+    def _take_bias(self, warpgroup, out, first, count: int):
+        """Brings the biases of `count` tiles to out [count, 64 groups]."""
+        tiles, plan, refs = self.tiles, self.plan, self.refs
         if not self.interpret:
-            take = gather.load_bias(rows, stride, self.plan.num_neurons)
-            take(self.refs["index"], source, out, entry)
+            take = gather.load_bias(count, plan.row_tiles, tiles.groups, tiles.rows, plan.num_neurons)
+            places, sources = zip(*self._biases, strict=True)
+            take(places)(refs["index"], out, first, warpgroup * 64, *sources)
             return
 
-        @pl.loop(0, rows)
+        @pl.loop(0, count * 64 * tiles.groups)
         def _(i):
-            at = entry + lax.div(i, _int(64)) * stride + lax.rem(i, _int(64))
-            neuron = self.refs["index"][at]
-            value = source[lax.max(neuron, _int(0))].astype(jnp.float32)
-            out[i] = jnp.where(neuron >= 0, value, 0.0)
+            part, row = lax.div(i, _int(64 * tiles.groups)), lax.rem(i, _int(64 * tiles.groups))
+            tile = first + part
+            at = (
+                self._first_entry(tile)
+                + warpgroup * 64
+                + lax.div(row, _int(64)) * tiles.rows
+                + lax.rem(row, _int(64))
+            )
+            neuron = refs["index"][at]
+            for matrix, source in self._biases:
+                value = source[lax.max(neuron, _int(0))].astype(jnp.float32)
+
+                @pl.when(lax.div(tile, _int(plan.row_tiles)) == matrix)
+                def _(value=value):
+                    out[part, row] = jnp.where(neuron >= 0, value, 0.0)
 
     def _down_part(self, warpgroup, number, tile, start, end):
         tiles, refs = self.tiles, self.refs

@@ -117,10 +117,12 @@ def _scratch(plan: Plan, has_up: bool, has_down: bool) -> dict[str, Any]:
             scratch["h_stage"] = stage
         else:
             operands.append(stage)
+    if tiles.marked:
+        scratch["marked"] = barriers(1, tiles.warpgroups)
     scratch["operand"] = plgpu.RefUnion(*operands)
     if has_up:
         scratch |= {"x_full": barriers(tiles.x_slots), "x_empty": barriers(tiles.x_slots, tiles.warpgroups)}
-        scratch["bias"] = plgpu.SMEM((tiles.warpgroups, 64 * tiles.groups), jnp.float32)
+        scratch["bias"] = plgpu.SMEM((tiles.warpgroups, plan.bias_parts, 64 * tiles.groups), jnp.float32)
     if has_down:
         count = tiles.hidden_slots
         scratch |= {"h_full": barriers(count), "h_empty": barriers(count, tiles.warpgroups)}

@@ -4,7 +4,7 @@ from dataclasses import dataclass
 from functools import cached_property
 
 from pallas_kernels.sparse_mlp.schedule import Split
-from pallas_kernels.sparse_mlp.tiles import Tiles
+from pallas_kernels.sparse_mlp.tiles import BIAS_PARTS, Tiles
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -45,13 +45,18 @@ class Plan:
         return Split(self.d_model // self.tiles.cols, self.groups, self.tiles.blocks)
 
     @property
+    def bias_parts(self) -> int:
+        """Tiles going up of which a block brings the biases at its start."""
+        return min(BIAS_PARTS, self.up.max_parts)
+
+    @property
     def grid(self) -> int:
         """Thread blocks to launch, the same for either product and for both."""
         return max(self.up.blocks, self.down.blocks)
 
     @property
     def semaphores(self) -> int:
-        """Of a fused kernel: hidden values of a block; a warpgroup's partial sums of the result; a warpgroup's marks;
+        """Of a fused kernel: hidden values of a block; a warpgroup's partial sums of the result; a block's marks;
         then, one for each tile going up, a warpgroup's partial sums of it; one for each stage of rows, its hidden
         values; one for each tile of the result, a warpgroup's partial sums of it.
         """

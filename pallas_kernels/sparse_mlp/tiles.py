@@ -11,6 +11,7 @@ from pallas_kernels.sparse_mlp.schedule import Split
 PADDING = 8  # elements after each row in shared memory: eight rows meet eight different groups of banks
 BATCHES = (16, 32, 64, 128)  # padded batch; a larger one is cut into pieces of the last
 COPIES = ("bulk", "rows")
+BIAS_PARTS = 3  # tiles going up whose biases a block holds from its start on
 HIDDEN_WIDTH = 32  # columns of hidden values that are completed at once in a fused kernel
 SMEM_RESERVE = 2048  # bytes for barriers and for the compiler
 
@@ -92,7 +93,7 @@ class Tiles:
         arrays = (
             ring,
             self.x_slots * self.batch * self.x_cols * 2,
-            self.rows * self.groups * 4,
+            self.rows * self.groups * 4 * BIAS_PARTS,
             1,
             64 * min(self.batch, HIDDEN_WIDTH) * 2 if self.marked > 2 else 0,
         )
