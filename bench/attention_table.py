@@ -213,8 +213,8 @@ def _timed(program, q, sets, calls, peak, row, oracle, rows) -> dict[str, Any]:
     wrong = error(out, want)
     if wrong > LIMIT:
         return {"error": wrong, "wrong": True}
-    seconds, spread = timing.seconds_per_call(lambda: program(q, next(turns)), calls, min_seconds=0.01)
-    return {"error": wrong} | timing.speed(row["bytes"], seconds, spread, peak)
+    taken = timing.time_call(lambda: program(q, next(turns)), calls)
+    return {"error": wrong} | timing.speed(row["bytes"], taken, peak)
 
 
 def error(out: Any, want: Any) -> float:

@@ -91,8 +91,8 @@ def measure(
     }
     if row["error"] > LIMIT["bfloat16"]:
         return row | {"wrong": True}
-    seconds, spread = timing.seconds_per_call(lambda: program(sets[0].q, operands), calls)
-    return row | timing.speed(case.cache_bytes, seconds, spread, peak)
+    taken = timing.time_call(lambda: program(sets[0].q, operands), calls)
+    return row | timing.speed(case.cache_bytes, taken, peak)
 
 
 def _tiles(spec: str, problem: Problem) -> Tiles:

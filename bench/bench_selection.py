@@ -4,9 +4,8 @@
     python3 -m bench.bench_selection table   router scores [B F] to sorted neurons, the kernel beside XLA's top-k
     python3 -m bench.bench_selection small   scores [B K] of groups to the sorted groups of each sequence
 
-A table ends when --seconds are over, important rows first; what it has is printed. `time_us` holds what the host needs
-for launches, and gbps and pct_peak are by it; `device_us` is the sum over the kernels that a profiler saw. A row whose
-selection is wrong gets no time. With the variable OUT set, JSON lines go into that folder.
+A table ends when --seconds are over, important rows first; what it has is printed. A row whose selection is wrong gets
+no time. With the variable OUT set, JSON lines go into that folder.
 """
 
 import argparse
@@ -28,10 +27,10 @@ from pallas_kernels.selection import select_top_k
 COLUMNS = (
     "case",
     "kernel",
-    "device_us",
     "launches",
     "time_us",
     "spread_us",
+    "wall_us",
     "bytes",
     "gbps",
     "pct_peak",
@@ -103,12 +102,9 @@ def error(found: np.ndarray, scores: np.ndarray, k: int) -> float:
 
 def measure(scores: list[jax.Array], call: Callable[..., jax.Array], peak: float) -> Row:
     run = jax.jit(lambda sets: [call(one) for one in sets])
-    seconds, spread = timing.seconds_per_call(lambda: run(scores), len(scores), min_seconds=0.005)
-    seen = timing.timeline(lambda: run(scores))
-    return timing.speed(scores[0].nbytes, seconds, spread, peak) | {
-        "device_us": sum(count * us for _, count, us, _ in seen) / (3 * len(scores)) if seen else None,
-        "launches": round(sum(count for _, count, _, _ in seen) / (3 * len(scores)), 2),
-    }
+    taken = timing.time_call(lambda: run(scores), len(scores))
+    launches = len(timing.events(lambda: run(scores), 1)) / len(scores)
+    return timing.speed(scores[0].nbytes, taken, peak) | {"launches": round(launches, 2)}
 
 
 def table(peak: float) -> Iterator[Row]:

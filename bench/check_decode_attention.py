@@ -61,10 +61,9 @@ def checks() -> Iterable[Check]:
     for i, width in enumerate((32, 64, 80, 96, 128, 256)):
         yield Check(width=width, dtype=("bfloat16", "float16")[i % 2], queries=1 + i)
         yield Check(width=width, dtype=("float16", "bfloat16")[i % 2], window=100)
-    for splits, warpgroups in ((1, 1), (2, 1), (3, 1), (8, 1), (1, 2), (2, 2), (4, 3), (8, 2)):
-        shares = {"splits": splits, "warpgroups": warpgroups}
-        yield Check(tiles=Tiles(block=64, stages=1, **shares), queries=4)
-        yield Check(tiles=Tiles(block=64, stages=1, **shares), index=None, window=37)
+    for splits in (1, 2, 3, 4, 8):
+        yield Check(tiles=Tiles(block=64, stages=3, splits=splits), queries=4)
+        yield Check(tiles=Tiles(block=64, stages=2, splits=splits), index=None, window=37)
     yield Check(tiles=Tiles(block=128, stages=3), queries=8)
     yield Check(tiles=Tiles(block=128, stages=1, splits=2), queries=16)
     yield Check(queries=12, width=64, index=None)

@@ -127,8 +127,8 @@ class Run:
         found = error(chain(x, sets)[0].astype(jnp.float32), oracle(x=x, index=indices[0], **params))
         if not found <= LIMIT["bfloat16"]:
             return {"error": found, "wrong": True}
-        seconds, spread = timing.seconds_per_call(lambda: chain(x, sets), CALLS)
-        return {"error": found} | timing.speed(case.bytes, seconds, spread, peak)
+        taken = timing.time_call(lambda: chain(x, sets), CALLS)
+        return {"error": found} | timing.speed(case.bytes, taken, peak)
 
 
 def dense(model: ModelShape, batch: int) -> Run:

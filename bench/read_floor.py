@@ -79,9 +79,9 @@ def measure(megabytes: int, stages: int, peak: float, blocks: int) -> dict[str, 
     make = jax.jit(lambda key: jax.random.normal(key, data.shape, data.dtype))
     sets = [(make(key),) for key in jax.random.split(jax.random.key(0), count)]
     program = timing.chained(functools.partial(read, stages=stages, blocks=blocks), calls)
-    seconds, spread = timing.seconds_per_call(lambda: program(x, sets), calls)
+    taken = timing.time_call(lambda: program(x, sets), calls)
     row = {"MB": megabytes, "bytes": size, "stages": stages}
-    return row | timing.speed(size, seconds, spread, peak)
+    return row | timing.speed(size, taken, peak)
 
 
 def main() -> int:

@@ -159,13 +159,11 @@ def selection(folder: Path) -> str:
         (model, batch): [results.get(f"{model} B{batch} d{density}", kernel) for density, kernel in wanted]
         for model, batch in cases
     }
-    device = bool(results.used) and all(row.get("device_us") is not None for row in results.used)
     for (model, batch), found in rows.items():
-        cells = [_number(row, "device_us" if device else "time_us", "{:,.1f} µs") for row in found]
+        cells = [_number(row, "time_us", "{:,.1f} µs") for row in found]
         lines.append((f"{NAMES[model]}, {batch}", *cells))
     header = ("shapes, batch", "density .1", "density .3", "XLA, density .3")
-    what = "time on the device" if device else "time a call in a chain, launches included"
-    return f"**Selection of neurons**, {what} ({results.source()}):\n\n{_table(header, lines)}"
+    return f"**Selection of neurons**, time on the device ({results.source()}):\n\n{_table(header, lines)}"
 
 
 def steps(folder: Path) -> str:

@@ -1,11 +1,11 @@
-"""Device time of a call: many calls chained inside one jit, few host round trips, differences of two lengths."""
+"""Device time of a call: many calls chained inside one jit, timed by the device's own clock through the profiler."""
 
 import statistics
 import tempfile
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -41,48 +41,79 @@ def chained(call: Callable[..., jax.Array], calls: int) -> Callable[..., tuple[j
     return jax.jit(run)
 
 
-def seconds_per_call(
-    run: Callable[[], Any], calls: int, *, min_seconds: float = 0.02, repeats: int = 5
-) -> tuple[float, float]:
-    """Median and spread (max - min) over `repeats` of the time of one of the `calls` that `run` enqueues."""
-    jax.block_until_ready(run())
-    jax.block_until_ready(run())
+class Timing(NamedTuple):
+    """Of one of the calls that a program chains, in seconds.
+
+    device: how long the device was at work, by its own clock: median over runs. spread: max - min of it.
+    wall: by the host's clock, with the launches in between.
+    """
+
+    device: float
+    spread: float
+    wall: float
+
+
+class Event(NamedTuple):
+    """Something that a device did; nanoseconds."""
+
+    start: float
+    length: float
+    name: str
+
+
+def time_call(run: Callable[[], Any], calls: int, *, repeats: int = 5) -> Timing:
+    """Time of one of the `calls` that a run of `run` makes. Raises RuntimeError where the profiler sees no device."""
+    for _ in range(2):
+        jax.block_until_ready(run())
     started = time.perf_counter()
-    jax.block_until_ready(run())
-    rounds = max(2, round(min_seconds / (time.perf_counter() - started)))
-    times = []
-    for _ in range(repeats):
-        started = time.perf_counter()
-        for _ in range(rounds - 1):
-            run()
-        result = run()
-        jax.block_until_ready(result)
-        times.append((time.perf_counter() - started) / (rounds * calls))
-    return statistics.median(times), max(times) - min(times)
+    jax.block_until_ready([run() for _ in range(repeats)])
+    wall = (time.perf_counter() - started) / (repeats * calls)
+    seen = events(run, repeats)
+    if not seen or len(seen) % repeats:
+        raise RuntimeError(f"the profiler saw {len(seen)} events of the device in {repeats} equal runs")
+    each = len(seen) // repeats
+    times = [_busy(seen[first : first + each]) / calls for first in range(0, len(seen), each)]
+    return Timing(statistics.median(times), max(times) - min(times), wall)
+
+
+def events(run: Callable[[], Any], repeats: int) -> list[Event]:
+    """What the first GPU did in `repeats` runs, one after the other, by start."""
+    options = jax.profiler.ProfileOptions()
+    options.host_tracer_level = options.python_tracer_level = 0
+    with tempfile.TemporaryDirectory() as folder:
+        with jax.profiler.trace(folder, profiler_options=options):
+            for _ in range(repeats):
+                jax.block_until_ready(run())
+        (path,) = Path(folder).rglob("*.xplane.pb")
+        planes = [
+            p for p in jax.profiler.ProfileData.from_file(str(path)).planes if "/device:GPU:0" in p.name
+        ]
+        lines = [line for plane in planes for line in plane.lines if line.name.startswith("Stream")]
+        return sorted(Event(e.start_ns, e.duration_ns, e.name) for line in lines for e in line.events)
+
+
+def _busy(seen: Sequence[Event]) -> float:
+    """Seconds in which at least one of the events, sorted by start, went on."""
+    total, until = 0.0, float("-inf")
+    for event in seen:
+        end = event.start + event.length
+        total += max(0.0, end - max(event.start, until))
+        until = max(until, end)
+    return total / 1e9
 
 
 def timeline(run: Callable[[], Any]) -> list[tuple[str, int, float, float]]:
-    """(kernel, count, median microseconds, median microseconds between the one before and it), by name.
-
-    Of three runs that the profiler watched. Empty where it saw no device.
-    """
+    """(kernel, count, median microseconds, median microseconds since the one before it), by name, of three runs."""
     jax.block_until_ready(run())
-    with tempfile.TemporaryDirectory() as folder:
-        with jax.profiler.trace(folder):
-            for _ in range(3):
-                jax.block_until_ready(run())
-        (path,) = Path(folder).rglob("*.xplane.pb")
-        planes = [p for p in jax.profiler.ProfileData.from_file(str(path)).planes if "/device:GPU" in p.name]
-    seen: dict[str, list[tuple[float, float]]] = {}
-    for line in (line for plane in planes for line in plane.lines if line.name.startswith("Stream")):
-        end = None
-        for event in sorted(line.events, key=lambda event: event.start_ns):
-            gap = event.start_ns - (event.start_ns if end is None else end)
-            seen.setdefault(event.name, []).append((event.duration_ns / 1e3, gap / 1e3))
-            end = event.start_ns + event.duration_ns
+    found: dict[str, list[tuple[float, float]]] = {}
+    end = None
+    for event in events(run, 3):
+        gap = event.start - (event.start if end is None else end)
+        found.setdefault(event.name, []).append((event.length / 1e3, gap / 1e3))
+        end = event.start + event.length
     median = statistics.median
     return [
-        (name, len(of), median(t for t, _ in of), median(gap for _, gap in of)) for name, of in seen.items()
+        (name, len(of), median(t for t, _ in of), median(gap for _, gap in of)) for name, of in found.items()
     ]
 
 
@@ -91,12 +122,13 @@ def calls_needed(seconds: float) -> int:
     return max(4, min(16, round(4e-4 / seconds)))
 
 
-def speed(size: int, seconds: float, spread: float, peak: float) -> dict[str, float]:
+def speed(size: int, timing: Timing, peak: float) -> dict[str, float]:
     """The columns of a call that moves `size` bytes, beside a copy of `peak` bytes a second."""
-    rate = size / seconds
+    rate = size / timing.device
     return {
-        "time_us": seconds * 1e6,
-        "spread_us": spread * 1e6,
+        "time_us": timing.device * 1e6,
+        "spread_us": timing.spread * 1e6,
+        "wall_us": timing.wall * 1e6,
         "gbps": rate / 1e9,
         "pct_peak": 100 * rate / peak,
     }
@@ -112,13 +144,11 @@ def copy_bandwidth(size: int = 2 * 2**30) -> float:
     require_gpu()
     x = jax.random.bits(jax.random.key(0), (size // 4,), jnp.uint32)
     flip = jax.jit(lambda x: x ^ jnp.uint32(0x5A5A5A5A))
-    seconds, _ = seconds_per_call(lambda: flip(x), 1, min_seconds=0.05)
-    return 2 * x.nbytes / seconds
+    return 2 * x.nbytes / time_call(lambda: flip(x), 1).device
 
 
 def read_bandwidth(size: int = 4 * 2**30) -> float:
     """Bytes per second of a sum over `size` bytes."""
     x = jax.random.bits(jax.random.key(0), (size // 4,), jnp.uint32)
     total = jax.jit(lambda x: x.sum())
-    seconds, _ = seconds_per_call(lambda: total(x), 1, min_seconds=0.05)
-    return x.nbytes / seconds
+    return x.nbytes / time_call(lambda: total(x), 1).device

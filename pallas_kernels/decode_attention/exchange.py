@@ -26,11 +26,6 @@ _utils = mgpu.utils
 _inline: Any = plgpu.inline_mgpu  # its results take other arguments than what it decorates
 
 
-def words(pieces: int, heads: int) -> int:
-    """float32 words that a sender sends: `pieces` arrays [64, heads] and one [heads]."""
-    return THREADS * (2 * pieces + 1) * heads // 4
-
-
 def expect(sent: int) -> Callable:
     """-> f(barrier): makes it complete when `sent` bytes have come. All threads of the cluster's blocks call it."""
 
@@ -63,14 +58,14 @@ def wait(ctx, barrier):
 
 
 def send(pieces: int) -> Callable:
-    """-> f(*pieces [64, heads], [heads], parts, barrier, sender, receiver): to `receiver`, a rank in the cluster."""
+    """-> f(*pieces [64, heads], [heads], parts, barrier, sender): to the cluster's first thread block."""
 
-    @_inline(arg_types=(*[ROWS] * pieces, PER_HEAD, _REF, _REF, _SPLAT, _SPLAT))
+    @_inline(arg_types=(*[ROWS] * pieces, PER_HEAD, _REF, _REF, _SPLAT))
     def run(ctx, *args):
-        *arrays, parts, barrier, sender, receiver = args
+        *arrays, parts, barrier, sender = args
         registers = [register for array in arrays for register in array.registers.flat]
         base, signal = (_address(_utils.memref_ptr(ref)) for ref in (parts, barrier))
-        base, signal = (_mapped(address, receiver.registers.item()) for address in (base, signal))
+        base, signal = (_in_first(address) for address in (base, signal))
         first = arith.muli(sender.registers.item(), _c(len(registers) * THREADS * 8))
         base = arith.addi(base, arith.addi(first, arith.muli(_thread(), _c(8))))
         for i, register in enumerate(registers):
@@ -87,7 +82,7 @@ def send(pieces: int) -> Callable:
 def receive(sender: int, pieces: int, heads: int, piece: int) -> Callable:
     """-> f(parts) -> one of the arrays of a sender: [64, heads], or [heads] for the last."""
     shape, layout = ((heads,), PER_HEAD) if piece == pieces else ((64, heads), ROWS)
-    first = sender * words(pieces, heads) + piece * THREADS * heads // 2
+    first = (sender * (2 * pieces + 1) + 2 * piece) * THREADS * heads // 4
     result: Any = plgpu.ShapeDtypeStruct(shape, jnp.float32, layout=layout)
 
     @_inline(arg_types=(_REF,), return_type=result)
@@ -120,9 +115,10 @@ def _address(pointer: ir.Value) -> ir.Value:
     return llvm.ptrtoint(ir.IntegerType.get_signless(32), pointer)
 
 
-def _mapped(address: ir.Value, rank: ir.Value) -> ir.Value:
+def _in_first(address: ir.Value) -> ir.Value:
+    """The same place in the shared memory of the cluster's first thread block."""
     i32 = ir.IntegerType.get_signless(32)
-    return llvm.inline_asm(i32, [address, rank], "mapa.shared::cluster.u32 $0, $1, $2;", "=r,r,r")
+    return llvm.inline_asm(i32, [address, _c(0)], "mapa.shared::cluster.u32 $0, $1, $2;", "=r,r,r")
 
 
 def _asm(text: str, args: list[ir.Value], constraints: str) -> None:

@@ -1,11 +1,11 @@
 """Split-KV flash decoding over selected groups for Hopper GPUs, in Pallas Mosaic GPU.
 
-One warpgroup takes one (sequence, entry of group_index, share of the positions): it streams its keys and values
-through a ring of TMA copies, and attends with keys as the rows of wgmma, so that the few query heads of a group cost
-8 columns and not 64 rows. A group's warpgroups lie in the thread blocks (splits) of one cluster: they send their
-partial results into the shared memory of the first, which merges them and writes the group's rows of the result.
-Zeros for unselected groups are written on the way, while the first tiles are in flight. One launch, no pass before
-or after it.
+One thread block (one warpgroup) takes one (sequence, entry of group_index, split): it streams its share of the
+group's keys and values through a ring of TMA copies, and attends with keys as the rows of wgmma, so that the few
+query heads of a group cost 8 columns and not 64 rows. The splits of a group are a cluster: they send their partial
+results into the shared memory of its first thread block, which merges them and writes the group's rows of the result.
+Zeros for unselected groups are written on the way, while the first tiles are in flight. One launch, no pass before or
+after it.
 """
 
 import functools
@@ -30,7 +30,6 @@ KERNEL_NAME = "sparse_decode_attention"
 ROWS = plgpu.Layout.WGMMA
 TURNED = plgpu.Layout.WGMMA_TRANSPOSED  # of a [rows, heads] array that is stored as [heads, rows]
 PER_HEAD = ROWS.reduce(0)
-REDUCTION = 512  # float32 of scratch memory for sums and maxima over the rows of an array
 NEVER = -1e30  # the score of a position that doesn't count; finite, so that no difference of two is NaN
 
 
@@ -89,23 +88,21 @@ class _State(NamedTuple):
 
 
 class _Part(NamedTuple):
-    """A share's result: 64-row pieces of [H, heads], and log2 of the sum of its weights [heads]."""
+    """A split's result: 64-row pieces of [H, heads], and log2 of the sum of its weights [heads]."""
 
     out: tuple[jax.Array, ...]
     weight: jax.Array
 
 
 class _Ring(NamedTuple):
-    """Blocks of keys or values on their way from `source` into slots [first, first + stages) of `shared`."""
+    """Blocks of keys or values on their way from `source` into the slots of `shared`."""
 
     source: Any
     shared: Any
     full: Any
-    first: jax.Array
-    stages: int
 
     def slot(self, step: jax.Array) -> jax.Array:
-        return self.first + lax.rem(step, jnp.int32(self.stages))
+        return lax.rem(step, jnp.int32(self.shared.shape[0]))
 
     def fetch(self, work: _Work, step: jax.Array) -> None:
         _, block, columns = self.shared.shape
@@ -138,137 +135,108 @@ class _Kernel:
         """The function (q, k, v, lengths[, group_index]) -> [out, ...partial results, where interpreted]."""
         p, t = self.problem, self.tiles
         out = [jax.ShapeDtypeStruct((p.batch, p.groups, p.queries, p.width), self.dtype)]
-        if self._interpreted_cluster:
-            out.append(jax.ShapeDtypeStruct((p.batch, p.selected, *self._parts), jnp.float32))
+        cluster: dict[str, Any] = {}
+        if t.splits > 1:
+            cluster = {"cluster": (t.splits,), "cluster_names": ("split",)}
+            if self.interpret is not None:
+                share = (p.batch, p.selected, t.splits)
+                out.append(jax.ShapeDtypeStruct((*share, len(p.row_pieces), WIDE, p.heads), jnp.float32))
+                out.append(jax.ShapeDtypeStruct((*share, p.heads), jnp.float32))
         return plgpu.kernel(
             self._body,
             out_type=out,
             scratch_types=self._scratch(),
-            grid=(p.batch // t.neighbours, p.selected),
-            grid_names=("rows", "entry"),
-            cluster=(t.splits, t.neighbours),
-            cluster_names=("split", "neighbour"),
-            num_threads=t.warpgroups,
+            grid=(p.batch, p.selected),
+            grid_names=("row", "entry"),
+            num_threads=1,
             thread_name="warpgroup",
             compiler_params=plgpu.CompilerParams(approx_math=True),
             kernel_name=KERNEL_NAME,
             interpret=self.interpret,
+            **cluster,
         )
-
-    @property
-    def _interpreted_cluster(self) -> bool:
-        """Whether parts travel through device memory: the interpreter knows no other block's shared memory."""
-        return self.interpret is not None and self.tiles.splits > 1
 
     def _scratch(self) -> dict[str, Any]:
         p, t = self.problem, self.tiles
         tiled, swizzle = (cast(Any, kind) for kind in (plgpu.TilingTransform, plgpu.SwizzleTransform))
         swizzled = (tiled((8, p.swizzle // 2)), swizzle(p.swizzle))
-        slots = t.warpgroups * t.stages
         scratch = {
-            "q_raw": plgpu.SMEM((t.warpgroups, p.heads, p.padded_width), self.dtype),
-            "q_s": plgpu.SMEM((t.warpgroups, p.heads, p.padded_width), self.dtype, transforms=swizzled),
-            "k_s": plgpu.SMEM((slots, t.block, p.width), self.dtype, transforms=swizzled),
-            "v_s": plgpu.SMEM((slots, t.block, p.value_width), self.dtype, transforms=swizzled),
-            "p_s": plgpu.SMEM((t.warpgroups, p.heads, t.block), self.dtype, transforms=swizzled),
-            "o_s": plgpu.SMEM((t.warpgroups, p.heads, p.padded_width), self.dtype),
-            "q_full": plgpu.Barrier(
-                num_barriers=t.warpgroups, num_arrivals=1 if p.padded_width == p.width else p.queries
-            ),
-            "k_full": plgpu.Barrier(num_barriers=slots),
+            "q_raw": plgpu.SMEM((p.heads, p.padded_width), self.dtype),
+            "q_s": plgpu.SMEM((p.heads, p.padded_width), self.dtype, transforms=swizzled),
+            "k_s": plgpu.SMEM((t.stages, t.block, p.width), self.dtype, transforms=swizzled),
+            "v_s": plgpu.SMEM((t.stages, t.block, p.value_width), self.dtype, transforms=swizzled),
+            "p_s": plgpu.SMEM((p.heads, t.block), self.dtype, transforms=swizzled),
+            "o_s": plgpu.SMEM((p.heads, p.padded_width), self.dtype),
+            "q_full": plgpu.Barrier(num_arrivals=1 if p.padded_width == p.width else p.queries),
+            "k_full": plgpu.Barrier(num_barriers=t.stages),
             "v_full": plgpu.Barrier(
-                num_barriers=slots, num_arrivals=1 if p.value_width == p.width else t.block // 8
+                num_barriers=t.stages, num_arrivals=1 if p.value_width == p.width else t.block // 8
             ),
         }
-        if self.interpret is None:
-            scratch["reduce_s"] = plgpu.SMEM((t.warpgroups, REDUCTION), jnp.float32)
-        if self._interpreted_cluster:
-            scratch["merge"] = plgpu.ClusterBarrier(collective_axes=("split",), num_arrivals=t.warpgroups)
+        if t.splits > 1 and self.interpret is not None:
+            scratch["merge"] = plgpu.ClusterBarrier(collective_axes=("split",))
         elif t.splits > 1:
-            scratch["parts_s"] = plgpu.SMEM((self._words * (t.shares - 1),), jnp.float32)
+            scratch["parts_s"] = plgpu.SMEM(((t.splits - 1) * p.part_words,), jnp.float32)
             scratch["merge"] = plgpu.SMEM((exchange.BARRIER,), jnp.int32)
-        elif t.shares > 1:
-            scratch["parts_s"] = plgpu.SMEM(self._parts, jnp.float32, transforms=(tiled((8, 8)), swizzle(32)))
-            scratch["merge"] = plgpu.Barrier(num_arrivals=t.shares - 1)
         return scratch
 
-    @property
-    def _words(self) -> int:
-        return exchange.words(len(self.problem.row_pieces), self.problem.heads)
-
-    @property
-    def _parts(self) -> tuple[int, int, int]:
-        """Shape of the parts of all shares but the first: arrays of a `_Part` one after the other, [heads] in rows."""
-        return ((self.tiles.shares - 1) * (len(self.problem.row_pieces) + 1), WIDE, self.problem.heads)
-
-    def _body(self, q_g, k_g, v_g, lengths_g, *refs, merge=None, **shared) -> None:
-        t = self.tiles
+    def _body(
+        self, q_g, k_g, v_g, lengths_g, *refs, q_raw, q_s, p_s, o_s, q_full, merge=None, parts_s=None, **ring
+    ) -> None:
         index_g = None if self.dense else refs[0]
         out_g, *partial_g = refs if self.dense else refs[1:]
-        own = lax.axis_index("warpgroup")
-        q_raw, q_s, p_s, o_s, q_full = (shared[n].at[own] for n in ("q_raw", "q_s", "p_s", "o_s", "q_full"))
         work = self._work(lengths_g, index_g)
-        first = own * t.stages
-        keys = _Ring(k_g, shared["k_s"], shared["k_full"], first, t.stages)
-        values = _Ring(v_g, shared["v_s"], shared["v_full"], first, t.stages)
-        remote = t.splits > 1 and not self._interpreted_cluster
-        if remote:
-            exchange.expect(4 * self._words * (t.shares - 1))(merge)
+        keys = _Ring(k_g, ring["k_s"], ring["k_full"])
+        values = _Ring(v_g, ring["v_s"], ring["v_full"])
+        if parts_s is not None:
+            exchange.expect(4 * parts_s.shape[0])(merge)
         self._fetch_queries(q_g.at[work.row, work.group], q_raw, q_full)
-        for step in range(t.stages + 1):  # keys a step ahead: the last bytes to come are values
-            if step < t.stages:
-                pl.when(step < work.steps)(lambda step=step: keys.fetch(work, jnp.int32(step)))
-            if step > 0:
-                pl.when(step <= work.steps)(lambda step=step: values.fetch(work, jnp.int32(step - 1)))
+        for first in range(self.tiles.stages):
+
+            @pl.when(first < work.steps)
+            def _(step=first):
+                keys.fetch(work, jnp.int32(step))
+                values.fetch(work, jnp.int32(step))
+
         if index_g is not None:
             self._write_zeros(work, index_g, out_g, o_s)
         plgpu.barrier_wait(q_full)
         q_s.T[...] = plgpu.load(q_raw.T, layout=TURNED, optimized=False)
         plgpu.commit_smem()
-        reduce = _Reduce(shared["reduce_s"].at[own] if "reduce_s" in shared else None)
-        scores = functools.partial(self._scores, work, keys=keys, q_s=q_s)
 
-        def step(t, carry):
-            return self._attend(work, t, *carry, values, p_s, reduce, scores)
+        def step(t, state):
+            return self._attend(work, t, state, keys, values, q_s, p_s)
 
-        state, _ = lax.fori_loop(0, work.steps, step, (self._empty(), scores(jnp.int32(0))))
-        part = self._part(state, reduce)
-        if t.shares == 1:
-            self._write(work, part.out, out_g, o_s)
-            return
-        parts = partial_g[0].at[work.row, lax.axis_index("entry")] if partial_g else shared["parts_s"]
-        send, receive = (
-            (self._send_remotely, self._receive_remotely) if remote else (self._send, self._receive)
-        )
-        share = self._share()
-        if remote:
-            exchange.join()
-        pl.when(share != 0)(lambda: send(part, share, parts, merge))
-        if partial_g:  # a barrier of the cluster, at which all arrive
-            pl.when(share == 0)(lambda: plgpu.barrier_arrive(merge))
-            plgpu.barrier_wait(merge)
+        part = self._part(lax.fori_loop(0, work.steps, step, self._empty()))
 
-        @pl.when(share == 0)
-        def _():
-            self._write(work, _merged([part, *receive(parts, merge)]), out_g, o_s)
+        def write(out):
+            self._write(work, out, out_g, o_s)
 
-    def _part(self, state: _State, reduce: "_Reduce") -> _Part:
-        """What a warpgroup found: a softmax over its positions, and how much that weighs beside others'."""
-        total = lax.max(reduce(state.total, "add"), 1e-30)
+        if merge is None:
+            write(part.out)
+        elif parts_s is None:
+            self._merge_interpreted(work, part, partial_g, merge, write)
+        else:
+            self._merge(part, parts_s, merge, write)
+
+    def _part(self, state: _State) -> _Part:
+        total = lax.max(state.total.sum(axis=0), 1e-30)
         out = tuple(piece * _down(1.0 / total, WIDE) for piece in state.out)
         return _Part(out, state.peak + jnp.log2(total))
 
     def _work(self, lengths_g, index_g) -> _Work:
         p, t = self.problem, self.tiles
-        row = lax.axis_index("rows") * t.neighbours + lax.axis_index("neighbour")
-        entry = lax.axis_index("entry")
+        row, entry = lax.axis_index("row"), lax.axis_index("entry")
         group = entry if index_g is None else index_g[row, entry]
         present = (group >= 0) & (group < p.groups)
         end = lax.min(lengths_g[row], jnp.int32(p.capacity))
         start = jnp.int32(0) if self.window is None else lax.max(end - self.window, jnp.int32(0))
         origin = lax.div(start, jnp.int32(8)) * 8  # where a TMA copy may begin
         blocks = pl.cdiv(end - origin, jnp.int32(t.block))
-        first, last = (lax.div((self._share() + i) * blocks, jnp.int32(t.shares)) for i in (0, 1))
+        first, last = jnp.int32(0), blocks
+        if t.splits > 1:
+            split = lax.axis_index("split")
+            first, last = (lax.div((split + i) * blocks, jnp.int32(t.splits)) for i in (0, 1))
         return _Work(
             row=row,
             group=lax.max(lax.min(group, jnp.int32(p.groups - 1)), jnp.int32(0)),
@@ -278,10 +246,6 @@ class _Kernel:
             end=end,
             steps=jnp.where(present, last - first, 0),
         )
-
-    def _share(self) -> jax.Array:
-        """Which of a group's shares the calling warpgroup takes."""
-        return lax.axis_index("split") * self.tiles.warpgroups + lax.axis_index("warpgroup")
 
     def _fetch_queries(self, q_g, q_raw, full) -> None:
         p = self.problem
@@ -299,9 +263,9 @@ class _Kernel:
         o_s[...] = jnp.zeros(o_s.shape, self.dtype)
         plgpu.commit_smem()
         entry = lax.axis_index("entry")
-        share = entry * t.shares + self._share()
+        share = entry if t.splits == 1 else entry * t.splits + lax.axis_index("split")
         named = [index_g[work.row, i] for i in range(p.selected)]
-        for first in range(0, p.groups, p.selected * t.shares):
+        for first in range(0, p.groups, p.selected * t.splits):
             group = first + share
             wanted = group < p.groups
             for name in named:
@@ -323,37 +287,27 @@ class _Kernel:
         peak = plgpu.layout_cast(jnp.full((p.heads,), NEVER, jnp.float32), PER_HEAD)
         return _State(tuple(zeros(WIDE) for _ in p.row_pieces), peak, zeros(self.tiles.block))
 
-    def _scores(self, work: _Work, step, *, keys: _Ring, q_s) -> jax.Array:
-        """Products of a step's keys with the queries [block, heads]; anything after the last step."""
+    def _attend(self, work: _Work, step, state: _State, keys: _Ring, values: _Ring, q_s, p_s) -> _State:
         p, t = self.problem, self.tiles
-        queries = q_s if p.padded_width == p.width else q_s.at[:, pl.ds(0, p.width)]
+        slot, origin = keys.slot(step), work.origin + step * t.block
+        more = step + t.stages < work.steps
+        plgpu.barrier_wait(keys.full.at[slot])
 
         def score(acc):
-            plgpu.wgmma(acc, keys.shared.at[keys.slot(step)], queries.T)
+            queries = q_s if p.padded_width == p.width else q_s.at[:, pl.ds(0, p.width)]
+            plgpu.wgmma(acc, keys.shared.at[slot], queries.T)
             return acc[...]
 
-        def found():
-            plgpu.barrier_wait(keys.full.at[keys.slot(step)])
-            scores = pl.run_scoped(score, ACC((t.block, p.heads), jnp.float32))
-            pl.when(step + t.stages < work.steps)(lambda: keys.fetch(work, step + t.stages))
-            return scores
-
-        nothing = lambda: plgpu.layout_cast(jnp.zeros((t.block, p.heads), jnp.float32), ROWS)
-        return lax.cond(step < work.steps, found, nothing)
-
-    def _attend(self, work: _Work, step, state: _State, scores, values: _Ring, p_s, reduce, next_scores):
-        """One step from its scores on; the scores of the next are found while its values are still on their way."""
-        p, t = self.problem, self.tiles
-        slot, origin = values.slot(step), work.origin + step * t.block
+        scores = pl.run_scoped(score, ACC((t.block, p.heads), jnp.float32))
+        pl.when(more)(lambda: keys.fetch(work, step + t.stages))
         counts = self._counts(work, origin, (t.block, p.heads))
         scores = jnp.where(counts, scores * self.factor, NEVER)
-        peak = jnp.maximum(state.peak, reduce(scores, "max"))
+        peak = jnp.maximum(state.peak, scores.max(axis=0))
         fade = jnp.exp2(state.peak - peak)
         weights = jnp.exp2(scores - _down(peak, t.block))
         total = state.total * _down(fade, t.block) + weights
         p_s.T[...] = plgpu.layout_cast(weights.astype(self.dtype), TURNED)
         plgpu.commit_smem()
-        scores = next_scores(step + 1)
         plgpu.barrier_wait(values.full.at[slot])
         pl.when((origin + t.block > work.end) | (origin < work.start))(
             lambda: self._clear_uncounted(work, origin, values.shared.at[slot])
@@ -366,9 +320,8 @@ class _Kernel:
 
         added = pl.run_scoped(combine, *(ACC((WIDE, p.heads), jnp.float32) for _ in p.row_pieces))
         out = tuple(old * _down(fade, WIDE) + new for old, new in zip(state.out, added, strict=True))
-        more = step + t.stages < work.steps
         pl.when(more)(lambda: values.fetch(work, step + t.stages))
-        return _State(out, peak, total), scores
+        return _State(out, peak, total)
 
     def _counts(self, work: _Work, origin, shape: tuple[int, int]) -> jax.Array:
         position = plgpu.broadcasted_iota(jnp.int32, shape, 0, layout=ROWS) + origin
@@ -384,35 +337,43 @@ class _Kernel:
                 piece[...] = jnp.where(counts, plgpu.load(piece, layout=ROWS), jnp.zeros((), self.dtype))
         plgpu.commit_smem()
 
-    def _send(self, part: _Part, share, parts, merge) -> None:
-        """Leaves a share's part in `parts`, for the first warpgroup, which waits at `merge`."""
-        arrays = (*part.out, _down(part.weight, WIDE))
-        for i, array in enumerate(arrays):
-            _store_plainly(parts.at[(share - 1) * len(arrays) + i], array)
+    def _merge(self, part: _Part, parts_s, merge, write) -> None:
+        """The cluster's first thread block combines what the others send into its shared memory, and writes it."""
+        split, pieces, heads = lax.axis_index("split"), len(part.out), self.problem.heads
+        exchange.join()
+
+        @pl.when(split != 0)
+        def _():
+            exchange.send(pieces)(*part.out, part.weight, parts_s, merge, split - 1)
+
+        @pl.when(split == 0)
+        def _():
+            exchange.wait(merge)
+            parts = [part]
+            for sender in range(self.tiles.splits - 1):
+                *out, weight = (
+                    exchange.receive(sender, pieces, heads, piece)(parts_s) for piece in range(pieces + 1)
+                )
+                parts.append(_Part(tuple(out), weight))
+            write(_merged(parts))
+
+    def _merge_interpreted(self, work: _Work, part: _Part, partial_g, merge, write) -> None:
+        """As `_merge`, through device memory: the interpreter knows no other block's shared memory."""
+        out_g, weight_g = (ref.at[work.row, lax.axis_index("entry")] for ref in partial_g)
+        split = lax.axis_index("split")
+        for piece, array in enumerate(part.out):
+            out_g[split, piece] = array
+        weight_g[split] = part.weight
         plgpu.barrier_arrive(merge)
+        plgpu.barrier_wait(merge)
 
-    def _receive(self, parts, merge) -> list[_Part]:
-        """The parts of all shares but the first."""
-        if not self._interpreted_cluster:
-            plgpu.barrier_wait(merge)
-        pieces = len(self.problem.row_pieces) + 1
-        arrays = [plgpu.load(parts.at[i], layout=ROWS, optimized=False) for i in range(self._parts[0])]
-        found = [arrays[i : i + pieces] for i in range(0, len(arrays), pieces)]
-        return [_Part(tuple(out), weight.max(axis=0)) for *out, weight in found]
-
-    def _send_remotely(self, part: _Part, share, parts, merge) -> None:
-        """As `_send`, into the shared memory of the first thread block of the group's cluster."""
-        first = lax.axis_index("neighbour") * self.tiles.splits
-        exchange.send(len(part.out))(*part.out, part.weight, parts, merge, share - 1, first)
-
-    def _receive_remotely(self, parts, merge) -> list[_Part]:
-        exchange.wait(merge)
-        pieces, heads = len(self.problem.row_pieces), self.problem.heads
-        found = [
-            [exchange.receive(sender, pieces, heads, piece)(parts) for piece in range(pieces + 1)]
-            for sender in range(self.tiles.shares - 1)
-        ]
-        return [_Part(tuple(out), weight) for *out, weight in found]
+        @pl.when(split == 0)
+        def _():
+            parts = [
+                _Part(tuple(out_g[i, piece] for piece in range(len(part.out))), weight_g[i])
+                for i in range(self.tiles.splits)
+            ]
+            write(_merged(parts))
 
     def _write(self, work: _Work, out, out_g, o_s) -> None:
         for piece, first in zip(out, self.problem.row_pieces, strict=True):
@@ -428,28 +389,11 @@ def _merged(parts: Sequence[_Part]) -> tuple[jax.Array, ...]:
     peak = functools.reduce(jnp.maximum, (part.weight for part in parts))
     weights = [jnp.exp2(part.weight - peak) for part in parts]
     share = 1.0 / functools.reduce(jnp.add, weights)
-    weights = [weight * share for weight in weights]
     weighted = [
-        tuple(piece * _down(w, WIDE) for piece in part.out) for part, w in zip(parts, weights, strict=True)
+        [piece * _down(weight * share, WIDE) for piece in part.out]
+        for part, weight in zip(parts, weights, strict=True)
     ]
     return tuple(functools.reduce(jnp.add, pieces) for pieces in zip(*weighted, strict=True))
-
-
-class _Reduce:
-    """Sum or maximum over the rows of a [rows, heads] array, in the calling warpgroup's own scratch memory.
-
-    Mosaic's own reductions share theirs among the warpgroups of a thread block, which here run on their own.
-    """
-
-    def __init__(self, scratch: Any):
-        self.scratch = scratch
-
-    def __call__(self, array: jax.Array, op: str) -> jax.Array:
-        if self.scratch is None:
-            return array.sum(axis=0) if op == "add" else array.max(axis=0)
-        shape: Any = plgpu.ShapeDtypeStruct((array.shape[1],), jnp.float32, layout=PER_HEAD)
-        inline: Any = plgpu.inline_mgpu(arg_types=(ROWS, plgpu.RefType()), return_type=shape)
-        return inline(lambda _, values, scratch: values.reduce(op, 0, scratch))(array, self.scratch)
 
 
 def _down(per_head: jax.Array, rows: int) -> jax.Array:

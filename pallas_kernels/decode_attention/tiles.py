@@ -63,6 +63,11 @@ class Problem:
         last = self.value_width - WIDE
         return (*range(0, last, WIDE), last)
 
+    @property
+    def part_words(self) -> int:
+        """float32 words of a split's result: what each thread holds of the pieces [64, heads], and of [heads]."""
+        return 128 * (2 * len(self.row_pieces) + 1) * self.heads // 4
+
     def require_supported(self) -> None:
         """Raises NotImplementedError for a shape that the kernel can't do."""
         if self.width % 16 or self.width > MAX_WIDTH:
@@ -77,40 +82,26 @@ class Problem:
 
 @dataclass(frozen=True, kw_only=True)
 class Tiles:
-    """block: cache positions a step. stages: steps in flight a warpgroup. splits: thread blocks (one cluster) a group.
-    warpgroups: of a thread block, each with a share of its positions. neighbours: sequences whose thread blocks lie in
-    one cluster, which has no other effect than that the hardware spreads them more evenly over its parts.
-    """
+    """block: cache positions a step. stages: steps in flight. splits: thread blocks (one cluster) a group."""
 
     block: int = 64
     stages: int = 3
     splits: int = 1
-    warpgroups: int = 1
-    neighbours: int = 1
 
     def __post_init__(self) -> None:
         if self.block not in (64, 128, 256):
             raise ValueError(f"attention tiles: block must be 64, 128 or 256; got {self.block}")
         if not 1 <= self.stages <= 16:
             raise ValueError(f"attention tiles: stages must be 1 to 16; got {self.stages}")
-        if not 1 <= self.splits * self.neighbours <= 8:
-            raise ValueError(
-                f"attention tiles: splits times neighbours must be 1 to 8 (a cluster); got {self}"
-            )
-        if not 1 <= self.warpgroups <= 4:
-            raise ValueError(f"attention tiles: warpgroups must be 1 to 4; got {self.warpgroups}")
-
-    @property
-    def shares(self) -> int:
-        """Warpgroups that a group's positions are dealt to."""
-        return self.splits * self.warpgroups
+        if not 1 <= self.splits <= 8:
+            raise ValueError(f"attention tiles: splits must be 1 to 8 (a cluster); got {self.splits}")
 
     def smem_bytes(self, problem: Problem) -> int:
         """Shared memory of one thread block, an upper bound."""
         ring = self.stages * self.block * (problem.width + problem.value_width)
-        small = problem.heads * (3 * problem.padded_width + self.block) + 1024
-        parts = 4 * (self.shares - 1) * (len(problem.row_pieces) + 1) * WIDE * problem.heads  # at most
-        return 2 * self.warpgroups * (ring + small) + parts + 3 * 1024
+        small = problem.heads * (3 * problem.padded_width + self.block)
+        parts = (self.splits - 1) * problem.part_words
+        return 2 * (ring + small) + 4 * parts + 3 * 1024
 
     def resident(self, problem: Problem) -> int:
         """Thread blocks that fit on one multiprocessor at a time."""
@@ -124,10 +115,6 @@ class Tiles:
         if not self.fits(problem, device):
             need, have = self.smem_bytes(problem), device.smem_bytes
             raise ValueError(f"attention tiles: {self} needs {need} B of shared memory; got {have} B")
-        if problem.batch % self.neighbours:
-            raise ValueError(
-                f"attention tiles: neighbours must divide the batch {problem.batch}; got {self.neighbours}"
-            )
 
 
 def search_space(problem: Problem, device: Device) -> Iterator[Tiles]:
