@@ -191,23 +191,23 @@ class _Kernel:
         if parts_s is not None:
             exchange.expect(4 * parts_s.shape[0])(merge)
         self._fetch_queries(q_g.at[work.row, work.group], q_raw, q_full)
-        for step in range(self.tiles.stages + 1):  # keys a step ahead: the last bytes to come are values
-            if step < self.tiles.stages:
-                pl.when(step < work.steps)(lambda step=step: keys.fetch(work, jnp.int32(step)))
-            if step > 0:
-                pl.when(step <= work.steps)(lambda step=step: values.fetch(work, jnp.int32(step - 1)))
+        for first in range(self.tiles.stages):
+
+            @pl.when(first < work.steps)
+            def _(step=first):
+                keys.fetch(work, jnp.int32(step))
+                values.fetch(work, jnp.int32(step))
+
         if index_g is not None:
             self._write_zeros(work, index_g, out_g, o_s)
         plgpu.barrier_wait(q_full)
         q_s.T[...] = plgpu.load(q_raw.T, layout=TURNED, optimized=False)
         plgpu.commit_smem()
 
-        def attend(step, carry):
-            return self._attend(work, step, *carry, keys, values, q_s, p_s)
+        def step(t, state):
+            return self._attend(work, t, state, keys, values, q_s, p_s)
 
-        first = self._beside(lambda: None, work, jnp.int32(0), keys, q_s)[0]
-        state, _ = lax.fori_loop(0, work.steps, attend, (self._empty(), first))
-        part = self._part(state)
+        part = self._part(lax.fori_loop(0, work.steps, step, self._empty()))
 
         def write(out):
             self._write(work, out, out_g, o_s)
@@ -287,31 +287,27 @@ class _Kernel:
         peak = plgpu.layout_cast(jnp.full((p.heads,), NEVER, jnp.float32), PER_HEAD)
         return _State(tuple(zeros(WIDE) for _ in p.row_pieces), peak, zeros(self.tiles.block))
 
-    def _beside(self, other, work: _Work, step, keys: _Ring, q_s):
-        """(products of a step's keys with the queries [block, heads], what `other()` gives, which is done meanwhile).
-
-        After the last step the products are of whatever lies there, and nobody's.
-        """
+    def _attend(self, work: _Work, step, state: _State, keys: _Ring, values: _Ring, q_s, p_s) -> _State:
         p, t = self.problem, self.tiles
-        slot = keys.slot(step)
-        pl.when(step < work.steps)(lambda: plgpu.barrier_wait(keys.full.at[slot]))
+        slot, origin = keys.slot(step), work.origin + step * t.block
+        more = step + t.stages < work.steps
+        plgpu.barrier_wait(keys.full.at[slot])
 
-        def run(acc):
+        def score(acc):
             queries = q_s if p.padded_width == p.width else q_s.at[:, pl.ds(0, p.width)]
             plgpu.wgmma(acc, keys.shared.at[slot], queries.T)
-            result = other()
-            return acc[...], result
+            return acc[...]
 
-        scores, result = pl.run_scoped(run, ACC((t.block, p.heads), jnp.float32))
-        pl.when(step + t.stages < work.steps)(lambda: keys.fetch(work, step + t.stages))
-        return scores, result
-
-    def _attend(self, work: _Work, step, state: _State, scores, keys: _Ring, values: _Ring, q_s, p_s):
-        """A step from its scores on; those of the next are computed beside the softmax of this one."""
-        p, t = self.problem, self.tiles
-        slot, origin = values.slot(step), work.origin + step * t.block
-        weigh = functools.partial(self._weigh, work, origin, state, scores, p_s)
-        scores, (peak, fade, total) = self._beside(weigh, work, step + 1, keys, q_s)
+        scores = pl.run_scoped(score, ACC((t.block, p.heads), jnp.float32))
+        pl.when(more)(lambda: keys.fetch(work, step + t.stages))
+        counts = self._counts(work, origin, (t.block, p.heads))
+        scores = jnp.where(counts, scores * self.factor, NEVER)
+        peak = jnp.maximum(state.peak, scores.max(axis=0))
+        fade = jnp.exp2(state.peak - peak)
+        weights = jnp.exp2(scores - _down(peak, t.block))
+        total = state.total * _down(fade, t.block) + weights
+        p_s.T[...] = plgpu.layout_cast(weights.astype(self.dtype), TURNED)
+        plgpu.commit_smem()
         plgpu.barrier_wait(values.full.at[slot])
         pl.when((origin + t.block > work.end) | (origin < work.start))(
             lambda: self._clear_uncounted(work, origin, values.shared.at[slot])
@@ -324,21 +320,8 @@ class _Kernel:
 
         added = pl.run_scoped(combine, *(ACC((WIDE, p.heads), jnp.float32) for _ in p.row_pieces))
         out = tuple(old * _down(fade, WIDE) + new for old, new in zip(state.out, added, strict=True))
-        more = step + t.stages < work.steps
         pl.when(more)(lambda: values.fetch(work, step + t.stages))
-        return _State(out, peak, total), scores
-
-    def _weigh(self, work: _Work, origin, state: _State, scores, p_s):
-        """Leaves the weights of a block's positions in `p_s`; the new maximum, how far the old one fades, and the sums."""
-        block = self.tiles.block
-        counts = self._counts(work, origin, (block, self.problem.heads))
-        scores = jnp.where(counts, scores * self.factor, NEVER)
-        peak = jnp.maximum(state.peak, scores.max(axis=0))
-        fade = jnp.exp2(state.peak - peak)
-        weights = jnp.exp2(scores - _down(peak, block))
-        p_s.T[...] = plgpu.layout_cast(weights.astype(self.dtype), TURNED)
-        plgpu.commit_smem()
-        return peak, fade, state.total * _down(fade, block) + weights
+        return _State(out, peak, total)
 
     def _counts(self, work: _Work, origin, shape: tuple[int, int]) -> jax.Array:
         position = plgpu.broadcasted_iota(jnp.int32, shape, 0, layout=ROWS) + origin
