@@ -11,13 +11,13 @@ go into that folder. A kind of kernel that fails its check, or hangs in it, isn'
 
 import argparse
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 from bench import report
 from bench.check_sparse_mlp import KINDS, check_kinds
 from bench.mlp_runs import Bench, MlpCase, Run, choices, dense, gathered, selective, weights
-from bench.workloads import BATCHES, DENSITIES, MODELS
+from bench.workloads import BATCHES, DENSITIES, MODELS, ModelShape
 
 COLUMNS = ("case", "kernel", "time_us", "spread_us", "bytes", "gbps", "pct_peak", "speedup_vs_dense", "error")
 TABLE_MODELS = (
@@ -30,6 +30,7 @@ TABLE_MODELS = (
     "llama-3.1-8b",
     "mistral-7b",
 )
+IMPORTANT = (16, 64)  # batches, measured first
 BESIDE = tuple(
     (batch, density) for batch in (1, 16, 64) for density in (0.1, 0.3)
 )  # XLA's gathered products too
@@ -71,21 +72,19 @@ def sweep(bench: Bench) -> None:
 
 def table(bench: Bench, models: Sequence[str]) -> None:
     """The named workloads with the heuristic's tiles, beside plain XLA; models of one shape are measured once."""
-    seen: set[tuple[Any, ...]] = set()
-    for model in map(MODELS.__getitem__, models):
-        shape = (model.d_model, model.d_ff, model.gated, model.activation)
-        if shape in seen:
-            continue
-        seen.add(shape)
-        runs: list[Run] = []
-        for batch in BATCHES:
-            runs.append(dense(model, batch))
-            for case in (MlpCase(model, batch, density) for density in DENSITIES):
-                runs.append(selective(case, choices(case)[0]))
-                if (batch, case.density) in BESIDE:
-                    runs.append(gathered(case))
-        weights.cache_clear()
-        bench.measure(runs)
+    shapes = {(m.d_model, m.d_ff, m.gated, m.activation): m for m in map(MODELS.__getitem__, reversed(models))}
+    for batches in (IMPORTANT, [batch for batch in BATCHES if batch not in IMPORTANT]):
+        for model in reversed(shapes.values()):
+            weights.cache_clear()
+            bench.measure(run for batch in batches for run in _runs(model, batch))
+
+
+def _runs(model: ModelShape, batch: int) -> Iterator[Run]:
+    yield dense(model, batch)
+    for case in (MlpCase(model, batch, density) for density in DENSITIES):
+        yield selective(case, choices(case)[0])
+        if (batch, case.density) in BESIDE:
+            yield gathered(case)
 
 
 def main() -> int:

@@ -121,7 +121,7 @@ def search_space(problem: Problem, device: Device) -> Iterator[Tiles]:
     """Every configuration worth measuring for `problem`."""
     for block in (64, 128, 256):
         for stages in range(1, 9):
-            for splits in (1, 2, 4, 8):
+            for splits in (1, 2, 3, 4, 8):
                 tiles = Tiles(block=block, stages=stages, splits=splits)
                 if tiles.fits(problem, device) and splits * block <= max(problem.capacity, block):
                     yield tiles
@@ -168,8 +168,13 @@ def _splits(problem: Problem, device: Device, block: int, stages: int | None) ->
     whole = next((t for n in wanted if (t := Tiles(block=block, stages=n)).fits(problem, device)), None)
     if whole is None:
         return [Tiles(block=block, stages=1)] if block == 64 else []
-    counts = (1,) if (block, stages) == UNDIVIDED else (1, 2, 4, 8)
-    divided = (replace(whole, splits=n) for n in counts if n == 1 or n * 2 * block <= problem.capacity)
+    counts = (1,) if (block, stages) == UNDIVIDED else (1, 2, 3, 4, 8)
+    even = -(-problem.capacity // block) % 3 == 0  # else three would leave some thread blocks a step more
+    divided = (
+        replace(whole, splits=n)
+        for n in counts
+        if (n == 1 or n * 2 * block <= problem.capacity) and (n != 3 or even)
+    )
     return [tiles for tiles in divided if tiles.fits(problem, device)]
 
 
@@ -192,7 +197,8 @@ def _finish_time(problem: Problem, tiles: Tiles, device: Device) -> float:
         share *= WIDE_GAIN
     merging = 0.0
     if tiles.splits > 1:
-        share *= 1 + 0.06 * tiles.splits
-        merging = (1 + 0.25 * tiles.splits) * -(-blocks // slots)
+        steps = -(-problem.capacity // tiles.block)
+        share *= (1 + 0.06 * tiles.splits) * -(-steps // tiles.splits) * tiles.splits / steps
+        merging = (0.8 + 0.05 * tiles.splits) * -(-blocks // slots)
     cache = 4 * problem.batch * problem.selected * problem.capacity * problem.width
     return share * cache / BYTES_PER_US + merging
