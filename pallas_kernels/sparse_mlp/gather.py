@@ -101,25 +101,6 @@ def wait(ctx, barriers, slot, parity):
     nvvm.mbarrier_try_wait_parity(_barrier_pointer(barriers, slot), parity.registers.item(), _c(10_000_000))
 
 
-def wait_semaphore(backoff: int) -> Callable:
-    """-> f(semaphores int32 [n], number, value): waits until one is not below `value`; looks every so many ns."""
-
-    @_inline(arg_types=(_REF, _SPLAT, _SPLAT))
-    def run(ctx, semaphores, number, value):
-        place = _utils.getelementptr(_utils.memref_ptr(semaphores), [number.registers.item()], _i32())
-        with _utils.single_thread(scope=_utils.ThreadSubset.WARPGROUP):
-            loop = scf.WhileOp([], [])
-            with ir.InsertionPoint(loop.before.blocks.append()):
-                seen = _asm("ld.acquire.gpu.global.b32 $0, [$1];", [place], "=r,l", _i32())
-                scf.condition(_less(seen, value.registers.item()), [])
-            with ir.InsertionPoint(loop.after.blocks.append()):
-                _asm("nanosleep.u32 $0;", [_c(backoff)], "r")
-                scf.yield_([])
-        _utils.warpgroup_barrier()
-
-    return run
-
-
 @_inline()
 def sync_warpgroup(ctx):
     """Barrier among the 128 threads of the calling warpgroup, ordering their memory accesses."""
@@ -393,6 +374,7 @@ def _issue(rows, cols, neuron, source, out, element, barrier) -> None:
     mine = _utils.getelementptr(out, [arith.muli(arith.addi(first, lane), _c(cols + PADDING))], element)
     with _utils.when(arith.andi(has_row, arith.xori(present, _utils.c(1, ir.IntegerType.get_signless(1))))):
         _zero(mine, cols * 2)
+        _asm("fence.proxy.async.shared::cta;", [], "")  # a later copy of this lane will overwrite it
     votes = _asm("vote.sync.ballot.b32 $0, $1, 0xffffffff;", [present], "=r,b", _i32())
     count = _asm("popc.b32 $0, $1;", [votes], "=r,r", _i32())
     _utils.warp_barrier()

@@ -31,7 +31,9 @@ BULK = plgpu.OOBFillMode.PROMISE_IN_BOUNDS
 ACTIVATIONS = {"relu": lambda a: jnp.maximum(a, 0.0), "silu": lambda a: a / (1.0 + jnp.exp(-a))}
 MATRICES = ("w_up", "w_gate", "w_down")
 REGISTERS = {1: (232, 104, 128), 2: (192, 48, 80)}  # consumers, producer, loader; in all 512 a lane at most
-HIDDEN, RESULT, READY, TILES = range(4)  # what semaphores of a fused kernel count: see `Plan.semaphores`
+HIDDEN, MARKS, TILES = range(3)  # what semaphores of a fused kernel count: see `Plan.semaphores`
+RESULT = MARKS  # of kernels without marks
+MARKED_AFTER = 1  # pieces of the input, at most a unit's, are multiplied when a block marks its places
 COMPILER = plgpu.CompilerParams(
     lowering_semantics=plgpu.LoweringSemantics.Lane,  # the other one can't slice padded rows
     unsafe_no_auto_barriers=True,
@@ -65,11 +67,8 @@ class Block:
     # What blocks tell each other
 
     def _wait(self, semaphore, value):
-        arrived = self.refs["arrived"]
-        if self.tiles.backoff:
-            gather.wait_semaphore(self.tiles.backoff)(arrived, _int(semaphore), _int(value))
-        else:
-            plgpu.semaphore_wait(arrived.at[semaphore], value, decrement=False, memory_scope="gpu")
+        arrived = self.refs["arrived"].at[semaphore]
+        plgpu.semaphore_wait(arrived, value, decrement=False, memory_scope="gpu")
 
     def _arrive(self, semaphore, count: int = 1):
         """Tells all blocks that what the calling warpgroup stored, or knows to be stored, is there."""
@@ -81,49 +80,26 @@ class Block:
         plgpu.wait_smem_to_gmem(0)
         plgpu.semaphore_signal(self.refs["arrived"].at[semaphore], memory_scope="gpu")
 
-    def _result_tile(self, tile):
-        """Number of the semaphore of a tile of the result."""
-        return TILES + self.plan.up.tiles + self.plan.groups + tile
+    def _mark_places(self):
+        """Marks what this block will store and tells its consumers, then all blocks."""
+        plan, tiles, refs = self.plan, self.tiles, self.refs
+        self._mark_parts(refs["up_parts"], plan.up, self.up, tiles.groups * (tiles.batch // 8))
+        plgpu.barrier_arrive(refs["marked"].at[0])  # what goes down they store after all blocks' marks
+        self._mark_parts(refs["down_parts"], plan.down, self.down, tiles.cols // 64 * plan.result_fours)
+        pieces, width = self._pieces
+        mark = marks.fill(width // 16)
+        self._for_each_piece(lambda block, piece: mark(refs["early"], block * pieces + piece))
+        self._arrive(MARKS)
 
-    def _mark_parts(self, warpgroup):
-        """Marks the places of the partial sums that the calling warpgroup will store."""
-        plan, tiles, per, fours = self.plan, self.tiles, self.tiles.warpgroups, self.tiles.batch // 8
-        if tiles.marked > 1:
-            mark_up = marks.fill(fours)
-
-            def mark(number, tile, start, end):
-                for g in range(tiles.groups):
-                    mark_up(self.refs["up_parts"], (number * tiles.groups + g) * per + warpgroup)
-
-            self._for_each_part(plan.up, self.up, mark)
-        blocks = tiles.cols // 64 // per
-        mark_down = marks.fill(fours // 2 if plan.packed else fours)
-
-        def mark(number, tile, start, end):
-            for p in range(blocks):
-                mark_down(self.refs["down_parts"], (number * per + warpgroup) * blocks + p)
-
-        self._for_each_part(plan.down, self.down, mark)
-        plgpu.barrier_arrive(self.refs["marked"].at[0])
-
-    def _mark_early(self):
-        """Marks the places of the hidden values that the calling block will store early."""
-        fours = self._pieces[1] // 16
-        fill = marks.fill(fours)
-        self._for_each_piece(lambda block, piece: fill(self.refs["early"], block * self._pieces[0] + piece))
-
-    def _announce_marks(self):
-        """Tells all blocks that this one's places are marked: here consumers need not wait for their stores."""
-        if self.tiles.marked > 2:
-            self._mark_early()
-        if self.tiles.marked:
-            plgpu.barrier_wait(self.refs["marked"].at[0])
-            self._arrive(READY)
+    def _mark_parts(self, parts, split, units, fours: int):
+        """Marks the places of this block's partial sums of a product, each of so many times four words a thread."""
+        mark = marks.fill(fours)
+        self._for_each_part(split, units, lambda number, *_: mark(parts, number))
 
     def _await_marks(self):
         """Until every block has marked its places."""
         if self.tiles.marked:
-            self._wait(READY, self.plan.grid)
+            self._wait(MARKS, self.plan.grid)
 
     # The ring of weights. Stage t lies in slot t % stages; those of the up-projection come first.
 
@@ -228,10 +204,11 @@ class Block:
             gather.wait(self.refs["full"], self._slot(t), parity)
 
     def _release(self, t):
-        if not self.interpret:
-            plgpu.wgmma_wait(0)
-        if self.interpret or not self.tiles.lean:
-            plgpu.commit_smem()  # what was read may be overwritten by asynchronous copies
+        """Frees a slot of weights, all of which was read."""
+        if self.interpret:
+            plgpu.commit_smem()  # it loads what wgmma reads
+        else:
+            plgpu.wgmma_wait(0)  # no fence for the copies that will overwrite it: only reads went before
         plgpu.barrier_arrive(self.refs["empty"].at[self._slot(t)])
 
     def _release_input(self, slot, pending: int):
@@ -271,15 +248,18 @@ class Block:
             source, target = refs["x"].at[:, pl.ds(column, tiles.x_cols)], refs["x_ring"].at[slot]
             plgpu.copy_gmem_to_smem(source, target, refs["x_full"].at[slot])
 
-        pl.loop(0, first)(bring)
-        self._announce_marks()
-
-        @pl.loop(first, count)
-        def _(i):
+        def refill(i):
             wait(i)
             bring(i)
             self._announce_part(i - tiles.x_slots, pieces)
 
+        pl.loop(0, first)(bring)
+        refilled = first
+        if tiles.marked:  # the first weights came: stores don't hold up the requests that fill the ring
+            refilled = lax.min(first + MARKED_AFTER, count)
+            pl.loop(first, refilled)(refill)
+            self._mark_places()
+        pl.loop(refilled, count)(refill)
         self._await_marks()
 
         @pl.loop(count - first, count)
@@ -292,7 +272,7 @@ class Block:
 
         They need not wait then until all blocks can see what they stored.
         """
-        if not self.tiles.fused or self.tiles.marked > 1:
+        if not self.tiles.fused or self.tiles.marked:
             return
         unit = self.up[0] + lax.div(piece, _int(pieces))
         tile, chunk = self._tile_chunk(self.plan.up, unit)
@@ -308,7 +288,7 @@ class Block:
         pl.when(i == slots)(lambda: self._wait(HIDDEN, plan.grid))
 
     def _load_hidden(self):
-        refs, slots, early = self.refs, self.tiles.hidden_slots, self.tiles.marked > 2
+        refs, slots, early = self.refs, self.tiles.hidden_slots, self.tiles.marked
         count = self.down[1] - self.down[0]
         first = lax.min(count, _int(slots)) if early else _int(0)
         if early:
@@ -337,7 +317,7 @@ class Block:
     def _take_hidden(self, first, end):
         """Fills some of the first slots of the ring with hidden values as soon as they are there."""
         refs, tiles = self.refs, self.tiles
-        take = marks.take(self.plan.dtype, tiles.batch, tiles.backoff)
+        take = marks.take(self.plan.dtype, tiles.batch)
 
         @pl.loop(first, end)
         def _(i):
@@ -371,18 +351,18 @@ class Block:
         def complete(block, piece):
             column = piece * width
             values = self._hidden_values(block, column, width)
-            if self.tiles.marked > 2:
+            if self.tiles.marked:
                 marks.store(plan.dtype)(values, refs["early"], (block * pieces + piece) * (width // 16))
             plgpu.wait_smem_to_gmem(0)
             gather.sync_warpgroup()
             stage[...] = values.astype(plan.dtype)
             plgpu.commit_smem()
             plgpu.copy_smem_to_gmem(stage, refs["hidden"].at[block, :, pl.ds(column, width)])
-            if self.tiles.marked < 3:
+            if not self.tiles.marked:
                 self._signal(TILES + plan.up.tiles + lax.div(block, _int(self.tiles.warpgroups)))
 
         self._for_each_piece(complete)
-        if self.tiles.marked < 3:
+        if not self.tiles.marked:
             self._signal(HIDDEN)
 
     def _hidden_values(self, block, column, width):
@@ -399,8 +379,8 @@ class Block:
 
     def _sum_parts(self, tile, place, column, width):
         split, parts, tiles = self.plan.up, self.refs["up_parts"], self.tiles
-        if tiles.marked > 1:
-            total = marks.sum_up(split, tiles.groups, tiles.batch, width, tiles.backoff)
+        if tiles.marked:
+            total = marks.sum_up(split, tiles.groups, tiles.batch, width)
             return total(parts, _int(tile), _int(place), _int(column))
         first, last = split.owner(tile * split.chunks), split.owner((tile + 1) * split.chunks - 1)
         self._wait(TILES + tile, (last - first + 1) * tiles.warpgroups)
@@ -420,17 +400,15 @@ class Block:
         """Multiplies; `warpgroup` owns 64 rows of each stage going up, a share of its columns going down."""
         plgpu.set_max_registers(REGISTERS[self.tiles.warpgroups][0], action="increase")
         self._take_biases(warpgroup)
-        if self.tiles.marked:
-            self._mark_parts(warpgroup)
         if "x" in self.refs:
             self._for_each_part(self.plan.up, self.up, functools.partial(self._up_part, warpgroup))
-            if self.tiles.fused and self.tiles.marked < 2:  # the loader announces all but the last
+            if self.tiles.fused and not self.tiles.marked:  # the loader announces all but the last
                 last = lax.div(self.up[1] - 1, _int(self.plan.up.chunks))
                 pl.when(self.up[1] > self.up[0])(lambda: self._arrive(TILES + last))
         self._await_marks()
         if "w_down" in self.refs:
             self._for_each_part(self.plan.down, self.down, functools.partial(self._down_part, warpgroup))
-        if self.tiles.fused and not (self.tiles.marked or self.tiles.own_sums):
+        if self.tiles.fused and not self.tiles.marked:
             self._arrive(RESULT)
         self._finish(warpgroup)
 
@@ -442,39 +420,15 @@ class Block:
         plan, tiles = self.plan, self.tiles
         if not tiles.fused:
             return
-        most, size = plan.down.contributions.shape[1], self._tile_items
-        items, workers = plan.down.tiles * size, plan.grid * (tiles.warpgroups + 2)
+        most, workers = plan.down.contributions.shape[1], plan.grid * (tiles.warpgroups + 2)
+        items = plan.d_model // 64 * plan.result_fours
         ahead = max(1, min(-(-items // workers), registers // (4 * most)))
-        if tiles.own_sums:
-            self._finish_own(warpgroup, ahead)
-            return
-        take = functools.partial(marks.await_words, backoff=tiles.backoff) if tiles.marked else None
+        take = marks.await_words if tiles.marked else None
         if not tiles.marked:
             self._wait(RESULT, plan.grid * tiles.warpgroups)
         total = gather.sum_fragments(plan.down, tiles.cols, plan.packed, ahead, take)
         worker = self.block * (tiles.warpgroups + 2) + warpgroup
         total(self.refs["down_parts"], self.refs["out"], worker, _int(workers), _int(items))
-
-    @property
-    def _tile_items(self) -> int:
-        """Pieces of a tile of the result that are added up one by one."""
-        tiles = self.tiles
-        return tiles.cols // 64 * (tiles.batch // (16 if self.plan.packed else 8))
-
-    def _finish_own(self, warpgroup, ahead):
-        """Adds up this warpgroup's share of each tile that its block has a partial sum of."""
-        plan, tiles, split, size = self.plan, self.tiles, self.plan.down, self._tile_items
-        total = gather.sum_fragments(split, tiles.cols, plan.packed, ahead)
-
-        def add(number, tile, start, end):
-            first, last = split.owner(tile * split.chunks), split.owner((tile + 1) * split.chunks - 1)
-            sharing = last - first + 1
-            self._wait(self._result_tile(tile), sharing * tiles.warpgroups)
-            worker = tile * size + (self.block - first) * (tiles.warpgroups + 2) + warpgroup
-            step = sharing * (tiles.warpgroups + 2)
-            total(self.refs["down_parts"], self.refs["out"], worker, step, (tile + 1) * size)
-
-        self._for_each_part(split, self.down, add)
 
     def _for_each_part(self, split, units, body):
         """body(number of the partial sum, its tile, first unit, end) for each tile that this block touches."""
@@ -491,7 +445,8 @@ class Block:
     def _up_part(self, warpgroup, number, tile, start, end):
         tiles, refs = self.tiles, self.refs
         pieces = tiles.cols // tiles.x_cols
-        bias = self._bias(warpgroup, number - self.block * self.plan.up.max_parts)
+        own = number - self.block * self.plan.up.max_parts
+        bias = self._bias(warpgroup, own)
         rows = pl.ds(warpgroup * 64, 64)
         depth = min(tiles.x_cols, 128 if tiles.groups * tiles.batch <= 128 else 64)
 
@@ -513,12 +468,14 @@ class Block:
 
         total = self._accumulate(tiles.groups, start, end, unit)
         begins = lax.rem(start, _int(self.plan.up.chunks)) == 0
+        if tiles.marked:
+            pl.when(own == 0)(lambda: plgpu.barrier_wait(refs["marked"].at[0]))
         for g in range(tiles.groups):
             part = total[g * 64 : (g + 1) * 64]
             if bias is not None:
                 part = part + bias(g) * begins.astype(jnp.float32)
             place = g * tiles.warpgroups + warpgroup
-            if tiles.marked > 1:
+            if tiles.marked:
                 place = number * tiles.groups * tiles.warpgroups + place
                 marks.store("float32")(part, refs["up_parts"], place * (tiles.batch // 8))
             else:
@@ -612,16 +569,14 @@ class Block:
             if self.interpret:
                 out[...] = part.T
             elif tiles.marked:
-                fours = tiles.batch // (16 if self.plan.packed else 8)
                 store = marks.store("bfloat16" if self.plan.packed else "float32")
-                store(part, refs["down_parts"], (number * (tiles.cols // 64) + place) * fours)
+                at = (number * (tiles.cols // 64) + place) * self.plan.result_fours
+                store(part, refs["down_parts"], at)
             elif tiles.fused:
                 store = gather.store_fragments(self.plan.packed)
                 store(part, refs["down_parts"], number * (tiles.cols // 64) + place)
             else:
                 gather.store_transposed(part, out)
-        if tiles.own_sums:
-            self._arrive(self._result_tile(tile))
 
     def _accumulate(self, pieces, start, end, unit):
         """Sum over units of what `unit(u, multiply)` multiplies; multiply(i, a, b) adds a · b to rows 64 i."""

@@ -80,7 +80,7 @@ def _unlike_marks(word: ir.Value) -> ir.Value:
     return arith.minui(word, _c(MARK - 1))
 
 
-def await_words(wanted: list[Wanted], backoff: int, fours: Iterable[int] = (0,)) -> list[list[ir.Value]]:
+def await_words(wanted: list[Wanted], fours: Iterable[int] = (0,)) -> list[list[ir.Value]]:
     """Four words of each, zeros where nothing is to come; waits until all are there. For all threads of a warp alike.
 
     fours: which four words, counted from each address on.
@@ -98,8 +98,6 @@ def await_words(wanted: list[Wanted], backoff: int, fours: Iterable[int] = (0,))
         scf.condition(arith.cmpi(arith.CmpIPredicate.ne, missing, _c(0)), words)
     after = loop.after.blocks.append(*types)
     with ir.InsertionPoint(after):
-        if backoff:
-            _asm("nanosleep.u32 $0;", [_c(backoff)], "r")
         scf.yield_(list(after.arguments))
     found = list(loop.results)
     return [found[i : i + 4] for i in range(0, len(found), 4)]
@@ -120,7 +118,7 @@ def _load_missing(words: list[ir.Value], source: ir.Value, four: int) -> list[ir
     return [llvm.extractvalue(_i32(), loaded, [i]) for i in range(4)]
 
 
-def sum_up(split: Split, blocks: int, batch: int, width: int, backoff: int) -> Callable:
+def sum_up(split: Split, blocks: int, batch: int, width: int) -> Callable:
     """-> f(parts, tile, block, column) -> float32 [64 width]: the sum of the partial sums of 64 neurons of a tile.
 
     parts: of float32, as `store` stored them: `blocks` of 64 neurons a partial sum, of `batch` columns.
@@ -142,7 +140,7 @@ def sum_up(split: Split, blocks: int, batch: int, width: int, backoff: int) -> C
         words: list[ir.Value] = []
         for first in range(0, width // 8, at_once):
             taken = range(first, min(width // 8, first + at_once))
-            found = await_words(places, backoff, taken)
+            found = await_words(places, taken)
             for i in range(len(taken)):
                 words += _sums(found[i :: len(taken)])
         return _fragments(words, "float32", (64, width))
@@ -171,7 +169,7 @@ def _fragments(words: list[ir.Value], kind: str, shape: tuple[int, int]) -> mgpu
     return mgpu.FragmentedArray(_registers=registers, _layout=layout, _is_signed=None)
 
 
-def take(kind: str, batch: int, backoff: int) -> Callable:
+def take(kind: str, batch: int) -> Callable:
     """-> f(ref, block) -> [64 batch] of `kind`, 16-bit numbers: what `store` stored as the block-th."""
 
     @_inline(
@@ -181,7 +179,7 @@ def take(kind: str, batch: int, backoff: int) -> Callable:
     def run(ctx, ref, block):
         first = arith.muli(block.registers.item(), _c(batch // 16))
         always = _utils.c(1, ir.IntegerType.get_signless(1))
-        found = await_words([(always, _four(ref, first))], backoff, range(batch // 16))
+        found = await_words([(always, _four(ref, first))], range(batch // 16))
         words = [word for four in found for word in four]
         return _fragments(words, kind, (64, batch))
 

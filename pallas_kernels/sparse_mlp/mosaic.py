@@ -113,12 +113,12 @@ def _scratch(plan: Plan, has_up: bool, has_down: bool) -> dict[str, Any]:
         width = min(tiles.batch, HIDDEN_WIDTH)
         transforms = (tiling((8, width)), swizzled(2 * width))
         stage = plgpu.SMEM((64, width), dtype, transforms=transforms)
-        if tiles.marked > 2:  # the first hidden values arrive while those of this block are on their way
+        if tiles.marked:  # the first hidden values arrive while those of this block are on their way
             scratch["h_stage"] = stage
         else:
             operands.append(stage)
     if tiles.marked:
-        scratch["marked"] = barriers(1, tiles.warpgroups)
+        scratch["marked"] = barriers(1)
     scratch["operand"] = plgpu.RefUnion(*operands)
     if has_up:
         scratch |= {"x_full": barriers(tiles.x_slots), "x_empty": barriers(tiles.x_slots, tiles.warpgroups)}
@@ -143,7 +143,7 @@ def products(plan: Plan, operands: dict[str, jax.Array], interpret: bool = False
         outputs["down_parts"] = jax.ShapeDtypeStruct(plan.down_parts, kind)
     if has_up and has_down:
         outputs["out"] = jax.ShapeDtypeStruct((plan.batch, plan.d_model), jnp.dtype(plan.dtype))
-        if tiles.marked > 2:
+        if tiles.marked:
             outputs["early"] = jax.ShapeDtypeStruct(plan.early, jnp.dtype(plan.dtype))
     scratch = _scratch(plan, has_up, has_down)
     names = [*operands, *outputs, *scratch]

@@ -56,16 +56,21 @@ class Plan:
 
     @property
     def semaphores(self) -> int:
-        """Of a fused kernel: hidden values of a block; a warpgroup's partial sums of the result; a block's marks;
-        then, one for each tile going up, a warpgroup's partial sums of it; one for each stage of rows, its hidden
-        values; one for each tile of the result, a warpgroup's partial sums of it.
+        """Of a fused kernel: hidden values of a block; then a block's marks, or else a warpgroup's partial sums of the
+        result; one for each tile going up, a warpgroup's partial sums of it; one for each stage of rows, its hidden
+        values.
         """
-        return 3 + self.up.tiles + self.groups + self.down.tiles
+        return 2 if self.tiles.marked else 2 + self.up.tiles + self.groups
 
     @property
     def packed(self) -> bool:
         """Whether a fused kernel keeps partial sums of the result as bfloat16, too coarse for a float16 result."""
         return self.tiles.fused and self.dtype == "bfloat16"
+
+    @property
+    def result_fours(self) -> int:
+        """Times four words of a thread that a fused kernel's partial sum of 64 columns of the result has."""
+        return self.tiles.batch // (16 if self.packed else 8)
 
     @property
     def up_parts(self) -> tuple[int, int, int, int]:

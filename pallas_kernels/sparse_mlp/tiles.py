@@ -26,12 +26,6 @@ class Tiles:
     same time, else one kernel a projection.
     copy: how rows are gathered: "bulk" (one cp.async.bulk each, in inline PTX) or "rows" (Pallas's own copy, slow,
     but the interpreter knows it).
-    marked: what tells by itself that it is there, as its place was filled with marks before, instead of being
-    announced through a semaphore: nothing, (1) partial sums of the result, (2) those of hidden values too, (3) the
-    first few hidden values that a block needs too.
-    own_sums: partial sums of the result are announced and added up tile by tile, by the blocks that hold them.
-    lean: a slot of weights is freed without a fence for asynchronous copies, as only reads went before.
-    backoff: nanoseconds between two looks at something that another block announces.
     """
 
     batch: int
@@ -44,10 +38,6 @@ class Tiles:
     blocks: int
     copy: str = "bulk"
     fused: bool = True
-    marked: int = 0
-    own_sums: bool = False
-    lean: bool = False
-    backoff: int = 0
 
     def __post_init__(self) -> None:
         problems = [
@@ -62,12 +52,6 @@ class Tiles:
             (min(self.groups, self.stages, self.blocks) > 0, "groups, stages and blocks must be positive"),
             (self.copy in COPIES, f"copy must be one of {COPIES}"),
             (not (self.fused and self.copy == "rows"), "rows can't be fused"),
-            (
-                self.marked in range(4) and (self.fused or not self.marked),
-                "marked must be 0, or 1 to 3 if fused",
-            ),
-            (self.marked < 2 or self.warpgroups == 1, "marked hidden values of 2 warpgroups need registers"),
-            (not (self.marked and self.own_sums), "marked partial sums aren't announced"),
             (self.hidden_slots > 1, "the input's ring is too small for two stages of hidden values"),
             (max(self.groups, self.cols // 64 // self.warpgroups) * self.batch <= 256, "sums need registers"),
             (self.smem_bytes <= 232448, "too much shared memory"),
@@ -80,6 +64,11 @@ class Tiles:
     def rows(self) -> int:
         """Rows of a stage."""
         return 64 * self.warpgroups
+
+    @property
+    def marked(self) -> bool:
+        """Whether marks tell blocks what others have stored, instead of semaphores: two warpgroups would spill."""
+        return self.fused and self.warpgroups == 1
 
     @property
     def hidden_slots(self) -> int:
@@ -95,7 +84,7 @@ class Tiles:
             self.x_slots * self.batch * self.x_cols * 2,
             self.rows * self.groups * 4 * BIAS_PARTS,
             1,
-            64 * min(self.batch, HIDDEN_WIDTH) * 2 if self.marked > 2 else 0,
+            64 * min(self.batch, HIDDEN_WIDTH) * 2 if self.marked else 0,
         )
         return sum(-(-size // 1024) * 1024 for size in arrays) + SMEM_RESERVE
 
@@ -108,7 +97,7 @@ def padded(batch: int) -> int:
 _CHOICE = {  # by padded batch, for wide rows
     16: Tiles(batch=16, groups=2, cols=256, stages=6, x_cols=128, x_slots=5, blocks=132),
     32: Tiles(batch=32, groups=2, cols=256, stages=5, x_cols=128, x_slots=4, blocks=132),
-    64: Tiles(batch=64, groups=2, cols=256, stages=5, x_cols=128, x_slots=3, blocks=132),
+    64: Tiles(batch=64, groups=2, cols=256, stages=5, x_cols=64, x_slots=6, blocks=132),
     128: Tiles(batch=128, warpgroups=2, groups=2, cols=256, stages=2, x_cols=64, x_slots=5, blocks=132),
 }
 # Fitted to bench/results/sparse_mlp.jsonl (OPT-66B, batch 16 and 64, density .1, .3, 1 on an H200), where one stage
@@ -157,7 +146,7 @@ def candidates(
 ) -> list[Tiles]:
     """Configurations worth measuring for a shape: the heuristic's first."""
     best = heuristic(batch, d_model, device, selected=selected, gated=gated)
-    halved = {"cols": best.cols // 2, "x_cols": best.x_cols // 2}
+    halved = {"cols": best.cols // 2, "x_cols": max(64, best.x_cols // 2)}
     doubled = {"cols": best.cols * 2, "x_cols": best.x_cols * 2}
     changes: tuple[dict[str, Any], ...] = (
         {},
