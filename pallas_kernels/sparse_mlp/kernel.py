@@ -6,8 +6,11 @@ memory to registers as wgmma's left operand, the batch as its N.
   up:   part[tile, 64 neurons, batch] += W[rows, cols] · x[cols, batch]
   down: part[tile, 64 columns, batch] += W[rows, cols]ᵀ · hidden[rows, batch]
 `schedule.Split` deals the units of a product evenly to the blocks; the partial sums of a tile are added afterwards,
-in a fixed order: by XLA, or by the same kernel: going up as soon as those of a tile are there, going down after a
-barrier among all blocks.
+in a fixed order: by XLA, or by the same kernel. There, loaders turn each 64 neurons' sums into hidden values as soon as
+they can; a block's first hidden values are taken one by one, the others once all blocks have completed theirs; at
+last, all warpgroups add up the result.
+What a fused kernel waits for is announced by semaphores; with one multiplying warpgroup, by marks (`marks.py`), and
+the semaphores tell no more than that all blocks have made their marks, and have completed their hidden values.
 """
 
 import functools
