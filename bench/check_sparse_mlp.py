@@ -87,6 +87,8 @@ def checks(which: str) -> list[Check]:
         Check(d_model=128, selected=100),
         Check(d_model=2560, selected=100),
         Check(selected=1, absent=0, batch=128),
+        Check(selected=500, d_model=4096),
+        Check(selected=500, d_model=4096, batch=64, **gated),
     ]
     changes = (
         (16, {"groups": 2}),

@@ -283,8 +283,10 @@ def sum_fragments(
     return run
 
 
-def _contributors(split: Split, tile: ir.Value, most: int) -> list[tuple[ir.Value, ir.Value]]:
-    """(number of a partial sum of a tile, whether there is one), as `split.contributions`."""
+def _contributors(
+    split: Split, tile: ir.Value, most: int, skipped: ir.Value | None = None
+) -> list[tuple[ir.Value, ir.Value]]:
+    """(number of a partial sum of a tile, whether there is one), as `split.contributions`, after those `skipped`."""
 
     def owner(unit):
         return arith.divui(
@@ -293,6 +295,8 @@ def _contributors(split: Split, tile: ir.Value, most: int) -> list[tuple[ir.Valu
 
     first = owner(arith.muli(tile, _c(split.chunks)))
     last = owner(arith.addi(arith.muli(tile, _c(split.chunks)), _c(split.chunks - 1)))
+    if skipped is not None:
+        first = arith.addi(first, skipped)
     found = []
     for i in range(most):
         block = arith.addi(first, _c(i))

@@ -22,6 +22,7 @@ from pallas_kernels.sparse_mlp.schedule import Split
 MARK = -1  # all bits set: a NaN that no conversion makes
 WGMMA = plgpu.Layout.WGMMA
 REGISTERS = 64  # of a thread, for partial sums on their way
+PLACES = 8  # of partial sums that are awaited together; more makes the compiler spill
 
 _utils = mgpu.utils
 _c, _i32, _asm, _thread = gather._c, gather._i32, gather._asm, gather._thread
@@ -125,7 +126,7 @@ def sum_up(split: Split, blocks: int, batch: int, width: int) -> Callable:
     parts: of float32, as `store` stored them: `blocks` of 64 neurons a partial sum, of `batch` columns.
     """
     most = split.contributions.shape[1]
-    at_once = max(1, min(width // 8, REGISTERS // (4 * most)))
+    at_once = max(1, min(width // 8, REGISTERS // (4 * min(most, PLACES))))
 
     @_inline(
         arg_types=(_REF, _SPLAT, _SPLAT, _SPLAT),
@@ -134,26 +135,43 @@ def sum_up(split: Split, blocks: int, batch: int, width: int) -> Callable:
     def run(ctx, parts, tile, block, column):
         tile, block, column = (value.registers.item() for value in (tile, block, column))
         column = arith.divui(column, _c(8))
-        places = []
-        for number, there in gather._contributors(split, tile, most):
-            place = arith.addi(arith.muli(number, _c(blocks)), block)
-            places.append((there, _four(parts, arith.addi(arith.muli(place, _c(batch // 8)), column))))
+
+        def places(skipped: ir.Value) -> list[Wanted]:
+            found = []
+            for number, there in gather._contributors(split, tile, min(most, PLACES), skipped):
+                place = arith.addi(arith.muli(number, _c(blocks)), block)
+                place = arith.addi(arith.muli(place, _c(batch // 8)), column)
+                found.append((there, _four(parts, place)))
+            return found
+
         words: list[ir.Value] = []
         for first in range(0, width // 8, at_once):
             taken = range(first, min(width // 8, first + at_once))
-            found = await_words(places, taken)
-            for i in range(len(taken)):
-                words += _sums(found[i :: len(taken)])
+            if most <= PLACES:
+                words += _added([], await_words(places(_c(0)), taken), len(taken))
+                continue
+            loop = scf.ForOp(_c(0), _c(most), _c(PLACES), [_zero()] * (4 * len(taken)))
+            with ir.InsertionPoint(loop.body):
+                found = await_words(places(loop.induction_variable), taken)
+                scf.yield_(_added(list(loop.inner_iter_args), found, len(taken)))
+            words += list(loop.results)
         return _fragments(words, "float32", (64, width))
 
     return run
 
 
-def _sums(parts: list[list[ir.Value]]) -> list[ir.Value]:
-    """Words of float32, added in order."""
+def _zero() -> ir.Value:
     f32 = ir.F32Type.get()
-    numbers = zip(*([arith.bitcast(f32, word) for word in words] for words in parts), strict=True)
-    return [functools.reduce(arith.addf, column) for column in numbers]
+    return arith.constant(f32, ir.FloatAttr.get(f32, 0.0))
+
+
+def _added(sums: list[ir.Value], found: list[list[ir.Value]], fours: int) -> list[ir.Value]:
+    """To sums, none at first, the words of float32 of each place in order: `fours` times four a place."""
+    f32 = ir.F32Type.get()
+    for i in range(0, len(found), fours):
+        numbers = [arith.bitcast(f32, word) for four in found[i : i + fours] for word in four]
+        sums = [arith.addf(a, b) for a, b in zip(sums, numbers, strict=True)] if sums else numbers
+    return sums
 
 
 def _fragments(words: list[ir.Value], kind: str, shape: tuple[int, int]) -> mgpu.FragmentedArray:

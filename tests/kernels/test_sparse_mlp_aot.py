@@ -60,18 +60,22 @@ def test_compiles_for_h200(case):
     aot.assert_fit(program)
 
 
-# Widths of models, and one that only narrower columns divide.
-@pytest.mark.parametrize("d_model", [4096, 5120, 5248, 7168, 8192])
-@pytest.mark.parametrize("batch", PADDED)
-def test_widths_fit(batch, d_model):
+SHAPES = [  # widths of models, and one that only narrower columns divide
+    *itertools.product(PADDED, (4096, 5120, 5248, 7168, 8192), (1500,)),
+    *itertools.product(PADDED[:-1], (4096, 5248), (500,)),  # so few neurons that many blocks share a tile
+]
+
+
+@pytest.mark.parametrize(("batch", "d_model", "selected"), SHAPES)
+def test_widths_fit(batch, d_model, selected):
     x, weight = (jax.ShapeDtypeStruct((rows, d_model), jnp.bfloat16) for rows in (batch, 9999))
-    index = jax.ShapeDtypeStruct((1500,), jnp.int32)
+    index = jax.ShapeDtypeStruct((selected,), jnp.int32)
     program = aot.compile_for_h200(
         lambda x, up, down, index: sparse_mlp(x, up, down, index, implementation="mosaic"),
         *(x, weight, weight, index),
     )
     (kernel,) = program.kernels
-    assert kernel.smem <= heuristic(batch, d_model, HOPPER, selected=1500).smem_bytes
+    assert kernel.smem <= heuristic(batch, d_model, HOPPER, selected=selected).smem_bytes
     aot.assert_fit(program)
 
 
