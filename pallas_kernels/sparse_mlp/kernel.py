@@ -385,7 +385,7 @@ class Block:
     def _sum_parts(self, tile, place, column, width):
         split, parts, tiles = self.plan.up, self.refs["up_parts"], self.tiles
         if tiles.marked:
-            total = marks.sum_up(split, tiles.groups, tiles.batch, width)
+            total = marks.sum_up(split, tiles.groups, tiles.batch, width, self.plan.gated)
             return total(parts, _int(tile), _int(place), _int(column))
         first, last = split.owner(tile * split.chunks), split.owner((tile + 1) * split.chunks - 1)
         self._wait(TILES + tile, (last - first + 1) * tiles.warpgroups)

@@ -22,7 +22,7 @@ from pallas_kernels.sparse_mlp.schedule import Split
 MARK = -1  # all bits set: a NaN that no conversion makes
 WGMMA = plgpu.Layout.WGMMA
 REGISTERS = 64  # of a thread, for partial sums on their way
-PLACES = 8  # of partial sums that are awaited together; more makes the compiler spill
+PLACES = {False: 8, True: 3}  # of partial sums awaited together, by whether it is gated; more would spill
 
 _utils = mgpu.utils
 _c, _i32, _asm, _thread = gather._c, gather._i32, gather._asm, gather._thread
@@ -120,13 +120,15 @@ def _load_missing(words: list[ir.Value], source: ir.Value, four: int) -> list[ir
     return [llvm.extractvalue(_i32(), loaded, [i]) for i in range(4)]
 
 
-def sum_up(split: Split, blocks: int, batch: int, width: int) -> Callable:
+def sum_up(split: Split, blocks: int, batch: int, width: int, gated: bool) -> Callable:
     """-> f(parts, tile, block, column) -> float32 [64 width]: the sum of the partial sums of 64 neurons of a tile.
 
+    gated: other sums lie in registers meanwhile, or their addresses.
     parts: of float32, as `store` stored them: `blocks` of 64 neurons a partial sum, of `batch` columns.
     """
     most = split.contributions.shape[1]
-    at_once = max(1, min(width // 8, REGISTERS // (4 * min(most, PLACES))))
+    together = min(most, PLACES[gated])
+    at_once = max(1, min(width // 8, REGISTERS // (4 * together)))
 
     @_inline(
         arg_types=(_REF, _SPLAT, _SPLAT, _SPLAT),
@@ -138,7 +140,7 @@ def sum_up(split: Split, blocks: int, batch: int, width: int) -> Callable:
 
         def places(skipped: ir.Value) -> list[Wanted]:
             found = []
-            for number, there in gather._contributors(split, tile, min(most, PLACES), skipped):
+            for number, there in gather._contributors(split, tile, together, skipped):
                 place = arith.addi(arith.muli(number, _c(blocks)), block)
                 place = arith.addi(arith.muli(place, _c(batch // 8)), column)
                 found.append((there, _four(parts, place)))
@@ -147,10 +149,10 @@ def sum_up(split: Split, blocks: int, batch: int, width: int) -> Callable:
         words: list[ir.Value] = []
         for first in range(0, width // 8, at_once):
             taken = range(first, min(width // 8, first + at_once))
-            if most <= PLACES:
+            if most == together:
                 words += _added([], await_words(places(_c(0)), taken), len(taken))
                 continue
-            loop = scf.ForOp(_c(0), _c(most), _c(PLACES), [_zero()] * (4 * len(taken)))
+            loop = scf.ForOp(_c(0), _c(most), _c(together), [_zero()] * (4 * len(taken)))
             with ir.InsertionPoint(loop.body):
                 found = await_words(places(loop.induction_variable), taken)
                 scf.yield_(_added(list(loop.inner_iter_args), found, len(taken)))

@@ -79,6 +79,13 @@ def test_widths_fit(batch, d_model, selected):
     aot.assert_fit(program)
 
 
+@pytest.mark.parametrize("batch", PADDED)
+@pytest.mark.parametrize("name", ["llama-2-7b", "llama-3.1-70b"])
+def test_few_gated_neurons_fit(name, batch):
+    """So few that several blocks share a tile."""
+    test_compiles_for_h200(MlpCase(MODELS[name], batch, 0.1))
+
+
 def test_large_batches_run_one_piece_after_the_other():
     """Two fused kernels that ran at once could wait for each other forever; weights are not copied into the loop."""
     weight = jax.ShapeDtypeStruct((2000, 1024), jnp.bfloat16)
