@@ -79,7 +79,7 @@ def test_widths_fit(batch, d_model, selected):
     aot.assert_fit(program)
 
 
-@pytest.mark.parametrize("batch", PADDED)
+@pytest.mark.parametrize("batch", PADDED[:-1])
 @pytest.mark.parametrize("name", ["llama-2-7b", "llama-3.1-70b"])
 def test_few_gated_neurons_fit(name, batch):
     """So few that several blocks share a tile."""
