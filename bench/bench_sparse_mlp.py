@@ -72,7 +72,9 @@ def sweep(bench: Bench) -> None:
 
 def table(bench: Bench, models: Sequence[str]) -> None:
     """The named workloads with the heuristic's tiles, beside plain XLA; models of one shape are measured once."""
-    shapes = {(m.d_model, m.d_ff, m.gated, m.activation): m for m in map(MODELS.__getitem__, reversed(models))}
+    shapes = {
+        (m.d_model, m.d_ff, m.gated, m.activation): m for m in map(MODELS.__getitem__, reversed(models))
+    }
     for batches in (IMPORTANT, [batch for batch in BATCHES if batch not in IMPORTANT]):
         for model in reversed(shapes.values()):
             weights.cache_clear()

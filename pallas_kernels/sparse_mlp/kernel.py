@@ -36,7 +36,6 @@ MATRICES = ("w_up", "w_gate", "w_down")
 REGISTERS = {1: (232, 104, 128), 2: (192, 48, 80)}  # consumers, producer, loader; in all 512 a lane at most
 HIDDEN, MARKS, TILES = range(3)  # what semaphores of a fused kernel count: see `Plan.semaphores`
 RESULT = MARKS  # of kernels without marks
-MARKED_AFTER = 1  # pieces of the input, a unit's at most, that are multiplied before a block marks its places
 COMPILER = plgpu.CompilerParams(
     lowering_semantics=plgpu.LoweringSemantics.Lane,  # the other one can't slice padded rows
     unsafe_no_auto_barriers=True,
@@ -257,14 +256,9 @@ class Block:
             self._announce_part(i - tiles.x_slots, pieces)
 
         pl.loop(0, first)(bring)
-        refilled = first
         if tiles.marked:
-            # The first weights came: the stores hold up no more the requests that fill the ring. Consumers wait for the
-            # marks before they store anything, that is after a whole unit: they can't be waiting yet.
-            refilled = lax.min(first + MARKED_AFTER, count)
-            pl.loop(first, refilled)(refill)
             self._mark_places()
-        pl.loop(refilled, count)(refill)
+        pl.loop(first, count)(refill)
         self._await_marks()
 
         @pl.loop(count - first, count)

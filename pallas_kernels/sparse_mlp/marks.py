@@ -1,9 +1,9 @@
 """Numbers in device memory that tell by themselves that they are there: their place was filled with marks before.
 
 What another thread block waits for needs then no fence and no semaphore: each word is looked at until it is no mark.
-A block's loader makes its marks, late enough not to hold up the first weights. That is safe as long as (1) a word is
-stored after its mark: the consumers wait for the loader's; (2) a block looks only after all blocks have announced
-their marks; and (3) no number is a mark, which `_unlike_marks` and the rounding to 16 bits see to.
+A block's loader makes its marks while the first weights are on their way. That is safe as long as (1) a word is stored
+after its mark: the consumers wait for the loader's; (2) a block looks only after all blocks have announced their marks;
+and (3) no number is a mark, which `_unlike_marks` and the rounding to 16 bits see to.
 """
 
 import functools
