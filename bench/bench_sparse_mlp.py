@@ -12,7 +12,6 @@ go into that folder. A kind of kernel that fails its check, or hangs in it, isn'
 import argparse
 import sys
 from collections.abc import Iterator, Sequence
-from typing import Any
 
 from bench import report
 from bench.check_sparse_mlp import KINDS, check_kinds

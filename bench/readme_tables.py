@@ -102,6 +102,12 @@ def _ratio(slow: Row | None, fast: Row | None, key: str = "time_us") -> str:
     return MISSING if slow is None or fast is None else f"{slow[key] / fast[key]:.2f} ×"
 
 
+def _speedup(dense: Row | None, row: Row) -> str:
+    """Against the dense call of the same run, where the row tells."""
+    told = row.get("speedup_vs_dense")
+    return _ratio(dense, row) if told is None else f"{told:.2f} ×"
+
+
 def _table(header: Sequence[str], lines: Iterable[Sequence[str]]) -> str:
     return "\n".join("| " + " | ".join(cells) + " |" for cells in (header, ["---"] * len(header), *lines))
 
@@ -118,7 +124,9 @@ def attention(folder: Path) -> str:
                 row = results.get(f"{of}{density}", "mosaic")
                 kept = AttentionCase(shape, batch, cache, density).selected
                 share = _number(row, "pct_peak", "{:.0f} %")
-                cells.append(f"{kept} of {shape.kv_heads}: {share}, {_ratio(dense, row)}" if row else MISSING)
+                cells.append(
+                    f"{kept} of {shape.kv_heads}: {share}, {_speedup(dense, row)}" if row else MISSING
+                )
             lines.append((f"{NAMES[model]}, {batch}, {cache:,}", *cells, _ratio(cudnn, dense)))
     header = ("shapes, batch, cache", "dense", "", "density .3", "density .5", "cuDNN's dense time over ours")
     note = "A density keeps whole groups, rounded down; the factor is against our dense kernel."
