@@ -14,16 +14,19 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 from jaxlib.mlir import ir
 from jaxlib.mlir.dialects import arith, llvm, nvvm
 
+from pallas_kernels._inline import REF as _REF
+from pallas_kernels._inline import SPLAT as _SPLAT
+from pallas_kernels._inline import WARPGROUP, f32, i32
+from pallas_kernels._inline import asm as _asm
+from pallas_kernels._inline import constant as _c
+from pallas_kernels._inline import inline as _inline
+from pallas_kernels._inline import thread as _thread
+from pallas_kernels._inline import utils as _utils
+
 ROWS = plgpu.Layout.WGMMA
 PER_HEAD = ROWS.reduce(0)
-THREADS = 128  # of a warpgroup
 BARRIER = 2  # int32 words of a barrier
 STORE = "st.async.shared::cluster.mbarrier::complete_tx::bytes.v2.f32"
-
-_REF = plgpu.RefType()
-_SPLAT = plgpu.Layout.WG_SPLAT(())
-_utils = mgpu.utils
-_inline: Any = plgpu.inline_mgpu  # its results take other arguments than what it decorates
 
 
 def expect(sent: int) -> Callable:
@@ -66,12 +69,12 @@ def send(pieces: int) -> Callable:
         registers = [register for array in arrays for register in array.registers.flat]
         base, signal = (_address(_utils.memref_ptr(ref)) for ref in (parts, barrier))
         base, signal = (_in_first(address) for address in (base, signal))
-        first = arith.muli(sender.registers.item(), _c(len(registers) * THREADS * 8))
+        first = arith.muli(sender.registers.item(), _c(len(registers) * WARPGROUP * 8))
         base = arith.addi(base, arith.addi(first, arith.muli(_thread(), _c(8))))
         for i, register in enumerate(registers):
             numbers = [_element(register, j) for j in range(2)]
             _asm(
-                f"{STORE} [$0+{i * THREADS * 8}], {{$1, $2}}, [$3];",
+                f"{STORE} [$0+{i * WARPGROUP * 8}], {{$1, $2}}, [$3];",
                 [base, *numbers, signal],
                 "r,f,f,r",
             )
@@ -82,29 +85,21 @@ def send(pieces: int) -> Callable:
 def receive(sender: int, pieces: int, heads: int, piece: int) -> Callable:
     """-> f(parts) -> one of the arrays of a sender: [64, heads], or [heads] for the last."""
     shape, layout = ((heads,), PER_HEAD) if piece == pieces else ((64, heads), ROWS)
-    first = (sender * (2 * pieces + 1) + 2 * piece) * THREADS * heads // 4
+    first = (sender * (2 * pieces + 1) + 2 * piece) * WARPGROUP * heads // 4
     result: Any = plgpu.ShapeDtypeStruct(shape, jnp.float32, layout=layout)
 
     @_inline(arg_types=(_REF,), return_type=result)
     def run(ctx, parts):
-        pair = ir.VectorType.get((2,), ir.F32Type.get())
+        pair = ir.VectorType.get((2,), f32())
         layout_here = layout.to_mgpu()
         registers = np.empty(layout_here.registers_shape(shape), dtype=object)
         base = _utils.memref_ptr(parts)
-        for i, place in enumerate(np.ndindex(registers.shape)):
-            at = arith.addi(arith.muli(_thread(), _c(2)), _c(first + i * THREADS * 2))
-            registers[place] = llvm.load(pair, _utils.getelementptr(base, [at], ir.F32Type.get()))
+        for i, place in enumerate(np.ndindex(registers.shape)):  # volatile: never before the wait
+            at = arith.addi(arith.muli(_thread(), _c(2)), _c(first + i * WARPGROUP * 2))
+            registers[place] = llvm.load(pair, _utils.getelementptr(base, [at], f32()), volatile_=True)
         return mgpu.FragmentedArray(_registers=registers, _layout=layout_here, _is_signed=None)
 
     return run
-
-
-def _c(value: int) -> ir.Value:
-    return _utils.c(value, ir.IntegerType.get_signless(32))
-
-
-def _thread() -> ir.Value:
-    return arith.remui(_utils.thread_idx(), _c(THREADS))
 
 
 def _element(register: ir.Value, i: int) -> ir.Value:
@@ -112,14 +107,9 @@ def _element(register: ir.Value, i: int) -> ir.Value:
 
 
 def _address(pointer: ir.Value) -> ir.Value:
-    return llvm.ptrtoint(ir.IntegerType.get_signless(32), pointer)
+    return llvm.ptrtoint(i32(), pointer)
 
 
 def _in_first(address: ir.Value) -> ir.Value:
     """The same place in the shared memory of the cluster's first thread block."""
-    i32 = ir.IntegerType.get_signless(32)
-    return llvm.inline_asm(i32, [address, _c(0)], "mapa.shared::cluster.u32 $0, $1, $2;", "=r,r,r")
-
-
-def _asm(text: str, args: list[ir.Value], constraints: str) -> None:
-    llvm.inline_asm(ir.Type.parse("!llvm.void"), args, text, constraints, has_side_effects=True)
+    return _asm("mapa.shared::cluster.u32 $0, $1, $2;", [address, _c(0)], "=r,r,r", i32())

@@ -13,27 +13,18 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 from jaxlib.mlir import ir
 from jaxlib.mlir.dialects import arith, gpu, llvm, memref, vector
 
+from pallas_kernels._inline import REF as _REF
+from pallas_kernels._inline import SPLAT as _SPLAT
+from pallas_kernels._inline import constant as _c
+from pallas_kernels._inline import f32 as _f32
+from pallas_kernels._inline import i32 as _i32
+from pallas_kernels._inline import inline as _inline
+from pallas_kernels._inline import utils as _utils
 from pallas_kernels.selection import tiles
 
 TOP, BOTTOM, TOTALS, FOUND = range(4)  # rows of the block's shared slots
 
-_REF = plgpu.RefType()
-_SPLAT = plgpu.Layout.WG_SPLAT(())
 _SCALAR = plgpu.ShapeDtypeStruct((), jnp.int32, layout=_SPLAT)
-_utils = mgpu.utils
-_inline: Any = plgpu.inline_mgpu  # its results take other arguments than what it decorates
-
-
-def _i32() -> ir.Type:
-    return ir.IntegerType.get_signless(32)
-
-
-def _f32() -> ir.Type:
-    return ir.F32Type.get()
-
-
-def _c(value: int) -> ir.Value:
-    return _utils.c(value, _i32())
 
 
 def _float(value: float) -> ir.Value:

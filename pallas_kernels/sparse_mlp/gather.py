@@ -9,7 +9,6 @@ Barriers here are raw `mbarrier` words in an int64 array, as inline code can't b
 
 import functools
 from collections.abc import Callable, Iterable
-from typing import Any
 
 import jax.numpy as jnp
 import numpy as np
@@ -18,46 +17,29 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 from jaxlib.mlir import ir
 from jaxlib.mlir.dialects import arith, gpu, llvm, memref, nvvm, scf, vector
 
+from pallas_kernels._inline import REF as _REF
+from pallas_kernels._inline import SPLAT as _SPLAT
+from pallas_kernels._inline import asm as _asm
+from pallas_kernels._inline import constant as _c
+from pallas_kernels._inline import i32 as _i32
+from pallas_kernels._inline import i64 as _i64
+from pallas_kernels._inline import inline as _inline
+from pallas_kernels._inline import thread as _thread
+from pallas_kernels._inline import utils as _utils
 from pallas_kernels.sparse_mlp.schedule import Split
 from pallas_kernels.sparse_mlp.tiles import PADDING
 
 ARRIVALS = 4  # on the barrier of a stage: one a warp
 IDS = plgpu.Layout.WG_STRIDED((128,), vec_size=1)
 
-_REF = plgpu.RefType()
-_SPLAT = plgpu.Layout.WG_SPLAT(())
-_utils = mgpu.utils
-_inline: Any = plgpu.inline_mgpu  # its results take other arguments than what it decorates
-
-
-def _i32() -> ir.Type:
-    return ir.IntegerType.get_signless(32)
-
-
-def _i64() -> ir.Type:
-    return ir.IntegerType.get_signless(64)
-
-
-def _c(value: int) -> ir.Value:
-    return _utils.c(value, _i32())
-
 
 def _index(value: ir.Value) -> ir.Value:
     return arith.index_cast(ir.IndexType.get(), value)
 
 
-def _asm(text: str, args: list[ir.Value], constraints: str, result: ir.Type | None = None) -> ir.Value:
-    result = ir.Type.parse("!llvm.void") if result is None else result
-    return llvm.inline_asm(result, args, text, constraints, has_side_effects=True)
-
-
 def _less(a: ir.Value, b: ir.Value) -> ir.Value:
     """Unsigned, so that a negative `a` is not less."""
     return arith.cmpi(arith.CmpIPredicate.ult, a, b)
-
-
-def _thread() -> ir.Value:
-    return arith.remui(_utils.thread_idx(), _c(128))
 
 
 def _place(rows: int) -> tuple[ir.Value, ir.Value, ir.Value]:

@@ -16,6 +16,14 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 from jaxlib.mlir import ir
 from jaxlib.mlir.dialects import arith, llvm, scf, vector
 
+from pallas_kernels._inline import REF as _REF
+from pallas_kernels._inline import SPLAT as _SPLAT
+from pallas_kernels._inline import asm as _asm
+from pallas_kernels._inline import constant as _c
+from pallas_kernels._inline import i32 as _i32
+from pallas_kernels._inline import inline as _inline
+from pallas_kernels._inline import thread as _thread
+from pallas_kernels._inline import utils as _utils
 from pallas_kernels.sparse_mlp import gather
 from pallas_kernels.sparse_mlp.schedule import Split
 
@@ -24,9 +32,6 @@ WGMMA = plgpu.Layout.WGMMA
 REGISTERS = 64  # of a thread, for partial sums on their way
 PLACES = {False: 8, True: 3}  # of partial sums awaited together, by whether it is gated; more would spill
 
-_utils = mgpu.utils
-_c, _i32, _asm, _thread = gather._c, gather._i32, gather._asm, gather._thread
-_REF, _SPLAT, _inline = gather._REF, gather._SPLAT, gather._inline
 type Wanted = tuple[ir.Value, ir.Value]  # whether there is something to wait for, where its four words are
 
 

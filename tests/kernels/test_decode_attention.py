@@ -387,3 +387,20 @@ def test_compiles_for_h200(case, window):
     assert "wgmma.mma_async" in kernel.ptx
     assert kernel.smem <= choose(problem, "bfloat16", HOPPER).smem_bytes(problem)
     aot.assert_fit(program)
+
+
+@pytest.mark.parametrize(("splits", "queries", "width"), [(2, 1, 64), (3, 4, 128), (8, 12, 80)])
+def test_splits_meet_in_shared_memory(splits, queries, width):
+    shapes = [(2, 4, queries, width), (2, 4, 1920, width), (2, 4, 1920, width)]
+    structs = [jax.ShapeDtypeStruct(shape, jnp.bfloat16) for shape in shapes]
+    structs += [jax.ShapeDtypeStruct(shape, jnp.int32) for shape in ((2,), (2, 2))]
+    tiles = Tiles(block=64, stages=2, splits=splits)
+    call = functools.partial(mosaic.sparse_decode_attention, scale=1.0, device=HOPPER, tiles=tiles)
+    program = aot.compile_for_h200(call, *structs)
+    (kernel,) = program.kernels
+    aot.assert_fit(program)
+    problem = Problem.of(shapes[0], shapes[1], 2)
+    assert kernel.ptx.count("st.async.shared::cluster") == problem.part_words // (2 * 128)
+    assert (
+        program.compiled.memory_analysis().temp_size_in_bytes < 1024
+    )  # no partial results in the device's memory

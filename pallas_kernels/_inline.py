@@ -1,0 +1,43 @@
+"""What modules that write inline PTX into Pallas kernels share."""
+
+from typing import Any
+
+from jax.experimental.mosaic import gpu as mgpu
+from jax.experimental.pallas import mosaic_gpu as plgpu
+from jaxlib.mlir import ir
+from jaxlib.mlir.dialects import arith, llvm
+
+WARPGROUP = 128  # threads
+
+REF = plgpu.RefType()
+SPLAT = plgpu.Layout.WG_SPLAT(())
+utils = mgpu.utils
+inline: Any = plgpu.inline_mgpu  # its results take other arguments than what it decorates
+
+
+def i32() -> ir.Type:
+    return ir.IntegerType.get_signless(32)
+
+
+def i64() -> ir.Type:
+    return ir.IntegerType.get_signless(64)
+
+
+def f32() -> ir.Type:
+    return ir.F32Type.get()
+
+
+def constant(value: int) -> ir.Value:
+    """An int32."""
+    return utils.c(value, i32())
+
+
+def thread() -> ir.Value:
+    """Number of the calling thread in its warpgroup."""
+    return arith.remui(utils.thread_idx(), constant(WARPGROUP))
+
+
+def asm(text: str, args: list[ir.Value], constraints: str, result: ir.Type | None = None) -> ir.Value:
+    """PTX that does something; without a result where none is named."""
+    result = ir.Type.parse("!llvm.void") if result is None else result
+    return llvm.inline_asm(result, args, text, constraints, has_side_effects=True)
