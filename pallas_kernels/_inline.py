@@ -16,14 +16,17 @@ inline: Any = plgpu.inline_mgpu  # its results take other arguments than what it
 
 
 def i32() -> ir.Type:
+    """The type of MLIR for 32-bit whole numbers, signed or not."""
     return ir.IntegerType.get_signless(32)
 
 
 def i64() -> ir.Type:
+    """The type of MLIR for 64-bit whole numbers, signed or not."""
     return ir.IntegerType.get_signless(64)
 
 
 def f32() -> ir.Type:
+    """The type of MLIR for float32."""
     return ir.F32Type.get()
 
 

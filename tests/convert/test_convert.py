@@ -333,7 +333,8 @@ def test_file_size_limit(folders, tmp_path):
 
 
 SLOW = """if True:
-    import sys, time
+    import signal, sys, time
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # a job in the background inherits that it is ignored
     from checkpoints_convert import convert
     import polarjax.checkpoint
     from polarjax.cli.main import main
