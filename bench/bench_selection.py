@@ -103,8 +103,7 @@ def error(found: np.ndarray, scores: np.ndarray, k: int) -> float:
 def measure(scores: list[jax.Array], call: Callable[..., jax.Array], peak: float) -> Row:
     run = jax.jit(lambda sets: [call(one) for one in sets])
     taken = timing.time_call(lambda: run(scores), len(scores))
-    launches = len(timing.events(lambda: run(scores), 1)) / len(scores)
-    return timing.speed(scores[0].nbytes, taken, peak) | {"launches": round(launches, 2)}
+    return timing.speed(scores[0].nbytes, taken, peak) | {"launches": round(taken.launches, 2)}
 
 
 def table(peak: float) -> Iterator[Row]:

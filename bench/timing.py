@@ -45,12 +45,13 @@ class Timing(NamedTuple):
     """Of one of the calls that a program chains, in seconds.
 
     device: how long the device was at work, by its own clock: median over runs. spread: max - min of it.
-    wall: by the host's clock, with the launches in between.
+    wall: by the host's clock, with the launches in between. launches: what the device did for it, in number.
     """
 
     device: float
     spread: float
     wall: float
+    launches: float
 
 
 class Event(NamedTuple):
@@ -73,7 +74,7 @@ def time_call(run: Callable[[], Any], calls: int, *, repeats: int = 5) -> Timing
         raise RuntimeError(f"the profiler saw {len(seen)} events of the device in {repeats} equal runs")
     each = len(seen) // repeats
     times = [_busy(seen[first : first + each]) / calls for first in range(0, len(seen), each)]
-    return Timing(statistics.median(times), max(times) - min(times), wall)
+    return Timing(statistics.median(times), max(times) - min(times), wall, each / calls)
 
 
 def events(run: Callable[[], Any], repeats: int) -> list[Event]:

@@ -24,12 +24,11 @@ from jaxtyping import Array, Float, Int
 
 from pallas_kernels._device import Device, require_hopper
 from pallas_kernels.decode_attention import exchange
+from pallas_kernels.decode_attention.exchange import PER_HEAD, ROWS
 from pallas_kernels.decode_attention.tiles import WIDE, Problem, Tiles, choose
 
 KERNEL_NAME = "sparse_decode_attention"
-ROWS = plgpu.Layout.WGMMA
 TURNED = plgpu.Layout.WGMMA_TRANSPOSED  # of a [rows, heads] array that is stored as [heads, rows]
-PER_HEAD = ROWS.reduce(0)
 NEVER = -1e30  # the score of a position that doesn't count; finite, so that no difference of two is NaN
 
 

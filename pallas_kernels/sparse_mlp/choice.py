@@ -20,9 +20,10 @@ def shapes(batch: int, d_model: int, *, selected: int, gated: bool) -> dict[str,
 
 
 def stored(tiles: Tiles) -> dict[str, int]:
-    """A configuration as a file of tuned ones holds it: positive numbers, and how many kernels compute the call."""
-    sizes = {name: n for name, n in vars(tiles).items() if type(n) is int and n > 0}
-    return sizes | {"kernels": 1 if tiles.fused else 2}
+    """A configuration as a file of tuned ones holds it: its whole numbers, and how many kernels compute the call."""
+    return {name: n for name, n in vars(tiles).items() if type(n) is int} | {
+        "kernels": 1 if tiles.fused else 2
+    }
 
 
 def measured(
