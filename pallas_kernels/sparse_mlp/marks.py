@@ -32,8 +32,6 @@ WGMMA = plgpu.Layout.WGMMA
 REGISTERS = 64  # of a thread, for partial sums on their way
 PLACES = {False: 8, True: 3}  # of partial sums awaited together, by whether it is gated; more would spill
 
-type Wanted = tuple[ir.Value, ir.Value]  # whether there is something to wait for, where its four words are
-
 
 def _four(ref: ir.Value, place: ir.Value) -> ir.Value:
     """Address of the calling thread's four words at `place`, counted in as many words of a warpgroup."""
@@ -87,7 +85,7 @@ def _unlike_marks(word: ir.Value) -> ir.Value:
     return arith.minui(word, _c(MARK - 1))
 
 
-def await_words(wanted: list[Wanted], fours: Iterable[int] = (0,)) -> list[list[ir.Value]]:
+def await_words(wanted: gather.Places, fours: Iterable[int] = (0,)) -> list[list[ir.Value]]:
     """Four words of each, zeros where nothing is to come; waits until all are there. For all threads of a warp alike.
 
     fours: which four words, counted from each address on.
@@ -143,7 +141,7 @@ def sum_up(split: Split, blocks: int, batch: int, width: int, gated: bool) -> Ca
         tile, block, column = (value.registers.item() for value in (tile, block, column))
         column = arith.divui(column, _c(8))
 
-        def places(skipped: ir.Value) -> list[Wanted]:
+        def places(skipped: ir.Value) -> gather.Places:
             found = []
             for number, there in gather._contributors(split, tile, together, skipped):
                 place = arith.addi(arith.muli(number, _c(blocks)), block)
