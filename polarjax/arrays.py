@@ -11,6 +11,7 @@ import re
 import sys
 import tempfile
 import threading
+import time
 from collections.abc import Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor, wait
 from io import BufferedReader
@@ -33,6 +34,7 @@ CHUNK_BYTES = 1 << 26  # the unit in which a shard of a large array can be read 
 _THREADS = 8
 _ROOM = "make room, or choose a folder that can be written"
 _OPEN = 64  # files that may wait for their hash, held open: a process may not hold many
+_STILL = 1.0  # seconds without a change after which a folder counts as left alone
 _LARGE = 1 << 20  # smaller files are hashed at the end: some are written again by then
 
 
@@ -136,6 +138,7 @@ class ArrayWriter:
         with (
             _orbax("cannot write the arrays", self._folder, _ROOM),
             quiet_threads(),
+            _settled(self._folder.parent),
             _plain(self._folder) as path,
         ):
             try:
@@ -228,6 +231,34 @@ def _orbax(what: str, folder: Path, mend: str | None = None) -> Iterator[None]:
                 "see polarjax inspect for their size",
             )
         raise CheckpointError(what, where=folder, got=detail, mend=mend) from error
+
+
+@contextlib.contextmanager
+def _settled(folder: Path) -> Iterator[None]:
+    """After an error, waits until nothing in `folder` changes any more.
+
+    When one file fails, TensorStore goes on with the others of the batch, out of reach: it would fill the folder again
+    while, or after, it is removed.
+    """
+    try:
+        yield
+    except BaseException:
+        seen, since = None, time.monotonic()
+        while time.monotonic() - since < _STILL:
+            if (found := _sizes(folder)) != seen:
+                seen, since = found, time.monotonic()
+            time.sleep(_STILL / 50)
+        raise
+
+
+def _sizes(folder: Path) -> dict[str, int]:
+    """What lies in `folder` at the moment, and of which size; files may come and go meanwhile."""
+    sizes = {}
+    for root, folders, files in os.walk(folder):
+        for name in (*folders, *files):
+            with contextlib.suppress(FileNotFoundError):
+                sizes[os.path.join(root, name)] = os.lstat(os.path.join(root, name)).st_size
+    return sizes
 
 
 @contextlib.contextmanager

@@ -1,13 +1,17 @@
 """Named arrays on disk: memory that is lent for making them is used again only once they are written."""
 
 import os
+import threading
 import time
+from pathlib import Path
 
 import numpy as np
 import pytest
 
 from polarjax import arrays as module
 from polarjax.arrays import ArrayWriter, read_arrays
+from polarjax.errors import CheckpointError
+from polarjax.storage import atomic_folder
 
 
 @pytest.mark.parametrize("lent", [True, False])
@@ -63,3 +67,27 @@ def test_few_files_wait_open_for_their_hash(tmp_path, monkeypatch):
         writer.add(f"array.{i}", np.full(25, i, np.float32))
     writer.close()
     assert 0 < most <= 2 + 12  # and those of a batch
+
+
+def test_nothing_is_left_when_others_are_written_after_an_error(tmp_path, monkeypatch):
+    """TensorStore goes on with a batch when one file of it has failed, and makes the folders that it misses."""
+
+    def go_on(folder: Path) -> None:
+        for i in range(8):
+            time.sleep(0.05)
+            folder.mkdir(parents=True, exist_ok=True)
+            (folder / str(i)).touch()
+
+    def fail(path: str, batch) -> None:
+        others.append(threading.Thread(target=go_on, args=[Path(path).parent / "arrays.partial" / "d"]))
+        others[0].start()
+        raise ValueError("os_error_code='28'")
+
+    others: list[threading.Thread] = []
+    monkeypatch.setattr(module.ocp.partial, "save", fail)
+    with pytest.raises(CheckpointError, match="No space left"), atomic_folder(tmp_path / "out") as folder:
+        writer = ArrayWriter(folder / "arrays")
+        writer.add("array", np.zeros(4))
+        writer.close()
+    others[0].join()
+    assert list(tmp_path.iterdir()) == []
