@@ -44,3 +44,19 @@ def asm(text: str, args: list[ir.Value], constraints: str, result: ir.Type | Non
     """PTX that does something; without a result where none is named."""
     result = ir.Type.parse("!llvm.void") if result is None else result
     return llvm.inline_asm(result, args, text, constraints, has_side_effects=True)
+
+
+def as_index(value: ir.Value) -> ir.Value:
+    """As the type that indexes references."""
+    return arith.index_cast(ir.IndexType.get(), value)
+
+
+def less(a: ir.Value, b: ir.Value) -> ir.Value:
+    """Unsigned, so that a negative `a` is not less."""
+    return arith.cmpi(arith.CmpIPredicate.ult, a, b)
+
+
+@inline()
+def sync_warpgroup(ctx):
+    """In a kernel: barrier among the 128 threads of the calling warpgroup, ordering their memory accesses."""
+    utils.warpgroup_barrier()

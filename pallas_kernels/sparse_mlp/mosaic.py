@@ -1,4 +1,7 @@
-"""Selective MLP on Hopper: prepares the operands, launches the kernels of `kernel.py`, adds up partial sums."""
+"""Selective MLP on Hopper (Pallas Mosaic GPU): two products over gathered rows, in one kernel or two.
+
+Prepares the operands, launches what `block` describes and, of separate kernels, adds up the partial sums.
+"""
 
 import functools
 from collections.abc import Callable
@@ -14,10 +17,20 @@ from jaxtyping import Array, Float, Int
 
 from pallas_kernels import _device
 from pallas_kernels.sparse_mlp import gather
-from pallas_kernels.sparse_mlp.kernel import ACTIVATIONS, COMPILER, Block
+from pallas_kernels.sparse_mlp.block import Block
+from pallas_kernels.sparse_mlp.consumer import consume
+from pallas_kernels.sparse_mlp.hidden import ACTIVATIONS
+from pallas_kernels.sparse_mlp.loader import load
 from pallas_kernels.sparse_mlp.plan import Plan
+from pallas_kernels.sparse_mlp.producer import produce
 from pallas_kernels.sparse_mlp.schedule import Split
 from pallas_kernels.sparse_mlp.tiles import BATCHES, HIDDEN_WIDTH, PADDING, Tiles, heuristic
+
+COMPILER = plgpu.CompilerParams(
+    lowering_semantics=plgpu.LoweringSemantics.Lane,  # the other one can't slice padded rows
+    unsafe_no_auto_barriers=True,
+    approx_math=True,
+)
 
 
 # Jitted, so that the layers of a model share one trace, one lowering and one binary.
@@ -139,8 +152,7 @@ def products(plan: Plan, operands: dict[str, jax.Array], interpret: bool = False
     if has_up and has_down:
         outputs["hidden"] = jax.ShapeDtypeStruct(plan.hidden, jnp.dtype(plan.dtype))
     if has_down:
-        kind = jnp.bfloat16 if plan.packed else jnp.float32
-        outputs["down_parts"] = jax.ShapeDtypeStruct(plan.down_parts, kind)
+        outputs["down_parts"] = jax.ShapeDtypeStruct(plan.down_parts, jnp.dtype(plan.kind))
     if has_up and has_down:
         outputs["out"] = jax.ShapeDtypeStruct((plan.batch, plan.d_model), jnp.dtype(plan.dtype))
         if tiles.marked:
@@ -158,9 +170,9 @@ def products(plan: Plan, operands: dict[str, jax.Array], interpret: bool = False
         block = Block(plan, refs, interpret)
         warpgroup = lax.axis_index("warpgroup")
 
-        pl.when(warpgroup < tiles.warpgroups)(lambda: block.consume(warpgroup))
-        pl.when(warpgroup == tiles.warpgroups)(block.produce)
-        pl.when(warpgroup == tiles.warpgroups + 1)(block.load)
+        pl.when(warpgroup < tiles.warpgroups)(lambda: consume(block, warpgroup))
+        pl.when(warpgroup == tiles.warpgroups)(lambda: produce(block))
+        pl.when(warpgroup == tiles.warpgroups + 1)(lambda: load(block))
 
     kernel = plgpu.kernel(
         body,

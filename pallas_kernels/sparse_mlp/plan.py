@@ -63,14 +63,16 @@ class Plan:
         return 2 if self.tiles.marked else 2 + self.up.tiles + self.groups
 
     @property
-    def packed(self) -> bool:
-        """Whether a fused kernel keeps partial sums of the result as bfloat16, too coarse for a float16 result."""
-        return self.tiles.fused and self.dtype == "bfloat16"
+    def kind(self) -> str:
+        """What partial sums of the result are kept as: in a fused kernel bfloat16 for a result of that type, but
+        float32 for float16, for which it would be too coarse.
+        """
+        return "bfloat16" if self.tiles.fused and self.dtype == "bfloat16" else "float32"
 
     @property
     def result_fours(self) -> int:
         """Times four words of a thread that a fused kernel's partial sum of 64 columns of the result has."""
-        return self.tiles.batch // (16 if self.packed else 8)
+        return self.tiles.batch // (8 if self.kind == "float32" else 16)
 
     @property
     def up_parts(self) -> tuple[int, int, int, int]:

@@ -1,0 +1,190 @@
+"""Partial sums in device memory, in the order in which threads hold them: each 16 bytes, one thread after the other.
+
+In inline PTX, not interpretable. A place in such an array is counted in fours: four words of each thread of a
+warpgroup. A word holds a float32 or, of the kinds of 16 bits, two numbers.
+"""
+
+import functools
+from collections.abc import Callable
+
+from jax.experimental.pallas import mosaic_gpu as plgpu
+from jaxlib.mlir import ir
+from jaxlib.mlir.dialects import arith, llvm, memref, scf, vector
+
+from pallas_kernels._inline import REF, SPLAT, asm, f32, i32, inline, less, thread, utils
+from pallas_kernels._inline import constant as c
+from pallas_kernels.sparse_mlp.schedule import Split
+
+FOUR_BYTES = 128 * 16  # of a four
+
+type Places = list[tuple[ir.Value, ir.Value]]  # (whether there is something, its address)
+type Words = list[ir.Value]
+
+
+def address(ref: ir.Value, place: ir.Value) -> ir.Value:
+    """Of the calling thread's words at `place`."""
+    first = arith.addi(arith.muli(place, c(128)), thread())
+    return utils.getelementptr(utils.memref_ptr(ref), [arith.muli(first, c(4))], i32())
+
+
+def element(kind: str) -> ir.Type:
+    """The type of a number: "float32", "bfloat16" or "float16"."""
+    return {"bfloat16": ir.BF16Type, "float16": ir.F16Type, "float32": ir.F32Type}[kind].get()
+
+
+def pack(low: ir.Value, high: ir.Value, kind: ir.Type) -> ir.Value:
+    """Two float32 rounded to bfloat16 or float16, in a word."""
+    short = "bf16" if kind == ir.BF16Type.get() else "f16"
+    return asm(f"cvt.rn.{short}x2.f32 $0, $1, $2;", [high, low], "=r,f,f", i32())
+
+
+def _words(pair: ir.Value, kind: str) -> Words:
+    low, high = (vector.extract(pair, dynamic_position=[], static_position=[i]) for i in (0, 1))
+    if kind != "float32":
+        return [pack(low, high, element(kind))]
+    return [arith.bitcast(i32(), number) for number in (low, high)]
+
+
+def _numbers(word: ir.Value, kind: str) -> list[ir.Value]:
+    """The numbers in a word, as float32."""
+    halves = [arith.shli(word, c(16)), arith.andi(word, c(-65536))] if kind == "bfloat16" else [word]
+    return [arith.bitcast(f32(), half) for half in halves]
+
+
+def store(
+    kind: str, *, how: str = "st.global", change: Callable[[ir.Value], ir.Value] | None = None
+) -> Callable:
+    """-> f(value float32 [64 n], ref, place): stores it as `kind`, from `place` on.
+
+    how: the instruction. change: of each word.
+    """
+
+    @inline(arg_types=(plgpu.Layout.WGMMA, REF, SPLAT))
+    def run(ctx, value, ref, place):
+        words = [word for pair in value.registers.flat for word in _words(pair, kind)]
+        words = words if change is None else [change(word) for word in words]
+        target = address(ref, place.registers.item())
+        for i in range(0, len(words), 4):
+            text = f"{how}.v4.b32 [$0 + {i // 4 * FOUR_BYTES}], {{$1, $2, $3, $4}};"
+            asm(text, [target, *words[i : i + 4]], "l,r,r,r,r")
+
+    return run
+
+
+@inline(arg_types=(plgpu.Layout.WGMMA, REF))
+def store_transposed(ctx, value, out):
+    """In a kernel: out[n, m] = value[m, n], both in whole 32-byte sectors; in no other order."""
+    value.foreach(lambda number, at: memref.store(number, out, [at[1], at[0]]))
+
+
+def load_words(places: Places) -> list[Words]:
+    """Four words from each place, zeros where there is nothing."""
+    zeros = " ".join(f"mov.b32 ${i}, 0;" for i in range(4))
+    text = f"{zeros} @$5 ld.global.v4.b32 {{$0, $1, $2, $3}}, [$4];"
+    return [load_four(text, [source, there], "=&r,=&r,=&r,=&r,l,b") for there, source in places]
+
+
+def load_four(text: str, arguments: list[ir.Value], constraints: str) -> Words:
+    """The four words that inline code loads."""
+    four = asm(text, arguments, constraints, ir.Type.parse("!llvm.struct<(i32, i32, i32, i32)>"))
+    return [llvm.extractvalue(i32(), four, [i]) for i in range(4)]
+
+
+def contributors(split: Split, tile: ir.Value, most: int, skipped: ir.Value | None = None) -> Places:
+    """(number of a partial sum of a tile, whether there is one), as `split.contributions`, after those `skipped`."""
+
+    def owner(unit):
+        return arith.divui(
+            arith.addi(arith.muli(arith.addi(unit, c(1)), c(split.blocks)), c(-1)), c(split.units)
+        )
+
+    first = owner(arith.muli(tile, c(split.chunks)))
+    last = owner(arith.addi(arith.muli(tile, c(split.chunks)), c(split.chunks - 1)))
+    if skipped is not None:
+        first = arith.addi(first, skipped)
+    found = []
+    for i in range(most):
+        block = arith.addi(first, c(i))
+        start = arith.divui(arith.muli(block, c(split.units)), c(split.blocks))
+        part = arith.subi(tile, arith.divui(start, c(split.chunks)))
+        number = arith.addi(arith.muli(block, c(split.max_parts)), part)
+        found.append((number, arith.cmpi(arith.CmpIPredicate.ule, block, last)))
+    return found
+
+
+def add_up(
+    split: Split,
+    cols: int,
+    kind: str,
+    ahead: int,
+    take: Callable[[Places], list[Words]],
+    workers: int,
+    items: int,
+) -> Callable:
+    """-> f(parts [n cols/64 batch 64], out [B D], worker): the partial sums of each tile, added in order.
+
+    `parts` was stored as `kind`, the fours of 64 columns of a partial sum together. Of all `items` fours of the
+    result, tile after tile, a worker adds up those numbered worker, worker + workers, ..., `ahead` of them at once.
+
+    take: `load_words`, or what waits for them.
+    """
+    most = split.contributions.shape[1]
+
+    @inline(arg_types=(REF, REF, SPLAT))
+    def run(ctx, parts, out, worker):
+        (_, _, batch, _) = ir.MemRefType(parts.type).shape
+        quads = batch // (8 if kind == "float32" else 16)  # fours of each 64 columns
+        first, step, end = worker.registers.item(), c(workers), c(items)
+
+        def places(item):
+            column = arith.divui(item, c(quads))
+            tile, block = arith.divui(column, c(cols // 64)), arith.remui(column, c(cols // 64))
+            quad, found = arith.remui(item, c(quads)), []
+            for number, there in contributors(split, tile, most):
+                place = arith.addi(arith.muli(number, c(cols // 64)), block)
+                place = arith.addi(arith.muli(place, c(quads)), quad)
+                source = address(parts, place)
+                found.append((arith.andi(there, less(item, end)), source))
+            return found
+
+        def load(items):
+            found = take([place for item in items for place in places(item)])
+            return [found[i : i + most] for i in range(0, len(found), most)]
+
+        def put(item, found):
+            sums = [
+                functools.reduce(arith.addf, numbers)
+                for words in zip(*found, strict=True)
+                for numbers in zip(*(_numbers(word, kind) for word in words), strict=True)
+            ]
+            column, quad = arith.divui(item, c(quads)), arith.remui(item, c(quads))
+            with utils.when(less(item, end)):
+                for i in range(0, len(sums), 4):
+                    row = arith.addi(arith.muli(quad, c(2 * len(sums))), c(2 * i))
+                    _put_transposed(sums[i : i + 4], out, row, arith.muli(column, c(64)))
+
+        loop = scf.ForOp(first, end, arith.muli(step, c(ahead)))
+        with ir.InsertionPoint(loop.body):
+            taken = [arith.addi(loop.induction_variable, arith.muli(step, c(i))) for i in range(ahead)]
+            for item, found in zip(taken, load(taken), strict=True):
+                put(item, found)
+            scf.yield_([])
+
+    return run
+
+
+def _put_transposed(sums: list[ir.Value], out: ir.Value, row: ir.Value, column: ir.Value) -> None:
+    """A thread's four numbers of 64 columns x 8 rows, as products leave them, to out [B D] from (row, column) on."""
+    out_type = ir.MemRefType(out.type)
+    rows, width = out_type.shape
+    lane, warp = arith.remui(thread(), c(32)), arith.divui(thread(), c(32))
+    row = arith.addi(row, arith.divui(lane, c(4)))
+    column = arith.addi(
+        column, arith.addi(arith.muli(warp, c(16)), arith.muli(arith.remui(lane, c(4)), c(2)))
+    )
+    for half in (0, 1):
+        word = pack(sums[2 * half], sums[2 * half + 1], out_type.element_type)
+        word = asm("movmatrix.sync.aligned.m8n8.trans.b16 $0, $1;", [word], "=r,r", i32())
+        place = arith.addi(arith.addi(arith.muli(row, c(width)), column), c(8 * half))
+        target = utils.getelementptr(utils.memref_ptr(out), [place], out_type.element_type)
+        asm("@$2 st.global.b32 [$0], $1;", [target, word, less(row, c(rows))], "l,r,b")
