@@ -338,12 +338,12 @@ class _Kernel:
 
     def _merge(self, part: _Part, parts_s, merge, write) -> None:
         """The cluster's first thread block combines what the others send into its shared memory, and writes it."""
-        split, pieces, heads = lax.axis_index("split"), len(part.out), self.problem.heads
+        split, problem = lax.axis_index("split"), self.problem
         exchange.join()
 
         @pl.when(split != 0)
         def _():
-            exchange.send(pieces)(*part.out, part.weight, parts_s, merge, split - 1)
+            exchange.send(problem)(*part.out, part.weight, parts_s, merge, split - 1)
 
         @pl.when(split == 0)
         def _():
@@ -351,7 +351,7 @@ class _Kernel:
             parts = [part]
             for sender in range(self.tiles.splits - 1):
                 *out, weight = (
-                    exchange.receive(sender, pieces, heads, piece)(parts_s) for piece in range(pieces + 1)
+                    exchange.receive(problem, sender, piece)(parts_s) for piece in range(len(part.out) + 1)
                 )
                 parts.append(_Part(tuple(out), weight))
             write(_merged(parts))

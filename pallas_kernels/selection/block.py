@@ -13,32 +13,27 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 from jaxlib.mlir import ir
 from jaxlib.mlir.dialects import arith, gpu, llvm, memref, vector
 
-from pallas_kernels._inline import REF as _REF
-from pallas_kernels._inline import SPLAT as _SPLAT
-from pallas_kernels._inline import constant as _c
-from pallas_kernels._inline import f32 as _f32
-from pallas_kernels._inline import i32 as _i32
-from pallas_kernels._inline import inline as _inline
-from pallas_kernels._inline import utils as _utils
+from pallas_kernels._inline import REF, SPLAT, as_index, f32, i32, inline, utils
+from pallas_kernels._inline import constant as c
 from pallas_kernels.selection import tiles
 
 TOP, BOTTOM, TOTALS, FOUND = range(4)  # rows of the block's shared slots
 
-_SCALAR = plgpu.ShapeDtypeStruct((), jnp.int32, layout=_SPLAT)
+_SCALAR = plgpu.ShapeDtypeStruct((), jnp.int32, layout=SPLAT)
 
 
 def _float(value: float) -> ir.Value:
-    return arith.constant(_f32(), ir.FloatAttr.get(_f32(), value))
+    return arith.constant(f32(), ir.FloatAttr.get(f32(), value))
 
 
 def _at(*values: ir.Value | int) -> list[ir.Value]:
-    wide = [_c(value) if isinstance(value, int) else value for value in values]
-    return [arith.index_cast(ir.IndexType.get(), value) for value in wide]
+    wide = [c(value) if isinstance(value, int) else value for value in values]
+    return [as_index(value) for value in wide]
 
 
 def _asm(text: str, args: list[ir.Value], constraints: str, result: ir.Type | None = None) -> ir.Value:
     return llvm.inline_asm(
-        _i32() if result is None else result, args, text, constraints, has_side_effects=True
+        i32() if result is None else result, args, text, constraints, has_side_effects=True
     )
 
 
@@ -47,7 +42,7 @@ def _effect(text: str, args: list[ir.Value], constraints: str) -> None:
 
 
 def _pure(text: str, args: list[ir.Value], constraints: str, result: ir.Type | None = None) -> ir.Value:
-    return llvm.inline_asm(_i32() if result is None else result, args, text, constraints)
+    return llvm.inline_asm(i32() if result is None else result, args, text, constraints)
 
 
 def _compare(how: str, a: ir.Value, b: ir.Value) -> ir.Value:
@@ -55,7 +50,7 @@ def _compare(how: str, a: ir.Value, b: ir.Value) -> ir.Value:
 
 
 def _chosen_or_zero(condition: ir.Value, value: ir.Value) -> ir.Value:
-    return arith.select(condition, value, _c(0))
+    return arith.select(condition, value, c(0))
 
 
 def _elements(array: mgpu.FragmentedArray) -> list[ir.Value]:
@@ -63,13 +58,13 @@ def _elements(array: mgpu.FragmentedArray) -> list[ir.Value]:
 
 
 def _lane_and_warp() -> tuple[ir.Value, ir.Value]:
-    thread = _utils.thread_idx()
-    return arith.remui(thread, _c(32)), arith.divui(thread, _c(32))
+    thread = utils.thread_idx()
+    return arith.remui(thread, c(32)), arith.divui(thread, c(32))
 
 
 def _first_entry(n: int) -> ir.Value:
     lane, warp = _lane_and_warp()
-    return arith.addi(arith.muli(warp, _c(128 * tiles.quads(n))), arith.muli(lane, _c(4)))
+    return arith.addi(arith.muli(warp, c(128 * tiles.quads(n))), arith.muli(lane, c(4)))
 
 
 def _redux(how: str, value: ir.Value) -> ir.Value:
@@ -87,7 +82,7 @@ def _warp_scan(value: ir.Value) -> ir.Value:
 def _over_warps(how: str, n: int, slots: ir.Value, row: int, mask: bool = False) -> ir.Value:
     """Of the values that the warps left in a row of slots: all of them, or with `mask` those of warps before."""
     lane, warp = _lane_and_warp()
-    value = memref.load(slots, _at(row, arith.remui(lane, _c(4 * tiles.warpgroups(n)))))
+    value = memref.load(slots, _at(row, arith.remui(lane, c(4 * tiles.warpgroups(n)))))
     return _redux(how, _chosen_or_zero(_compare("ult", lane, warp), value) if mask else value)
 
 
@@ -98,7 +93,7 @@ def _layout(n: int) -> Any:
 def _array(values: list[ir.Value], n: int) -> mgpu.FragmentedArray:
     registers = np.empty((len(values),), dtype=object)
     for i, value in enumerate(values):
-        registers[i] = vector.broadcast(ir.VectorType.get((1,), _i32()), value)
+        registers[i] = vector.broadcast(ir.VectorType.get((1,), i32()), value)
     return mgpu.FragmentedArray(_registers=registers, _layout=_layout(n).to_mgpu(), _is_signed=True)
 
 
@@ -108,14 +103,14 @@ def _array(values: list[ir.Value], n: int) -> mgpu.FragmentedArray:
 def _load_quad(pointer: ir.Value, entry: ir.Value, n: int) -> list[ir.Value]:
     """Four entries of a row of n, a multiple of 4; those beyond its end repeat others."""
     if n != tiles.padded(n):
-        entry = arith.minui(entry, _c(n - 4))
+        entry = arith.minui(entry, c(n - 4))
     four = _asm(
         "ld.global.nc.v4.f32 {$0, $1, $2, $3}, [$4];",
-        [_utils.getelementptr(pointer, [entry], _f32())],
+        [utils.getelementptr(pointer, [entry], f32())],
         "=f,=f,=f,=f,l",
         ir.Type.parse("!llvm.struct<(f32, f32, f32, f32)>"),
     )
-    return [llvm.extractvalue(_f32(), four, [i]) for i in range(4)]
+    return [llvm.extractvalue(f32(), four, [i]) for i in range(4)]
 
 
 def _sum_of_positive(values: list[ir.Value]) -> ir.Value:
@@ -128,11 +123,11 @@ def _sum_of_positive(values: list[ir.Value]) -> ir.Value:
 def _key(value: ir.Value, signed: bool) -> ir.Value:
     """int32 in the order of the scores: equal for -0 and +0, for NaN as for -inf or below all that are positive."""
     lowest = _float(float("-inf") if signed else -1.0)
-    value = _asm("max.f32 $0, $1, $2;", [value, lowest], "=f,f,f", _f32())
+    value = _asm("max.f32 $0, $1, $2;", [value, lowest], "=f,f,f", f32())
     if not signed:
-        return arith.bitcast(_i32(), value)
-    bits = arith.bitcast(_i32(), _asm("add.rn.f32 $0, $1, 0f00000000;", [value], "=f,f", _f32()))
-    return arith.xori(bits, arith.andi(arith.shrsi(bits, _c(31)), _c(0x7FFFFFFF)))
+        return arith.bitcast(i32(), value)
+    bits = arith.bitcast(i32(), _asm("add.rn.f32 $0, $1, 0f00000000;", [value], "=f,f", f32()))
+    return arith.xori(bits, arith.andi(arith.shrsi(bits, c(31)), c(0x7FFFFFFF)))
 
 
 def load(members: int, n: int, *, pool: bool, signed: bool) -> Callable:
@@ -143,8 +138,8 @@ def load(members: int, n: int, *, pool: bool, signed: bool) -> Callable:
     may be negative. Clears the bins.
     """
 
-    @_inline(
-        arg_types=(_REF, _SPLAT, _REF, _REF),
+    @inline(
+        arg_types=(REF, SPLAT, REF, REF),
         return_type=(
             plgpu.ShapeDtypeStruct((tiles.padded(n) // tiles.warpgroups(n),), jnp.int32, layout=_layout(n)),
             _SCALAR,
@@ -152,16 +147,16 @@ def load(members: int, n: int, *, pool: bool, signed: bool) -> Callable:
     )
     def run(ctx, scores, row, bins, slots):
         _, warp = _lane_and_warp()
-        entries = [arith.addi(_first_entry(n), _c(128 * j)) for j in range(tiles.quads(n))]
+        entries = [arith.addi(_first_entry(n), c(128 * j)) for j in range(tiles.quads(n))]
         i64 = ir.IntegerType.get_signless(64)
-        start = arith.muli(arith.extsi(i64, row.registers.item()), _utils.c(members * n, i64))
-        starts = [arith.addi(start, _utils.c(i * n, i64)) for i in range(members)]
-        pointers = [_utils.getelementptr(_utils.memref_ptr(scores), [at], _f32()) for at in starts]
+        start = arith.muli(arith.extsi(i64, row.registers.item()), utils.c(members * n, i64))
+        starts = [arith.addi(start, utils.c(i * n, i64)) for i in range(members)]
+        pointers = [utils.getelementptr(utils.memref_ptr(scores), [at], f32()) for at in starts]
         keys = []
         for entry in entries:
             four = zip(*(_load_quad(pointer, entry, n) for pointer in pointers), strict=True)
             keys += [_key(_sum_of_positive(list(v)) if pool else v[0], signed) for v in four]
-        _effect("st.shared.v2.b32 [$0], {$1, $1};", [_bin_pair(bins), _c(0)], "r,r")
+        _effect("st.shared.v2.b32 [$0], {$1, $1};", [_bin_pair(bins), c(0)], "r,r")
         top, bottom = keys[0], keys[0]
         for key in keys[1:]:
             top, bottom = arith.maxsi(top, key), arith.minsi(bottom, key)
@@ -170,11 +165,11 @@ def load(members: int, n: int, *, pool: bool, signed: bool) -> Callable:
         gpu.barrier()
         top, bottom = _over_warps("max", n, slots, TOP), _over_warps("min", n, slots, BOTTOM)
         zeros = _asm("clz.b32 $0, $1;", [arith.subi(top, bottom)], "=r,r")
-        shift = arith.maxsi(arith.subi(_c(32 - tiles.digit(n)), zeros), _c(0))
+        shift = arith.maxsi(arith.subi(c(32 - tiles.digit(n)), zeros), c(0))
         distances = [arith.subi(top, key) for key in keys]
         if n != tiles.padded(n):
-            inside = [_compare("ult", arith.addi(at, _c(i)), _c(n)) for at in entries for i in range(4)]
-            distances = [arith.select(i, d, _c(-1)) for i, d in zip(inside, distances, strict=True)]
+            inside = [_compare("ult", arith.addi(at, c(i)), c(n)) for at in entries for i in range(4)]
+            distances = [arith.select(i, d, c(-1)) for i, d in zip(inside, distances, strict=True)]
         return _array(distances, n), mgpu.FragmentedArray.splat(shift, shape=(), is_signed=True)
 
     return run
@@ -185,11 +180,11 @@ def load(members: int, n: int, *, pool: bool, signed: bool) -> Callable:
 
 def _shared(ref: ir.Value) -> ir.Value:
     """Its address in shared memory, 32 bits."""
-    return llvm.ptrtoint(_i32(), _utils.memref_ptr(ref))
+    return llvm.ptrtoint(i32(), utils.memref_ptr(ref))
 
 
 def _bin_pair(bins: ir.Value) -> ir.Value:
-    return arith.addi(_shared(bins), arith.muli(_utils.thread_idx(), _c(8)))
+    return arith.addi(_shared(bins), arith.muli(utils.thread_idx(), c(8)))
 
 
 def crossing(n: int) -> Callable:
@@ -199,7 +194,7 @@ def crossing(n: int) -> Callable:
     `left`-th smallest of these, which one it is there, and whether it is the last there. Clears the bins.
     """
 
-    @_inline(arg_types=(_layout(n), _SPLAT, _SPLAT, _SPLAT, _REF, _REF), return_type=(_SCALAR,) * 3)
+    @inline(arg_types=(_layout(n), SPLAT, SPLAT, SPLAT, REF, REF), return_type=(_SCALAR,) * 3)
     def run(ctx, distances, low, shift, left, bins, slots):
         low, shift, left = (x.registers.item() for x in (low, shift, left))
         lane, warp = _lane_and_warp()
@@ -217,19 +212,19 @@ def crossing(n: int) -> Callable:
             "=r,=r,r,~{memory}",
             ir.Type.parse("!llvm.struct<(i32, i32)>"),
         )
-        _effect("st.shared.v2.b32 [$0], {$1, $1};", [_bin_pair(bins), _c(0)], "r,r")
-        first, second = (llvm.extractvalue(_i32(), both, [i]) for i in range(2))
+        _effect("st.shared.v2.b32 [$0], {$1, $1};", [_bin_pair(bins), c(0)], "r,r")
+        first, second = (llvm.extractvalue(i32(), both, [i]) for i in range(2))
         up_to = _warp_scan(arith.addi(first, second))
-        with _utils.when(_compare("eq", lane, _c(31))):
+        with utils.when(_compare("eq", lane, c(31))):
             memref.store(up_to, slots, _at(TOTALS, warp))
         gpu.barrier()
         up_to = arith.addi(up_to, _over_warps("add", n, slots, TOTALS, mask=True))
         in_second = arith.subi(left, arith.subi(up_to, second))
         in_first = arith.addi(in_second, first)
         for i, (nth, size) in enumerate(((in_first, first), (in_second, second))):
-            with _utils.when(_compare("ult", arith.subi(nth, _c(1)), size)):
-                bin_ = arith.addi(arith.muli(_utils.thread_idx(), _c(2)), _c(i))
-                full = arith.extui(_i32(), _compare("eq", nth, size))
+            with utils.when(_compare("ult", arith.subi(nth, c(1)), size)):
+                bin_ = arith.addi(arith.muli(utils.thread_idx(), c(2)), c(i))
+                full = arith.extui(i32(), _compare("eq", nth, size))
                 for slot, value in enumerate((bin_, nth, full)):
                     memref.store(value, slots, _at(FOUND, slot))
         gpu.barrier()
@@ -253,16 +248,16 @@ def write(n: int, k: int) -> Callable:
     Chosen are the distances below `cut` and the first `extra` of those equal to it, k in all.
     """
 
-    @_inline(arg_types=(_layout(n), _SPLAT, _SPLAT, _REF, _REF, _SPLAT))
+    @inline(arg_types=(_layout(n), SPLAT, SPLAT, REF, REF, SPLAT))
     def run(ctx, distances, cut, extra, slots, out, row):
         cut, extra = cut.registers.item(), extra.registers.item()
         elements, (_, warp) = _elements(distances), _lane_and_warp()
         before, sums = (
             [],
-            _c(0),
+            c(0),
         )  # of the warp's earlier entries: how many are below, and 65,536 times those equal
         for j in range(0, len(elements), 4):
-            mine = _c(0)
+            mine = c(0)
             for distance in elements[j : j + 4]:
                 mine = _asm(_COUNT, [distance, cut, mine], "=r,r,r,r")  # opaque, or predicates fill registers
             up_to = _warp_scan(mine)
@@ -272,20 +267,20 @@ def write(n: int, k: int) -> Callable:
         gpu.barrier()
         base = _over_warps("add", n, slots, TOTALS, mask=True)
         i64 = ir.IntegerType.get_signless(64)
-        start = arith.muli(arith.extsi(i64, row.registers.item()), _utils.c(k, i64))
-        pointer = _utils.getelementptr(_utils.memref_ptr(out), [start], _i32())
+        start = arith.muli(arith.extsi(i64, row.registers.item()), utils.c(k, i64))
+        pointer = utils.getelementptr(utils.memref_ptr(out), [start], i32())
         for j, earlier in enumerate(before):
             sums = arith.addi(earlier, base)
-            equals = arith.shrui(sums, _c(16))
-            target = arith.addi(arith.andi(sums, _c(0xFFFF)), arith.minui(equals, extra))
+            equals = arith.shrui(sums, c(16))
+            target = arith.addi(arith.andi(sums, c(0xFFFF)), arith.minui(equals, extra))
             for i, distance in enumerate(elements[4 * j : 4 * j + 4]):
                 equal = _compare("eq", distance, cut)
                 tied = arith.andi(equal, _compare("ult", equals, extra))
                 chosen = arith.ori(_compare("ult", distance, cut), tied)
-                entry = arith.addi(_first_entry(n), _c(128 * j + i))
-                at = _utils.getelementptr(pointer, [target], _i32())
+                entry = arith.addi(_first_entry(n), c(128 * j + i))
+                at = utils.getelementptr(pointer, [target], i32())
                 _effect("@$0 st.global.b32 [$1], $2;", [chosen, at, entry], "b,l,r")
-                target = arith.addi(target, arith.extui(_i32(), chosen))
-                equals = arith.addi(equals, arith.extui(_i32(), equal))
+                target = arith.addi(target, arith.extui(i32(), chosen))
+                equals = arith.addi(equals, arith.extui(i32(), equal))
 
     return run
