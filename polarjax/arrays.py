@@ -16,7 +16,7 @@ from collections.abc import Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor, wait
 from io import BufferedReader
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
 import jax
 import numpy as np
@@ -45,6 +45,8 @@ class ArrayWriter:
     thread of its own. Memory for the arrays can be had here (`reserve`): two blocks, used in turns, because a system
     hands out fresh memory more slowly than it copies.
 
+    Use it in a `with` block, or call `stop` at the end: threads may be writing when an exception ends the work.
+
     Args:
       folder: where the orbax checkpoint will be; must not exist.
       batch_bytes: arrays are gathered up to this size before they are written.
@@ -60,6 +62,12 @@ class ArrayWriter:
         self._opened = contextlib.ExitStack()
         self._writer, self._hasher = ThreadPoolExecutor(1), ThreadPoolExecutor(1, initializer=_give_way)
         self._written: Future[None] | None = None
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.stop()
 
     @property
     def arrays(self) -> dict[str, dict[str, Any]]:

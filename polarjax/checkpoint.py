@@ -278,13 +278,13 @@ def _read_tokenizer(folder: Path, model_type: str | None) -> Tokenizer | None:
 
 def _write_routers(folder: Path, routers: Routers) -> None:
     folder.mkdir(exist_ok=True)
-    writer = ArrayWriter(folder / "arrays")
-    for i, layer in enumerate(routers.layers):
-        for field in dataclasses.fields(LayerRouter):
-            value = getattr(layer, field.name)
-            if value is not None:
-                writer.add(f"layers.{i}.{field.name}", np.asarray(value))
-    write_json(folder / "manifest.json", {"format": FORMAT, "arrays": writer.close()})
+    with ArrayWriter(folder / "arrays") as writer:
+        for i, layer in enumerate(routers.layers):
+            for field in dataclasses.fields(LayerRouter):
+                value = getattr(layer, field.name)
+                if value is not None:
+                    writer.add(f"layers.{i}.{field.name}", np.asarray(value))
+        write_json(folder / "manifest.json", {"format": FORMAT, "arrays": writer.close()})
 
 
 def _read_routers(folder: Path, config: ModelConfig) -> Routers | None:
