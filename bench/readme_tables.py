@@ -41,12 +41,16 @@ Row = dict[str, Any]
 
 
 class Results:
-    """Rows of one file of results by case and kernel; of rows that were measured again, those of the last commit."""
+    """Rows of one file of results by case and kernel.
+
+    Of rows from several devices those of the one that has most, of rows that were measured again those of the last
+    commit.
+    """
 
     def __init__(self, rows: Iterable[Row]) -> None:
         timed = [row for row in rows if "time_us" in row or "ms_per_step" in row]
         cases: dict[str, list[Row]] = {}
-        for row in timed:
+        for row in report.of_one_device(timed):
             model, _, rest = row["case"].partition(" ")
             for name in dict.fromkeys((model, *row.get("same", ()))):
                 cases.setdefault(f"{name} {rest}", []).append(row)

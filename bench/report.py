@@ -3,7 +3,8 @@
 import json
 import os
 import subprocess
-from collections.abc import Mapping, Sequence
+from collections import Counter
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -67,6 +68,13 @@ def append_jsonl(path: Path, rows: Sequence[Mapping[str, Any]], head: Mapping[st
 def read_jsonl(path: Path) -> list[dict[str, Any]]:
     """The rows of a file of JSON lines."""
     return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines() if line.strip()]
+
+
+def of_one_device(rows: Iterable[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Of rows from several devices those of the one that has most: times of two don't belong in one table."""
+    rows = list(rows)
+    devices = Counter(row.get("device") for row in rows).most_common(1)
+    return [row for row in rows if row.get("device") == devices[0][0]]
 
 
 def results_path(default: str) -> Path | None:

@@ -41,7 +41,7 @@ def series(folder: Path = RESULTS) -> list[Series]:
 
     def read(name):
         path = folder / f"{name}.jsonl"
-        return report.read_jsonl(path) if path.is_file() else []
+        return report.of_one_device(report.read_jsonl(path)) if path.is_file() else []
 
     attention, mlp, steps = (read(name) for name in ("decode_attention", "sparse_mlp", "decode"))
     first: dict[tuple[str, str], dict[str, Any]] = {}  # of each run's configurations, the heuristic's
@@ -115,7 +115,7 @@ def title(folder: Path = RESULTS) -> str:
     rows = [
         row
         for path in sorted(folder.glob("*.jsonl"))
-        for row in report.read_jsonl(path)
+        for row in report.of_one_device(report.read_jsonl(path))
         if "copy_gbps" in row
     ]
     if not rows:

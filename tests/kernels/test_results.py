@@ -41,6 +41,18 @@ def test_a_model_of_the_same_shape_has_its_row_and_the_last_commit_counts(tmp_pa
     assert "| LLaMA-2-7B, 16, 3,968 | 200 µs | 70 % |" in readme_tables.attention(tmp_path)
 
 
+def test_a_second_device_is_not_mixed_in(tmp_path):
+    case = "opt-6.7b B16 S1920 d"
+    dense = {"case": case + "1", "kernel": "mosaic", "time_us": 300.0, "pct_peak": 70.0}
+    sparse = {"case": case + "0.3", "kernel": "mosaic", "time_us": 100.0, "pct_peak": 60.0}
+    write(tmp_path, "decode_attention", dense, sparse, sparse | {"device": "another", "time_us": 200.0})
+    table = readme_tables.attention(tmp_path)
+    assert "| OPT-6.7B, 16, 1,920 | 300 µs | 70 % | 9 of 32: 60 %, 3.00 × |" in table
+    assert "another" not in table
+    points = [point for kind in roofline.series(tmp_path) for point in kind.points]
+    assert len(points) == 2
+
+
 def test_the_heuristics_configuration_is_shown_and_not_the_best(tmp_path):
     dense = {"case": "opt-66b B16 d1", "kernel": "dense", "time_us": 300.0, "pct_peak": 90.0}
     ours = [
