@@ -31,6 +31,7 @@ from pallas_kernels import record_backends
 from polarjax import costs
 from polarjax.demo.run import PROMPTS
 from polarjax.model import abstract, parameters, with_parameters
+from polarjax.sparsity.plan import uniform_groups
 from polarjax.sparsity.router import Routers, init_routers
 from polarjax.sparsity.select import Sparsity, Static
 
@@ -96,7 +97,7 @@ def fixed(config: pj.ModelConfig) -> Sparsity:
     layers, rng = config.num_layers, np.random.default_rng(0)
     groups, neurons = (rng.uniform(size=(layers, n)) for n in (config.num_kv_heads, config.d_ff))
     kept = config.d_ff // 2 if config.neuron_sparsity else None
-    plan = pj.SparsityPlan((kept,) * layers, pj.sparsity.plan.uniform_groups(config, 0.75))
+    plan = pj.SparsityPlan((kept,) * layers, uniform_groups(config, 0.75))
     return Sparsity(Static(jnp.asarray(groups, jnp.float32), jnp.asarray(neurons, jnp.float32)), plan)
 
 

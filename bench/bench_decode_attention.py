@@ -149,7 +149,8 @@ def sweep(peak: float, specs: Sequence[str]) -> list[dict[str, Any]]:
 
 def _try(case, sets, job, kernel, peak) -> dict[str, Any]:
     try:
-        row = measure(case, sets, *job.result(), kernel, peak)
+        program, calls = job.result()
+        row = measure(case, sets, program, calls, kernel, peak)
     except Exception as failure:  # a configuration that fails is a row of the table
         row = {
             "case": str(case),

@@ -3,6 +3,7 @@
 from dataclasses import dataclass
 
 import polarjax as pj
+from polarjax.sparsity.plan import uniform_groups
 
 OPT_6_7B = pj.ModelConfig(
     vocab_size=50272,
@@ -58,7 +59,7 @@ class DecodeShape:
     def plan(self, batch: int, *, neurons: bool) -> pj.SparsityPlan:
         """The same counts in every layer, neurons in steps of 128."""
         layers = self.config.num_layers
-        groups = pj.sparsity.plan.uniform_groups(self.config, self.head_density)
+        groups = uniform_groups(self.config, self.head_density)
         kept = -(-int(self.neuron_density.get(batch, 1.0) * self.config.d_ff) // 128) * 128
         return pj.SparsityPlan((kept if neurons else None,) * layers, groups)
 

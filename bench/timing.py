@@ -25,8 +25,8 @@ def require_gpu() -> None:
         ) from None
 
 
-def chained(call: Callable[..., jax.Array], calls: int) -> Callable[..., tuple[jax.Array, jax.Array]]:
-    """(x, sets) -> the first and the last of `calls` results, each call taking the one before and the next set.
+def chained(call: Callable[..., jax.Array], calls: int) -> jax.stages.Wrapped:
+    """Jitted (x, sets) -> the first and the last of `calls` results, each call taking the one before and the next set.
 
     The result of a call must have the shape and dtype of its first operand; so no two calls overlap.
     """
