@@ -209,7 +209,8 @@ def read_array(folder: Path, name: str, record: Record, *, mend: str) -> np.ndar
 def _give_way() -> None:
     """Lets other threads go before the calling one, where threads have priorities of their own."""
     if sys.platform == "linux":
-        os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), 15)
+        thread = threading.get_native_id()
+        os.setpriority(os.PRIO_PROCESS, thread, max(15, os.getpriority(os.PRIO_PROCESS, thread)))
 
 
 def _host() -> Any:
@@ -271,8 +272,10 @@ def _sizes(folder: Path) -> dict[str, int]:
 
 @contextlib.contextmanager
 def _plain(folder: Path) -> Iterator[str]:
-    """`folder` by a name that orbax, which takes paths for glob patterns, can be given."""
-    if not set("*?[") & set(str(folder)):
+    """`folder` by a name that can be given to orbax, for which paths are glob patterns, and to TensorStore, for which a
+    backslash parts folders.
+    """
+    if not set("*?[\\") & set(str(folder)):
         yield str(folder)
         return
     with tempfile.TemporaryDirectory() as place:

@@ -28,7 +28,7 @@ from polarjax.model import Decoder, parameters, shapes, with_parameters
 from polarjax.sparsity.plan import PlanTable
 from polarjax.sparsity.router import LayerRouter, Routers
 from polarjax.sparsity.select import Sparsity
-from polarjax.storage import absolute, atomic_folder, read_json, write_json
+from polarjax.storage import absolute, atomic_file, atomic_folder, dump_json, read_json, write_json
 from polarjax.tokenizer import Tokenizer, has_tokenizer
 from polarjax.tokenizer_files import copy_tokenizer
 from polarjax.types import Array, DTypeLike
@@ -246,6 +246,8 @@ def read_config(folder: Path) -> ModelConfig:
 def write_routers(path: str | os.PathLike[str], routers: Routers) -> None:
     """Puts trained routers into the model directory `path`, replacing earlier ones in one step.
 
+    Plans are removed: they were calibrated for the earlier routers.
+
     Raises:
       CheckpointError: `path` is no model directory.
       SparsityError: the routers are for another model.
@@ -253,7 +255,7 @@ def write_routers(path: str | os.PathLike[str], routers: Routers) -> None:
     folder = absolute(path)
     read_manifest(folder)
     _located(folder / "routers", routers.check, read_config(folder))
-    with atomic_folder(folder / "routers", overwrite=True) as temporary:
+    with atomic_folder(folder / "routers", overwrite=True, obsolete=folder / "plans.json") as temporary:
         _write_routers(temporary, routers)
 
 
@@ -267,9 +269,8 @@ def write_plans(path: str | os.PathLike[str], plans: PlanTable) -> None:
     folder = absolute(path)
     read_manifest(folder)
     _located(folder / "plans.json", plans.check, read_config(folder))
-    temporary = folder / ".plans.json.polarjax-tmp"
-    write_json(temporary, plans.to_json())
-    temporary.replace(folder / "plans.json")
+    with atomic_file(folder / "plans.json", overwrite=True) as stream:
+        dump_json(stream, plans.to_json())
 
 
 def _read_tokenizer(folder: Path, model_type: str | None) -> Tokenizer | None:

@@ -1,4 +1,9 @@
-"""Folders on disk that appear whole or not at all, and JSON files in them."""
+"""Folders and files on disk that appear whole or not at all, and JSON files.
+
+What is being made lies beside its place under a name of its own, `.NAME.polarjax-tmp-TOKEN`; with `.old` after it, what
+stood there before, for the moment of the change. Whoever holds the lock on the file with `.lock` after it owns the
+three; the system releases it when the process dies, and the next one that wants the same place clears up.
+"""
 
 import contextlib
 import fcntl
@@ -14,7 +19,9 @@ from typing import Any, TextIO
 from polarjax.errors import CheckpointError
 
 _MARK = ".polarjax-tmp-"
-_LOCK = ".lock"
+_LOCK, _OLD = ".lock", ".old"
+
+type MayReplace = Callable[[Path], bool]
 
 
 @contextlib.contextmanager
@@ -22,8 +29,9 @@ def atomic_folder(
     path: Path,
     *,
     overwrite: bool = False,
-    may_replace: Callable[[Path], bool] | None = None,
+    may_replace: MayReplace | None = None,
     num_bytes: int = 0,
+    obsolete: Path | None = None,
 ) -> Iterator[Path]:
     """Yields a temporary sibling folder that becomes `path` when the block ends, and is removed if it raises.
 
@@ -35,29 +43,25 @@ def atomic_folder(
       overwrite: whether an existing `path` may be replaced.
       may_replace: whether what exists at `path` is of the kind that may be replaced; asked only with `overwrite`.
       num_bytes: that the files will have at least, if known; the disk must have room for so many.
+      obsolete: a file that means nothing beside the new folder; it is removed just before the folder appears.
 
     Raises:
-      CheckpointError: `path` exists and must not be replaced, or the disk refuses or has too little room.
+      CheckpointError: `path` exists and must not be replaced, the disk refuses or has too little room, or a file
+        that is read meanwhile can't be.
     """
     path = absolute(path)
     _check_free(path, overwrite, may_replace)
-    try:
+    with _refusals(path), contextlib.ExitStack() as stack:
         remove_stale(path)
         _check_room(path, num_bytes)
-        path.parent.mkdir(parents=True, exist_ok=True)
-        temporary = _sibling(path)
+        temporary = stack.enter_context(_claimed(path))
         temporary.mkdir()
-    except OSError as error:
-        raise _refused(path, error) from error
-    try:
-        with _locked(temporary):
-            yield temporary
-            _flush(temporary)
-            _put(temporary, path)
-    except OSError as error:
-        raise _refused(path, error) from error
-    finally:
-        shutil.rmtree(temporary, ignore_errors=True)
+        yield temporary
+        _flush(temporary)
+        _check_free(path, overwrite, may_replace)  # something may have come meanwhile
+        if obsolete is not None:
+            obsolete.unlink(missing_ok=True)
+        _put(temporary, path)
 
 
 @contextlib.contextmanager
@@ -65,7 +69,8 @@ def atomic_file(path: Path, *, overwrite: bool = False) -> Iterator[TextIO]:
     """Yields a text stream whose content is at `path` once the block ends; nothing is there if it raises.
 
     Raises:
-      CheckpointError: `path` exists and must not be replaced, is a directory, or the disk refuses.
+      CheckpointError: `path` exists and must not be replaced, is a directory, the disk refuses, or a file that is
+        read meanwhile can't be.
     """
     path = absolute(path)
     _check_free(path, overwrite, None)
@@ -73,19 +78,16 @@ def atomic_file(path: Path, *, overwrite: bool = False) -> Iterator[TextIO]:
         raise CheckpointError(
             "a directory is in the way", where=path, mend="choose another name for the file"
         )
-    temporary = _sibling(path)
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
+    with _refusals(path), contextlib.ExitStack() as stack:
+        remove_stale(path)
+        temporary = stack.enter_context(_claimed(path))
         with open(temporary, "x", encoding="utf-8") as stream:
             yield stream
             stream.flush()
             os.fsync(stream.fileno())
+        _check_free(path, overwrite, None)
         temporary.replace(path)
         _sync(path.parent)
-    except OSError as error:
-        raise _refused(path, error) from error
-    finally:
-        temporary.unlink(missing_ok=True)
 
 
 def absolute(path: str | os.PathLike[str]) -> Path:
@@ -93,20 +95,34 @@ def absolute(path: str | os.PathLike[str]) -> Path:
     return Path(os.path.abspath(Path(path).expanduser()))
 
 
+def check_writable(folder: Path) -> None:
+    """Raises `CheckpointError` unless files can be made in a folder: before long work whose result belongs there."""
+    with _refusals(folder), _claimed(folder / "probe"):
+        pass
+
+
 def remove_stale(path: Path) -> None:
-    """Removes the temporary folders that killed processes left beside `path`."""
-    for folder in path.parent.glob(f".{glob.escape(path.name)}{_MARK}*"):
-        with contextlib.suppress(BlockingIOError), _locked(folder):
-            shutil.rmtree(folder)
+    """Removes what killed processes left beside `path`; if one was about to replace it, puts it back first."""
+    found = path.parent.glob(f".{glob.escape(path.name)}{_MARK}*")
+    for name in {each.name.removesuffix(_LOCK).removesuffix(_OLD) for each in found}:
+        temporary = path.with_name(name)
+        with contextlib.suppress(OSError), _locked(temporary) as mine:
+            if mine:
+                _clear(temporary, path)
 
 
 def write_json(file: Path, data: dict[str, Any]) -> None:
     """Writes an object as JSON, down to the disk."""
     with open(file, "w", encoding="utf-8") as stream:
-        json.dump(data, stream, indent=2)
-        stream.write("\n")
+        dump_json(stream, data)
         stream.flush()
         os.fsync(stream.fileno())
+
+
+def dump_json(stream: TextIO, data: dict[str, Any]) -> None:
+    """Writes an object as JSON for people too."""
+    json.dump(data, stream, indent=2)
+    stream.write("\n")
 
 
 def read_json(file: Path, *, mend: str) -> dict[str, Any]:
@@ -122,26 +138,70 @@ def read_json(file: Path, *, mend: str) -> dict[str, Any]:
     return data
 
 
-def _sibling(path: Path) -> Path:
-    return path.with_name(f".{path.name}{_MARK}{secrets.token_hex(4)}")
+def _beside(temporary: Path, suffix: str) -> Path:
+    return temporary.with_name(temporary.name + suffix)
 
 
 @contextlib.contextmanager
-def _locked(folder: Path) -> Iterator[None]:
-    """Holds the folder's lock, which the system releases when the process dies."""
-    handle = os.open(folder / _LOCK, os.O_CREAT | os.O_RDWR)
+def _claimed(path: Path) -> Iterator[Path]:
+    """A name beside `path` that no other process uses; what is left under it in the end is removed."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    while True:
+        temporary = path.with_name(f".{path.name}{_MARK}{secrets.token_hex(4)}")
+        with _locked(temporary) as mine:
+            if not mine:  # another process takes it for stale
+                continue
+            try:
+                yield temporary
+            finally:
+                _clear(temporary, path)
+            return
+
+
+@contextlib.contextmanager
+def _locked(temporary: Path) -> Iterator[bool]:
+    """Locks a temporary name; yields False if another process has it."""
+    file = _beside(temporary, _LOCK)
+    handle = os.open(file, os.O_CREAT | os.O_RDWR, 0o666)
+    mine = False
     try:
-        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        yield
+        mine = _lock(handle, file)
+        yield mine
     finally:
+        if mine:
+            file.unlink(missing_ok=True)
         os.close(handle)
 
 
-def _check_free(path: Path, overwrite: bool, may_replace: Callable[[Path], bool] | None) -> None:
+def _lock(handle: int, file: Path) -> bool:
+    try:
+        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        return os.path.samestat(os.fstat(handle), os.stat(file))
+    except (BlockingIOError, FileNotFoundError):  # another has it, or has just removed it
+        return False
+
+
+def _clear(temporary: Path, path: Path) -> None:
+    """Removes what was not finished; what was being replaced goes back, or goes if the new one is there."""
+    old = _beside(temporary, _OLD)
+    if os.path.lexists(old) and not os.path.lexists(path):
+        old.rename(path)
+    for each in (temporary, old):
+        _remove(each)
+
+
+def _remove(path: Path) -> None:
+    if path.is_dir() and not path.is_symlink():
+        shutil.rmtree(path, ignore_errors=True)
+    else:
+        path.unlink(missing_ok=True)
+
+
+def _check_free(path: Path, overwrite: bool, may_replace: MayReplace | None) -> None:
     if not os.path.lexists(path):
         return
     if not overwrite:
-        mend = "choose another folder, or pass overwrite (--overwrite)"
+        mend = "choose another name, or pass overwrite (--overwrite)"
         raise CheckpointError("the output already exists", where=path, mend=mend)
     empty = path.is_dir() and not path.is_symlink() and not any(path.iterdir())
     if not empty and may_replace is not None and not may_replace(path):
@@ -163,7 +223,6 @@ def _check_room(path: Path, num_bytes: int) -> None:
 
 
 def _flush(folder: Path) -> None:
-    (folder / _LOCK).unlink()
     for root, _, files in os.walk(folder):
         for name in files:
             _sync(Path(root, name))
@@ -179,24 +238,31 @@ def _sync(path: Path) -> None:
 
 
 def _put(temporary: Path, path: Path) -> None:
-    """Renames `temporary` to `path`; what was there is moved aside first and removed afterwards."""
+    """Renames `temporary` to `path`; what was there is moved aside first (`_clear` removes it, or puts it back)."""
     if os.path.lexists(path):
-        old = _sibling(path)
-        path.rename(old)
-        try:
-            temporary.rename(path)
-        except OSError:
-            old.rename(path)
-            raise
-        if old.is_dir() and not old.is_symlink():
-            shutil.rmtree(old)
-        else:
-            old.unlink()
-    else:
-        temporary.rename(path)
+        path.rename(_beside(temporary, _OLD))
+    temporary.rename(path)
     _sync(path.parent)
 
 
-def _refused(path: Path, error: OSError) -> CheckpointError:
-    mend = "make room, or choose a folder that can be written"
-    return CheckpointError("cannot write here", where=path, got=error.strerror or str(error), mend=mend)
+@contextlib.contextmanager
+def _refusals(path: Path) -> Iterator[None]:
+    """Tells what the system refuses: at `path`, or at the file that the error names, if it is another."""
+    try:
+        yield
+    except BrokenPipeError:  # of a stream that has nothing to do with `path`
+        raise
+    except OSError as error:
+        got, named = error.strerror or str(error), error.filename
+        if isinstance(named, str) and not _within(Path(named), path):
+            mend = "see that it exists and that you may read it"
+            raise CheckpointError("cannot read or write this", where=named, got=got, mend=mend) from error
+        mend = "make room, or choose a folder that can be written"
+        raise CheckpointError("cannot write here", where=path, got=got, mend=mend) from error
+
+
+def _within(file: Path, path: Path) -> bool:
+    """Whether a file is `path`, a parent of it, or what is being made in its place."""
+    file = absolute(file)
+    ours = str(path.with_name(f".{path.name}{_MARK}"))
+    return path.is_relative_to(file) or file.is_relative_to(path) or str(file).startswith(ours)

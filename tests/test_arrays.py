@@ -1,8 +1,11 @@
 """Named arrays on disk: memory that is lent for making them is used again only once they are written."""
 
+import contextlib
 import os
+import sys
 import threading
 import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
@@ -54,7 +57,10 @@ def test_few_files_wait_open_for_their_hash(tmp_path, monkeypatch):
 
     def slow(stream):
         nonlocal most
-        files = (os.path.realpath(f"/proc/self/fd/{number}") for number in os.listdir("/proc/self/fd"))
+        files = []
+        for number in os.listdir("/proc/self/fd"):
+            with contextlib.suppress(FileNotFoundError):  # closed meanwhile
+                files.append(os.readlink(f"/proc/self/fd/{number}"))
         most = max(most, sum(name.startswith(str(tmp_path)) for name in files))
         time.sleep(0.05)
         return digest(stream)
@@ -91,3 +97,28 @@ def test_nothing_is_left_when_others_are_written_after_an_error(tmp_path, monkey
         writer.close()
     others[0].join()
     assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("name", ["a*b?[c]", "a\\b", "a#b%25{c}", "a b\n"])
+def test_odd_names(tmp_path, name):
+    (tmp_path / name).mkdir()
+    with ArrayWriter(tmp_path / name / "arrays") as writer:
+        writer.add("array", np.arange(4))
+        record = writer.close()
+    assert [path.name for path in tmp_path.iterdir()] == [name]
+    found = read_arrays(tmp_path / name / "arrays", record, mend="")
+    np.testing.assert_array_equal(found["array"], np.arange(4))
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="threads have no priorities of their own")
+@pytest.mark.parametrize(("before", "after"), [(0, 15), (19, 19)])
+def test_no_thread_takes_precedence_that_it_may_not_have(before, after):
+    """Only a privileged process may lower a thread's number again."""
+
+    def run() -> int:
+        os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), before)
+        module._give_way()
+        return os.getpriority(os.PRIO_PROCESS, threading.get_native_id())
+
+    with ThreadPoolExecutor(1) as pool:
+        assert pool.submit(run).result() == after

@@ -166,7 +166,27 @@ def test_failed_routers_leave_the_old_ones(saved, monkeypatch):
         patch.setattr("polarjax.storage._flush", fail)
         with pytest.raises(pj.CheckpointError, match="No space left"):
             write_routers(saved, routers)
-    assert_same(pj.load(saved).routers, full_bundle().routers)
+    found = pj.load(saved)
+    assert_same(found.routers, full_bundle().routers)
+    assert found.plans == full_bundle().plans is not None
+
+
+def test_new_routers_take_the_plans_of_the_old_ones_with_them(saved):
+    write_routers(saved, init_routers(full_bundle().model.config, jax.random.key(9), rank=4))
+    assert pj.load(saved).plans is None
+
+
+def test_plans_that_cannot_be_written_leave_the_old_ones(saved, monkeypatch):
+    def fail(_):
+        raise OSError(28, "No space left on device")
+
+    plans = dataclasses.replace(plans_for(full_bundle().model.config), head_density=0.75)
+    with monkeypatch.context() as patch:
+        patch.setattr("polarjax.storage.os.fsync", fail)
+        with pytest.raises(pj.CheckpointError, match="No space left"):
+            write_plans(saved, plans)
+    assert pj.load(saved).plans == full_bundle().plans
+    assert not [path for path in saved.iterdir() if path.name.startswith(".")]
 
 
 def other_model() -> pj.ModelConfig:

@@ -17,7 +17,7 @@ def pooled(scores: Float[Array, "B n"]) -> Float[Array, " n"]:
 def select_top_k(scores: Float[Array, "B n"], k: int, *, shared: bool) -> Int[Array, "*B k"]:
     """As `pallas_kernels.select_top_k`."""
     rows = pooled(scores)[None, :] if shared else scores.astype(jnp.float32)
-    rows = jnp.where(jnp.isnan(rows), -jnp.inf, rows)
+    rows = jnp.where(jnp.isnan(rows), -jnp.inf, jnp.where(rows == 0, 0.0, rows))  # sorts tell -0 from 0
     chosen = _by_rank(rows, k) if rows.shape[1] <= RANKING_LIMIT else _by_sort(rows, k)
     return chosen[0] if shared else chosen
 

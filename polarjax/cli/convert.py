@@ -1,9 +1,6 @@
 """`polarjax convert`: a HuggingFace checkpoint becomes a model directory."""
 
-import contextlib
 import dataclasses
-import signal
-from collections.abc import Iterator
 from enum import StrEnum
 from pathlib import Path
 from typing import Annotated, Any
@@ -13,8 +10,6 @@ import typer
 from checkpoints_convert import Conversion, convert_checkpoint, describe_checkpoint
 from polarjax.cli.inspect import dry_run as tell
 from polarjax.progress import task
-
-TERMINATED = 128 + signal.SIGTERM  # the exit code that shells use
 
 
 class Dtype(StrEnum):
@@ -47,16 +42,15 @@ def convert(
     chosen = None if dtype is Dtype.KEEP else dtype.value
     if dry_run:
         return tell(describe_checkpoint(source, revision=revision, dtype=chosen), chosen)
-    with unwound_by_sigterm():
-        done = convert_checkpoint(
-            source,
-            out,
-            revision=revision,
-            dtype=chosen,
-            overwrite=overwrite,
-            allow_nonfinite=allow_nonfinite,
-            progress=task,
-        )
+    done = convert_checkpoint(
+        source,
+        out,
+        revision=revision,
+        dtype=chosen,
+        overwrite=overwrite,
+        allow_nonfinite=allow_nonfinite,
+        progress=task,
+    )
     for note in done.notes:
         print(note)
     print(_summary(done))
@@ -72,17 +66,3 @@ def _summary(done: Conversion) -> str:
         f"{done.model_type}: {done.tensors} tensors{skipped}, {done.num_bytes / 1e6:.1f} MB, {done.dtype}"
         f"{tokenizer}, {done.seconds:.1f} s -> {done.path}"
     )
-
-
-@contextlib.contextmanager
-def unwound_by_sigterm() -> Iterator[None]:
-    """Makes SIGTERM an exception, so that the unfinished output is removed."""
-
-    def end(_signal: int, _frame: object) -> None:
-        raise SystemExit(TERMINATED)
-
-    before = signal.signal(signal.SIGTERM, end)
-    try:
-        yield
-    finally:
-        signal.signal(signal.SIGTERM, before)

@@ -7,7 +7,6 @@ from typing import Annotated, Any
 import typer
 
 from checkpoints_convert import export_checkpoint
-from polarjax.cli.convert import unwound_by_sigterm
 from polarjax.progress import task
 
 
@@ -19,8 +18,7 @@ def export(
 ) -> dict[str, Any]:
     """Write a model directory as a HuggingFace folder with safetensors, bit for bit what was converted."""
     size = int(max(shard_gb, 0) * 1e9)
-    with unwound_by_sigterm():
-        done = export_checkpoint(folder, out, shard_bytes=size, overwrite=overwrite, progress=task)
+    done = export_checkpoint(folder, out, shard_bytes=size, overwrite=overwrite, progress=task)
     print(
         f"{done.model_type}: {done.tensors} tensors, {done.num_bytes / 1e6:.1f} MB, {done.dtype}, "
         f"{done.seconds:.1f} s -> {done.path}"

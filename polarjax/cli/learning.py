@@ -17,8 +17,8 @@ from polarjax.sparsity.calibrate import DenseAttention as DenseChoice
 from polarjax.sparsity.collect import HELD_OUT, MAX_BYTES, fingerprint
 from polarjax.sparsity.pipeline import CollectOptions, Recording, plan
 from polarjax.sparsity.plan import PlanTable
-from polarjax.sparsity.router import Routers
 from polarjax.sparsity.train import TrainOptions, TrainReport
+from polarjax.storage import check_writable
 from polarjax.types import Int32
 
 Folder = Annotated[Path, typer.Argument(help="A model directory.")]
@@ -80,21 +80,17 @@ def announce(
 
 
 def open_for(folder: Path, activations: Path) -> tuple[checkpoint.Bundle, Activations]:
-    """The model directory and activations that were recorded from it.
+    """The model directory, to which the result will be written, and activations that were recorded from it.
 
     Raises:
-      SparsityError: they were recorded from another model.
+      CheckpointError: the directory can't be read or written.
+      SparsityError: the activations were recorded from another model.
     """
     recorded = open_activations(activations)
     bundle = checkpoint.load(folder, dtype=recorded.dtype)
     recorded.check(bundle.model.config, fingerprint(bundle.model))
+    check_writable(folder)
     return bundle, recorded
-
-
-def write_routers(folder: Path, routers: Routers) -> None:
-    """Puts routers into the model directory; plans of earlier routers mean nothing to them, and go first."""
-    (folder / "plans.json").unlink(missing_ok=True)
-    checkpoint.write_routers(folder, routers)
 
 
 def train_options(learning_rate: float, batch: int, epochs: int, objective: str) -> TrainOptions:

@@ -10,8 +10,10 @@ import functools
 import importlib
 import inspect
 import json
+import signal
 import sys
-from collections.abc import Callable, Sequence
+import threading
+from collections.abc import Callable, Iterator, Sequence
 from importlib.metadata import version
 from pathlib import PurePath
 from typing import Annotated, Any, NamedTuple
@@ -21,6 +23,7 @@ import typer
 from polarjax.errors import PolarjaxError
 
 BAD_INPUT = 2  # exit code; typer uses the same for a wrong option
+TERMINATED = 128 + signal.SIGTERM  # the exit code that shells use
 
 
 class Verb(NamedTuple):
@@ -100,7 +103,11 @@ def _command(target: str) -> Callable[..., None]:
         from polarjax.progress import show_lines  # imports JAX
 
         try:
-            with show_lines(), contextlib.redirect_stdout(sys.stderr if as_json else sys.stdout):
+            with (
+                unwound_by_sigterm(),
+                show_lines(),
+                contextlib.redirect_stdout(sys.stderr if as_json else sys.stdout),
+            ):
                 result = function(*args, **kwargs)
         except PolarjaxError as error:
             print(f"polarjax: {error}", file=sys.stderr)
@@ -126,6 +133,23 @@ def _command(target: str) -> Callable[..., None]:
     )
     command.__annotations__ = function.__annotations__ | {"as_json": parameter.annotation}
     return command
+
+
+@contextlib.contextmanager
+def unwound_by_sigterm() -> Iterator[None]:
+    """Makes SIGTERM an exception, so that what is unfinished is removed."""
+    if threading.current_thread() is not threading.main_thread():  # signals are the main thread's
+        yield
+        return
+
+    def end(_signal: int, _frame: object) -> None:
+        raise SystemExit(TERMINATED)
+
+    before = signal.signal(signal.SIGTERM, end)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
 
 
 def _plain(value: Any) -> Any:

@@ -10,6 +10,7 @@ from polarjax import checkpoint
 from polarjax.cli import learning
 from polarjax.sparsity import sparsify as learn
 from polarjax.sparsity.pipeline import CollectOptions
+from polarjax.storage import check_writable
 
 
 def sparsify(
@@ -38,6 +39,7 @@ def sparsify(
     training = learning.train_options(learning_rate, batch, epochs, head_objective)
     calibration = learning.calibrate_options(target_recall, max_batch, dense_attention)
     bundle, windows = learning.load_and_cut(folder, text, window, max_tokens, dtype)
+    check_writable(folder)
     learning.announce(bundle, windows, collecting)
     routers, plans, report = learn(
         bundle.model,
@@ -48,7 +50,7 @@ def sparsify(
         training=training,
         calibration=calibration,
     )
-    learning.write_routers(folder, routers)
+    checkpoint.write_routers(folder, routers)
     checkpoint.write_plans(folder, plans)
     learning.print_training(report.training)
     learning.print_plans(plans, report.recall)

@@ -4,6 +4,7 @@ from typing import Any
 
 import jax
 
+from polarjax import checkpoint
 from polarjax.cli import learning
 from polarjax.sparsity import train_routers as train
 
@@ -24,7 +25,7 @@ def train_routers(
     routers, report = train(
         recorded, bundle.model.config, jax.random.key(seed), head_density=head_density, options=options
     )
-    learning.write_routers(folder, routers)
+    checkpoint.write_routers(folder, routers)
     learning.print_training(report)
     print(f"\nRouters are in {folder}. Next: polarjax calibrate {folder} --activations {activations}")
     return report.to_json()

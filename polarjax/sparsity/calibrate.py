@@ -259,7 +259,8 @@ def _recall_curve(scores: Float[Array, "g F"], truth: Bool[Array, "g F"]) -> Flo
 def choose(curve: np.ndarray, smallest: int, batch_size: int, options: CalibrateOptions) -> int | None:
     """k of one layer: the first to reach the target, rounded up, not below `smallest`; None where dense."""
     width = len(curve)
-    reached = int(np.argmax(curve >= options.target_recall)) + 1
+    enough = curve >= options.target_recall
+    reached = int(np.argmax(enough)) + 1 if enough.any() else width  # a mean of ones may fall short of one
     rounded = min(-(-reached // options.multiple) * options.multiple, width)
     k = max(rounded, smallest)
     return None if k > dense_above(batch_size) * width else k

@@ -332,39 +332,42 @@ def test_file_size_limit(folders, tmp_path):
     assert list(tmp_path.iterdir()) == []
 
 
-SLOW = """if True:
-    import signal, sys, time
+HALTING = """if True:
+    import itertools, signal, sys, time
     signal.signal(signal.SIGINT, signal.default_int_handler)  # a job in the background inherits that it is ignored
     from checkpoints_convert import convert
     import polarjax.checkpoint
     from polarjax.cli.main import main
     polarjax.checkpoint.BATCH_BYTES = 1000
-    fill = convert._fill
-    def slow(*args, **options):
-        print("reading", flush=True)
-        time.sleep(0.2)
+    fill, calls = convert._fill, itertools.count()
+    def halting(*args, **options):
+        if next(calls) == 8:
+            print("halted", flush=True)
+            for _ in range(600):  # one long wait would miss a signal that comes just before it
+                time.sleep(0.1)
         return fill(*args, **options)
-    convert._fill = slow
+    convert._fill = halting
     main(["convert", *sys.argv[1:]])
 """
 
 
 @pytest.mark.parametrize("kill", [signal.SIGKILL, signal.SIGTERM, signal.SIGINT])
 def test_killed(folders, tmp_path, kill):
-    arguments = [sys.executable, "-c", SLOW, folders("llama-gqa"), tmp_path / "out"]
+    arguments = [sys.executable, "-c", HALTING, folders("llama-gqa"), tmp_path / "out"]
     pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.DEVNULL, "text": True}
     with subprocess.Popen(arguments, **pipes) as process:
         assert process.stdout is not None
-        for _ in range(8):
-            process.stdout.readline()
-        (temporary,) = [path.name for path in tmp_path.iterdir()]
-        assert temporary.startswith(".out.polarjax-tmp-")
+        assert process.stdout.readline() == "halted\n"
+        unfinished = sorted(path.name for path in tmp_path.iterdir())
+        temporary, lock = unfinished
+        assert temporary.startswith(".out.polarjax-tmp-") and lock == f"{temporary}.lock"
         storage.remove_stale(tmp_path / "out")
-        assert [path.name for path in tmp_path.iterdir()] == [temporary], "still at work, so not stale"
+        assert sorted(path.name for path in tmp_path.iterdir()) == unfinished, "still at work, so not stale"
         process.send_signal(kill)
         process.wait(60)
     assert process.returncode != 0
-    assert [path.name for path in tmp_path.iterdir()] == ([temporary] if kill == signal.SIGKILL else [])
+    left = sorted(path.name for path in tmp_path.iterdir())
+    assert left == (unfinished if kill == signal.SIGKILL else [])
     convert_checkpoint(folders("llama-gqa"), tmp_path / "out")
     assert [path.name for path in tmp_path.iterdir()] == ["out"]
     assert pj.load(tmp_path / "out").model.config.num_layers == 3

@@ -16,7 +16,7 @@ from tests.kernels.races import race_found
 
 SHORT = ((1, 1), (7, 3), (72, 1), (72, 36), (72, 72), (256, 100), (513, 64), (700, 700))  # (n, k)
 LONG = ((257, 256), (5000, 640), (40960, 4096))
-KINDS = ("distinct", "ties", "equal", "negative", "odd")
+KINDS = ("distinct", "ties", "equal", "negative", "odd", "zeros")
 
 
 def scores_of(kind: str, n: int, rows: int = 3) -> np.ndarray:
@@ -31,6 +31,8 @@ def scores_of(kind: str, n: int, rows: int = 3) -> np.ndarray:
         whole = whole // 9
     if kind == "equal":
         whole = np.ones_like(whole)
+    if kind == "zeros":
+        whole = np.where(whole % 3 == 0, 0.0, -0.0)
     if kind == "negative":
         whole = -np.abs(whole) - 1
     return whole.astype(np.float32)

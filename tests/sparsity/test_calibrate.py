@@ -233,6 +233,11 @@ def test_options_that_cannot_be_are_refused(wrong):
         CalibrateOptions(**wrong)
 
 
+def test_a_recall_of_one_that_is_rounded_down_is_none_that_is_reached_at_once():
+    rounded = np.full(100, np.nextafter(np.float32(1), np.float32(0)))
+    assert choose(rounded, 1, 1, dataclasses.replace(OPTIONS, target_recall=1.0)) is None
+
+
 @pytest.mark.parametrize(("batch_size", "k"), [(1, 50), (128, 50), (129, None), (512, None)])
 def test_large_batches_are_dense_sooner(batch_size, k):
     half = np.minimum(np.arange(1, 101) / 50, 1.0)  # all is found with half of the neurons

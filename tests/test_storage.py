@@ -1,0 +1,131 @@
+"""What is being made appears whole or not at all, whoever else wants the same place, and whatever is interrupted."""
+
+import errno
+import itertools
+import os
+from pathlib import Path
+
+import pytest
+
+from polarjax import storage
+from polarjax.errors import CheckpointError
+from polarjax.storage import atomic_file, atomic_folder, remove_stale
+
+
+def names(folder: Path) -> list[str]:
+    return sorted(path.name for path in folder.iterdir())
+
+
+def make(path: Path, text: str, **options) -> None:
+    with atomic_folder(path, **options) as folder:
+        (folder / "content").write_text(text)
+
+
+def content(path: Path) -> str:
+    return (path / "content").read_text()
+
+
+@pytest.mark.parametrize("step", ["_flush", "_put"])
+def test_another_leaves_what_is_nearly_finished(tmp_path, monkeypatch, step):
+    path, original = tmp_path / "out", getattr(storage, step)
+
+    def watched(*args):
+        remove_stale(path)
+        original(*args)
+        remove_stale(path)
+
+    monkeypatch.setattr(storage, step, watched)
+    make(path, "whole")
+    assert (names(tmp_path), content(path)) == (["out"], "whole")
+
+
+@pytest.mark.parametrize("done", [0, 1, 2])
+def test_an_interrupted_replacement(tmp_path, monkeypatch, done):
+    """Interrupted after so many renames, the old one is there or the new one is, and nothing else."""
+    path, rename, calls = tmp_path / "out", Path.rename, itertools.count()
+    make(path, "old")
+
+    def interrupted(self, target):
+        call = next(calls)
+        if call != done:
+            rename(self, target)
+        if call == min(done, 1):
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr(Path, "rename", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        make(path, "new", overwrite=True)
+    assert (names(tmp_path), content(path)) == (["out"], "new" if done == 2 else "old")
+
+
+def test_killed_while_replacing(tmp_path):
+    """The next one puts back what the killed one moved aside."""
+    path = tmp_path / "out"
+    make(path, "old")
+    path.rename(tmp_path / ".out.polarjax-tmp-0123abcd.old")
+    (tmp_path / ".out.polarjax-tmp-0123abcd").mkdir()
+    (tmp_path / ".out.polarjax-tmp-0123abcd.lock").touch()
+    with pytest.raises(CheckpointError, match="already exists"):
+        make(path, "new")
+    assert (names(tmp_path), content(path)) == (["out"], "old")
+
+
+def test_killed_after_replacing(tmp_path):
+    make(tmp_path / "out", "new")
+    make(tmp_path / ".out.polarjax-tmp-0123abcd.old", "old")
+    make(tmp_path / "out", "newer", overwrite=True)
+    assert (names(tmp_path), content(tmp_path / "out")) == (["out"], "newer")
+
+
+@pytest.mark.parametrize("overwrite", [False, True])
+def test_what_came_meanwhile_stays(tmp_path, overwrite):
+    path = tmp_path / "out"
+    options = {"overwrite": overwrite, "may_replace": lambda path: False}
+    match = "refused" if overwrite else "already exists"
+    with pytest.raises(CheckpointError, match=match), atomic_folder(path, **options):
+        path.mkdir()
+        (path / "content").write_text("somebody's")
+    assert (names(tmp_path), content(path)) == (["out"], "somebody's")
+
+
+def test_a_file_that_came_meanwhile_stays(tmp_path):
+    path = tmp_path / "out"
+    with pytest.raises(CheckpointError, match="already exists"), atomic_file(path) as stream:
+        stream.write("ours")
+        path.write_text("somebody's")
+    assert (names(tmp_path), path.read_text()) == (["out"], "somebody's")
+
+
+def test_folders_and_files_left_at_the_same_name(tmp_path):
+    for i, path in enumerate(tmp_path / f".out.polarjax-tmp-0000000{i}" for i in range(3)):
+        path.touch() if i else path.mkdir()
+    with atomic_file(tmp_path / "out") as stream:
+        stream.write("whole")
+    (tmp_path / ".out.polarjax-tmp-00000003").touch()
+    make(tmp_path / "out", "whole", overwrite=True)
+    assert names(tmp_path) == ["out"]
+
+
+@pytest.mark.parametrize("name", ["file/out", "n" * 250])
+def test_a_file_that_cannot_be_made(tmp_path, name):
+    (tmp_path / "file").write_text("in the way")
+    for make_it in (atomic_file, atomic_folder):
+        with pytest.raises(CheckpointError, match="cannot write here"), make_it(tmp_path / name):
+            pass
+    assert names(tmp_path) == ["file"]
+
+
+@pytest.mark.parametrize("make_it", [atomic_file, atomic_folder])
+def test_an_unreadable_source_is_named(tmp_path, make_it):
+    """And not the output, which is fine."""
+    source, path = str(tmp_path / "source"), tmp_path / "out"
+    with pytest.raises(CheckpointError, match=f"{source}: cannot read") as refused, make_it(path):
+        raise PermissionError(errno.EACCES, os.strerror(errno.EACCES), source)
+    assert "Permission denied" in str(refused.value)
+    assert names(tmp_path) == []
+
+
+def test_a_reader_that_is_gone_is_no_fault_of_the_file(tmp_path):
+    with pytest.raises(BrokenPipeError), atomic_file(tmp_path / "out"):
+        raise BrokenPipeError(errno.EPIPE, "Broken pipe")
+    assert names(tmp_path) == []
