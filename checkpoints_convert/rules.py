@@ -58,10 +58,6 @@ class Layout:
         """Shape of the source tensor when each letter has the given size."""
         return tuple(math.prod(sizes[letter] for letter in axis) for axis in self.source)
 
-    def to_target(self, array: np.ndarray, shape: Sequence[int]) -> np.ndarray:
-        """The parameter from the source tensor; its `shape` splits the axes."""
-        return (transposed(array) if self.turn else array).reshape(shape)
-
     def place(self, rows: np.ndarray, start: int, out: np.ndarray) -> None:
         """Puts rows of the source matrix, from row `start` on, into the memory of the parameter: `out` [size]."""
         rows, out = _bits(rows), _bits(out)

@@ -311,6 +311,19 @@ def _identity(path: Path) -> tuple[int, ...]:
     return found.st_dev, found.st_ino, found.st_size, found.st_mtime_ns
 
 
+def check_record(record: Any, *, where: Path, mend: str) -> None:
+    """Raises `CheckpointError` unless a record, as it was read from a file, has the form of those made here."""
+    try:
+        arrays, files = record["arrays"].values(), record["files"].values()
+        sizes = [n for entry in arrays for n in (np.dtype(entry["dtype"]).itemsize, *entry["shape"])]
+        fine = all(type(n) is int for n in (*sizes, *(entry["bytes"] for entry in files)))
+        fine = fine and all(isinstance(entry["sha256"], str) for entry in files)
+    except (KeyError, TypeError, AttributeError):
+        fine = False
+    if not fine:
+        raise CheckpointError("the record of the arrays is damaged", where=where, mend=mend)
+
+
 def verify(folder: Path, record: Record, *, mend: str) -> None:
     """Raises `CheckpointError` unless every file is as it was when the record was made."""
     expected = record["files"]

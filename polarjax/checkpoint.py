@@ -17,29 +17,34 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
+import jax.numpy as jnp
 import numpy as np
 
 import polarjax
-from polarjax.arrays import BATCH_BYTES, ArrayWriter, Record, read_arrays
+from polarjax.arrays import BATCH_BYTES, ArrayWriter, Record, check_record, read_arrays
 from polarjax.configs import ModelConfig
-from polarjax.errors import CheckpointError, SparsityError
+from polarjax.errors import CheckpointError, InputError, SparsityError
 from polarjax.generation_config import GenerationSettings
+from polarjax.manifest import (
+    AGAIN,
+    FORMAT,
+    SOURCE_CONFIG,
+    read_config,
+    read_manifest,
+    read_part,
+    read_source_config,
+)
 from polarjax.model import Decoder, parameters, shapes, with_parameters
 from polarjax.sparsity.plan import PlanTable
 from polarjax.sparsity.router import LayerRouter, Routers
 from polarjax.sparsity.select import Sparsity
-from polarjax.storage import absolute, atomic_file, atomic_folder, dump_json, read_json, write_json
+from polarjax.storage import absolute, atomic_file, atomic_folder, dump_json, write_json
 from polarjax.tokenizer import Tokenizer, has_tokenizer
 from polarjax.tokenizer_files import copy_tokenizer
 from polarjax.types import Array, DTypeLike
 
-FORMAT = 1
-"""Version of the layout above; a reader refuses a newer one."""
-
-SOURCE_CONFIG = "hf_config.json"
-
-_AGAIN = "convert the source again: polarjax convert HF_DIR OUT --overwrite"
 _SPARSIFY = "run polarjax sparsify again"
+_CALIBRATE = "run polarjax calibrate or polarjax sparsify again"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -52,6 +57,7 @@ class Bundle:
       routers: None until they are trained.
       plans: None until they are calibrated.
       model_type: the HuggingFace family that the model was converted from, if it was.
+      source_config: config.json of the HuggingFace folder that it was converted from, if it was.
     """
 
     model: Decoder
@@ -59,6 +65,7 @@ class Bundle:
     routers: Routers | None = None
     plans: PlanTable | None = None
     model_type: str | None = None
+    source_config: Mapping[str, Any] | None = dataclasses.field(default=None, hash=False)
 
     @property
     def generation(self) -> GenerationSettings:
@@ -75,9 +82,11 @@ class Bundle:
         Raises:
           SparsityError: there are no routers or plans yet, or the density is not one.
         """
-        for part, name in ((self.routers, "routers"), (self.plans, "plans")):
+        sparsify = "run polarjax sparsify OUT --text FILE first"
+        calibrate = f"run polarjax calibrate OUT --activations FOLDER, or {sparsify}"
+        parts = ((self.routers, "routers", sparsify), (self.plans, "plans", calibrate))
+        for part, name, mend in parts:
             if part is None:
-                mend = "run polarjax sparsify OUT --text FILE first"
                 raise SparsityError(f"the model has no {name} yet", where="Bundle.sparsity", mend=mend)
         plan = self.plans.for_batch(batch_size, self.model.config, head_density)  # pyright: ignore[reportOptionalMemberAccess]
         return Sparsity(self.routers, plan)  # pyright: ignore[reportArgumentType]
@@ -191,6 +200,8 @@ def save(path: str | os.PathLike[str], bundle: Bundle, *, overwrite: bool = Fals
         for name, value in parameters(model).items():
             writer.reserve(value.nbytes)
             writer.add(name, np.asarray(value))
+        if bundle.source_config is not None:
+            write_json(writer.folder / SOURCE_CONFIG, dict(bundle.source_config))
         if bundle.tokenizer is not None:
             shutil.copytree(bundle.tokenizer.folder, writer.tokenizer_folder, dirs_exist_ok=True)
         if bundle.routers is not None:
@@ -206,41 +217,34 @@ def load(path: str | os.PathLike[str], *, dtype: DTypeLike | None = None) -> Bun
 
     Args:
       path: the directory.
-      dtype: of the parameters; None keeps the stored one. Routers keep theirs.
+      dtype: of the parameters, a floating one; None keeps the stored one. Routers keep theirs.
 
     Raises:
+      InputError: `dtype` is not floating.
       CheckpointError: a part is missing or damaged, or was written by a newer polarjax.
       SparsityError: routers or plans are for another model.
     """
+    if dtype is not None:
+        dtype = _floating(dtype)
     folder = absolute(path)
     manifest = read_manifest(folder)
     config = read_config(folder)
-    flat = read_arrays(folder / "params", manifest["params"], dtype=dtype, mend=_AGAIN)
+    flat = read_arrays(folder / "params", manifest["params"], dtype=dtype, mend=AGAIN)
     return Bundle(
         model=with_parameters(config, flat),
         tokenizer=_read_tokenizer(folder / "tokenizer", manifest["model_type"]),
         routers=_read_routers(folder / "routers", config),
         plans=_read_plans(folder / "plans.json", config),
         model_type=manifest["model_type"],
+        source_config=read_source_config(folder),
     )
 
 
-def read_manifest(folder: Path) -> dict[str, Any]:
-    """The manifest of a model directory; raises `CheckpointError` when it is none, or newer than this code."""
-    if not folder.is_dir():
-        mend = "give a folder that polarjax convert wrote"
-        raise CheckpointError("no such model directory", where=folder, mend=mend)
-    if not (folder / "manifest.json").is_file():
-        hint = "this looks like a HuggingFace folder, so run: polarjax convert" if _is_hf(folder) else _AGAIN
-        raise CheckpointError("not a model directory: manifest.json is missing", where=folder, mend=hint)
-    return _read_json(folder / "manifest.json", ("format", "model_type", "dtype", "params"))
-
-
-def read_config(folder: Path) -> ModelConfig:
-    """The configuration of a model directory."""
-    data = _read_json(folder / "config.json", ("format",))
-    data.pop("format")
-    return ModelConfig.from_json(data)
+def _floating(dtype: DTypeLike) -> np.dtype:
+    with contextlib.suppress(TypeError):
+        if jnp.issubdtype(dtype, jnp.floating):
+            return jnp.dtype(dtype)
+    raise InputError("unusable dtype", where="dtype", got=dtype, expected="float32, float16 or bfloat16")
 
 
 def write_routers(path: str | os.PathLike[str], routers: Routers) -> None:
@@ -291,7 +295,9 @@ def _write_routers(folder: Path, routers: Routers) -> None:
 def _read_routers(folder: Path, config: ModelConfig) -> Routers | None:
     if not folder.is_dir():
         return None
-    record: Record = _read_json(folder / "manifest.json", ("format", "arrays"))["arrays"]
+    file = folder / "manifest.json"
+    record: Record = read_part(file, ("format", "arrays"), _SPARSIFY)["arrays"]
+    check_record(record, where=file, mend=_SPARSIFY)
     flat = read_arrays(folder / "arrays", record, mend=_SPARSIFY)
     layers: dict[int, dict[str, Array]] = {}
     for name, value in flat.items():
@@ -308,7 +314,7 @@ _NO_NEURONS: dict[str, Any] = {"w_in": None, "w_out": None}
 def _read_plans(file: Path, config: ModelConfig) -> PlanTable | None:
     if not file.is_file():
         return None
-    plans = PlanTable.from_json(_read_json(file, ()))
+    plans = PlanTable.from_json(read_part(file, (), _CALIBRATE))
     _located(file, plans.check, config)
     return plans
 
@@ -321,25 +327,3 @@ def _located(where: Path, check: Any, config: ModelConfig) -> None:
         raise SparsityError(
             error.what, where=where, got=error.got, expected=error.expected, mend=_SPARSIFY
         ) from error
-
-
-def _is_hf(folder: Path) -> bool:
-    return (folder / "config.json").is_file() and "model_type" in (folder / "config.json").read_text(
-        "utf-8", "replace"
-    )
-
-
-def _read_json(file: Path, keys: tuple[str, ...]) -> dict[str, Any]:
-    data = read_json(file, mend=_AGAIN)
-    if not all(key in data for key in keys):
-        expected = f"the keys {', '.join(keys)}"
-        raise CheckpointError("not a polarjax file", where=file, expected=expected, mend=_AGAIN)
-    if data.get("format", FORMAT) != FORMAT:
-        raise CheckpointError(
-            "written in another format",
-            where=file,
-            got=f"format {data['format']}",
-            expected=f"format {FORMAT}",
-            mend="update polarjax, or convert the source again with this version",
-        )
-    return data

@@ -127,18 +127,6 @@ def windows(
     return np.concatenate([np.full((count, 1), first, np.int32), rows], axis=1)
 
 
-def hold_out(rows: np.ndarray, fraction: float, seed: int = 0) -> tuple[np.ndarray, np.ndarray]:
-    """Windows [n T] parted at random into (kept, held out), `fraction` (0 to 1) and at least one held out."""
-    if not 0 < fraction < 1 or len(rows) < 2:
-        got = f"fraction {fraction} of {len(rows)} windows"
-        raise InputError(
-            "cannot hold windows out", got=got, expected="a fraction in (0, 1), 2 windows or more"
-        )
-    order = np.random.default_rng(seed).permutation(len(rows))
-    count = min(max(1, round(fraction * len(rows))), len(rows) - 1)
-    return rows[np.sort(order[count:])], rows[np.sort(order[:count])]
-
-
 def _module_name(relative: Path) -> str | None:
     """`email/message.py` -> `email.message`, `json/__init__.py` -> `json`; None for what is left out."""
     parts = relative.with_suffix("").parts

@@ -7,7 +7,7 @@ where standard error is no terminal; the library by itself does not.
 import contextlib
 import sys
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator
 from contextvars import ContextVar
 from dataclasses import dataclass, field
 
@@ -54,18 +54,6 @@ def task(description: str, total: int | None = None, unit: str = "") -> Iterator
         reporter.close()
     else:
         yield _ignore
-
-
-def track[Item](
-    items: Iterable[Item], description: str, total: int | None = None, unit: str = ""
-) -> Iterator[Item]:
-    """Yield the items one by one, reporting each as a finished step of `task`."""
-    if total is None and hasattr(items, "__len__"):
-        total = len(items)  # pyright: ignore[reportArgumentType]
-    with task(description, total, unit) as advance:
-        for item in items:
-            yield item
-            advance()
 
 
 @dataclass

@@ -8,13 +8,11 @@ from typing import Any
 import numpy as np
 
 from polarjax.arrays import read_array, verify
-from polarjax.checkpoint import SOURCE_CONFIG, read_config, read_manifest
 from polarjax.configs import ModelConfig
 from polarjax.errors import CheckpointError
+from polarjax.manifest import AGAIN, read_config, read_manifest, read_source_config
 from polarjax.model import shapes
-from polarjax.storage import absolute, read_json
-
-_AGAIN = "convert the source again: polarjax convert HF_DIR OUT --overwrite"
+from polarjax.storage import absolute
 
 
 class ModelReader:
@@ -38,7 +36,7 @@ class ModelReader:
         expected = {name: list(shape) for name, shape in shapes(self.config).items()}
         if {name: entry["shape"] for name, entry in arrays.items()} != expected:
             what = "config.json and manifest.json are of different models"
-            raise CheckpointError(what, where=self.folder, mend=_AGAIN)
+            raise CheckpointError(what, where=self.folder, mend=AGAIN)
 
     @property
     def _record(self) -> dict[str, Any]:
@@ -62,8 +60,7 @@ class ModelReader:
     @property
     def source_config(self) -> dict[str, Any] | None:
         """config.json of the HuggingFace folder that it was converted from, if it was."""
-        file = self.folder / SOURCE_CONFIG
-        return read_json(file, mend=_AGAIN) if file.is_file() else None
+        return read_source_config(self.folder)
 
     def dtype_of(self, name: str) -> np.dtype:
         """Dtype of one parameter."""
@@ -76,8 +73,8 @@ class ModelReader:
 
     def verify(self) -> None:
         """Reads all files of the parameters once; raises `CheckpointError` if one has changed."""
-        verify(self.folder / "params", self._record, mend=_AGAIN)
+        verify(self.folder / "params", self._record, mend=AGAIN)
 
     def read(self, name: str) -> np.ndarray:
         """One parameter, by its dotted path."""
-        return read_array(self.folder / "params", name, self._record, mend=_AGAIN)
+        return read_array(self.folder / "params", name, self._record, mend=AGAIN)

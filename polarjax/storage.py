@@ -50,6 +50,7 @@ def atomic_folder(
         that is read meanwhile can't be.
     """
     path = absolute(path)
+    _check_name(path)
     _check_free(path, overwrite, may_replace)
     with _refusals(path), contextlib.ExitStack() as stack:
         remove_stale(path)
@@ -195,6 +196,15 @@ def _remove(path: Path) -> None:
         shutil.rmtree(path, ignore_errors=True)
     else:
         path.unlink(missing_ok=True)
+
+
+def _check_name(path: Path) -> None:
+    """Many a library that writes files takes names in UTF-8 alone."""
+    try:
+        str(path).encode()
+    except UnicodeEncodeError as error:
+        where = os.fsencode(path).decode(errors="backslashreplace")
+        raise CheckpointError("the name is not UTF-8", where=where, mend="choose another name") from error
 
 
 def _check_free(path: Path, overwrite: bool, may_replace: MayReplace | None) -> None:

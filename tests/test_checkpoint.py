@@ -226,7 +226,54 @@ def test_plans_of_another_model(saved):
 @pytest.mark.parametrize("text", ["{", "[]", "{}", '{"batch_sizes": 1}'])
 def test_damaged_plans(saved, text):
     (saved / "plans.json").write_text(text)
-    refused(saved, error=pj.PolarjaxError)
+    refused(saved, "calibrate", error=pj.PolarjaxError)
+
+
+def test_plans_that_keep_more_than_there_is(saved):
+    config = full_bundle().model.config
+    plans = dataclasses.replace(plans_for(config), neurons=((8, None), (config.d_ff + 1, None)))
+    (saved / "plans.json").write_text(json.dumps(plans.to_json()))
+    refused(saved, "plans.json", "more neurons than there are", error=pj.SparsityError)
+
+
+@pytest.mark.parametrize("dtype", ["int8", "bogus", jnp.bool_])
+def test_parameters_are_floating(saved, dtype):
+    with pytest.raises(pj.InputError, match="unusable dtype"):
+        pj.load(saved, dtype=dtype)
+
+
+def damaged_records(record):
+    """Records that no writer makes."""
+    name, file = next(iter(record["arrays"])), next(iter(record["files"]))
+    yield from ({}, [], None, {**record, "files": None}, {**record, "arrays": []})
+    yield {**record, "arrays": {name: {"shape": [2]}}}
+    for entry in ({"dtype": "float99"}, {"shape": ["2"]}, {"shape": 2}):
+        yield {**record, "arrays": {**record["arrays"], name: record["arrays"][name] | entry}}
+    for entry in ({"bytes": "2"}, {"sha256": 2}, []):
+        yield {**record, "files": {**record["files"], file: entry and record["files"][file] | entry}}
+
+
+@pytest.mark.parametrize(("file", "key"), [("manifest.json", "params"), ("routers/manifest.json", "arrays")])
+def test_damaged_records(saved, file, key):
+    manifest = json.loads((saved / file).read_text())
+    for record in damaged_records(manifest[key]):
+        (saved / file).write_text(json.dumps({**manifest, key: record}))
+        refused(saved, f"{saved / file}: the record of the arrays is damaged", "Mend: ")
+
+
+@pytest.mark.parametrize("dtype", [3, "int8", None, []])
+def test_a_manifest_of_no_dtype(saved, dtype):
+    manifest = json.loads((saved / "manifest.json").read_text())
+    (saved / "manifest.json").write_text(json.dumps({**manifest, "dtype": dtype}))
+    refused(saved, "no such dtype", "Mend: ")
+
+
+def test_the_source_config_is_kept(tmp_path):
+    source = {"model_type": "opt", "dropout": 0.1}
+    pj.save(tmp_path / "model", dataclasses.replace(bundle_of(), source_config=source))
+    loaded = pj.load(tmp_path / "model")
+    assert loaded.source_config == source
+    hash(dataclasses.replace(loaded, model=None))
 
 
 @pytest.mark.parametrize(

@@ -105,13 +105,3 @@ def test_short_text_is_refused_with_the_numbers():
         data.windows(range(7), 4, at_least=2, source="story.txt")
     with pytest.raises(InputError, match="window is too short"):
         data.windows(range(7), 1, first=0)
-
-
-def test_hold_out_parts_the_windows_without_loss():
-    rows = data.windows(range(40), 4)
-    kept, held = data.hold_out(rows, 0.2)
-    assert (len(kept), len(held)) == (8, 2)
-    assert sorted(np.concatenate([kept, held])[:, 0].tolist()) == rows[:, 0].tolist()
-    assert np.array_equal(data.hold_out(rows, 0.2)[1], held)
-    with pytest.raises(InputError, match="cannot hold windows out"):
-        data.hold_out(rows[:1], 0.2)

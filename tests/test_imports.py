@@ -95,7 +95,7 @@ def is_standard(name: str) -> bool:
     return name in sys.stdlib_module_names
 
 
-def test_kernels_use_jax_numpy_and_jaxtyping_only():
+def test_kernels_use_jax_jaxlib_numpy_and_jaxtyping_only():
     allowed = KERNELS_MAY_USE | {"pallas_kernels"}
     found = imports_of("pallas_kernels")
     assert_none([each for each in found if not is_standard(each.root) and each.root not in allowed])

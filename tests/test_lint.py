@@ -23,3 +23,13 @@ def test_clean(command):
         text=True,
     )
     assert done.returncode == 0, done.stdout
+
+
+@pytest.mark.parametrize(
+    ("folders", "most"),
+    [(("polarjax", "checkpoints_convert", "bench"), 350), (("pallas_kernels", "tests"), 450)],
+)
+def test_files_are_short(folders, most):
+    files = [path for folder in folders for path in (ROOT / folder).rglob("*.py")]
+    assert files
+    assert [path.name for path in files if len(path.read_text("utf-8").splitlines()) > most] == []

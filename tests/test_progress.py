@@ -19,7 +19,6 @@ def work():
 
 def test_silent_unless_asked(capsys):
     work()
-    assert list(progress.track(range(3), "count")) == [0, 1, 2]
     assert capsys.readouterr() == ("", "")
 
 
@@ -37,8 +36,9 @@ def test_lines_when_asked(capsys, monkeypatch):
 
 def test_lines_are_rare_and_the_last_always_comes(capsys, monkeypatch):
     monkeypatch.setattr(progress, "LINE_INTERVAL", 1e9)
-    with progress.show_lines():
-        assert sum(progress.track(range(1000), "add", unit="numbers")) == 499500
+    with progress.show_lines(), progress.task("add", total=1000, unit="numbers") as advance:
+        for _ in range(1000):
+            advance()
     assert without_time(capsys.readouterr().err) == "add: 1000/1000 numbers, N s\n"
 
 

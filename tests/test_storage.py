@@ -9,7 +9,7 @@ import pytest
 
 from polarjax import storage
 from polarjax.errors import CheckpointError
-from polarjax.storage import atomic_file, atomic_folder, remove_stale
+from polarjax.storage import atomic_file, atomic_folder, check_writable, remove_stale
 
 
 def names(folder: Path) -> list[str]:
@@ -115,6 +115,13 @@ def test_a_file_that_cannot_be_made(tmp_path, name):
     assert names(tmp_path) == ["file"]
 
 
+def test_a_name_that_is_no_text_is_refused(tmp_path):
+    path = tmp_path / os.fsdecode(b"caf\xe9")
+    with pytest.raises(CheckpointError, match=r"caf\\xe9: the name is not UTF-8"):
+        make(path, "whole")
+    assert names(tmp_path) == []
+
+
 @pytest.mark.parametrize("make_it", [atomic_file, atomic_folder])
 def test_an_unreadable_source_is_named(tmp_path, make_it):
     """And not the output, which is fine."""
@@ -123,6 +130,14 @@ def test_an_unreadable_source_is_named(tmp_path, make_it):
         raise PermissionError(errno.EACCES, os.strerror(errno.EACCES), source)
     assert "Permission denied" in str(refused.value)
     assert names(tmp_path) == []
+
+
+def test_whether_a_folder_can_be_written(tmp_path):
+    check_writable(tmp_path)
+    assert names(tmp_path) == []
+    (tmp_path / "file").touch()
+    with pytest.raises(CheckpointError, match="file: cannot write here"):
+        check_writable(tmp_path / "file")
 
 
 def test_a_reader_that_is_gone_is_no_fault_of_the_file(tmp_path):

@@ -28,7 +28,7 @@ SUBJECTS: dict[str, type[Attention] | type[Mlp]] = {subject.op: subject for subj
 def tune(
     subject: Attention | Mlp,
     *,
-    timer: Callable[[Callable[[], Any]], tuple[float, float]] = measure.device_timer,
+    timer: Callable[[Callable[[], Any]], tuple[float, float]] = measure.host_timer,
 ) -> tuned.Entry:
     """The entry of a file for one call, measured on its device. Prints a line a candidate."""
     best = measure.search(

@@ -63,7 +63,8 @@ def _try(tiles: Any, run, right, timer) -> Trial:
             return Trial(tiles, failure="wrong result")
         seconds, spread = timer(call)
     except Exception as error:  # a configuration that can't run is told and left out
-        return Trial(tiles, failure=f"{type(error).__name__}: {str(error).splitlines()[0][:120]}")
+        text = next(iter(str(error).splitlines()), "")[:120]
+        return Trial(tiles, failure=f"{type(error).__name__}: {text}")
     return Trial(tiles, seconds, spread)
 
 
@@ -91,8 +92,8 @@ def sets_needed(touched_bytes: int) -> int:
     return max(1, min(64, -(-4 * L2_BYTES // touched_bytes)))
 
 
-def device_timer(run: Callable[[], Any], *, calls: int = CALLS, repeats: int = 5) -> tuple[float, float]:
-    """Seconds of one of the `calls` that `run` enqueues: median and spread (max - min) over `repeats`."""
+def host_timer(run: Callable[[], Any], *, calls: int = CALLS, repeats: int = 5) -> tuple[float, float]:
+    """Seconds of one of the `calls` that `run` enqueues, by the host's clock: median and spread (max - min)."""
     jax.block_until_ready(run())
     times = []
     for _ in range(repeats + 1):

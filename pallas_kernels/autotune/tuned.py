@@ -9,7 +9,7 @@ import functools
 import json
 import math
 import os
-import tempfile
+import secrets
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
@@ -94,9 +94,12 @@ def write(path: Path, entries: Sequence[Entry]) -> None:
     merged = {entry.key: asdict(entry) for entry in (*before, *entries)}
     text = json.dumps({"format": FORMAT, "entries": list(merged.values())}, indent=1) + "\n"
     path.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.NamedTemporaryFile("w", dir=path.parent, delete=False, encoding="utf-8") as file:
-        file.write(text)
-    Path(file.name).replace(path)
+    temporary = path.with_name(f".{path.name}.{secrets.token_hex(4)}")
+    try:
+        temporary.write_text(text, encoding="utf-8")
+        temporary.replace(path)
+    finally:
+        temporary.unlink(missing_ok=True)
 
 
 def lookup(op: str, device: str, dtype: str, shapes: Mapping[str, int]) -> Entry | None:

@@ -177,6 +177,8 @@ class PlanTable:
                 expected="{}, {}, {}".format(*expected),
                 mend="run polarjax sparsify on this model directory",
             )
+        for counts in self.neurons:
+            SparsityPlan(counts, (None,) * self.num_layers).check(config)
 
     def for_batch(
         self, batch_size: int, config: ModelConfig, head_density: float | None = None

@@ -9,6 +9,7 @@ must be readable in full. The seed is printed with a finding, so that it can be 
 import argparse
 import copy
 import json
+import math
 import random
 import sys
 import tempfile
@@ -142,9 +143,9 @@ def attempt(folder: Path) -> str:
         used = [tensors[step.source] for step in plan.steps]
         parameter_dtype(None, used, folder)
         for step in plan.steps:
-            array = step.layout.to_target(tensors[step.source].read(), step.shape)
-            if array.shape != step.shape:
-                raise AssertionError(f"{step.source}: {array.shape} instead of {step.shape}")
+            tensor = tensors[step.source]
+            rows = tensor.read().reshape(tensor.matrix)
+            step.layout.place(rows, 0, np.empty(math.prod(step.shape), rows.dtype))
     except PolarjaxError as error:
         if "\n" in str(error):
             raise AssertionError(f"more than one line: {error}") from error

@@ -152,6 +152,14 @@ def test_fault_33_code_of_the_source_is_not_passed_on(tmp_path):
     assert "auto_map" not in hf_config(ModelReader(tmp_path / "model"))[1]
 
 
+def test_a_copy_of_a_model_directory_is_exported_alike(model, tmp_path):
+    pj.save(tmp_path / "copy", pj.load(model))
+    ours, theirs = tmp_path / "ours", tmp_path / "theirs"
+    export_checkpoint(tmp_path / "copy", ours)
+    export_checkpoint(model, theirs)
+    assert (ours / "config.json").read_text() == (theirs / "config.json").read_text()
+
+
 def test_the_tokenizer_goes_along(model, tmp_path):
     done = export_checkpoint(model, tmp_path / "hf")
     assert {"config.json", "model.safetensors", "tokenizer.json", "tokenizer_config.json"} <= set(done.files)
