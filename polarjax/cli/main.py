@@ -23,7 +23,8 @@ import typer
 from polarjax.errors import PolarjaxError
 
 BAD_INPUT = 2  # exit code; typer uses the same for a wrong option
-TERMINATED = 128 + signal.SIGTERM  # the exit code that shells use
+TERMINATED = 128 + signal.SIGTERM  # the exit codes that shells use
+INTERRUPTED = 128 + signal.SIGINT
 
 
 class Verb(NamedTuple):
@@ -50,14 +51,25 @@ VERBS = {
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    """Runs the command and exits: 0 on success, 2 with one line on standard error on bad input.
+    """Runs the command and exits: 0 on success, 2 with one line on standard error on bad input, 130 on Ctrl-C.
 
     Args:
         arguments: the words after `polarjax`; by default those of this process.
     """
     words = list(sys.argv[1:] if arguments is None else arguments)
     called = next((word for word in words if not word.startswith("-")), None)
-    _app(called)(args=words, prog_name="polarjax")
+    for stream in (sys.stdout, sys.stderr):
+        _escape_unprintable(stream)
+    try:
+        _app(called)(args=words, prog_name="polarjax")
+    except KeyboardInterrupt:  # while the verb's code is imported; later typer catches it
+        sys.exit(INTERRUPTED)
+
+
+def _escape_unprintable(stream: Any) -> None:
+    """Makes what the encoding of `stream` lacks `\\xe9` instead of an error; `:replace` and the like stay."""
+    if getattr(stream, "errors", None) in ("strict", "surrogateescape") and hasattr(stream, "reconfigure"):
+        stream.reconfigure(errors="backslashreplace")
 
 
 def _app(called: str | None) -> typer.Typer:

@@ -1,5 +1,7 @@
 """The command's frame: the verb table, help, `--json`, errors and exit codes, with a verb made here."""
 
+import importlib
+import io
 import json
 import subprocess
 import sys
@@ -80,6 +82,38 @@ def test_json_has_standard_output_for_itself(polarjax):
 def test_bad_input_is_one_line_and_exit_code_2(polarjax, extra):
     expected = "polarjax: --factor: cannot shrink; got 0, expected 1 or more. Mend: leave it out\n"
     assert polarjax("stretch", "a", "--factor", "0", *extra) == (2, "", expected)
+
+
+@pytest.mark.parametrize(
+    ("errors", "shown"),
+    [
+        ("strict", rb"stretching h\xe9 \U0001f600 \udcff"),
+        ("surrogateescape", rb"stretching h\xe9 \U0001f600 \udcff"),
+        ("replace", b"stretching h? ? ?"),
+    ],
+)
+def test_what_the_terminal_cannot_show_is_escaped(polarjax, monkeypatch, errors, shown):
+    raw = io.BytesIO()
+    monkeypatch.setattr(sys, "stdout", io.TextIOWrapper(raw, encoding="ascii", errors=errors))
+    assert polarjax("stretch", "h\xe9 \U0001f600 \udcff")[0] == 0
+    sys.stdout.flush()
+    assert raw.getvalue().strip() == shown
+
+
+def test_json_is_json_in_every_encoding(polarjax, monkeypatch):
+    raw = io.BytesIO()
+    monkeypatch.setattr(sys, "stdout", io.TextIOWrapper(raw, encoding="ascii"))
+    assert polarjax("stretch", "\xe9 \U0001f600", "--json")[0] == 0
+    sys.stdout.flush()
+    assert json.loads(raw.getvalue())["folder"] == "\xe9 \U0001f600"
+
+
+def test_ctrl_c_while_the_verb_is_imported_is_quiet(polarjax, monkeypatch):
+    def interrupt(module: str):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(importlib, "import_module", interrupt)
+    assert polarjax("stretch", "a") == (130, "", "")
 
 
 @pytest.mark.parametrize(
