@@ -6,6 +6,7 @@ import jax
 
 from polarjax import checkpoint
 from polarjax.cli import learning
+from polarjax.cli.inputs import random_key
 from polarjax.errors import SparsityError
 from polarjax.sparsity import calibrate as find_plans
 from polarjax.sparsity.calibrate import measure_recall
@@ -21,12 +22,12 @@ def calibrate(
     seed: learning.Seed = 0,
 ) -> dict[str, Any]:
     """Make the plans of a model directory that has routers; earlier plans are replaced."""
+    keys = jax.random.split(random_key(seed))
     options = learning.calibrate_options(target_recall, max_batch, dense_attention)
     bundle, recorded = learning.open_for(folder, activations)
     if bundle.routers is None:
         mend = f"run polarjax train-routers {folder} --activations {activations}"
         raise SparsityError("the model has no routers yet", where=folder, mend=mend)
-    keys = jax.random.split(jax.random.key(seed))
     plans = find_plans(
         recorded,
         bundle.routers,

@@ -6,6 +6,7 @@ from typing import Annotated, Any
 import typer
 
 from polarjax.cli import learning
+from polarjax.cli.inputs import bytes_of
 from polarjax.sparsity import collect as record
 from polarjax.sparsity.pipeline import CollectOptions
 
@@ -24,7 +25,8 @@ def collect(
     dtype: learning.Dtype = None,
 ) -> dict[str, Any]:
     """Record router inputs, active neurons and attention norms of a model on text, for train-routers."""
-    options = CollectOptions(held_out=(validation, test), max_bytes=int(max_gb * 1e9), fit=fit)
+    max_bytes = bytes_of(max_gb, "--max-gb")
+    options = CollectOptions(held_out=(validation, test), max_bytes=max_bytes, fit=fit)
     bundle, windows = learning.load_and_cut(folder, text, window, max_tokens, dtype)
     recording = learning.announce(bundle, windows, options)
     record(

@@ -7,6 +7,7 @@ from typing import Annotated, Any
 import typer
 
 from checkpoints_convert import export_checkpoint
+from polarjax.cli.inputs import bytes_of
 from polarjax.progress import task
 
 
@@ -17,7 +18,7 @@ def export(
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace an earlier export.")] = False,
 ) -> dict[str, Any]:
     """Write a model directory as a HuggingFace folder with safetensors, bit for bit what was converted."""
-    size = int(max(shard_gb, 0) * 1e9)
+    size = bytes_of(shard_gb, "--shard-gb")
     done = export_checkpoint(folder, out, shard_bytes=size, overwrite=overwrite, progress=task)
     print(
         f"{done.model_type}: {done.tensors} tensors, {done.num_bytes / 1e6:.1f} MB, {done.dtype}, "

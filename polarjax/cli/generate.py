@@ -13,7 +13,7 @@ import numpy as np
 import typer
 
 from polarjax.checkpoint import Bundle
-from polarjax.cli.inputs import load_with_tokenizer
+from polarjax.cli.inputs import load_with_tokenizer, random_key
 from polarjax.configs import ModelConfig
 from polarjax.continuation import Show, continue_rows
 from polarjax.errors import CheckpointError, InputError
@@ -25,6 +25,7 @@ from polarjax.sparsity.plan import SparsityPlan
 from polarjax.sparsity.select import Sparsity
 from polarjax.storage import atomic_file
 from polarjax.text import Completion, check_stop_strings
+from polarjax.types import Array, Key
 
 DEFAULT_NEW_TOKENS = 64
 
@@ -79,6 +80,7 @@ def generate(
         raise InputError("--system is part of a chat", mend="give --chat too, or leave it out")
     if batch_size is not None and batch_size < 1:
         raise InputError("no prompts in a batch", where="--batch-size", got=batch_size, mend="give 1 or more")
+    key = random_key(seed)
     given = [*(Prompt.of(text, f"prompt {i}") for i, text in enumerate(prompt or [], 1)), *_read(prompts)]
     if not given:
         raise InputError("no prompt", mend="give --prompt TEXT or --prompts FILE")
@@ -111,7 +113,7 @@ def generate(
             batch_size=batch_size or len(given),
             dense=dense,
             head_density=head_density,
-            seed=seed,
+            key=key,
         )
         if timed:
             job.run(rows)
@@ -150,11 +152,11 @@ class _Job:
     batch_size: int
     dense: bool
     head_density: float | None
-    seed: int
+    key: Key[Array, ""]
 
     def run(self, rows: Sequence[Sequence[int]], *, show: Show | None = None) -> list[Completion]:
         """The completions of all rows in their order, `copies` for each."""
-        made, key = [], jax.random.key(self.seed)
+        made = []
         starts = range(0, len(rows), self.batch_size)
         with task("generating", len(rows), "prompts") if len(starts) > 1 else _no_task() as advance:
             for i, start in enumerate(starts):
@@ -162,7 +164,7 @@ class _Job:
                 made += continue_rows(
                     self.bundle,
                     batch,
-                    jax.random.fold_in(key, i) if i else key,
+                    jax.random.fold_in(self.key, i) if i else self.key,
                     settings=self.settings,
                     max_new_tokens=self.max_new_tokens,
                     copies=self.copies,

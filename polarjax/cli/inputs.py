@@ -1,16 +1,37 @@
-"""What several verbs read alike: a model directory with its tokenizer, and texts cut into token windows."""
+"""What several verbs read alike: seeds, sizes, a model directory with its tokenizer, texts cut into token windows."""
 
 from collections.abc import Sequence
 from pathlib import Path
 
+import jax
 import numpy as np
 
 from polarjax import checkpoint, data
 from polarjax.errors import CheckpointError, InputError
 from polarjax.tokenizer import Tokenizer
-from polarjax.types import Int
+from polarjax.types import Array, Int, Key
 
 DTYPES = ("float32", "bfloat16", "float16")
+MOST_GIGABYTES = 1e9  # more than any device or disk has
+SEEDS = range(-(2**63), 2**63)  # what JAX takes
+
+
+def random_key(seed: int) -> Key[Array, ""]:
+    """The random key of `--seed`; raises `InputError` if JAX has none for it."""
+    if seed not in SEEDS:
+        expected = f"{SEEDS[0]} to {SEEDS[-1]}"
+        raise InputError("no such seed", where="--seed", got=seed, expected=expected, mend="give 0, 1, 2, …")
+    return jax.random.key(seed)
+
+
+def bytes_of(gigabytes: float, option: str) -> int:
+    """How many bytes the number given for `option` is; raises `InputError` if it is no size."""
+    if not 0 <= gigabytes <= MOST_GIGABYTES:  # NaN is neither
+        expected = f"gigabytes, at most {MOST_GIGABYTES:,.0f}"
+        raise InputError(
+            "not a size", where=option, got=gigabytes, expected=expected, mend="give a number such as 5"
+        )
+    return int(gigabytes * 1e9)
 
 
 def load_with_tokenizer(folder: Path, dtype: str | None = None) -> tuple[checkpoint.Bundle, Tokenizer]:

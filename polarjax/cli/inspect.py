@@ -10,7 +10,7 @@ import typer
 from checkpoints_convert import Description, describe_checkpoint
 from polarjax import costs
 from polarjax.checkpoint import is_model_directory
-from polarjax.cli.inputs import DTYPES
+from polarjax.cli.inputs import DTYPES, bytes_of
 from polarjax.configs import ModelConfig
 from polarjax.errors import InputError
 from polarjax.reading import ModelReader
@@ -33,7 +33,7 @@ def inspect(
     """Tell what a checkpoint is, how many sequences fit, and what of it is supported; reads no weights."""
     if dtype is not None and dtype not in DTYPES:
         raise InputError("no such dtype", where="--dtype", got=dtype, expected=" | ".join(DTYPES))
-    if not memory > 0:
+    if not bytes_of(memory, "--memory"):
         raise InputError("no memory", where="--memory", got=memory, expected="gigabytes, more than 0")
     if is_model_directory(source):
         result = _model_directory(source, dtype)

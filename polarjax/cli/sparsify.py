@@ -3,11 +3,11 @@
 from pathlib import Path
 from typing import Annotated, Any
 
-import jax
 import typer
 
 from polarjax import checkpoint
 from polarjax.cli import learning
+from polarjax.cli.inputs import bytes_of, random_key
 from polarjax.sparsity import sparsify as learn
 from polarjax.sparsity.pipeline import CollectOptions
 from polarjax.storage import check_writable
@@ -35,7 +35,8 @@ def sparsify(
     dtype: learning.Dtype = None,
 ) -> dict[str, Any]:
     """Learn from text what a model directory can skip: collect, train-routers and calibrate in one go."""
-    collecting = CollectOptions(activations, (validation, test), int(max_gb * 1e9), fit)
+    key = random_key(seed)
+    collecting = CollectOptions(activations, (validation, test), bytes_of(max_gb, "--max-gb"), fit)
     training = learning.train_options(learning_rate, batch, epochs, head_objective)
     calibration = learning.calibrate_options(target_recall, max_batch, dense_attention)
     bundle, windows = learning.load_and_cut(folder, text, window, max_tokens, dtype)
@@ -44,7 +45,7 @@ def sparsify(
     routers, plans, report = learn(
         bundle.model,
         windows,
-        jax.random.key(seed),
+        key,
         head_density=head_density,
         collecting=collecting,
         training=training,

@@ -2,10 +2,9 @@
 
 from typing import Any
 
-import jax
-
 from polarjax import checkpoint
 from polarjax.cli import learning
+from polarjax.cli.inputs import random_key
 from polarjax.sparsity import train_routers as train
 
 
@@ -20,11 +19,10 @@ def train_routers(
     seed: learning.Seed = 0,
 ) -> dict[str, Any]:
     """Train the routers of a model directory; earlier routers, and the plans made for them, are replaced."""
+    key = random_key(seed)
     options = learning.train_options(learning_rate, batch, epochs, head_objective)
     bundle, recorded = learning.open_for(folder, activations)
-    routers, report = train(
-        recorded, bundle.model.config, jax.random.key(seed), head_density=head_density, options=options
-    )
+    routers, report = train(recorded, bundle.model.config, key, head_density=head_density, options=options)
     checkpoint.write_routers(folder, routers)
     learning.print_training(report)
     print(f"\nRouters are in {folder}. Next: polarjax calibrate {folder} --activations {activations}")

@@ -149,6 +149,22 @@ CASES = {
         ("train-routers", "plain", "--activations", "nowhere"),
         "nowhere",
     ),
+} | {
+    f"{words[-2]} {words[-1]} of {words[0]}": (None, words, f"{words[-2]}: {what}; got ")
+    for what, words in (
+        ("no such seed", ("generate", "model", "--prompt", "a", "--seed", str(2**63))),
+        ("no such seed", ("train-routers", "model", "--activations", "a", "--seed", str(-(2**63) - 1))),
+        ("no such seed", ("calibrate", "model", "--activations", "a", "--seed", "9" * 20)),
+        ("no such seed", ("sparsify", "plain", "--text", "short.txt", "--seed", "9" * 20)),
+        ("not a size", ("sparsify", "plain", "--text", "short.txt", "--max-gb", "nan")),
+        ("not a size", ("collect", "plain", "--text", "short.txt", "--to", "a", "--max-gb", "inf")),
+        ("not a size", ("export", "plain", "out", "--shard-gb", "nan")),
+        ("not a size", ("export", "plain", "out", "--shard-gb", "inf")),
+        ("not a size", ("export", "plain", "out", "--shard-gb", "-1")),
+        ("not a size", ("inspect", "plain", "--memory", "nan")),
+        ("not a size", ("inspect", "plain", "--memory", "inf")),
+        ("not a size", ("inspect", "plain", "--memory", "1e300")),
+    )
 }
 
 
