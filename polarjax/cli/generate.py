@@ -102,15 +102,15 @@ def generate(
         check_copies(num_return_sequences, settings.sampler)
         for note in settings.notes:
             print(note, file=sys.stderr)
-        if not dense and head_density is None and not _is_sparse(bundle):
-            print("The model has no routers yet, so this is dense; polarjax sparsify learns them.")
+        if not dense and head_density is None and (why := _why_dense(bundle)):
+            print(why)
         rows = [each.ids(tokenizer, chat=chat, system=system) for each in given]
         job = _Job(
             bundle=bundle,
             settings=settings,
             max_new_tokens=_room(given, rows, bundle.model.config, max_new_tokens, settings),
             copies=num_return_sequences,
-            batch_size=batch_size or len(given),
+            batch_size=min(batch_size or len(given), len(given)),
             dense=dense,
             head_density=head_density,
             key=key,
@@ -176,7 +176,7 @@ class _Job:
 
     def sparsity(self, batch_size: int) -> Sparsity | None:
         """What is skipped in a batch of so many sequences."""
-        if self.dense or (self.head_density is None and not _is_sparse(self.bundle)):
+        if self.dense or (self.head_density is None and _why_dense(self.bundle)):
             return None
         return self.bundle.sparsity(batch_size, self.head_density)
 
@@ -187,8 +187,13 @@ class _Job:
         return None if sparsity is None else densities(sparsity.plan, self.bundle.model.config)
 
 
-def _is_sparse(bundle: Bundle) -> bool:
-    return bundle.routers is not None and bundle.plans is not None
+def _why_dense(bundle: Bundle) -> str | None:
+    """A line about what the model lacks to be sparse; None if it lacks nothing."""
+    if bundle.routers is None:
+        return "The model has no routers yet, so this is dense; polarjax sparsify learns them."
+    if bundle.plans is None:
+        return "The model has no plans yet, so this is dense; polarjax calibrate makes them."
+    return None
 
 
 @contextlib.contextmanager

@@ -5,12 +5,15 @@ import json
 import shutil
 from pathlib import Path
 
+import jax
 import numpy as np
 import pytest
 
 import polarjax as pj
+from polarjax.checkpoint import write_plans, write_routers
 from polarjax.cli import main as command
 from polarjax.model import abstract, parameters, with_parameters
+from polarjax.sparsity.router import init_routers
 from polarjax.tokenizer import Tokenizer
 from tests.model import zoo
 
@@ -166,6 +169,23 @@ def test_a_chat_goes_through_the_template(home, run):
     assert not out.startswith(
         "The model has no routers yet, so this is dense; polarjax sparsify learns them.\nhi"
     )
+
+
+def test_the_missing_part_is_named_and_the_density_is_that_of_the_batch_that_ran(home, run, tmp_path):
+    model = shutil.copytree(home, tmp_path / "m")
+    config = pj.load(home).model.config
+    write_routers(model, init_routers(config, jax.random.key(0)))
+    told = run("--prompt", "a", *SHORT, model=model)[1]
+    assert told.startswith("The model has no plans yet, so this is dense; polarjax calibrate makes them.\n")
+    counts = (config.d_ff // 4, config.d_ff // 2)
+    rows = tuple((count,) * config.num_layers for count in counts)
+    recall = ((1.0,) * config.num_layers,) * 2
+    sizes = (config.num_layers, config.d_ff, config.num_kv_heads)
+    write_plans(model, pj.PlanTable(*sizes, (1, 2), rows, recall))
+    kept = lambda *words: _result(run("--prompt", "a", *SHORT, *words, "--json", model=model))["density"]
+    assert kept("--batch-size", "100")["neurons"] == 0.25
+    drawn = ("--temperature", "1", "--num-return-sequences", "2")
+    assert kept("--batch-size", "100", *drawn)["neurons"] == 0.5
 
 
 REFUSED = {
