@@ -13,6 +13,7 @@ import numpy as np
 import typer
 
 from polarjax.checkpoint import Bundle
+from polarjax.cli.drawing import check_options, with_options, with_stops
 from polarjax.cli.inputs import load_with_tokenizer, random_key
 from polarjax.configs import ModelConfig
 from polarjax.continuation import Show, continue_rows
@@ -24,7 +25,7 @@ from polarjax.prompts import Prompt, read_prompt_file
 from polarjax.sparsity.plan import SparsityPlan
 from polarjax.sparsity.select import Sparsity
 from polarjax.storage import atomic_file
-from polarjax.text import Completion, check_stop_strings
+from polarjax.text import Completion
 from polarjax.types import Array, Key
 
 DEFAULT_NEW_TOKENS = 64
@@ -80,6 +81,13 @@ def generate(
         raise InputError("--system is part of a chat", mend="give --chat too, or leave it out")
     if batch_size is not None and batch_size < 1:
         raise InputError("no prompts in a batch", where="--batch-size", got=batch_size, mend="give 1 or more")
+    options = {
+        "temperature": temperature,
+        "top_k": top_k,
+        "top_p": top_p,
+        "repetition_penalty": repetition_penalty,
+    }
+    check_options(**options)
     key = random_key(seed)
     given = [*(Prompt.of(text, f"prompt {i}") for i, text in enumerate(prompt or [], 1)), *_read(prompts)]
     if not given:
@@ -91,14 +99,7 @@ def generate(
     with contextlib.ExitStack() as stack:
         file = None if output is None else stack.enter_context(atomic_file(output, overwrite=overwrite))
         bundle, tokenizer = load_with_tokenizer(folder, dtype)
-        settings = bundle.generation.with_flags(
-            temperature=temperature,
-            top_k=top_k,
-            top_p=top_p,
-            repetition_penalty=repetition_penalty,
-            greedy=greedy,
-        )
-        settings = _with_stops(settings, stop, stop_id)
+        settings = with_stops(with_options(bundle.generation, greedy=greedy, **options), stop, stop_id)
         check_copies(num_return_sequences, settings.sampler)
         for note in settings.notes:
             print(note, file=sys.stderr)
@@ -203,14 +204,6 @@ def _no_task():
 
 def _read(file: Path | None) -> list[Prompt]:
     return [] if file is None else read_prompt_file(file)
-
-
-def _with_stops(
-    settings: GenerationSettings, strings: list[str] | None, ids: list[int] | None
-) -> GenerationSettings:
-    if strings:
-        settings = dataclasses.replace(settings, stop_strings=check_stop_strings(strings))
-    return dataclasses.replace(settings, stop_ids=tuple(ids)) if ids else settings
 
 
 def _room(

@@ -97,6 +97,9 @@ def test_the_models_settings_apply_and_flags_go_before_them(home, run, tmp_path)
     assert _result(run("--prompt", "def f", "--json", model=model))["tokens"] == [12]
     (model / "tokenizer" / "generation_config.json").write_text('{"top_p": 7, "do_sample": true}')
     assert "generation_config.json: top_p" in _line(run("--prompt", "def f", model=model))
+    (model / "tokenizer" / "generation_config.json").write_text('{"temperature": 0.0}')
+    unusable = _line(run("--prompt", "def f", "--top-k", "5", "--dense", model=model))
+    assert "the model's generation_config.json: temperature is out of range; got 0.0" in unusable
 
 
 def test_a_stop_string_cuts_the_text_streamed_or_not(run):
@@ -195,8 +198,17 @@ REFUSED = {
     "no copies": (("--prompt", "a", "--num-return-sequences", "0"), "num_return_sequences: no sequences"),
     "empty stop": (("--prompt", "a", "--stop", ""), "stop_strings: unusable"),
     "negative stop id": (("--prompt", "a", "--stop-id", "-1"), "eos_token_id"),
-    "top_p": (("--prompt", "a", "--top-p", "1.5"), "top_p"),
-    "nan": (("--prompt", "a", "--temperature", "nan"), "temperature"),
+    "top_p": (("--prompt", "a", "--top-p", "1.5"), "--top-p: top_p is out of range"),
+    "top_k": (("--prompt", "a", "--top-k", "-1"), "--top-k: top_k is out of range"),
+    "nan": (("--prompt", "a", "--temperature", "nan"), "--temperature: temperature is out of range"),
+    "temperature 0": (
+        ("--prompt", "a", "--temperature", "0"),
+        "leave it out; --greedy takes the most likely",
+    ),
+    "no penalty": (
+        ("--prompt", "a", "--repetition-penalty", "0"),
+        "--repetition-penalty: repetition_penalty",
+    ),
     "batch of none": (("--prompt", "a", "--batch-size", "0"), "--batch-size"),
     "system alone": (("--prompt", "a", "--system", "s"), "--system is part of a chat"),
     "a long prompt is named": (
