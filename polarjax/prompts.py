@@ -58,23 +58,24 @@ class Prompt:
             ) from error
 
     def completed(self, completions: Sequence[Completion]) -> str:
-        """A line of JSON: the object it came from with `completions`."""
+        """A line of JSON: the object it came from with `completions`; half characters stay JSON escapes."""
         made = [
             {"text": each.text, "tokens": len(each.tokens), "ending": each.ending} for each in completions
         ]
-        return json.dumps(self.entry | {"completions": made}, ensure_ascii=False)
+        line = json.dumps(self.entry | {"completions": made}, ensure_ascii=False)
+        return line.encode("utf-8", "backslashreplace").decode()  # which writes \ud800 as JSON does
 
 
 def read_prompt_file(path: Path) -> list[Prompt]:
     """The prompts of a file in their order: `.jsonl` holds an object on each line, any other name a text.
 
-    Empty lines are passed over.
+    The name may be in capitals and end in `.xz`. Empty lines are passed over.
 
     Raises:
       InputError: the file cannot be read or is empty, or lines are no prompts; they are named by their numbers.
     """
     lines = [(i, line) for i, line in enumerate(read_text(path).split("\n"), 1) if line.strip()]
-    if path.suffix != ".jsonl":
+    if not path.name.lower().removesuffix(".xz").endswith(".jsonl"):
         return [Prompt.of(line.rstrip("\r"), f"{path}, line {i}") for i, line in lines]
     found, bad = [], []
     for i, line in lines:

@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import lzma
 import shutil
 from pathlib import Path
 
@@ -13,6 +14,7 @@ import polarjax as pj
 from polarjax.checkpoint import write_plans, write_routers
 from polarjax.cli import main as command
 from polarjax.model import abstract, parameters, with_parameters
+from polarjax.prompts import read_prompt_file
 from polarjax.sparsity.router import init_routers
 from polarjax.tokenizer import Tokenizer
 from tests.model import zoo
@@ -150,6 +152,23 @@ def test_files_in_and_out_keep_their_order_and_fields(run, tmp_path):
     assert "already exists" in _line(run("--prompts", source, "--output", out, *SHORT))
     assert run("--prompt", "x = ", "--output", out, "--overwrite", *SHORT)[0] == 0
     assert len(out.read_text().splitlines()) == 1
+
+
+def test_half_a_character_beside_the_prompt_is_written_as_it_was_read(run, tmp_path):
+    line = r'{"id": "\ud800", "\\\udfff": "日本", "prompt": "x"}'
+    (tmp_path / "in.jsonl").write_text(line, "utf-8")
+    code, _, err = run("--prompts", tmp_path / "in.jsonl", "--output", tmp_path / "out.jsonl", *SHORT)
+    assert code == 0, err
+    written = (tmp_path / "out.jsonl").read_text("utf-8")
+    assert written.startswith(line[:-1] + ', "completions": [')
+    assert json.loads(written).items() > json.loads(line).items()
+
+
+@pytest.mark.parametrize("name", ["p.jsonl", "P.JSONL", "p.jsonl.xz", "P.JSONL.xz"])
+def test_json_lines_are_known_by_their_name(tmp_path, name):
+    line = b'{"prompt": "a"}\n'
+    (tmp_path / name).write_bytes(lzma.compress(line) if name.endswith(".xz") else line)
+    assert [each.text for each in read_prompt_file(tmp_path / name)] == ["a"]
 
 
 def test_a_text_file_of_prompts(run, tmp_path):
