@@ -12,6 +12,8 @@ from polarjax.data import read_text
 from polarjax.errors import InputError
 from polarjax.evaluation import agreement, perplexity
 from polarjax.evaluation.perplexity import Perplexity
+from polarjax.evaluation.scoring import Mode
+from polarjax.sparsity.select import Sparsity
 from polarjax.tokenizer import Tokenizer
 
 
@@ -35,6 +37,13 @@ def evaluate(
     bundle, tokenizer = load_with_tokenizer(folder, dtype)
     length = min(512, bundle.model.config.max_positions) if window is None else window
     source = ", ".join(map(str, text))
+    sparse: dict[Mode, Sparsity] = {}
+    if not dense:  # what can't be measured is refused before anything is
+        sparse = {
+            "masked": bundle.sparsity(1, head_density),
+            "decode": bundle.sparsity(batch_size, head_density),
+        }
+        _check_context(context, length)
     windows = text_windows(texts, tokenizer, length, most=max_tokens // max(length, 1), source=source)
     options: dict[str, Any] = {"batch_size": batch_size, "context": context}
     measured = perplexity(bundle.model, windows, **options, description="dense")
@@ -48,17 +57,27 @@ def evaluate(
         "dense": _numbers(measured, num_bytes),
     }
     _print_dense(result)
-    if not dense:
-        for mode, size in (("masked", 1), ("decode", batch_size)):
-            sparsity = bundle.sparsity(size, head_density)
-            common: dict[str, Any] = {"mode": mode, **options, "description": f"sparse, {mode}"}
-            result[mode] = {
-                "density": densities(sparsity.plan, bundle.model.config),
-                **_numbers(perplexity(bundle.model, windows, sparsity=sparsity, **common), num_bytes),
-                **agreement(bundle.model, windows, sparsity, **common).to_json(),
-            }
-            _print_sparse(mode, result)
+    for mode, sparsity in sparse.items():
+        common: dict[str, Any] = {"mode": mode, **options, "description": f"sparse, {mode}"}
+        result[mode] = {
+            "density": densities(sparsity.plan, bundle.model.config),
+            **_numbers(perplexity(bundle.model, windows, sparsity=sparsity, **common), num_bytes),
+            **agreement(bundle.model, windows, sparsity, **common).to_json(),
+        }
+        _print_sparse(mode, result)
     return result
+
+
+def _check_context(context: int, length: int) -> None:
+    """Raises `InputError` where decoding, which comes last, would have no token to score."""
+    if not 0 <= context <= length - 2:
+        raise InputError(
+            "no token is left to score",
+            where="--context",
+            got=f"{context} of {length} tokens",
+            expected=f"0 to {length - 2}" if length > 1 else "a longer window",
+            mend="lower --context or raise --window",
+        )
 
 
 def _scored_bytes(windows: np.ndarray, context: int, tokenizer: Tokenizer) -> int:

@@ -42,6 +42,7 @@ def home(tmp_path_factory) -> Path:
     write_routers(home / "model", init_routers(config, jax.random.key(0)))
     write_plans(home / "model", plan_table(config))
     (home / "short.txt").write_text("Too short to learn from.\n", encoding="utf-8")
+    (home / "long.txt").write_text("word " * 200, encoding="utf-8")
     (home / "latin.txt").write_bytes("na\xefve".encode("latin-1") * 50)
     (home / "empty.txt").write_text("", encoding="utf-8")
     return home
@@ -143,6 +144,22 @@ CASES = {
         swap_routers,
         ("generate", "model", "--prompt", "a"),
         "routers",
+    ),
+    "eval of a model without routers": (None, ("eval", "plain", "--text", "long.txt"), "has no routers yet"),
+    "eval of a model without plans": (
+        lambda home: (home / "model" / "plans.json").unlink(),
+        ("eval", "model", "--text", "long.txt", "--window", "64"),
+        "has no plans yet",
+    ),
+    "eval at a density above 1": (
+        None,
+        ("eval", "model", "--text", "long.txt", "--window", "64", "--head-density", "7"),
+        "above 0 and at most 1",
+    ),
+    "eval with nothing left to decode": (
+        None,
+        ("eval", "model", "--text", "long.txt", "--window", "64", "--context", "63"),
+        "--context: no token is left to score; got 63 of 64 tokens, expected 0 to 62",
     ),
     "activations that are not there": (
         None,
