@@ -1,5 +1,6 @@
 """`polarjax sparsify`: routers and plans for a model directory, from text, in one go."""
 
+import os
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -8,9 +9,10 @@ import typer
 from polarjax import checkpoint
 from polarjax.cli import learning
 from polarjax.cli.inputs import bytes_of, random_key
+from polarjax.errors import InputError
 from polarjax.sparsity import sparsify as learn
 from polarjax.sparsity.pipeline import CollectOptions
-from polarjax.storage import check_writable
+from polarjax.storage import absolute, check_writable
 
 
 def sparsify(
@@ -35,6 +37,13 @@ def sparsify(
     dtype: learning.Dtype = None,
 ) -> dict[str, Any]:
     """Learn from text what a model directory can skip: collect, train-routers and calibrate in one go."""
+    if activations is not None and os.path.lexists(absolute(activations)):
+        raise InputError(
+            "the output already exists",
+            where="--activations",
+            got=activations,
+            mend="choose another name, or remove it",
+        )
     key = random_key(seed)
     collecting = CollectOptions(activations, (validation, test), bytes_of(max_gb, "--max-gb"), fit)
     training = learning.train_options(learning_rate, batch, epochs, head_objective)

@@ -161,6 +161,11 @@ CASES = {
         ("eval", "model", "--text", "long.txt", "--window", "64", "--context", "63"),
         "--context: no token is left to score; got 63 of 64 tokens, expected 0 to 62",
     ),
+    "activations that are there already": (
+        None,
+        ("sparsify", "plain", "--text", "short.txt", "--activations", "hf"),
+        "--activations: the output already exists; got hf. Mend: choose another name, or remove it",
+    ),
     "activations that are not there": (
         None,
         ("train-routers", "plain", "--activations", "nowhere"),
