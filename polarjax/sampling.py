@@ -6,9 +6,13 @@ from typing import Protocol
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from polarjax.errors import InputError
 from polarjax.types import Array, Float, Int, Key
+
+
+_TINY = float(np.finfo(np.float32).tiny)
 
 
 class Sampler(Protocol):
@@ -69,9 +73,8 @@ class Categorical:
                 "sampling needs a random key", where="Categorical", mend="pass key=jax.random.key(0)"
             )
         logits = logits.astype(jnp.float32)
-        logits = (
-            logits - logits.max(-1, keepdims=True)
-        ) / self.temperature  # below 0: never overflows to +inf
+        temperature = min(max(self.temperature, _TINY), 1 / _TINY)  # beyond, float32 makes 0 or infinity of it
+        logits = (logits - logits.max(-1, keepdims=True)) / temperature  # below 0: never overflows to +inf
         if self.top_k is not None and self.top_k < logits.shape[-1]:
             logits = _keep(logits, jax.lax.top_k(logits, self.top_k)[0][:, -1:])
         if self.top_p is not None and self.top_p < 1:
@@ -99,4 +102,5 @@ def _nucleus_floor(logits: Float[Array, "B V"], top_p: float) -> Float[Array, "B
     """The smallest logit inside the nucleus of each row."""
     ordered = jnp.sort(logits, -1, descending=True)
     before = jnp.cumsum(jax.nn.softmax(ordered, -1), -1) - jax.nn.softmax(ordered, -1)
-    return jnp.min(jnp.where(before < top_p, ordered, jnp.inf), -1, keepdims=True)
+    floor = jnp.min(jnp.where(before < top_p, ordered, jnp.inf), -1, keepdims=True)
+    return jnp.minimum(floor, ordered[:, :1])  # a top_p that float32 rounds to 0 keeps the most likely one too

@@ -38,15 +38,21 @@ GREEDY = [
     pj.Categorical(temperature=1e-30),
     pj.Categorical(temperature=1e6, top_k=1),
     pj.Categorical(top_k=5, top_p=1e-6),
+    pj.Categorical(top_p=1e-38),  # float32 flushes the last five to 0
+    pj.Categorical(temperature=1e-38),
+    pj.Categorical(temperature=1e-38, top_k=1),
+    pj.Categorical(temperature=1e-38, top_p=0.5),
+    pj.Categorical(temperature=1e-320, top_k=3, top_p=1e-320),
 ]
 
 
 @pytest.mark.parametrize("sampler", GREEDY, ids=str)
 @given(logits=logits(), seed=st.integers(0, 999))
 def test_the_greedy_limits(sampler, logits, seed):
-    drawn = _compiled(sampler)(logits, jax.random.key(seed))
-    assert drawn.dtype == jnp.int32
-    assert (np.asarray(drawn) == np.asarray(logits).argmax(-1)).all()
+    for draw in (sampler, _compiled(sampler)):
+        drawn = draw(logits, jax.random.key(seed))
+        assert drawn.dtype == jnp.int32
+        assert (np.asarray(drawn) == np.asarray(logits).argmax(-1)).all()
 
 
 def test_greedy_takes_the_lower_id_on_a_tie_and_needs_no_key():
@@ -114,10 +120,21 @@ def test_a_high_temperature_forgets_the_logits():
     assert abs(counts - 5000).max() < 6 * np.sqrt(20_000 * 0.25 * 0.75)
 
 
-def test_a_token_of_no_probability_is_never_drawn():
-    logits = jnp.broadcast_to(jnp.array([0.0, -jnp.inf, 0.0]), (2000, 3))
-    for sampler in (pj.Categorical(), pj.Categorical(top_k=3), pj.Categorical(top_k=2, top_p=0.99)):
-        assert set(np.asarray(_compiled(sampler)(logits, KEY)).tolist()) == {0, 2}
+@pytest.mark.parametrize(
+    "sampler",
+    [
+        pj.Categorical(),
+        pj.Categorical(top_k=3),
+        pj.Categorical(top_k=2, top_p=0.99),
+        pj.Categorical(temperature=1e38),  # float32 flushes its reciprocal to 0
+        pj.Categorical(temperature=1e300),
+    ],
+    ids=str,
+)
+def test_a_token_of_no_probability_is_never_drawn(sampler):
+    logits = jnp.broadcast_to(jnp.array([-jnp.inf, 0.0, 0.0]), (2000, 3))
+    for draw in (sampler, _compiled(sampler)):
+        assert set(np.asarray(draw(logits, KEY)).tolist()) == {1, 2}
 
 
 @pytest.mark.parametrize("sampler", [pj.Categorical(), pj.Categorical(0.7, top_k=7, top_p=0.9)], ids=str)
