@@ -30,11 +30,19 @@ class Perplexity:
 
     @property
     def perplexity(self) -> float:
-        """exp(nll): the size of a uniform choice as hard as the text."""
-        return math.exp(self.nll)
+        """exp(nll): the size of a uniform choice as hard as the text; infinity where a float cannot hold it."""
+        try:
+            return math.exp(self.nll)
+        except OverflowError:
+            return math.inf
 
     def bits_per_byte(self, num_bytes: int) -> float:
-        """Bits needed for each byte of the scored text, which is `num_bytes` long: free of the tokenizer."""
+        """Bits needed for each byte of the scored text, which is `num_bytes` long: free of the tokenizer.
+
+        NaN where no byte is scored, as in a text of special tokens alone.
+        """
+        if num_bytes == 0:
+            return math.nan
         return self.nll * self.tokens / math.log(2) / num_bytes
 
     def to_json(self) -> dict[str, float]:

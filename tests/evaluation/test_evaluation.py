@@ -11,6 +11,7 @@ from flax import nnx
 from polarjax.configs import ModelConfig
 from polarjax.errors import InputError, SparsityError
 from polarjax.evaluation import agreement, perplexity, scoring
+from polarjax.evaluation.perplexity import Perplexity
 from polarjax.generate import generate
 from polarjax.model import Decoder, forward
 from polarjax.sparsity.plan import SparsityPlan, uniform_groups
@@ -62,6 +63,18 @@ def test_dense_perplexity_is_that_of_numpy(mode, batch_size, context):
     assert result.tokens == expected.size
     assert result.perplexity == pytest.approx(np.exp(expected.mean()), rel=1e-5)
     assert result.bits_per_byte(100) == pytest.approx(expected.sum() / math.log(2) / 100, rel=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("nll", "expected"), [(709.0, math.exp(709)), (711.0, math.inf), (math.inf, math.inf)]
+)
+def test_the_perplexity_of_a_very_bad_model_is_a_number(nll, expected):
+    result = Perplexity(nll=nll, tokens=3, token_nll=np.full((1, 3), nll, np.float32))
+    assert result.perplexity == result.to_json()["perplexity"] == expected
+
+
+def test_there_are_no_bits_for_each_of_no_bytes():
+    assert math.isnan(perplexity(MODEL, WINDOWS).bits_per_byte(0))
 
 
 def test_masked_sparse_perplexity_is_that_of_forward():
