@@ -143,12 +143,13 @@ def split_windows(
     Raises:
       InputError: the fractions are unusable, or nothing is left to train on.
     """
-    if min(held_out) < 0 or sum(held_out) >= 1:
+    if not (min(held_out) >= 0 and sum(held_out) < 1):  # so that NaN fails
         raise InputError(
             "unusable fractions of held-out text",
             where="held_out",
             got=held_out,
             expected="two fractions, not negative, whose sum is below 1",
+            mend=f"pass for example {HELD_OUT}",
         )
     sizes = [max(1, round(fraction * count)) if fraction > 0 else 0 for fraction in held_out]
     if sum(sizes) >= count:

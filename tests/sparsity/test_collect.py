@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import math
 import sys
 from pathlib import Path
 
@@ -19,6 +20,7 @@ from polarjax.sparsity.activations import open_activations, row_bytes
 from polarjax.sparsity.collect import fingerprint, kept_positions, split_windows
 from polarjax.sparsity.taps import TapSpec, pack, unpack
 from tests.model import zoo
+from tests.one_line import refuses
 from tests.tolerances import assert_close
 
 RECORDER = sys.modules["polarjax.sparsity.collect"]  # the package exports the function under this name
@@ -155,9 +157,9 @@ def test_a_part_that_is_not_asked_for_is_empty(held_out):
     assert [np.sum(part == i) for i in (1, 2)] == [held_out[0] > 0, 0]
 
 
-@pytest.mark.parametrize("held_out", [(-0.1, 0.1), (0.5, 0.5), (1.0, 0.0)])
+@pytest.mark.parametrize("held_out", [(-0.1, 0.1), (0.5, 0.5), (1.0, 0.0), (0.1, math.nan), (math.nan, 0.1)])
 def test_unusable_fractions_are_refused(held_out):
-    with pytest.raises(pj.InputError, match="unusable fractions"):
+    with refuses(pj.InputError, "unusable fractions"):
         split_windows(10, held_out)
 
 
