@@ -160,7 +160,7 @@ def largest_batch(
 
     Args:
       config: the model's configuration.
-      memory: of the device, in bytes.
+      memory: of the device, in bytes; finite.
       cache_length: S, positions that the cache holds for each sequence.
       dtype: of weights and cache.
 
@@ -168,9 +168,12 @@ def largest_batch(
       the number of sequences; 0 where not even one fits.
 
     Raises:
-      InputError: `cache_length` is not positive.
+      InputError: `cache_length` is not positive, or `memory` is not finite.
     """
     _check(config, 1, cache_length, None)
+    if not -math.inf < memory < math.inf:
+        mend = "give the memory of the device"
+        raise InputError("memory is not finite", where="costs", got=memory, expected="bytes", mend=mend)
     each = cache_length * cache_bytes_per_token(config, dtype) + 4 * config.vocab_size
     return max(0, int(memory - weights_bytes(config, dtype)) // each)
 

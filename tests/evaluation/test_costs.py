@@ -1,14 +1,17 @@
 """Bytes and operations of a decoding step, against sums done by hand and against the real parameters."""
 
 import dataclasses
+import math
 
 import jax.numpy as jnp
+import numpy as np
 import pytest
 
 from polarjax import costs
 from polarjax.configs import ModelConfig, RopeConfig
 from polarjax.errors import InputError, SparsityError
 from polarjax.sparsity.plan import SparsityPlan, dense_plan
+from tests.one_line import refuses
 
 OPT = ModelConfig(
     vocab_size=10,
@@ -100,6 +103,21 @@ def test_window_bounds_the_cache_and_dense_plan_is_free():
     assert cost.cache == 2 * 2 * 2 * (2 * 4 + 2 + 2 * 9 + 2)
     assert cost == costs.decode_bytes(windowed, batch_size=1, cache_length=9, plan=dense_plan(windowed))
     assert costs.cache_bytes_per_token(LLAMA, jnp.bfloat16) == 2 * 2 * 2 * 2 * 2
+
+
+@pytest.mark.parametrize("memory", [math.inf, -math.inf, math.nan, np.float32("inf")])
+def test_memory_has_to_be_finite(memory):
+    with refuses(InputError, f"costs: memory is not finite; got {memory}"):
+        costs.largest_batch(OPT, memory=memory, cache_length=1)
+
+
+def test_any_finite_memory_holds_a_batch():
+    assert costs.largest_batch(OPT, memory=-1.0, cache_length=1) == 0
+    each = costs.cache_bytes_per_token(OPT) + 4 * OPT.vocab_size
+    assert (
+        costs.largest_batch(OPT, memory=10**400, cache_length=1)
+        == (10**400 - costs.weights_bytes(OPT)) // each
+    )
 
 
 def test_refusals():
