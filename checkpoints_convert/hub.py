@@ -66,6 +66,10 @@ def _fetch(model: str, revision: str | None, patterns: tuple[str, ...]) -> Path:
     except (OSError, errors.HFValidationError) as error:
         got = f"{type(error).__name__}: {error}"[:200]
         raise CheckpointError("the hub does not give this model", where=model, got=got) from error
+    except errors.HTTPError as error:  # pyright: ignore[reportPrivateImportUsage]  # of its client; no OSError
+        got = f"{type(error).__name__}: {error}"[:200]
+        mend = "check the network and its proxy, or give the folder of the model"
+        raise CheckpointError("the hub cannot be reached", where=model, got=got, mend=mend) from error
 
 
 def _absent(model: str, revision: str | None, *, offline: bool) -> CheckpointError:

@@ -142,6 +142,7 @@ def test_no_weights_are_fetched_for_a_config_that_is_refused(tmp_path, monkeypat
         (errors.GatedRepoError, "gated.*hf auth login"),
         (errors.RevisionNotFoundError, "no such revision; got v7"),
         (errors.LocalEntryNotFoundError, "the hub cannot be reached. Mend: connect"),
+        (errors.HTTPError, "the hub cannot be reached; got HTTPError.*Mend: check the network and its proxy"),
     ],
 )
 def test_refusals_of_the_hub_are_one_line(tmp_path, monkeypatch, kind, pattern):
