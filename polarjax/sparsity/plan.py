@@ -7,6 +7,7 @@ from typing import Any
 
 from polarjax.configs import ModelConfig
 from polarjax.errors import SparsityError
+from polarjax.numeric import plain
 
 
 def dense_above(batch_size: int) -> float:
@@ -21,6 +22,7 @@ def dense_above(batch_size: int) -> float:
 
 def check_density(density: float, *, where: str) -> float:
     """Returns `density`; raises `SparsityError` unless 0 < density <= 1."""
+    density = plain(density)
     if not (isinstance(density, int | float) and 0 < density <= 1):
         raise SparsityError(
             "a density is a fraction of what is kept",
@@ -144,7 +146,7 @@ class PlanTable:
     dense_layers: tuple[int, ...] = (0,)
 
     def __post_init__(self) -> None:
-        check_density(self.head_density, where="plan table")
+        object.__setattr__(self, "head_density", check_density(self.head_density, where="plan table"))
         if not all(type(layer) is int and 0 <= layer < self.num_layers for layer in self.dense_layers):
             raise SparsityError(
                 "a plan table keeps the attention of layers dense that there are not",

@@ -5,6 +5,7 @@ import json
 import math
 
 import jax
+import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -34,7 +35,9 @@ def test_group_counts_are_the_floor_of_the_density_and_never_none(density):
 
 
 @pytest.mark.parametrize(("density", "kept"), [(0.1, 1), (0.5, 2), (0.75, 3), (0.74, 2), (1.0, 4), (1, 4)])
-def test_group_counts(density, kept):
+@pytest.mark.parametrize("kind", [lambda x: x, np.float32, np.float16], ids=["python", "float32", "float16"])
+def test_group_counts(density, kept, kind):
+    density = kind(density)
     assert uniform_groups(CONFIG, density, dense_layers=()) == (kept,) * L
 
 
@@ -42,7 +45,9 @@ def test_other_layers_can_stay_dense():
     assert uniform_groups(CONFIG, 0.5, dense_layers=(1, 2)) == (2, None, None)
 
 
-@pytest.mark.parametrize("density", [0, -0.5, 1.01, float("nan"), float("inf"), "half", None, True + 1])
+@pytest.mark.parametrize(
+    "density", [0, -0.5, 1.01, math.nan, math.inf, "half", None, True + 1, np.float32(2)]
+)
 def test_densities_out_of_range(density):
     with refuses(pj.SparsityError, r"^head density: a density is a fraction.*above 0 and at most 1"):
         uniform_groups(CONFIG, density)
@@ -103,8 +108,14 @@ def test_a_batch_takes_the_plan_of_the_next_larger_size_or_dense_mlps(batch_size
 
 def test_the_head_density_can_be_overridden():
     assert TABLE.for_batch(1, CONFIG, 0.75).groups == (None, 3, 3)
+    assert TABLE.for_batch(1, CONFIG, np.float32(0.75)).groups == (None, 3, 3)
     with refuses(pj.SparsityError, "head density"):
         TABLE.for_batch(1, CONFIG, 0)
+
+
+def test_a_density_of_numpy_is_kept_as_a_plain_number():
+    table = dataclasses.replace(TABLE, head_density=np.float32(0.5))
+    assert json.loads(json.dumps(table.to_json()))["head_density"] == 0.5
 
 
 def test_tables_are_for_one_model():
