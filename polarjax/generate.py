@@ -3,6 +3,7 @@
 import dataclasses
 import functools
 import math
+from collections.abc import Iterable
 
 import jax
 import jax.numpy as jnp
@@ -13,10 +14,11 @@ from polarjax.cache import KVCache, init_cache
 from polarjax.configs import ModelConfig
 from polarjax.errors import InputError
 from polarjax.model import Decoder, decode_step, prefill
+from polarjax.numeric import plain
 from polarjax.overlap import overlapping_jit
 from polarjax.sampling import Greedy, Sampler
 from polarjax.sparsity.select import Sparsity
-from polarjax.token_loop import Generation, decode_loop
+from polarjax.token_loop import LARGEST_ID, Generation, decode_loop
 from polarjax.types import Array, Bool, Float, Implementation, Int, Key
 
 SMALLEST_BUCKET = 16
@@ -77,19 +79,20 @@ def generate(
       lengths: valid tokens of each row, int32 [B], at least 1.
       key: random key; only a sampler that draws needs one.
       sampler: `Greedy()`, `Categorical(...)`, or any hashable `Sampler`.
-      max_new_tokens: M.
-      stop_ids: ids that end a row.
+      max_new_tokens: M; prompt and new tokens but the last, which is never read, fit into the model's positions.
+      stop_ids: ids that end a row, 0 to 2**31 - 1.
       repetition_penalty: above 1, makes ids less likely that a row holds already, its prompt included.
       num_return_sequences: n; every prompt is continued n times, in rows that follow one another: B becomes n·B.
       sparsity: what to skip while decoding; None is the dense model.
       implementation: of the kernels; None takes the best for the device.
 
     Raises:
-      InputError: empty or too long prompts, lengths outside [1, T], ids outside the vocabulary, several greedy
-        sequences of one prompt.
+      InputError: empty or too long prompts, lengths outside [1, T], ids outside the vocabulary, stop ids that are
+        none, several greedy sequences of one prompt.
       SparsityError: routers or plan are for another model.
     """
-    settings = {"sampler": sampler, "max_new_tokens": max_new_tokens, "stop_ids": tuple(map(int, stop_ids))}
+    max_new_tokens = check_new_tokens(max_new_tokens)
+    settings = {"sampler": sampler, "max_new_tokens": max_new_tokens, "stop_ids": check_stop_ids(stop_ids)}
     prompts = prepare(
         model.config,
         tokens,
@@ -140,8 +143,38 @@ def prepare(config: ModelConfig, tokens, lengths, *, max_new_tokens: int, copies
     return Prompts(tokens, lengths, -(-(bucket + max_new_tokens) // 8) * 8)
 
 
+def check_new_tokens(count: int) -> int:
+    """`count` if so many tokens can be asked for; raises `InputError` otherwise."""
+    count = plain(count)
+    if type(count) is not int or count < 1:
+        raise InputError(
+            "nothing to generate",
+            where="max_new_tokens",
+            got=repr(count),
+            expected="a positive whole number",
+            mend="pass for example max_new_tokens=64",
+        )
+    return count
+
+
+def check_stop_ids(ids: Iterable[int]) -> tuple[int, ...]:
+    """`ids` if they can be token ids; raises `InputError` otherwise."""
+    ids = tuple(map(plain, ids))
+    for each in ids:
+        if type(each) is not int or not 0 <= each <= LARGEST_ID:
+            raise InputError(
+                "not a token id",
+                where="stop_ids",
+                got=repr(each),
+                expected=f"whole numbers, 0 to {LARGEST_ID}",
+                mend="pass ids of the model's tokenizer",
+            )
+    return ids
+
+
 def check_copies(count: int, sampler: Sampler) -> int:
     """`count` if so many sequences of a prompt can be had; raises `InputError` otherwise."""
+    count = plain(count)
     if type(count) is not int or count < 1:
         mend = "pass 1 or more"
         raise InputError("no sequences", where="num_return_sequences", got=repr(count), mend=mend)
@@ -172,14 +205,6 @@ def _widen(tokens, lengths, width: int, copies: int) -> tuple[Int[Array, "B widt
 
 def check_prompts(config: ModelConfig, tokens, lengths, max_new_tokens: int) -> None:
     """Raises `InputError` on prompts that cannot be continued; values are checked only where they are concrete."""
-    if not isinstance(max_new_tokens, int) or max_new_tokens < 1:
-        raise InputError(
-            "nothing to generate",
-            where="max_new_tokens",
-            got=repr(max_new_tokens),
-            expected="a positive whole number",
-            mend="pass for example max_new_tokens=64",
-        )
     if tokens.ndim != 2 or tokens.size == 0 or lengths.shape != tokens.shape[:1]:
         raise InputError(
             "prompts have the wrong shape",
@@ -200,12 +225,12 @@ def check_prompts(config: ModelConfig, tokens, lengths, max_new_tokens: int) -> 
         longest = tokens.shape[1]
     else:
         longest = _check_values(config, np.asarray(tokens), np.asarray(lengths))
-    if longest + max_new_tokens > config.max_positions:
+    if longest + max_new_tokens - 1 > config.max_positions:  # the last new token is never read
         raise InputError(
             "the sequence would outgrow the model's positions",
             where="generate",
             got=f"{longest} prompt tokens + {max_new_tokens} new ones",
-            expected=f"at most {config.max_positions}",
+            expected=f"at most {config.max_positions} before the last one",
             mend="shorten the prompt or lower max_new_tokens",
         )
 

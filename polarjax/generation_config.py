@@ -6,8 +6,10 @@ from pathlib import Path
 from typing import Any
 
 from polarjax.errors import CheckpointError, InputError
+from polarjax.numeric import make_plain, plain
 from polarjax.sampling import Categorical, Greedy, Sampler
 from polarjax.storage import read_json
+from polarjax.token_loop import LARGEST_ID
 
 GENERATION_CONFIG = "generation_config.json"
 KNOWN = (
@@ -81,8 +83,11 @@ class GenerationSettings:
     ignored: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
-        wrong = next((each for each in self.stop_ids if type(each) is not int or each < 0), None)
-        _check(wrong is None, "eos_token_id", wrong, "token ids")
+        make_plain(self, "temperature", "top_k", "top_p", "repetition_penalty", "max_new_tokens")
+        object.__setattr__(self, "stop_ids", tuple(map(plain, self.stop_ids)))
+        for each in self.stop_ids:
+            usable = type(each) is int and 0 <= each <= LARGEST_ID
+            _check(usable, "stop_ids", each, f"token ids, 0 to {LARGEST_ID}")
         _check(isinstance(self.do_sample, bool), "do_sample", self.do_sample, "true or false")
         for name in ("temperature", "top_p"):
             value = getattr(self, name)
@@ -154,8 +159,9 @@ class GenerationSettings:
         try:
             return cls.from_json(default | data)
         except InputError as error:
+            what = error.what.replace("stop_ids", "eos_token_id")  # its name in the file
             raise CheckpointError(
-                error.what, where=file, got=error.got, expected=error.expected, mend=_MEND
+                what, where=file, got=error.got, expected=error.expected, mend=_MEND
             ) from error
 
     @classmethod
@@ -207,4 +213,10 @@ def _matters(key: str, value: Any) -> bool:
 
 def _check(ok: bool, name: str, got: object, expected: str) -> None:
     if not ok:
-        raise InputError(f"{name} is not usable", where=GENERATION_CONFIG, got=repr(got), expected=expected)
+        raise InputError(
+            f"{name} is not usable",
+            where="GenerationSettings",
+            got=repr(got),
+            expected=expected,
+            mend="correct the value or leave it out",
+        )

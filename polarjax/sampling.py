@@ -9,8 +9,8 @@ import jax.numpy as jnp
 import numpy as np
 
 from polarjax.errors import InputError
+from polarjax.numeric import make_plain
 from polarjax.types import Array, Float, Int, Key
-
 
 _TINY = float(np.finfo(np.float32).tiny)
 
@@ -52,12 +52,8 @@ class Categorical:
     top_p: float | None = None
 
     def __post_init__(self) -> None:
-        _check(
-            math.isfinite(self.temperature) and self.temperature > 0,
-            "temperature",
-            self.temperature,
-            "above 0",
-        )
+        make_plain(self, "temperature", "top_k", "top_p")
+        _check(0 < self.temperature < math.inf, "temperature", self.temperature, "above 0")
         _check(
             self.top_k is None or (type(self.top_k) is int and self.top_k > 0),
             "top_k",
@@ -73,7 +69,7 @@ class Categorical:
                 "sampling needs a random key", where="Categorical", mend="pass key=jax.random.key(0)"
             )
         logits = logits.astype(jnp.float32)
-        temperature = min(max(self.temperature, _TINY), 1 / _TINY)  # beyond, float32 makes 0 or infinity of it
+        temperature = min(max(self.temperature, _TINY), 1 / _TINY)  # beyond, float32 has 0 or infinity
         logits = (logits - logits.max(-1, keepdims=True)) / temperature  # below 0: never overflows to +inf
         if self.top_k is not None and self.top_k < logits.shape[-1]:
             logits = _keep(logits, jax.lax.top_k(logits, self.top_k)[0][:, -1:])
@@ -103,4 +99,4 @@ def _nucleus_floor(logits: Float[Array, "B V"], top_p: float) -> Float[Array, "B
     ordered = jnp.sort(logits, -1, descending=True)
     before = jnp.cumsum(jax.nn.softmax(ordered, -1), -1) - jax.nn.softmax(ordered, -1)
     floor = jnp.min(jnp.where(before < top_p, ordered, jnp.inf), -1, keepdims=True)
-    return jnp.minimum(floor, ordered[:, :1])  # a top_p that float32 rounds to 0 keeps the most likely one too
+    return jnp.minimum(floor, ordered[:, :1])  # the most likely, where float32 rounds top_p to 0

@@ -6,7 +6,14 @@ from collections.abc import Iterator
 import jax
 import numpy as np
 
-from polarjax.generate import check_copies, model_step, prepare, read_prompts
+from polarjax.generate import (
+    check_copies,
+    check_new_tokens,
+    check_stop_ids,
+    model_step,
+    prepare,
+    read_prompts,
+)
 from polarjax.model import Decoder
 from polarjax.overlap import overlapping_jit
 from polarjax.sampling import Greedy, Sampler
@@ -37,6 +44,7 @@ def stream(
     One compiled program does a chunk of steps on the device, whatever the prompts of a bucket and `max_new_tokens`
     within the cache; the cache is donated to it and stays where it is.
     """
+    max_new_tokens = check_new_tokens(max_new_tokens)
     copies = check_copies(num_return_sequences, sampler)
     prompts = prepare(model.config, tokens, lengths, max_new_tokens=max_new_tokens, copies=copies)
     seen = prompts.seen(model.config.vocab_size, repetition_penalty)
@@ -45,7 +53,7 @@ def stream(
     logits, cache = read_prompts(model, prompts.tokens, prompts.lengths, capacity=prompts.capacity)
     settings = {
         "sampler": sampler,
-        "stop_ids": tuple(map(int, stop_ids)),
+        "stop_ids": check_stop_ids(stop_ids),
         "limit": np.int32(max_new_tokens),
         "repetition_penalty": float(repetition_penalty),
     }

@@ -13,6 +13,9 @@ from polarjax.types import Array, Bool, Float, Int, Key
 CHUNK = 8
 """Decoding steps between two looks at whether every sequence has stopped."""
 
+LARGEST_ID = 2**31 - 1
+"""The largest token id there can be: ids are int32."""
+
 type Step = Callable[[Int[Array, "B"], Any, Bool[Array, "B"]], tuple[Float[Array, "B V"], Any]]
 """A decoding step: (token [B], cache, rows that go on [B]) -> (logits [B V], cache); all that the loop knows of a
 model."""

@@ -1,8 +1,10 @@
 """generation_config.json: what is taken over, what is refused, what is named as left out."""
 
+import dataclasses
 import json
 
 import hypothesis.strategies as st
+import numpy as np
 import pytest
 import transformers
 from hypothesis import given
@@ -90,6 +92,7 @@ FAULT_23 = {
     "a stop id as text": ({"eos_token_id": "</s>"}, "eos_token_id.*got '</s>'"),
     "a stop id below 0": ({"eos_token_id": [2, -1]}, "eos_token_id.*got -1"),
     "a stop id that is true": ({"eos_token_id": True}, "eos_token_id.*got True"),
+    "a stop id beyond int32": ({"eos_token_id": 3_000_000_000}, "eos_token_id.*got 3000000000.*2147483647"),
     "an empty stop string": ({"stop_strings": ["a", ""]}, "stop_strings.*got ''"),
     "a stop string that is a number": ({"stop_strings": 3}, "stop_strings.*got 3"),
     "no penalty": ({"repetition_penalty": 0}, "repetition_penalty.*got 0"),
@@ -135,6 +138,38 @@ def test_flags_go_before_the_file():
         llama.with_flags(greedy=True, temperature=1.0)
     with pytest.raises(pj.InputError, match="temperature"):
         llama.with_flags(temperature=0.0)
+
+
+@pytest.mark.parametrize(
+    ("values", "named"),
+    [
+        ({"stop_ids": (-1,)}, "stop_ids is not usable; got -1, expected token ids, 0 to 2147483647"),
+        ({"stop_ids": (2**31,)}, "stop_ids is not usable; got 2147483648"),
+        ({"repetition_penalty": 0.0}, "repetition_penalty is not usable; got 0.0"),
+        ({"repetition_penalty": None}, "repetition_penalty is not usable; got None"),
+        ({"max_new_tokens": np.float32(3)}, "max_new_tokens is not usable; got 3.0"),
+        ({"stop_strings": ("",)}, "stop_strings is not usable; got ''"),
+    ],
+)
+def test_bad_arguments_are_refused_without_blaming_a_file(values, named):
+    with refuses(pj.InputError, f"^GenerationSettings: {named}"):
+        dataclasses.replace(GenerationSettings(), **values)
+
+
+def test_a_bad_flag_is_refused_without_blaming_the_file(tmp_path):
+    (tmp_path / "generation_config.json").write_text(json.dumps(LLAMA_3))
+    with refuses(pj.InputError, "^GenerationSettings: repetition_penalty is not usable; got 0"):
+        GenerationSettings.read(tmp_path).with_flags(repetition_penalty=0)
+
+
+def test_numbers_of_numpy_are_numbers():
+    flags = {"temperature": np.float32(0.5), "top_k": np.int64(3), "repetition_penalty": np.float16(2)}
+    made = GenerationSettings(stop_ids=(np.int32(5),), max_new_tokens=np.int64(7)).with_flags(**flags)
+    expected = GenerationSettings(
+        stop_ids=(5,), do_sample=True, temperature=0.5, top_k=3, repetition_penalty=2.0, max_new_tokens=7
+    )
+    assert made == expected
+    assert json.loads(json.dumps(made.to_json())) == expected.to_json()
 
 
 VALUES = st.none() | st.booleans() | st.integers(-2, 60) | st.floats(-1, 2) | st.text(max_size=2)

@@ -61,6 +61,59 @@ def test_the_last_position_can_be_reached(positions):
     assert (np.asarray(result.tokens) == _stepwise("llama-gqa", new)).all()
 
 
+def _half(name: str) -> pj.Sparsity:
+    return pj.Sparsity(zoo.routers(name), zoo.half(zoo.CONFIGS[name]))
+
+
+@pytest.mark.parametrize("name", ["opt", "window"])
+def test_a_token_follows_the_last_position(name):
+    """The last token takes no position: what is written is what a model of more positions writes."""
+    large, (tokens, lengths) = zoo.model(name), zoo.batch()
+    small = zoo.shortened(name, tokens.shape[1] + 9)
+    for sparsity in (None, _half(name)):
+        settings = {"max_new_tokens": 10, "sparsity": sparsity}
+        expected = pj.generate(large, tokens, lengths, **settings).tokens
+        assert (pj.generate(small, tokens, lengths, **settings).tokens == expected).all()
+    pieces = [piece.tokens for piece in pj.stream(small, tokens, lengths, **settings)]
+    assert (np.concatenate(pieces, 1) == expected).all()
+    with refuses(pj.InputError, r"outgrow.*9 prompt tokens \+ 11 new.*at most 18 before the last one"):
+        pj.generate(small, tokens, lengths, max_new_tokens=11)
+
+
+@pytest.mark.parametrize("name", ["opt", "window"])
+def test_a_full_context_gives_the_token_that_forward_predicts(name):
+    tokens, lengths = zoo.batch()
+    model = zoo.shortened(name, tokens.shape[1])
+    logits = np.asarray(zoo.forward(zoo.model(name), tokens, lengths)[0])
+    expected = logits[np.arange(3), np.asarray(lengths) - 1].argmax(-1)
+    for made in (
+        pj.generate(model, tokens, lengths, max_new_tokens=1),
+        pj.generate(
+            model, tokens, lengths, max_new_tokens=1, sparsity=_half(name)
+        ),  # prompts are read densely
+        *pj.stream(model, tokens, lengths, max_new_tokens=1),
+    ):
+        assert made.tokens[:, 0].tolist() == expected.tolist()
+        assert made.lengths.tolist() == [1] * 3
+
+
+def test_numbers_of_numpy_are_numbers():
+    model, (tokens, lengths) = zoo.model("opt"), zoo.batch()
+    settings = {"max_new_tokens": 3, "num_return_sequences": 2, "stop_ids": (5, 7)}
+    sampler = pj.Categorical(temperature=0.5, top_k=3, top_p=0.5)
+    expected = pj.generate(model, tokens, lengths, KEY, sampler=sampler, **settings).tokens
+    settings = {
+        "max_new_tokens": np.int64(3),
+        "num_return_sequences": np.int32(2),
+        "stop_ids": np.array([5, 7]),
+    }
+    sampler = pj.Categorical(temperature=np.float32(0.5), top_k=np.int64(3), top_p=np.float16(0.5))
+    assert (pj.generate(model, tokens, lengths, KEY, sampler=sampler, **settings).tokens == expected).all()
+    settings["stop_ids"] = jnp.array([5, 7])
+    pieces = [piece.tokens for piece in pj.stream(model, tokens, lengths, KEY, sampler=sampler, **settings)]
+    assert (np.concatenate(pieces, 1) == expected).all()
+
+
 def test_sampling_is_reproducible_and_a_row_does_not_depend_on_the_batch():
     model, (tokens, lengths) = zoo.model("opt"), zoo.batch()
     settings = {"max_new_tokens": 10, "sampler": pj.Categorical(1.3, top_k=20, top_p=0.95)}
@@ -119,8 +172,8 @@ def _prompts(tokens, lengths):
 SHORT = zoo.POSITIONS - 5
 BAD_PROMPTS = {
     "too long with what is to come": (
-        _prompts(np.ones((2, SHORT), np.int32), np.array([3, SHORT])) | {"max_new_tokens": 6},
-        rf"outgrow.*{SHORT} prompt tokens \+ 6.*at most {zoo.POSITIONS}",
+        _prompts(np.ones((2, SHORT), np.int32), np.array([3, SHORT])) | {"max_new_tokens": 7},
+        rf"outgrow.*{SHORT} prompt tokens \+ 7.*at most {zoo.POSITIONS}",
     ),
     "longer than the positions": (
         _prompts(np.ones((1, 60), np.int32), np.array([60])),
@@ -149,6 +202,22 @@ BAD_PROMPTS = {
     "half a token": (
         _prompts(np.ones((2, 4), np.int32), np.array([4, 4])) | {"max_new_tokens": 1.5},
         "max_new_tokens.*got 1.5",
+    ),
+    "true tokens": (
+        _prompts(np.ones((2, 4), np.int32), np.array([4, 4])) | {"max_new_tokens": np.True_},
+        "max_new_tokens.*got True",
+    ),
+    "a stop id beyond int32": (
+        _prompts(np.ones((2, 4), np.int32), np.array([4, 4])) | {"stop_ids": (5, 2**31)},
+        "stop_ids: not a token id; got 2147483648, expected whole numbers, 0 to 2147483647",
+    ),
+    "a stop id below 0": (
+        _prompts(np.ones((2, 4), np.int32), np.array([4, 4])) | {"stop_ids": (np.int64(-1),)},
+        "stop_ids: not a token id; got -1",
+    ),
+    "half a stop id": (
+        _prompts(np.ones((2, 4), np.int32), np.array([4, 4])) | {"stop_ids": (1.5,)},
+        "stop_ids: not a token id; got 1.5",
     ),
     "no sequences": (
         _prompts(np.ones((2, 4), np.int32), np.array([4, 4])) | {"num_return_sequences": 0},

@@ -151,6 +151,9 @@ def test_draws_are_a_function_of_the_key_and_the_row(sampler):
 
 def test_samplers_are_hashable_values():
     assert pj.Categorical(0.5, top_k=3) == pj.Categorical(0.5, top_k=3)
+    numpy = pj.Categorical(np.float32(0.5), top_k=np.int64(3), top_p=np.float64(0.25))
+    assert numpy == pj.Categorical(0.5, top_k=3, top_p=0.25)
+    assert [type(each) for each in (numpy.temperature, numpy.top_k, numpy.top_p)] == [float, int, float]
     assert len({pj.Greedy(), pj.Greedy(), pj.Categorical(), pj.Categorical(top_p=0.5)}) == 3
 
 
@@ -164,6 +167,8 @@ def test_samplers_are_hashable_values():
         ({"top_k": 0}, "top_k.*at least 1"),
         ({"top_k": 2.0}, "top_k"),
         ({"top_k": True}, "top_k"),
+        ({"top_k": np.float32(3)}, "top_k.*got 3.0"),
+        ({"top_k": np.True_}, "top_k.*got True"),
         ({"top_p": 0.0}, "top_p.*above 0 and at most 1"),
         ({"top_p": 1.01}, "top_p"),
         ({"top_p": float("nan")}, "top_p"),

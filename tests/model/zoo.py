@@ -93,6 +93,14 @@ def model(name: str, dtype: str = "float32") -> pj.Decoder:
     return with_parameters(CONFIGS[name], {path: jnp.asarray(value, dtype) for path, value in made.items()})
 
 
+def shortened(name: str, positions: int) -> pj.Decoder:
+    """The model of `CONFIGS[name]` with fewer positions, else the same."""
+    config = dataclasses.replace(CONFIGS[name], max_positions=positions)
+    expected = parameters(abstract(config))
+    flat = {path: value[: expected[path].shape[0]] for path, value in parameters(model(name)).items()}
+    return with_parameters(config, flat)
+
+
 def _draw(random: np.random.Generator, path: str, shape: tuple[int, ...]) -> np.ndarray:
     noise = random.normal(size=shape)
     kind = path.rsplit(".", 1)[1]
