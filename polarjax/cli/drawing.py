@@ -40,10 +40,17 @@ def with_options(settings: GenerationSettings, *, greedy: bool, **options: Any) 
 def with_stops(
     settings: GenerationSettings, strings: list[str] | None, ids: list[int] | None
 ) -> GenerationSettings:
-    """The settings with these stop strings and ids in place of the model's, where there are any."""
+    """The settings with these stop strings and ids in place of the model's, where there are any.
+
+    Raises:
+      InputError: a string is empty, or an id is none.
+    """
     if strings:
         settings = dataclasses.replace(settings, stop_strings=check_stop_strings(strings))
-    return dataclasses.replace(settings, stop_ids=tuple(ids)) if ids else settings
+    try:
+        return dataclasses.replace(settings, stop_ids=tuple(ids)) if ids else settings
+    except InputError as error:
+        raise _told(error, where="--stop-id", mend="give ids of the model's tokenizer") from error
 
 
 def _told(error: InputError, *, where: str, mend: str) -> InputError:

@@ -215,7 +215,7 @@ def _room(
 ) -> int:
     """How many new tokens there are to be; a number that was asked for has to fit every prompt."""
     longest = max(range(len(rows)), key=lambda i: len(rows[i]))
-    room = config.max_positions - len(rows[longest])
+    room = config.max_positions + 1 - len(rows[longest])  # the last new token is never read
     if wanted is None:
         wanted = min(settings.max_new_tokens or DEFAULT_NEW_TOKENS, max(room, 1))
     if wanted > room:
@@ -223,7 +223,7 @@ def _room(
             "the sequence would outgrow the model's positions",
             where=given[longest].name,
             got=f"{len(rows[longest])} prompt tokens + {wanted} new ones",
-            expected=f"at most {config.max_positions}",
+            expected=f"at most {config.max_positions} before the last one",
             mend="shorten the prompt or lower --max-new-tokens",
         )
     return wanted

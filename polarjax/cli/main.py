@@ -10,10 +10,11 @@ import functools
 import importlib
 import inspect
 import json
+import math
 import signal
 import sys
 import threading
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from importlib.metadata import version
 from pathlib import PurePath
 from typing import Annotated, Any, NamedTuple
@@ -133,7 +134,7 @@ def _command(target: str) -> Callable[..., None]:
             print(f"polarjax: the memory of the device ran out. Mend: {mend}", file=sys.stderr)
             raise typer.Exit(BAD_INPUT) from error
         if as_json:
-            print(json.dumps(result, default=_plain))
+            print(json.dumps(_plain(result)))
 
     option = typer.Option("--json", help="Print the result as JSON, and nothing else, on standard output.")
     signature = inspect.signature(function)
@@ -165,11 +166,19 @@ def unwound_by_sigterm() -> Iterator[None]:
 
 
 def _plain(value: Any) -> Any:
-    """What JSON holds in place of paths and of array scalars or arrays."""
+    """The value as JSON holds it: text for paths, lists for arrays, nothing for infinity and NaN."""
+    if isinstance(value, Mapping):
+        return {str(key): _plain(each) for key, each in value.items()}
+    if isinstance(value, list | tuple):
+        return [_plain(each) for each in value]
     if isinstance(value, PurePath):
         return str(value)
+    if isinstance(value, float):
+        return value if math.isfinite(value) else None
+    if value is None or isinstance(value, str | int):
+        return value
     if hasattr(value, "tolist"):
-        return value.tolist()
+        return _plain(value.tolist())
     raise TypeError(f"a verb returned {type(value).__name__}, which JSON cannot hold")
 
 

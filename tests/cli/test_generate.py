@@ -210,13 +210,22 @@ def test_the_missing_part_is_named_and_the_density_is_that_of_the_batch_that_ran
     assert kept("--batch-size", "100", *drawn)["neurons"] == 0.5
 
 
+def test_all_positions_can_be_used(run, home):
+    """The last new token is never read."""
+    bundle = pj.load(home)
+    read = bundle.model.config.max_positions - len(bundle.tokenizer.encode(["a"])[0][0])
+    most = ("--prompt", "a", "--stop-id", "4095", "--max-new-tokens")
+    assert _result(run(*most, str(read + 1), "--json"))["tokens"] == [read + 1]
+    assert run(*most, str(read + 2))[0] == 2
+
+
 REFUSED = {
     "stream of two": (("--prompt", "a", "--prompt", "b", "--stream"), "--stream shows one sequence"),
     "greedy and drawn": (("--prompt", "a", "--greedy", "--top-k", "3"), "contradict each other; got top_k"),
     "greedy copies": (("--prompt", "a", "--num-return-sequences", "2"), "num_return_sequences: greedy"),
     "no copies": (("--prompt", "a", "--num-return-sequences", "0"), "num_return_sequences: no sequences"),
     "empty stop": (("--prompt", "a", "--stop", ""), "stop_strings: unusable"),
-    "negative stop id": (("--prompt", "a", "--stop-id", "-1"), "eos_token_id"),
+    "negative stop id": (("--prompt", "a", "--stop-id", "-1"), "--stop-id: stop_ids is not usable"),
     "top_p": (("--prompt", "a", "--top-p", "1.5"), "--top-p: top_p is out of range"),
     "top_k": (("--prompt", "a", "--top-k", "-1"), "--top-k: top_k is out of range"),
     "nan": (("--prompt", "a", "--temperature", "nan"), "--temperature: temperature is out of range"),

@@ -30,7 +30,8 @@ def stretch(
     print("stretching", folder)
     with progress.task("stretch", 3, "steps") as advance:
         advance(3, note="done")
-    return {"folder": folder, "factor": np.float32(factor), "sizes": np.arange(3)}
+    odd = {"none": [float("inf"), np.float64("nan")]}
+    return {"folder": folder, "factor": np.float32(factor), "sizes": np.arange(3), **odd}
 
 
 @pytest.fixture
@@ -74,7 +75,7 @@ def test_a_verb_prints_for_people(polarjax):
 def test_json_has_standard_output_for_itself(polarjax):
     code, out, err = polarjax("stretch", "a/b", "--factor", "2", "--json")
     assert code == 0
-    assert json.loads(out) == {"folder": "a/b", "factor": 2.0, "sizes": [0, 1, 2]}
+    assert json.loads(out) == {"folder": "a/b", "factor": 2.0, "sizes": [0, 1, 2], "none": [None, None]}
     assert err.startswith("stretching a/b\n")
 
 
