@@ -51,9 +51,9 @@ def atomic_folder(
     """
     path = absolute(path)
     _check_name(path)
-    _check_free(path, overwrite, may_replace)
     with _refusals(path), contextlib.ExitStack() as stack:
         remove_stale(path)
+        _check_free(path, overwrite, may_replace)
         _check_room(path, num_bytes)
         temporary = stack.enter_context(_claimed(path))
         temporary.mkdir()
@@ -74,13 +74,12 @@ def atomic_file(path: Path, *, overwrite: bool = False) -> Iterator[TextIO]:
         read meanwhile can't be.
     """
     path = absolute(path)
-    _check_free(path, overwrite, None)
-    if path.is_dir():
-        raise CheckpointError(
-            "a directory is in the way", where=path, mend="choose another name for the file"
-        )
     with _refusals(path), contextlib.ExitStack() as stack:
         remove_stale(path)
+        _check_free(path, overwrite, None)
+        if path.is_dir():
+            mend = "choose another name for the file"
+            raise CheckpointError("a directory is in the way", where=path, mend=mend)
         temporary = stack.enter_context(_claimed(path))
         with open(temporary, "x", encoding="utf-8") as stream:
             yield stream

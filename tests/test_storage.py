@@ -65,8 +65,8 @@ def test_killed_while_replacing(tmp_path):
     path.rename(tmp_path / ".out.polarjax-tmp-0123abcd.old")
     (tmp_path / ".out.polarjax-tmp-0123abcd").mkdir()
     (tmp_path / ".out.polarjax-tmp-0123abcd.lock").touch()
-    with pytest.raises(CheckpointError, match="already exists"):
-        make(path, "new")
+    with pytest.raises(CheckpointError, match="already exists"), atomic_folder(path):
+        pytest.fail("refused before any work")
     assert (names(tmp_path), content(path)) == (["out"], "old")
 
 
