@@ -35,6 +35,11 @@ def constant(value: int) -> ir.Value:
     return utils.c(value, i32())
 
 
+def real(value: float) -> ir.Value:
+    """A float32."""
+    return arith.constant(f32(), ir.FloatAttr.get(f32(), value))
+
+
 def thread() -> ir.Value:
     """Number of the calling thread in its warpgroup."""
     return arith.remui(utils.thread_idx(), constant(WARPGROUP))

@@ -45,7 +45,7 @@ class ArrayWriter:
     thread of its own. Memory for the arrays can be had here (`reserve`): two blocks, used in turns, because a system
     hands out fresh memory more slowly than it copies.
 
-    Use it in a `with` block, or call `stop` at the end: threads may be writing when an exception ends the work.
+    To be used in a `with` block: threads may be writing when an exception ends the work.
 
     Args:
       folder: where the orbax checkpoint will be; must not exist.

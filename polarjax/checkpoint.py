@@ -95,12 +95,12 @@ class Bundle:
 class ModelWriter:
     """Fills a model directory that is being made; see `new_model`."""
 
-    def __init__(self, folder: Path, config: ModelConfig, *, model_type: str | None, batch_bytes: int):
+    def __init__(self, folder: Path, config: ModelConfig, params: ArrayWriter, *, model_type: str | None):
         self.folder = folder
         self._config = config
         self._expected = shapes(config)
         self._model_type = model_type
-        self._params = ArrayWriter(folder / "params", batch_bytes=batch_bytes)
+        self._params = params
 
     @property
     def tokenizer_folder(self) -> Path:
@@ -127,10 +127,6 @@ class ModelWriter:
                 "unknown, repeated or mis-shaped parameter", where=name, got=array.shape, expected=expected
             )
         self._params.add(name, array)
-
-    def stop(self) -> None:
-        """Lets what is being written come to an end, before the folder is removed or renamed."""
-        self._params.stop()
 
     def finish(self) -> None:
         """Writes the configuration and the manifest; raises `CheckpointError` if parameters are missing."""
@@ -174,13 +170,14 @@ def new_model(
       CheckpointError: `path` exists, the disk refuses, or a parameter is missing, unknown or mis-shaped.
     """
     options = {"overwrite": overwrite, "may_replace": is_model_directory, "num_bytes": num_bytes}
-    with atomic_folder(absolute(path), **options) as folder:
-        writer = ModelWriter(folder, config, model_type=model_type, batch_bytes=max(largest, BATCH_BYTES))
-        try:
-            yield writer
-            writer.finish()
-        finally:
-            writer.stop()
+    batch_bytes = max(largest, BATCH_BYTES)
+    with (
+        atomic_folder(absolute(path), **options) as folder,
+        ArrayWriter(folder / "params", batch_bytes=batch_bytes) as params,
+    ):
+        writer = ModelWriter(folder, config, params, model_type=model_type)
+        yield writer
+        writer.finish()
 
 
 def is_model_directory(path: Path) -> bool:

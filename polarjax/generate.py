@@ -18,7 +18,7 @@ from polarjax.numeric import plain
 from polarjax.overlap import overlapping_jit
 from polarjax.sampling import Greedy, Sampler
 from polarjax.sparsity.select import Sparsity
-from polarjax.token_loop import LARGEST_ID, Generation, decode_loop
+from polarjax.token_loop import LARGEST_ID, Generation, decode_loop, is_token_id
 from polarjax.types import Array, Bool, Float, Implementation, Int, Key
 
 SMALLEST_BUCKET = 16
@@ -161,7 +161,7 @@ def check_stop_ids(ids: Iterable[int]) -> tuple[int, ...]:
     """`ids` if they can be token ids; raises `InputError` otherwise."""
     ids = tuple(map(plain, ids))
     for each in ids:
-        if type(each) is not int or not 0 <= each <= LARGEST_ID:
+        if not is_token_id(each):
             raise InputError(
                 "not a token id",
                 where="stop_ids",

@@ -9,7 +9,7 @@ from polarjax.errors import CheckpointError, InputError
 from polarjax.numeric import make_plain, plain
 from polarjax.sampling import Categorical, Greedy, Sampler
 from polarjax.storage import read_json
-from polarjax.token_loop import LARGEST_ID
+from polarjax.token_loop import LARGEST_ID, is_token_id
 
 GENERATION_CONFIG = "generation_config.json"
 KNOWN = (
@@ -86,8 +86,7 @@ class GenerationSettings:
         make_plain(self, "temperature", "top_k", "top_p", "repetition_penalty", "max_new_tokens")
         object.__setattr__(self, "stop_ids", tuple(map(plain, self.stop_ids)))
         for each in self.stop_ids:
-            usable = type(each) is int and 0 <= each <= LARGEST_ID
-            _check(usable, "stop_ids", each, f"token ids, 0 to {LARGEST_ID}")
+            _check(is_token_id(each), "stop_ids", each, f"token ids, 0 to {LARGEST_ID}")
         _check(isinstance(self.do_sample, bool), "do_sample", self.do_sample, "true or false")
         for name in ("temperature", "top_p"):
             value = getattr(self, name)

@@ -20,10 +20,10 @@ def read_manifest(folder: Path) -> dict[str, Any]:
     if not folder.is_dir():
         mend = "give a folder that polarjax convert wrote"
         raise CheckpointError("no such model directory", where=folder, mend=mend)
-    if not (folder / "manifest.json").is_file():
+    file = folder / "manifest.json"
+    if not file.is_file():
         hint = "this looks like a HuggingFace folder, so run: polarjax convert" if _is_hf(folder) else AGAIN
         raise CheckpointError("not a model directory: manifest.json is missing", where=folder, mend=hint)
-    file = folder / "manifest.json"
     manifest = read_part(file, ("format", "model_type", "dtype", "params"))
     check_record(manifest["params"], where=file, mend=AGAIN)
     if manifest["dtype"] not in [entry["dtype"] for entry in manifest["params"]["arrays"].values()]:

@@ -51,18 +51,18 @@ def atomic_folder(
     """
     path = absolute(path)
     _check_name(path)
-    with _refusals(path), contextlib.ExitStack() as stack:
+    with _refusals(path):
         remove_stale(path)
         _check_free(path, overwrite, may_replace)
         _check_room(path, num_bytes)
-        temporary = stack.enter_context(_claimed(path))
-        temporary.mkdir()
-        yield temporary
-        _flush(temporary)
-        _check_free(path, overwrite, may_replace)  # something may have come meanwhile
-        if obsolete is not None:
-            obsolete.unlink(missing_ok=True)
-        _put(temporary, path)
+        with _claimed(path) as temporary:
+            temporary.mkdir()
+            yield temporary
+            _flush(temporary)
+            _check_free(path, overwrite, may_replace)  # something may have come meanwhile
+            if obsolete is not None:
+                obsolete.unlink(missing_ok=True)
+            _put(temporary, path)
 
 
 @contextlib.contextmanager
@@ -74,20 +74,20 @@ def atomic_file(path: Path, *, overwrite: bool = False) -> Iterator[TextIO]:
         read meanwhile can't be.
     """
     path = absolute(path)
-    with _refusals(path), contextlib.ExitStack() as stack:
+    with _refusals(path):
         remove_stale(path)
         _check_free(path, overwrite, None)
         if path.is_dir():
             mend = "choose another name for the file"
             raise CheckpointError("a directory is in the way", where=path, mend=mend)
-        temporary = stack.enter_context(_claimed(path))
-        with open(temporary, "x", encoding="utf-8") as stream:
-            yield stream
-            stream.flush()
-            os.fsync(stream.fileno())
-        _check_free(path, overwrite, None)
-        temporary.replace(path)
-        _sync(path.parent)
+        with _claimed(path) as temporary:
+            with open(temporary, "x", encoding="utf-8") as stream:
+                yield stream
+                stream.flush()
+                os.fsync(stream.fileno())
+            _check_free(path, overwrite, None)
+            temporary.replace(path)
+            _sync(path.parent)
 
 
 def absolute(path: str | os.PathLike[str]) -> Path:

@@ -16,6 +16,12 @@ CHUNK = 8
 LARGEST_ID = 2**31 - 1
 """The largest token id there can be: ids are int32."""
 
+
+def is_token_id(value: object) -> bool:
+    """Whether a value, a Python number if it is one, can be a token's id."""
+    return type(value) is int and 0 <= value <= LARGEST_ID
+
+
 type Step = Callable[[Int[Array, "B"], Any, Bool[Array, "B"]], tuple[Float[Array, "B V"], Any]]
 """A decoding step: (token [B], cache, rows that go on [B]) -> (logits [B V], cache); all that the loop knows of a
 model."""

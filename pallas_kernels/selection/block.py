@@ -13,7 +13,7 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 from jaxlib.mlir import ir
 from jaxlib.mlir.dialects import arith, gpu, llvm, memref, vector
 
-from pallas_kernels._inline import REF, SPLAT, as_index, f32, i32, inline, utils
+from pallas_kernels._inline import REF, SPLAT, as_index, asm, f32, i32, i64, inline, real, utils
 from pallas_kernels._inline import constant as c
 from pallas_kernels.selection import tiles
 
@@ -22,27 +22,18 @@ TOP, BOTTOM, TOTALS, FOUND = range(4)  # rows of the block's shared slots
 _SCALAR = plgpu.ShapeDtypeStruct((), jnp.int32, layout=SPLAT)
 
 
-def _float(value: float) -> ir.Value:
-    return arith.constant(f32(), ir.FloatAttr.get(f32(), value))
-
-
 def _at(*values: ir.Value | int) -> list[ir.Value]:
     wide = [c(value) if isinstance(value, int) else value for value in values]
     return [as_index(value) for value in wide]
 
 
 def _asm(text: str, args: list[ir.Value], constraints: str, result: ir.Type | None = None) -> ir.Value:
-    return llvm.inline_asm(
-        i32() if result is None else result, args, text, constraints, has_side_effects=True
-    )
+    """With a result, an int32 where no type is named."""
+    return asm(text, args, constraints, i32() if result is None else result)
 
 
 def _effect(text: str, args: list[ir.Value], constraints: str) -> None:
-    _asm(text, args, f"{constraints},~{{memory}}", ir.Type.parse("!llvm.void"))
-
-
-def _pure(text: str, args: list[ir.Value], constraints: str, result: ir.Type | None = None) -> ir.Value:
-    return llvm.inline_asm(i32() if result is None else result, args, text, constraints)
+    asm(text, args, f"{constraints},~{{memory}}")
 
 
 def _compare(how: str, a: ir.Value, b: ir.Value) -> ir.Value:
@@ -114,15 +105,15 @@ def _load_quad(pointer: ir.Value, entry: ir.Value, n: int) -> list[ir.Value]:
 
 
 def _sum_of_positive(values: list[ir.Value]) -> ir.Value:
-    total = _float(0.0)
+    total = real(0.0)
     for value in values:
-        total = arith.addf(total, arith.maximumf(value, _float(0.0)))
+        total = arith.addf(total, arith.maximumf(value, real(0.0)))
     return total
 
 
 def _key(value: ir.Value, signed: bool) -> ir.Value:
     """int32 in the order of the scores: equal for -0 and +0, for NaN as for -inf or below all that are positive."""
-    lowest = _float(float("-inf") if signed else -1.0)
+    lowest = real(float("-inf") if signed else -1.0)
     value = _asm("max.f32 $0, $1, $2;", [value, lowest], "=f,f,f", f32())
     if not signed:
         return arith.bitcast(i32(), value)
@@ -148,9 +139,8 @@ def load(members: int, n: int, *, pool: bool, signed: bool) -> Callable:
     def run(ctx, scores, row, bins, slots):
         _, warp = _lane_and_warp()
         entries = [arith.addi(_first_entry(n), c(128 * j)) for j in range(tiles.quads(n))]
-        i64 = ir.IntegerType.get_signless(64)
-        start = arith.muli(arith.extsi(i64, row.registers.item()), utils.c(members * n, i64))
-        starts = [arith.addi(start, utils.c(i * n, i64)) for i in range(members)]
+        start = arith.muli(arith.extsi(i64(), row.registers.item()), utils.c(members * n, i64()))
+        starts = [arith.addi(start, utils.c(i * n, i64())) for i in range(members)]
         pointers = [utils.getelementptr(utils.memref_ptr(scores), [at], f32()) for at in starts]
         keys = []
         for entry in entries:
@@ -266,8 +256,7 @@ def write(n: int, k: int) -> Callable:
         memref.store(sums, slots, _at(TOTALS, warp))
         gpu.barrier()
         base = _over_warps("add", n, slots, TOTALS, mask=True)
-        i64 = ir.IntegerType.get_signless(64)
-        start = arith.muli(arith.extsi(i64, row.registers.item()), utils.c(k, i64))
+        start = arith.muli(arith.extsi(i64(), row.registers.item()), utils.c(k, i64()))
         pointer = utils.getelementptr(utils.memref_ptr(out), [start], i32())
         for j, earlier in enumerate(before):
             sums = arith.addi(earlier, base)

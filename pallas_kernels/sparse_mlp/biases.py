@@ -8,7 +8,6 @@ import jax.numpy as jnp
 from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
-from jaxlib.mlir import ir
 from jaxlib.mlir.dialects import arith, memref
 
 from pallas_kernels._inline import (
@@ -18,13 +17,14 @@ from pallas_kernels._inline import (
     f32,
     inline,
     less,
+    real,
     sync_warpgroup,
     thread,
     utils,
 )
 from pallas_kernels._inline import constant as c
 from pallas_kernels.sparse_mlp import gather
-from pallas_kernels.sparse_mlp.block import Block, i32
+from pallas_kernels.sparse_mlp.block import Block
 from pallas_kernels.sparse_mlp.plan import Plan
 
 ROW = plgpu.Layout.WGMMA.reduce(1)
@@ -43,7 +43,7 @@ class Biases:
 
     def _tile(self, part):
         """The part-th tile of this block, going up."""
-        return lax.div(self._block.up[0], i32(self._block.plan.up.chunks)) + part
+        return lax.div(self._block.up[0], jnp.int32(self._block.plan.up.chunks)) + part
 
     def of(self, part) -> Callable[[int], jax.Array] | None:
         """-> f(g), the biases [64 batch] of group g of this block's part-th tile; None without biases."""
@@ -60,7 +60,7 @@ class Biases:
                 self._bring(self._out.at[pl.ds(last, 1)], self._tile(part), 1)
 
         def broadcast(g):
-            row = plgpu.load(self._out.at[lax.min(part, i32(last)), pl.ds(g * 64, 64)], layout=ROW)
+            row = plgpu.load(self._out.at[lax.min(part, jnp.int32(last)), pl.ds(g * 64, 64)], layout=ROW)
             return lax.broadcast_in_dim(row, (64, plan.tiles.batch), [0])
 
         return broadcast
@@ -79,14 +79,14 @@ class Biases:
 
         @pl.loop(0, count * 64 * tiles.groups)
         def _(i):
-            part, row = lax.div(i, i32(64 * tiles.groups)), lax.rem(i, i32(64 * tiles.groups))
+            part, row = lax.div(i, jnp.int32(64 * tiles.groups)), lax.rem(i, jnp.int32(64 * tiles.groups))
             tile = first + part
-            at = block.first_entry(tile) + lax.div(row, i32(64)) * tiles.rows
-            neuron = block.refs["index"][at + self._warpgroup * 64 + lax.rem(row, i32(64))]
+            at = block.first_entry(tile) + lax.div(row, jnp.int32(64)) * tiles.rows
+            neuron = block.refs["index"][at + self._warpgroup * 64 + lax.rem(row, jnp.int32(64))]
             for matrix, source in self._sources:
-                value = source[lax.max(neuron, i32(0))].astype(jnp.float32)
+                value = source[lax.max(neuron, jnp.int32(0))].astype(jnp.float32)
 
-                @pl.when(lax.div(tile, i32(plan.row_tiles)) == matrix)
+                @pl.when(lax.div(tile, jnp.int32(plan.row_tiles)) == matrix)
                 def _(value=value):
                     out[part, row] = jnp.where(neuron >= 0, value, 0.0)
 
@@ -119,7 +119,7 @@ def _load(plan: Plan, count: int, matrices: tuple[int, ...]) -> Callable:
             found.append((inside, part, at, tile, gather.neuron_at(index, entry, inside, num_neurons)))
         values = []
         for _, _, _, tile, neuron in found:
-            value = arith.constant(f32(), ir.FloatAttr.get(f32(), 0.0))
+            value = real(0.0)
             for matrix, bias in zip(matrices, biases, strict=True):
                 mine = arith.cmpi(arith.CmpIPredicate.eq, arith.divui(tile, c(row_tiles)), c(matrix))
                 present = arith.andi(mine, less(neuron, c(num_neurons)))

@@ -44,31 +44,26 @@ class Registers(NamedTuple):
 REGISTERS = {1: Registers(232, 104, 128), 2: Registers(192, 48, 80)}  # by multiplying warpgroups
 
 
-def i32(value: int) -> jax.Array:
-    """A constant."""
-    return jnp.int32(value)
-
-
 class Block:
     """One thread block.
 
-    plan, tiles: what the kernel was made for. refs: its references by name; it multiplies up if there is an "x", down
-    if there is a "w_down". up, down: (first unit, end) of its share of each product. stages: in all, of which
-    up_stages go up.
+    number: which of all. plan, tiles: what the kernel was made for. refs: its references by name; it multiplies up if
+    there is an "x", down if there is a "w_down". up, down: (first unit, end) of its share of each product. stages: in
+    all, of which up_stages go up.
     """
 
     def __init__(self, plan: Plan, refs: dict[str, Any], interpret: bool):
         self.plan, self.tiles, self.refs, self.interpret = plan, plan.tiles, refs, interpret
-        self.block = lax.axis_index("block")
+        self.number = lax.axis_index("block")
         self.up = self._share(plan.up, "x")
         self.down = self._share(plan.down, "w_down")
-        self.up_stages = (self.up[1] - self.up[0]) * i32(plan.tiles.groups)
+        self.up_stages = (self.up[1] - self.up[0]) * jnp.int32(plan.tiles.groups)
         self.stages = self.up_stages + self.down[1] - self.down[0]
 
     def _share(self, split: Split, needs: str) -> tuple[jax.Array, jax.Array]:
         if needs not in self.refs:
-            return i32(0), i32(0)
-        return split.start(self.block), split.start(self.block + 1)  # pyright: ignore[reportReturnType]
+            return jnp.int32(0), jnp.int32(0)
+        return split.start(self.number), split.start(self.number + 1)  # pyright: ignore[reportReturnType]
 
     @property
     def registers(self) -> Registers:
@@ -101,7 +96,7 @@ class Block:
 
     def slot(self, t):
         """Where stage t lies."""
-        return lax.rem(t, i32(self.tiles.stages))
+        return lax.rem(t, jnp.int32(self.tiles.stages))
 
     def locate(self, t) -> tuple[jax.Array, ...]:
         """(which of `MATRICES`, first entry of the index, first column) of a stage."""
@@ -115,36 +110,36 @@ class Block:
 
     def _locate_up(self, t):
         m = self.tiles.groups
-        unit = self.up[0] + lax.div(t, i32(m))
+        unit = self.up[0] + lax.div(t, jnp.int32(m))
         tile, chunk = self.tile_chunk(self.plan.up, unit)
-        entry = self.first_entry(tile) + lax.rem(t, i32(m)) * self.tiles.rows
-        return lax.div(tile, i32(self.plan.row_tiles)), entry, chunk * self.tiles.cols
+        entry = self.first_entry(tile) + lax.rem(t, jnp.int32(m)) * self.tiles.rows
+        return lax.div(tile, jnp.int32(self.plan.row_tiles)), entry, chunk * self.tiles.cols
 
     def first_entry(self, tile):
         """First entry of the index of a tile going up."""
-        return lax.rem(tile, i32(self.plan.row_tiles)) * (self.tiles.groups * self.tiles.rows)
+        return lax.rem(tile, jnp.int32(self.plan.row_tiles)) * (self.tiles.groups * self.tiles.rows)
 
     def _locate_down(self, t):
         tile, chunk = self.tile_chunk(self.plan.down, self.down[0] + t - self.up_stages)
-        return i32(MATRICES.index("w_down")), chunk * self.tiles.rows, tile * self.tiles.cols
+        return jnp.int32(MATRICES.index("w_down")), chunk * self.tiles.rows, tile * self.tiles.cols
 
     def tile_chunk(self, split: Split, unit):
         """(tile, chunk) of a unit of a product."""
-        return lax.div(unit, i32(split.chunks)), lax.rem(unit, i32(split.chunks))
+        return lax.div(unit, jnp.int32(split.chunks)), lax.rem(unit, jnp.int32(split.chunks))
 
     # Its share of a product, of the hidden values and of the result
 
     def for_each_part(self, split: Split, units, body: Callable[..., Any]) -> None:
         """body(number of the partial sum, its tile, first unit, end) for each tile that this block touches."""
-        first = lax.div(units[0], i32(split.chunks))
-        last = lax.div(lax.max(units[1] - 1, units[0]), i32(split.chunks))
+        first = lax.div(units[0], jnp.int32(split.chunks))
+        last = lax.div(lax.max(units[1] - 1, units[0]), jnp.int32(split.chunks))
 
-        @pl.loop(0, lax.select(units[1] > units[0], last - first + 1, i32(0)))
+        @pl.loop(0, lax.select(units[1] > units[0], last - first + 1, jnp.int32(0)))
         def _(part):
             tile = first + part
             start = lax.max(units[0], tile * split.chunks)
             end = lax.min(units[1], (tile + 1) * split.chunks)
-            body(self.block * split.max_parts + part, tile, start, end)
+            body(self.number * split.max_parts + part, tile, start, end)
 
     @property
     def pieces(self) -> tuple[int, int]:
@@ -157,10 +152,10 @@ class Block:
         pieces, grid = self.pieces[0], self.plan.grid
         count = self.plan.hidden[0] * pieces
 
-        @pl.loop(0, lax.div(i32(count - 1) - self.block + i32(grid), i32(grid)))
+        @pl.loop(0, lax.div(jnp.int32(count - 1) - self.number + jnp.int32(grid), jnp.int32(grid)))
         def _(i):
-            piece = self.block + i * grid
-            body(lax.div(piece, i32(pieces)), lax.rem(piece, i32(pieces)))
+            piece = self.number + i * grid
+            body(lax.div(piece, jnp.int32(pieces)), lax.rem(piece, jnp.int32(pieces)))
 
     def finish(self, warpgroup, registers: int = 48) -> None:
         """In a fused kernel, once partial sums of the result are there: adds up this warpgroup's share.
@@ -177,4 +172,4 @@ class Block:
         if not tiles.marked:
             self.wait(RESULT, plan.grid * tiles.warpgroups)
         add_up = partials.add_up(plan.down, tiles.cols, plan.kind, ahead, take, workers, items)
-        add_up(self.refs["down_parts"], self.refs["out"], self.block * (tiles.warpgroups + 2) + warpgroup)
+        add_up(self.refs["down_parts"], self.refs["out"], self.number * (tiles.warpgroups + 2) + warpgroup)

@@ -11,7 +11,7 @@ from jax.experimental.pallas.mosaic_gpu import ACC  # pyright: ignore[reportPriv
 
 from pallas_kernels.sparse_mlp import gather, marks, partials
 from pallas_kernels.sparse_mlp.biases import Biases
-from pallas_kernels.sparse_mlp.block import RESULT, TILES, Block, i32
+from pallas_kernels.sparse_mlp.block import RESULT, TILES, Block
 
 
 def consume(block: Block, warpgroup) -> None:
@@ -24,7 +24,7 @@ def consume(block: Block, warpgroup) -> None:
         up_part = functools.partial(_up_part, block, warpgroup, biases)
         block.for_each_part(block.plan.up, block.up, up_part)
         if announces:  # the loader announces all but the last
-            last = lax.div(block.up[1] - 1, i32(block.plan.up.chunks))
+            last = lax.div(block.up[1] - 1, jnp.int32(block.plan.up.chunks))
             pl.when(block.up[1] > block.up[0])(lambda: block.arrive(TILES + last))
     block.await_marks()
     if "w_down" in block.refs:
@@ -38,13 +38,13 @@ def consume(block: Block, warpgroup) -> None:
 def _up_part(block: Block, warpgroup, biases: Biases, number, tile, start, end) -> None:
     plan, tiles, refs = block.plan, block.tiles, block.refs
     pieces = tiles.cols // tiles.x_cols
-    own = number - block.block * plan.up.max_parts
+    own = number - block.number * plan.up.max_parts
     bias = biases.of(own)
     rows = pl.ds(warpgroup * 64, 64)
     depth = min(tiles.x_cols, 128 if tiles.groups * tiles.batch <= 128 else 64)
 
     def unit(u, multiply):
-        slots = [lax.rem((u - block.up[0]) * pieces + p, i32(tiles.x_slots)) for p in range(pieces)]
+        slots = [lax.rem((u - block.up[0]) * pieces + p, jnp.int32(tiles.x_slots)) for p in range(pieces)]
         for g in range(tiles.groups):
             t = (u - block.up[0]) * tiles.groups + g
             _await_full(block, t)
@@ -60,7 +60,7 @@ def _up_part(block: Block, warpgroup, biases: Biases, number, tile, start, end) 
         plgpu.barrier_arrive(refs["x_empty"].at[slots[-1]])
 
     total = _accumulate(block, tiles.groups, start, end, unit)
-    begins = lax.rem(start, i32(plan.up.chunks)) == 0
+    begins = lax.rem(start, jnp.int32(plan.up.chunks)) == 0
     if tiles.marked:
         pl.when(own == 0)(lambda: plgpu.barrier_wait(refs["marked"].at[0]))
     for g in range(tiles.groups):
@@ -82,7 +82,7 @@ def _down_part(block: Block, warpgroup, number, tile, start, end) -> None:
     def unit(v, multiply):
         t = block.up_stages + v - block.down[0]
         _await_full(block, t)
-        slot = lax.rem(v - block.down[0], i32(tiles.hidden_slots))
+        slot = lax.rem(v - block.down[0], jnp.int32(tiles.hidden_slots))
         plgpu.barrier_wait(refs["h_full"].at[slot])
         for r in range(tiles.warpgroups):
             for p in range(share // 64):
@@ -109,7 +109,7 @@ def _await_full(block: Block, t) -> None:
     if block.tiles.copy == "rows":
         plgpu.barrier_wait(block.refs["full"].at[block.slot(t)])
     else:
-        parity = lax.rem(lax.div(t, i32(block.tiles.stages)), i32(2))
+        parity = lax.rem(lax.div(t, jnp.int32(block.tiles.stages)), jnp.int32(2))
         gather.wait(block.refs["full"], block.slot(t), parity)
 
 

@@ -8,7 +8,7 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from pallas_kernels._inline import sync_warpgroup
 from pallas_kernels.sparse_mlp import marks
-from pallas_kernels.sparse_mlp.block import HIDDEN, TILES, Block, i32
+from pallas_kernels.sparse_mlp.block import HIDDEN, TILES, Block
 
 ACTIVATIONS = {"relu": lambda a: jnp.maximum(a, 0.0), "silu": lambda a: a / (1.0 + jnp.exp(-a))}
 
@@ -30,7 +30,7 @@ def complete(block: Block) -> None:
         plgpu.commit_smem()
         plgpu.copy_smem_to_gmem(stage, refs["hidden"].at[neurons, :, pl.ds(column, width)])
         if not marked:
-            block.signal(TILES + plan.up.tiles + lax.div(neurons, i32(block.tiles.warpgroups)))
+            block.signal(TILES + plan.up.tiles + lax.div(neurons, jnp.int32(block.tiles.warpgroups)))
 
     block.for_each_piece(piece_of)
     if not marked:
@@ -41,9 +41,9 @@ def _values(block: Block, neurons, column, width: int) -> jax.Array:
     """[64 width] float32: columns of the `neurons`-th 64 neurons."""
     plan, tiles = block.plan, block.tiles
     per = tiles.warpgroups
-    group = lax.div(neurons, i32(per))
-    tile = lax.div(group, i32(tiles.groups))
-    place = lax.rem(group, i32(tiles.groups)) * per + lax.rem(neurons, i32(per))
+    group = lax.div(neurons, jnp.int32(per))
+    tile = lax.div(group, jnp.int32(tiles.groups))
+    place = lax.rem(group, jnp.int32(tiles.groups)) * per + lax.rem(neurons, jnp.int32(per))
     act = ACTIVATIONS[plan.activation]
     up = _sum(block, tile, place, column, width)
     if not plan.gated:
@@ -56,7 +56,7 @@ def _sum(block: Block, tile, place, column, width: int) -> jax.Array:
     split, parts, tiles = block.plan.up, block.refs["up_parts"], block.tiles
     if tiles.marked:
         total = marks.sum_up(split, tiles.groups, tiles.batch, width, block.plan.gated)
-        return total(parts, i32(tile), i32(place), i32(column))
+        return total(parts, jnp.int32(tile), jnp.int32(place), jnp.int32(column))
     first, last = split.owner(tile * split.chunks), split.owner((tile + 1) * split.chunks - 1)
     block.wait(TILES + tile, (last - first + 1) * tiles.warpgroups)
 

@@ -1,11 +1,12 @@
 """The warpgroup that brings what weights are multiplied by: the input going up, the hidden values going down."""
 
+import jax.numpy as jnp
 from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from pallas_kernels.sparse_mlp import hidden, marks
-from pallas_kernels.sparse_mlp.block import HIDDEN, MARKS, TILES, Block, i32
+from pallas_kernels.sparse_mlp.block import HIDDEN, MARKS, TILES, Block
 from pallas_kernels.sparse_mlp.schedule import Split
 
 
@@ -25,15 +26,15 @@ def _load_input(block: Block) -> None:
     refs, tiles = block.refs, block.tiles
     pieces = tiles.cols // tiles.x_cols
     count = (block.up[1] - block.up[0]) * pieces
-    first = lax.min(count, i32(tiles.x_slots))
+    first = lax.min(count, jnp.int32(tiles.x_slots))
 
     def wait(i):
-        plgpu.barrier_wait(refs["x_empty"].at[lax.rem(i, i32(tiles.x_slots))])
+        plgpu.barrier_wait(refs["x_empty"].at[lax.rem(i, jnp.int32(tiles.x_slots))])
 
     def bring(i):
-        _, chunk = block.tile_chunk(block.plan.up, block.up[0] + lax.div(i, i32(pieces)))
-        column = chunk * tiles.cols + lax.rem(i, i32(pieces)) * tiles.x_cols
-        slot = lax.rem(i, i32(tiles.x_slots))
+        _, chunk = block.tile_chunk(block.plan.up, block.up[0] + lax.div(i, jnp.int32(pieces)))
+        column = chunk * tiles.cols + lax.rem(i, jnp.int32(pieces)) * tiles.x_cols
+        slot = lax.rem(i, jnp.int32(tiles.x_slots))
         source, target = refs["x"].at[:, pl.ds(column, tiles.x_cols)], refs["x_ring"].at[slot]
         plgpu.copy_gmem_to_smem(source, target, refs["x_full"].at[slot])
 
@@ -79,24 +80,24 @@ def _announce_part(block: Block, piece, pieces: int) -> None:
     """
     if not block.tiles.fused or block.tiles.marked:
         return
-    unit = block.up[0] + lax.div(piece, i32(pieces))
+    unit = block.up[0] + lax.div(piece, jnp.int32(pieces))
     tile, chunk = block.tile_chunk(block.plan.up, unit)
-    begins = (lax.rem(piece, i32(pieces)) == 0) & (chunk == 0) & (unit > block.up[0])
+    begins = (lax.rem(piece, jnp.int32(pieces)) == 0) & (chunk == 0) & (unit > block.up[0])
     pl.when(begins)(lambda: block.arrive(TILES + tile - 1, block.tiles.warpgroups))
 
 
 def _load_hidden(block: Block) -> None:
     refs, slots, early = block.refs, block.tiles.hidden_slots, block.tiles.marked
     count = block.down[1] - block.down[0]
-    first = lax.min(count, i32(slots)) if early else i32(0)
+    first = lax.min(count, jnp.int32(slots)) if early else jnp.int32(0)
     if early:
-        once = lax.min(first, i32(1))
-        _take_early(block, i32(0), once)
+        once = lax.min(first, jnp.int32(1))
+        _take_early(block, jnp.int32(0), once)
         block.signal(HIDDEN)  # before more is taken: others wait for all blocks' soon
         _take_early(block, once, first)
 
     def wait(i):
-        plgpu.barrier_wait(refs["h_empty"].at[lax.rem(i, i32(slots))])
+        plgpu.barrier_wait(refs["h_empty"].at[lax.rem(i, jnp.int32(slots))])
 
     @pl.loop(first, count)
     def _(i):
@@ -106,11 +107,11 @@ def _load_hidden(block: Block) -> None:
             pl.when(i == slots)(lambda: block.wait(HIDDEN, block.plan.grid))
         elif block.tiles.fused:
             _await_hidden(block, i, group)
-        slot, per = lax.rem(i, i32(slots)), block.tiles.warpgroups
+        slot, per = lax.rem(i, jnp.int32(slots)), block.tiles.warpgroups
         source = refs["hidden"].at[pl.ds(group * per, per)]
         plgpu.copy_gmem_to_smem(source, refs["h_ring"].at[slot], refs["h_full"].at[slot])
 
-    pl.loop(lax.max(count - slots, i32(0)), count)(wait)
+    pl.loop(lax.max(count - slots, jnp.int32(0)), count)(wait)
 
 
 def _await_hidden(block: Block, i, group) -> None:

@@ -16,7 +16,7 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 from jaxlib.mlir import ir
 from jaxlib.mlir.dialects import arith, scf, vector
 
-from pallas_kernels._inline import REF, SPLAT, asm, f32, i32, inline, utils
+from pallas_kernels._inline import REF, SPLAT, asm, f32, i32, inline, real, utils
 from pallas_kernels._inline import constant as c
 from pallas_kernels.sparse_mlp import partials
 from pallas_kernels.sparse_mlp.partials import FOUR_BYTES, Places, Words, address, element
@@ -117,7 +117,7 @@ def sum_up(split: Split, blocks: int, batch: int, width: int, gated: bool) -> Ca
             if most == together:
                 words += _added([], await_words(places(c(0)), taken), len(taken))
                 continue
-            loop = scf.ForOp(c(0), c(most), c(together), [_zero()] * (4 * len(taken)))
+            loop = scf.ForOp(c(0), c(most), c(together), [real(0.0)] * (4 * len(taken)))
             with ir.InsertionPoint(loop.body):
                 found = await_words(places(loop.induction_variable), taken)
                 scf.yield_(_added(list(loop.inner_iter_args), found, len(taken)))
@@ -125,10 +125,6 @@ def sum_up(split: Split, blocks: int, batch: int, width: int, gated: bool) -> Ca
         return _fragments(words, "float32", (64, width))
 
     return run
-
-
-def _zero() -> ir.Value:
-    return arith.constant(f32(), ir.FloatAttr.get(f32(), 0.0))
 
 
 def _added(sums: list[ir.Value], found: list[Words], fours: int) -> list[ir.Value]:

@@ -1,11 +1,12 @@
 """The warpgroup that fills the ring of weights."""
 
+import jax.numpy as jnp
 from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from pallas_kernels.sparse_mlp import gather
-from pallas_kernels.sparse_mlp.block import MATRICES, Block, i32
+from pallas_kernels.sparse_mlp.block import MATRICES, Block
 
 BULK = plgpu.OOBFillMode.PROMISE_IN_BOUNDS
 
@@ -17,7 +18,7 @@ def produce(block: Block) -> None:
     matrices = [(i, refs[name]) for i, name in enumerate(MATRICES) if name in refs]
     fill = _fill_rows if tiles.copy == "rows" else _fill_inline
     fill(block, matrices)
-    first = lax.max(block.stages - tiles.stages, i32(0))
+    first = lax.max(block.stages - tiles.stages, jnp.int32(0))
     block.await_marks()
     pl.loop(first, block.stages)(lambda t: plgpu.barrier_wait(refs["empty"].at[block.slot(t)]))
     block.finish(tiles.warpgroups, registers=16)
@@ -48,7 +49,7 @@ def _fill_inline(block: Block, matrices) -> None:
             )
         return (*others, later)
 
-    lax.fori_loop(i32(0), block.stages, stage, tuple(ids(i32(t)) for t in range(tiles.stages)))
+    lax.fori_loop(jnp.int32(0), block.stages, stage, tuple(ids(jnp.int32(t)) for t in range(tiles.stages)))
 
 
 def _fill_rows(block: Block, matrices) -> None:

@@ -12,7 +12,7 @@ from polarjax.data import read_text
 from polarjax.errors import InputError
 from polarjax.evaluation import agreement, perplexity
 from polarjax.evaluation.perplexity import Perplexity
-from polarjax.evaluation.scoring import Mode
+from polarjax.evaluation.scoring import Mode, largest_context
 from polarjax.sparsity.select import Sparsity
 from polarjax.tokenizer import Tokenizer
 
@@ -70,12 +70,13 @@ def evaluate(
 
 def _check_context(context: int, length: int) -> None:
     """Raises `InputError` where decoding, which comes last, would have no token to score."""
-    if not 0 <= context <= length - 2:
+    largest = largest_context(length, "decode")
+    if not 0 <= context <= largest:
         raise InputError(
             "no token is left to score",
             where="--context",
             got=f"{context} of {length} tokens",
-            expected=f"0 to {length - 2}" if length > 1 else "a longer window",
+            expected=f"0 to {largest}" if largest >= 0 else "a longer window",
             mend="lower --context or raise --window",
         )
 

@@ -93,6 +93,11 @@ def _decoded(model: Decoder, tokens, variants, *, statistic: Statistic, context:
     return jax.tree.map(lambda *parts: jnp.concatenate(parts, 1), *first, by_row)
 
 
+def largest_context(length: int, mode: str) -> int:
+    """Most tokens at the start of a window of `length` that leave one to score."""
+    return length - 1 - (mode == "decode")
+
+
 def _check(model: Decoder, windows: np.ndarray, mode: str, batch_size: int, context: int) -> None:
     if mode not in get_args(Mode.__value__):
         raise InputError("no such mode", where="evaluation", got=repr(mode), expected="'masked' or 'decode'")
@@ -114,12 +119,13 @@ def _check(model: Decoder, windows: np.ndarray, mode: str, batch_size: int, cont
             expected=f"at most {most}",
             mend="cut shorter windows",
         )
-    if not 0 <= context < length - (mode == "decode"):
+    largest = largest_context(length, mode)
+    if not 0 <= context <= largest:
         raise InputError(
             "no token is left to score",
             where="context",
             got=context,
-            expected=f"0 to {length - 1 - (mode == 'decode')}",
+            expected=f"0 to {largest}",
         )
     if windows.min() < 0 or windows.max() >= model.config.vocab_size:
         raise InputError(
