@@ -5,7 +5,7 @@ PYTHON := $(VENV)/bin/python
 PIP := $(PYTHON) -m pip install --quiet --disable-pip-version-check
 PINNED := pyproject.toml constraints.txt
 CHECK_PYTHON := import sys; sys.version_info >= (3, 12) or sys.exit("polarjax: .venv holds Python " \
-	+ sys.version.split()[0] + ", but 3.12 or newer is needed. Mend: remove .venv and run make again.")
+	+ sys.version.split()[0] + ", but 3.12 or newer is needed. Hint: remove .venv and run make again.")
 # A GPU is used if you ask for it (JAX_PLATFORMS=cuda) and have installed polarjax[cuda13] into .venv.
 export JAX_PLATFORMS ?= cpu
 

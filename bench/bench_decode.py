@@ -30,10 +30,10 @@ from checkpoints_convert import convert_checkpoint
 from pallas_kernels import record_backends
 from polarjax import costs
 from polarjax.demo.run import PROMPTS
-from polarjax.model import abstract, parameters, with_parameters
-from polarjax.sparsity.plan import uniform_groups
-from polarjax.sparsity.router import Routers, init_routers
-from polarjax.sparsity.select import Sparsity, Static
+from polarjax.model.parameters import abstract, parameters, with_parameters
+from polarjax.selection.plans import uniform_groups
+from polarjax.selection.routers import Routers, init_routers
+from polarjax.selection.selectors import Sparsity, Static
 
 ASSETS = Path(pj.__file__).parent / "assets"
 STEPS = 16

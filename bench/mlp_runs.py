@@ -16,7 +16,8 @@ from bench import report, timing
 from bench.check_sparse_mlp import LIMIT, brief, error, kind
 from bench.workloads import ModelShape
 from pallas_kernels import _device
-from pallas_kernels.sparse_mlp import mosaic, reference, xla
+from pallas_kernels.sparse_mlp import reference, xla
+from pallas_kernels.sparse_mlp.mosaic import launch as mosaic
 from pallas_kernels.sparse_mlp.tiles import BATCHES as PADDED
 from pallas_kernels.sparse_mlp.tiles import Tiles, candidates
 

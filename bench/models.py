@@ -3,7 +3,7 @@
 from dataclasses import dataclass
 
 import polarjax as pj
-from polarjax.sparsity.plan import uniform_groups
+from polarjax.selection.plans import uniform_groups
 
 OPT_6_7B = pj.ModelConfig(
     vocab_size=50272,

@@ -75,7 +75,7 @@ def draw(found: list[Series], path: Path, title: str) -> None:
     """Writes the picture. Raises ValueError where there is nothing to draw."""
     if not found:
         raise ValueError(
-            f"{path.name}: no rows with a time and a copy bandwidth; got none. Mend: run the benches."
+            f"{path.name}: no rows with a time and a copy bandwidth; got none. Hint: run the benches."
         )
     import matplotlib
 

@@ -21,7 +21,7 @@ def require_gpu() -> None:
         _device.require_hopper(_device.current())
     except NotImplementedError as reason:
         raise SystemExit(
-            f"bench: {reason}. Mend: run it where there is one, with polarjax[cuda13]."
+            f"bench: {reason}. Hint: run it where there is one, with polarjax[cuda13]."
         ) from None
 
 

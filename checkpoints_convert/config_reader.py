@@ -149,8 +149,8 @@ class ConfigReader:
         value = self.get(key, default, str, "a name")
         if value not in _ACTIVATIONS:
             expected = ", ".join(sorted(_ACTIVATIONS))
-            mend = PROSPARSE if value == "fatrelu" else "take a model with one of these"
-            raise self.refuse(key, "an unsupported activation", value, expected, mend)
+            hint = PROSPARSE if value == "fatrelu" else "take a model with one of these"
+            raise self.refuse(key, "an unsupported activation", value, expected, hint)
         return _ACTIVATIONS[value]
 
     def rope(self, max_positions: int) -> RopeConfig:
@@ -159,8 +159,8 @@ class ConfigReader:
         old = self.get("rope_scaling", {}, dict, "an object")
         new = self.get("rope_parameters", {}, dict, "an object")
         if old and new and old != new:
-            mend = "keep one of the two"
-            raise self.refuse("rope_scaling", "it contradicts rope_parameters", old, new, mend)
+            hint = "keep one of the two"
+            raise self.refuse("rope_scaling", "it contradicts rope_parameters", old, new, hint)
         key = "rope_scaling" if old else "rope_parameters"
         inner = ConfigReader(old or new, f"{self._where} ({key})")
         inner.check_fixed()
@@ -181,8 +181,8 @@ class ConfigReader:
         kinds = {self.get(key, None, str, "a name") for key in ("rope_type", "type")} - {None}
         kind = kinds.pop() if len(kinds) == 1 else ("default" if not kinds else f"{sorted(kinds)}")
         if kind not in _ROPE_KEYS:
-            mend = "take a model with one of these"
-            raise self.refuse("rope_type", "an unsupported RoPE", kind, ", ".join(_ROPE_KEYS), mend)
+            hint = "take a model with one of these"
+            raise self.refuse("rope_type", "an unsupported RoPE", kind, ", ".join(_ROPE_KEYS), hint)
         for key in sorted(_ROPE_KEYS[kind] - {"rope_theta", "original_max_position_embeddings"}):
             self.number(key, cast(Any, _REQUIRED))
         return kind
@@ -193,19 +193,19 @@ class ConfigReader:
             value = self._data[key]
             if not any(value == allowed for allowed in FIXED[key]):
                 expected = " or ".join(map(repr, FIXED[key]))
-                mend = _MEND.get(key, "take a model without it")
-                raise self.refuse(key, "an unsupported value", value, expected, mend)
+                hint = _MEND.get(key, "take a model without it")
+                raise self.refuse(key, "an unsupported value", value, expected, hint)
 
     def finish(self) -> None:
         """Refuses keys that nothing has asked for; null counts as absent."""
         known = self._used | HARMLESS | FIXED.keys()
         for key in sorted(self._data.keys() - known):
             if self._data[key] is not None:
-                mend = "if it does not change the model, remove it from config.json"
-                raise self.refuse(key, "an unknown key", self._data[key], None, mend)
+                hint = "if it does not change the model, remove it from config.json"
+                raise self.refuse(key, "an unknown key", self._data[key], None, hint)
 
-    def refuse(self, key: str, what: str, got: object, expected: object, mend: str) -> UnsupportedConfigError:
+    def refuse(self, key: str, what: str, got: object, expected: object, hint: str) -> UnsupportedConfigError:
         """The error that names the key and its value."""
         shown = None if got is None else f"{key} = {str(got)[:100]!r}"
         what = what if got is not None else f"{what}: {key}"
-        return UnsupportedConfigError(what, where=self._where, got=shown, expected=expected, mend=mend)
+        return UnsupportedConfigError(what, where=self._where, got=shown, expected=expected, hint=hint)

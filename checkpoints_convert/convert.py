@@ -16,9 +16,11 @@ from checkpoints_convert.hub import locate
 from checkpoints_convert.json_files import read_json
 from checkpoints_convert.rules import Layout, Plan, Step, make_plan, some
 from checkpoints_convert.weights_io import DTYPES, Tensor, open_weights, read_rows
-from polarjax.checkpoint import SOURCE_CONFIG, ModelWriter, absolute, new_model, write_json
+from polarjax.checkpoint.manifest import SOURCE_CONFIG
+from polarjax.checkpoint.writer import ModelWriter, new_model
 from polarjax.configs import ModelConfig
 from polarjax.errors import CheckpointError, InputError
+from polarjax.storage.atomic import absolute, write_json
 from polarjax.types import DTypeLike
 from polarjax.types import Path as PathLike
 
@@ -123,8 +125,8 @@ def check_apart(source: Path, target: Path) -> None:
     """Raises `CheckpointError` if one of two folders lies within the other, links followed."""
     inner, outer = target.resolve(), source.resolve()
     if inner.is_relative_to(outer) or outer.is_relative_to(inner):
-        mend = "choose an output outside the source"
-        raise CheckpointError("output and source lie within one another", where=target, got=source, mend=mend)
+        hint = "choose an output outside the source"
+        raise CheckpointError("output and source lie within one another", where=target, got=source, hint=hint)
 
 
 def parameter_dtype(dtype: DTypeLike | None, tensors: Sequence[Tensor], where: Path) -> np.dtype:
@@ -137,8 +139,8 @@ def parameter_dtype(dtype: DTypeLike | None, tensors: Sequence[Tensor], where: P
     found = Counter(tensor.dtype for tensor in tensors)
     if len(found) > 1:
         got = ", ".join(f"{count} tensors of {kind.name}" for kind, count in found.most_common())
-        mend = "choose one for all parameters: dtype (--dtype), for example bfloat16"
-        raise CheckpointError("the tensors have several dtypes", where=where, got=got, mend=mend)
+        hint = "choose one for all parameters: dtype (--dtype), for example bfloat16"
+        raise CheckpointError("the tensors have several dtypes", where=where, got=got, hint=hint)
     return tensors[0].dtype
 
 
@@ -149,7 +151,7 @@ def _check_equal(plan: Plan, tensors: Mapping[str, Tensor]) -> None:
                 "config.json ties the head to the embeddings, but the two differ",
                 where=tensors[head].file,
                 got=f"{head} unequal to {table}",
-                mend="set tie_word_embeddings to false in config.json if the head is meant",
+                hint="set tie_word_embeddings to false in config.json if the head is meant",
             )
 
 
@@ -191,7 +193,7 @@ def _transfer(
             f"{len(bad)} tensors hold NaN or infinity as {dtype.name}",
             where=tensors[bad[0]].file.parent,
             got=some(bad),
-            mend="take an undamaged checkpoint or a wider dtype, or pass allow_nonfinite (--allow-nonfinite)",
+            hint="take an undamaged checkpoint or a wider dtype, or pass allow_nonfinite (--allow-nonfinite)",
         )
 
 

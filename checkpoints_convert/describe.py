@@ -8,9 +8,9 @@ from checkpoints_convert.hf_config import CONFIG, read_config
 from checkpoints_convert.hub import SAFE_PATTERNS, TORCH_PATTERNS, locate
 from checkpoints_convert.rules import make_plan
 from checkpoints_convert.weights_io import open_weights
-from polarjax.checkpoint import absolute
 from polarjax.configs import ModelConfig
 from polarjax.errors import PolarjaxError
+from polarjax.storage.atomic import absolute
 from polarjax.types import DTypeLike
 from polarjax.types import Path as PathLike
 

@@ -17,10 +17,10 @@ from checkpoints_convert.families import FAMILIES
 from checkpoints_convert.hf_config import CONFIG, read_config
 from checkpoints_convert.rules import Family, Step, expected_tensors, letter_sizes
 from checkpoints_convert.weights_io import DTYPES, INDEX, SINGLE
-from polarjax.checkpoint import absolute, atomic_folder, write_json
+from polarjax.checkpoint.reader import ModelReader
 from polarjax.configs import ModelConfig
 from polarjax.errors import InputError, UnsupportedConfigError
-from polarjax.reading import ModelReader
+from polarjax.storage.atomic import absolute, atomic_folder, write_json
 from polarjax.types import Path as PathLike
 
 SHARD_BYTES = 5_000_000_000
@@ -79,8 +79,8 @@ def export_checkpoint(
     """
     started = time.monotonic()
     if shard_bytes < 1:
-        mend = "leave it out"
-        raise InputError("no shard is that small", where="shard_bytes", got=shard_bytes, mend=mend)
+        hint = "leave it out"
+        raise InputError("no shard is that small", where="shard_bytes", got=shard_bytes, hint=hint)
     source, target = ModelReader(src), absolute(out)
     check_apart(source.folder, target)
     family, data = hf_config(source)
@@ -131,7 +131,7 @@ def hf_config(source: ModelReader) -> tuple[Family, dict[str, Any]]:
         "no family of transformers says this configuration",
         where=source.folder,
         expected=" or ".join(family.model_type for family in families),
-        mend="keep the model directory; polarjax reads it",
+        hint="keep the model directory; polarjax reads it",
     )
 
 

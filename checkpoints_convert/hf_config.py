@@ -35,7 +35,7 @@ def read_config(source: PathLike | Mapping[str, Any]) -> tuple[Family, ModelConf
     file = Path(source) / CONFIG
     if not file.is_file():
         what = f"{CONFIG} is missing" if file.parent.is_dir() else "no such folder"
-        raise CheckpointError(what, where=file.parent, mend="give the folder of a HuggingFace model")
+        raise CheckpointError(what, where=file.parent, hint="give the folder of a HuggingFace model")
     return _interpret(read_json(file), file)
 
 
@@ -47,7 +47,7 @@ def _interpret(data: Mapping[str, Any], where: object) -> tuple[Family, ModelCon
             where=where,
             got=repr(model_type),
             expected=" or ".join(FAMILIES),
-            mend=PROSPARSE if model_type == "sparsellama" else "take a model of one of these families",
+            hint=PROSPARSE if model_type == "sparsellama" else "take a model of one of these families",
         )
     family = FAMILIES[model_type]
     reader = ConfigReader(data, where)

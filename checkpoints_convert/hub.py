@@ -4,9 +4,9 @@ import re
 from pathlib import Path
 
 from checkpoints_convert.hf_config import CONFIG, read_config
-from polarjax.checkpoint import absolute
 from polarjax.errors import CheckpointError, InputError
-from polarjax.tokenizer_files import FILES as TOKENIZER_FILES
+from polarjax.storage.atomic import absolute
+from polarjax.text.tokenizer_files import FILES as TOKENIZER_FILES
 from polarjax.types import Path as PathLike
 
 SAFE_PATTERNS = ("model.safetensors", "model-*.safetensors", "model.safetensors.index.json")
@@ -32,8 +32,8 @@ def locate(source: PathLike, *, revision: str | None = None, weights: bool = Tru
     folder = absolute(source)
     if folder.exists() or not _ID.fullmatch(str(source)):
         if revision is not None:
-            mend = "leave the revision out, or give an id such as org/name"
-            raise InputError("a folder has no revisions", where=folder, got=revision, mend=mend)
+            hint = "leave the revision out, or give an id such as org/name"
+            raise InputError("a folder has no revisions", where=folder, got=revision, hint=hint)
         return folder
     snapshot = _fetch(str(source), revision, (CONFIG,))
     if not weights:
@@ -53,14 +53,14 @@ def _fetch(model: str, revision: str | None, patterns: tuple[str, ...]) -> Path:
     try:
         return Path(hub.snapshot_download(model, revision=revision, allow_patterns=list(patterns)))
     except errors.GatedRepoError as error:
-        mend = "ask for access on its page, then log in: hf auth login"
-        raise CheckpointError("this model is gated", where=model, mend=mend) from error
+        hint = "ask for access on its page, then log in: hf auth login"
+        raise CheckpointError("this model is gated", where=model, hint=hint) from error
     except errors.RepositoryNotFoundError as error:
-        mend = "check the name; if the model is private, log in: hf auth login"
-        raise CheckpointError("neither a folder nor a model on the hub", where=model, mend=mend) from error
+        hint = "check the name; if the model is private, log in: hf auth login"
+        raise CheckpointError("neither a folder nor a model on the hub", where=model, hint=hint) from error
     except errors.RevisionNotFoundError as error:
-        mend = "name a branch, a tag or a commit"
-        raise CheckpointError("no such revision", where=model, got=revision, mend=mend) from error
+        hint = "name a branch, a tag or a commit"
+        raise CheckpointError("no such revision", where=model, got=revision, hint=hint) from error
     except errors.LocalEntryNotFoundError as error:
         raise _absent(model, revision, offline=hub.constants.HF_HUB_OFFLINE) from error
     except (OSError, errors.HFValidationError) as error:
@@ -68,16 +68,16 @@ def _fetch(model: str, revision: str | None, patterns: tuple[str, ...]) -> Path:
         raise CheckpointError("the hub does not give this model", where=model, got=got) from error
     except errors.HTTPError as error:  # pyright: ignore[reportPrivateImportUsage]  # of its client; no OSError
         got = f"{type(error).__name__}: {error}"[:200]
-        mend = "check the network and its proxy, or give the folder of the model"
-        raise CheckpointError("the hub cannot be reached", where=model, got=got, mend=mend) from error
+        hint = "check the network and its proxy, or give the folder of the model"
+        raise CheckpointError("the hub cannot be reached", where=model, got=got, hint=hint) from error
 
 
 def _absent(model: str, revision: str | None, *, offline: bool) -> CheckpointError:
     why = "HF_HUB_OFFLINE is set" if offline else "the hub cannot be reached"
     at = "" if revision is None else f" at {revision[:12]}"
-    mend = "unset HF_HUB_OFFLINE" if offline else "connect to the network"
+    hint = "unset HF_HUB_OFFLINE" if offline else "connect to the network"
     return CheckpointError(
         f"neither a folder nor whole in the hub's cache{at}, and {why}",
         where=model,
-        mend=f"{mend}, or give the folder of the model",
+        hint=f"{hint}, or give the folder of the model",
     )

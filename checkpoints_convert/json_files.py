@@ -9,15 +9,15 @@ from polarjax.errors import CheckpointError
 
 def read_json(file: Path) -> dict[str, Any]:
     """A JSON object from a file; raises `CheckpointError` when it is anything else or names a key twice."""
-    mend = "download the file again"
+    hint = "download the file again"
     if not file.is_file():
-        raise CheckpointError("not a file", where=file, mend=mend)
+        raise CheckpointError("not a file", where=file, hint=hint)
     try:
         data = parse_json(file.read_bytes())
     except (OSError, ValueError) as error:
-        raise CheckpointError("not readable as JSON", where=file, got=str(error)[:200], mend=mend) from error
+        raise CheckpointError("not readable as JSON", where=file, got=str(error)[:200], hint=hint) from error
     if not isinstance(data, dict):
-        raise CheckpointError("not a JSON object", where=file, got=type(data).__name__, mend=mend)
+        raise CheckpointError("not a JSON object", where=file, got=type(data).__name__, hint=hint)
     return data
 
 

@@ -16,7 +16,7 @@ import numpy as np
 from checkpoints_convert.config_reader import ConfigReader
 from polarjax.configs import ModelConfig
 from polarjax.errors import CheckpointError
-from polarjax.model import shapes
+from polarjax.model.parameters import shapes
 
 SHOWN = 10
 """How many names a report lists of each kind of fault."""
@@ -257,9 +257,9 @@ def _with_prefix(family: Family, name: str) -> str:
 def _report(where: object, faults: Mapping[str, list[str]]) -> None:
     told = [f"{len(names)} {fault}: {some(names)}" for fault, names in faults.items() if names]
     if told:
-        mend = _mend(faults["missing"], faults["unknown"])
+        hint = _mend(faults["missing"], faults["unknown"])
         raise CheckpointError(
-            "the tensors do not fit config.json", where=where, got="; ".join(told), mend=mend
+            "the tensors do not fit config.json", where=where, got="; ".join(told), hint=hint
         )
 
 

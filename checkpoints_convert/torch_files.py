@@ -54,11 +54,11 @@ def read_torch_header(file: Path) -> dict[str, Placed]:
     records = _records(file)
     state = _load(file)
     if not isinstance(state, Mapping):
-        raise CheckpointError("not a dictionary of tensors", where=file, got=type(state).__name__, mend=_SAFE)
+        raise CheckpointError("not a dictionary of tensors", where=file, got=type(state).__name__, hint=_SAFE)
     others = sorted(str(name) for name, value in state.items() if not _is_weight(name, value))
     if others:
         got = f"{', '.join(others[:10])} of other kinds"
-        raise CheckpointError("not a dictionary of tensors alone", where=file, got=got, mend=_SAFE)
+        raise CheckpointError("not a dictionary of tensors alone", where=file, got=got, hint=_SAFE)
     base = _base(file, records, state.values())
     return {name: _placed(tensor, tensor.data_ptr() - base) for name, tensor in state.items()}
 
@@ -83,11 +83,11 @@ def _records(file: Path) -> list[_Record]:
             "no .bin file of today's PyTorch (1.6 or later), or a damaged one",
             where=file,
             got=str(error)[:200],
-            mend=f"{_DOWNLOAD}, or, if it is an old one, {_SAFE}",
+            hint=f"{_DOWNLOAD}, or, if it is an old one, {_SAFE}",
         ) from error
     _check_members(file, members)
     if any(each.strip() != b"little" for each in order):
-        raise CheckpointError("written by a big-endian machine", where=file, mend=_SAFE)
+        raise CheckpointError("written by a big-endian machine", where=file, hint=_SAFE)
     return sorted(each for each in found if each.size)
 
 
@@ -107,7 +107,7 @@ def _check_members(file: Path, members: Iterable[zipfile.ZipInfo]) -> None:
             f"an archive that PyTorch would not write: {what}",
             where=file,
             got=", ".join((packed or sorted(names))[:3]),
-            mend="do not trust this checkpoint",
+            hint="do not trust this checkpoint",
         )
 
 
@@ -124,7 +124,7 @@ def _load(file: Path) -> Any:
         raise CheckpointError(
             "a .bin file needs PyTorch",
             where=file,
-            mend="pip install 'polarjax[torch]', or take the safetensors of this model",
+            hint="pip install 'polarjax[torch]', or take the safetensors of this model",
         ) from error
     try:
         with warnings.catch_warnings(action="ignore"):  # about what is refused below
@@ -134,11 +134,11 @@ def _load(file: Path) -> Any:
             "refused, because loading it could run code: it holds more than tensors",
             where=file,
             got=_reason(error),
-            mend=_SAFE,
+            hint=_SAFE,
         ) from error
     except Exception as error:  # torch's readers raise nearly anything on a damaged file
         got = f"{type(error).__name__}: {error}"[:200]
-        raise CheckpointError("a damaged .bin file", where=file, got=got, mend=_DOWNLOAD) from error
+        raise CheckpointError("a damaged .bin file", where=file, got=got, hint=_DOWNLOAD) from error
 
 
 def _reason(error: Exception) -> str:
@@ -166,7 +166,7 @@ def _base(file: Path, records: list[_Record], tensors: Iterable[Any]) -> int:
             where=file,
             got=f"{len(found)} storages of {sum(size for _, size in found)} bytes",
             expected=f"{len(records)} records of {sum(size for _, size in records)} bytes",
-            mend=_DOWNLOAD,
+            hint=_DOWNLOAD,
         )
     return base
 

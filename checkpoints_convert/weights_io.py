@@ -65,7 +65,7 @@ class Tensor:
                 where=self.file,
                 got=self.kind,
                 expected=", ".join(DTYPES),
-                mend="quantised checkpoints are unsupported; take the original weights",
+                hint="quantised checkpoints are unsupported; take the original weights",
             )
         return DTYPES[self.kind]
 
@@ -122,7 +122,7 @@ class Tensor:
 
     def _whole(self, memory: np.ndarray, size: int) -> np.ndarray:
         if memory.size != size:
-            raise CheckpointError(f"the file ends within {self.name}", where=self.file, mend=_DOWNLOAD)
+            raise CheckpointError(f"the file ends within {self.name}", where=self.file, hint=_DOWNLOAD)
         return memory
 
 
@@ -162,9 +162,9 @@ def open_weights(folder: Path) -> dict[str, Tensor]:
         if os.path.lexists(folder / single):
             return read_header(_inside(folder, single))
     others = sorted(path.name for path in folder.glob("*.safetensors"))
-    mend = f"download {INDEX} too" if others else "give a folder with safetensors weights, or .bin ones"
+    hint = f"download {INDEX} too" if others else "give a folder with safetensors weights, or .bin ones"
     got = some(others) if others else None
-    raise CheckpointError("no weights", where=folder, got=got, expected=f"{SINGLE} or {INDEX}", mend=mend)
+    raise CheckpointError("no weights", where=folder, got=got, expected=f"{SINGLE} or {INDEX}", hint=hint)
 
 
 def _sharded(index: Path, read_header: Callable[[Path], dict[str, Tensor]]) -> dict[str, Tensor]:
@@ -181,8 +181,8 @@ def _sharded(index: Path, read_header: Callable[[Path], dict[str, Tensor]]) -> d
     }
     told = [f"{len(names)} {fault}: {some(sorted(names))}" for fault, names in faults.items() if names]
     if told:
-        mend = "download the whole folder again"
-        raise CheckpointError("index and shards disagree", where=index, got="; ".join(told), mend=mend)
+        hint = "download the whole folder again"
+        raise CheckpointError("index and shards disagree", where=index, got="; ".join(told), hint=hint)
     return {name: shards[shard][name] for name, shard in weight_map.items()}
 
 
@@ -190,17 +190,17 @@ def read_index(file: Path) -> Mapping[str, str]:
     """The shard of each tensor; every shard is the plain name of a file beside the index."""
     weight_map = read_json(file).get("weight_map")
     if not isinstance(weight_map, dict) or not weight_map:
-        raise CheckpointError("not an index of weights", where=file, expected="a weight_map", mend=_DOWNLOAD)
+        raise CheckpointError("not an index of weights", where=file, expected="a weight_map", hint=_DOWNLOAD)
     for shard in weight_map.values():
         if not isinstance(shard, str) or not re.fullmatch(r"\w[\w. +=-]*", shard):
             expected = "the name of a file beside the index"
-            mend = "do not trust this checkpoint"
+            hint = "do not trust this checkpoint"
             raise CheckpointError(
                 "the index points out of its folder",
                 where=file,
                 got=repr(shard),
                 expected=expected,
-                mend=mend,
+                hint=hint,
             )
     return weight_map
 
@@ -209,20 +209,20 @@ def _inside(folder: Path, name: str) -> Path:
     """The file `name` of `folder`; links may lead into the folder itself or to a hub cache's blobs, no further."""
     path = folder / name
     if not os.path.exists(path):  # False for names that the system does not take, too
-        raise CheckpointError("a shard is missing", where=path, mend="download it too")
+        raise CheckpointError("a shard is missing", where=path, hint="download it too")
     root = folder.resolve()
     allowed = {root, root.parents[1] / "blobs"} if root.parent.name == "snapshots" else {root}
     if path.resolve().parent not in allowed:
-        got, mend = path.resolve(), "copy the file into the folder if you trust it"
-        raise CheckpointError("a weights file links out of its folder", where=path, got=got, mend=mend)
+        got, hint = path.resolve(), "copy the file into the folder if you trust it"
+        raise CheckpointError("a weights file links out of its folder", where=path, got=got, hint=hint)
     return path
 
 
 def _read_header(file: Path) -> dict[str, Tensor]:
     """The tensors of one safetensors file, validated."""
     if not file.is_file():
-        what, mend = _diagnosis(file)
-        raise CheckpointError(what, where=file, mend=mend)
+        what, hint = _diagnosis(file)
+        raise CheckpointError(what, where=file, hint=hint)
     try:
         with safe_open(file, "np"):
             pass
@@ -230,8 +230,8 @@ def _read_header(file: Path) -> dict[str, Tensor]:
             size = int.from_bytes(stream.read(8), "little")
             header = parse_json(stream.read(size))
     except (SafetensorError, OSError, ValueError) as error:
-        what, mend = _diagnosis(file)
-        raise CheckpointError(what, where=file, got=str(error)[:200], mend=mend) from error
+        what, hint = _diagnosis(file)
+        raise CheckpointError(what, where=file, got=str(error)[:200], hint=hint) from error
     header.pop("__metadata__", None)
     return {
         name: Tensor(name, file, entry["dtype"], tuple(entry["shape"]), 8 + size + entry["data_offsets"][0])
@@ -241,14 +241,14 @@ def _read_header(file: Path) -> dict[str, Tensor]:
 
 def _read_torch_header(file: Path) -> dict[str, Tensor]:
     """The tensors of one .bin file."""
-    what, mend = _diagnosis(file)
+    what, hint = _diagnosis(file)
     if what != DAMAGED:
-        raise CheckpointError(what, where=file, mend=mend)
+        raise CheckpointError(what, where=file, hint=hint)
     return {name: Tensor(name, file, *placed) for name, placed in read_torch_header(file).items()}
 
 
 def _diagnosis(file: Path) -> tuple[str, str]:
-    """What a file that is not safetensors is instead, and the mend."""
+    """What a file that is not safetensors is instead, and the hint."""
     if not file.is_file():
         what = "a folder" if file.is_dir() else "something that is no file"
         return f"{what} where a weights file should be", _DOWNLOAD

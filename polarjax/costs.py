@@ -8,9 +8,9 @@ import jax.numpy as jnp
 
 from polarjax.configs import ModelConfig
 from polarjax.errors import InputError
-from polarjax.model import shapes
-from polarjax.sparsity.plan import SparsityPlan, dense_plan
-from polarjax.sparsity.router import router_rank as default_rank
+from polarjax.model.parameters import shapes
+from polarjax.selection.plans import SparsityPlan, dense_plan
+from polarjax.selection.routers import router_rank as default_rank
 from polarjax.types import DTypeLike
 
 
@@ -172,8 +172,8 @@ def largest_batch(
     """
     _check(config, 1, cache_length, None)
     if not -math.inf < memory < math.inf:
-        mend = "give the memory of the device"
-        raise InputError("memory is not finite", where="costs", got=memory, expected="bytes", mend=mend)
+        hint = "give the memory of the device"
+        raise InputError("memory is not finite", where="costs", got=memory, expected="bytes", hint=hint)
     each = cache_length * cache_bytes_per_token(config, dtype) + 4 * config.vocab_size
     return max(0, int(memory - weights_bytes(config, dtype)) // each)
 

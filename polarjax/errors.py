@@ -1,21 +1,23 @@
 """Errors a user can meet: few, typed, and one line each.
 
-Every one of them says what is wrong, where, what was got, what was expected and how to mend it. They are
+Every one of them says what is wrong, where, what was got, what was expected and how to fix it. They are
 raised at the boundary, where user input enters; the command line prints them and exits with code 2.
 """
+
+_SIGNS = ("RESOURCE_EXHAUSTED", "Out of memory")  # of GPUs and of CPUs
 
 
 class PolarjaxError(ValueError):
     """Bad input to polarjax, told in one line.
 
-    The message reads `where: what; got …, expected …. Mend: …`, each part only if it is given.
+    The message reads `where: what; got …, expected …. Hint: …`, each part only if it is given.
 
     Args:
         what: the fault itself, without a full stop.
         where: the file, field or argument at fault.
         got: the value met.
         expected: what would have been accepted.
-        mend: what the reader can do about it.
+        hint: what the reader can do about it.
     """
 
     def __init__(
@@ -25,10 +27,10 @@ class PolarjaxError(ValueError):
         where: object = None,
         got: object = None,
         expected: object = None,
-        mend: str | None = None,
+        hint: str | None = None,
     ) -> None:
-        self.what, self.where, self.got, self.expected, self.mend = what, where, got, expected, mend
-        super().__init__(_one_line(what, where, got, expected, mend))
+        self.what, self.where, self.got, self.expected, self.hint = what, where, got, expected, hint
+        super().__init__(_one_line(what, where, got, expected, hint))
 
 
 class UnsupportedConfigError(PolarjaxError):
@@ -47,12 +49,17 @@ class SparsityError(PolarjaxError):
     """Routers, a plan or a density that does not fit the model."""
 
 
-def _one_line(what: str, where: object, got: object, expected: object, mend: str | None) -> str:
+def _one_line(what: str, where: object, got: object, expected: object, hint: str | None) -> str:
     values = [
         f"{word} {value}" for word, value in (("got", got), ("expected", expected)) if value is not None
     ]
     head = what if where is None else f"{where}: {what}"
     text = f"{head}; {', '.join(values)}" if values else head
-    if mend is not None:
-        text = f"{text}. Mend: {mend}"
+    if hint is not None:
+        text = f"{text}. Hint: {hint}"
     return " ".join(text.split())
+
+
+def ran_out(error: BaseException) -> bool:
+    """Whether JAX says with this error that an allocation failed."""
+    return isinstance(error, RuntimeError) and any(sign in str(error) for sign in _SIGNS)

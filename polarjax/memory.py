@@ -7,15 +7,8 @@ import jax
 
 from polarjax import costs
 from polarjax.configs import ModelConfig
-from polarjax.errors import InputError
+from polarjax.errors import InputError, ran_out
 from polarjax.types import DTypeLike
-
-_SIGNS = ("RESOURCE_EXHAUSTED", "Out of memory")  # of GPUs and of CPUs
-
-
-def ran_out(error: BaseException) -> bool:
-    """Whether JAX says with this error that an allocation failed."""
-    return isinstance(error, RuntimeError) and any(sign in str(error) for sign in _SIGNS)
 
 
 @contextlib.contextmanager
@@ -51,7 +44,7 @@ def sizes_told(
             where=f"{batch_size:,} sequences of up to {cache_length:,} positions",
             got=f"{weights / 1e9:,.2f} GB of weights, {cache / 1e9:,.2f} GB of cache, and temporaries{of}",
             expected=None if memory is None else f"at most {fitting:,} such sequences",
-            mend=_mend(fitting),
+            hint=_mend(fitting),
         ) from error
 
 

@@ -3,7 +3,8 @@
 import jax
 from flax import nnx
 
-from polarjax.model import Decoder, parameters
+from polarjax.model.decoder import Decoder
+from polarjax.model.parameters import parameters
 
 
 def logical_axes(model: Decoder) -> dict[str, tuple[str, ...]]:

@@ -25,7 +25,11 @@ from jaxtyping import Bool, Float, Int, Int32, Key, Num, UInt8
 type Path = str | os.PathLike[str]
 type Implementation = Literal["xla", "mosaic"] | None  # None: the best one available
 
+DTYPES = ("float32", "bfloat16", "float16")
+"""Names of the dtypes that a decoder computes in."""
+
 __all__ = [
+    "DTYPES",
     "Array",
     "ArrayLike",
     "Bool",

@@ -11,10 +11,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from polarjax import arrays as module
-from polarjax.arrays import ArrayWriter, read_arrays
 from polarjax.errors import CheckpointError
-from polarjax.storage import atomic_folder
+from polarjax.storage import arrays as module
+from polarjax.storage.arrays import ArrayWriter, read_arrays
+from polarjax.storage.atomic import atomic_folder
 
 
 @pytest.mark.parametrize("lent", [True, False])
@@ -31,7 +31,7 @@ def test_arrays_come_back(tmp_path, lent, batch_bytes):
         array[:] = value
         writer.add(name, array)
     record = writer.close()
-    found = read_arrays(tmp_path / "arrays", record, mend="")
+    found = read_arrays(tmp_path / "arrays", record, hint="")
     assert found.keys() == expected.keys()
     for name, value in expected.items():
         np.testing.assert_array_equal(found[name], value)
@@ -106,7 +106,7 @@ def test_odd_names(tmp_path, name):
         writer.add("array", np.arange(4))
         record = writer.close()
     assert [path.name for path in tmp_path.iterdir()] == [name]
-    found = read_arrays(tmp_path / name / "arrays", record, mend="")
+    found = read_arrays(tmp_path / name / "arrays", record, hint="")
     np.testing.assert_array_equal(found["array"], np.arange(4))
 
 

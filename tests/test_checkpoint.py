@@ -15,9 +15,10 @@ import pytest
 from flax import nnx
 
 import polarjax as pj
-from polarjax.checkpoint import FORMAT, new_model, write_plans, write_routers
-from polarjax.model import parameters
-from polarjax.sparsity.router import init_routers
+from polarjax.checkpoint.bundle import FORMAT, write_plans, write_routers
+from polarjax.checkpoint.writer import new_model
+from polarjax.model.parameters import parameters
+from polarjax.selection.routers import init_routers
 from tests.model import zoo
 
 ASSETS = Path(pj.__file__).parent / "assets"
@@ -163,7 +164,7 @@ def test_failed_routers_leave_the_old_ones(saved, monkeypatch):
 
     routers = init_routers(full_bundle().model.config, jax.random.key(9), rank=4)
     with monkeypatch.context() as patch:
-        patch.setattr("polarjax.storage._flush", fail)
+        patch.setattr("polarjax.storage.atomic._flush", fail)
         with pytest.raises(pj.CheckpointError, match="No space left"):
             write_routers(saved, routers)
     found = pj.load(saved)
@@ -182,7 +183,7 @@ def test_plans_that_cannot_be_written_leave_the_old_ones(saved, monkeypatch):
 
     plans = dataclasses.replace(plans_for(full_bundle().model.config), head_density=0.75)
     with monkeypatch.context() as patch:
-        patch.setattr("polarjax.storage.os.fsync", fail)
+        patch.setattr("polarjax.storage.atomic.os.fsync", fail)
         with pytest.raises(pj.CheckpointError, match="No space left"):
             write_plans(saved, plans)
     assert pj.load(saved).plans == full_bundle().plans
@@ -200,7 +201,7 @@ def test_routers_of_another_model_are_not_written(saved):
     text = str(error.value)
     assert text.startswith(f"{saved / 'routers'}: the routers")
     assert "for another model; got" in text
-    assert text.endswith("Mend: run polarjax sparsify again")
+    assert text.endswith("Hint: run polarjax sparsify again")
 
 
 def test_routers_of_another_model_are_not_read(saved, tmp_path):
@@ -258,14 +259,14 @@ def test_damaged_records(saved, file, key):
     manifest = json.loads((saved / file).read_text())
     for record in damaged_records(manifest[key]):
         (saved / file).write_text(json.dumps({**manifest, key: record}))
-        refused(saved, f"{saved / file}: the record of the arrays is damaged", "Mend: ")
+        refused(saved, f"{saved / file}: the record of the arrays is damaged", "Hint: ")
 
 
 @pytest.mark.parametrize("dtype", [3, "int8", None, []])
 def test_a_manifest_of_no_dtype(saved, dtype):
     manifest = json.loads((saved / "manifest.json").read_text())
     (saved / "manifest.json").write_text(json.dumps({**manifest, "dtype": dtype}))
-    refused(saved, "no such dtype", "Mend: ")
+    refused(saved, "no such dtype", "Hint: ")
 
 
 def test_the_source_config_is_kept(tmp_path):
@@ -282,7 +283,7 @@ def test_the_source_config_is_kept(tmp_path):
 def test_missing_parts(saved, part):
     path = saved / part
     shutil.rmtree(path) if path.is_dir() else path.unlink()
-    refused(saved, str(saved), "missing", "Mend: ")
+    refused(saved, str(saved), "missing", "Hint: ")
 
 
 @pytest.mark.parametrize("folder", ["params", "routers/arrays"])
@@ -316,7 +317,7 @@ def test_another_format_is_refused(saved, file):
 @pytest.mark.parametrize("text", ["", "{", "[]", "{}", "null"])
 def test_damaged_json(saved, file, text):
     (saved / file).write_text(text)
-    refused(saved, file, "Mend: ")
+    refused(saved, file, "Hint: ")
 
 
 def test_config_of_another_model(saved):
@@ -352,7 +353,7 @@ SHARDED = """if True:
     mesh = jax.make_mesh((4,), ("x",))
     spec, whole = (jax.sharding.NamedSharding(mesh, jax.P(*axes)) for axes in ((None, "x"), ()))
     shardings = dict.fromkeys(record["arrays"], whole) | {"layers.0.mlp.w_up": spec}
-    array = read_arrays(folder / "params", record, shardings=shardings, mend="")["layers.0.mlp.w_up"]
+    array = read_arrays(folder / "params", record, shardings=shardings, hint="")["layers.0.mlp.w_up"]
     shapes = sorted({shard.data.shape for shard in array.addressable_shards})
     print(json.dumps([array.sharding == spec, shapes, float(array.sum())]))
 """

@@ -7,18 +7,26 @@ from typing import get_args
 import numpy as np
 import pytest
 
-from polarjax import data
 from polarjax.errors import InputError
+from polarjax.text.corpus import (
+    Split,
+    read_text,
+    split_of,
+    standard_library_documents,
+    standard_library_text,
+    token_stream,
+    windows,
+)
 
-SPLITS = get_args(data.Split)
+SPLITS = get_args(Split)
 
 
 def test_reads_plain_and_compressed_text(tmp_path: Path):
     text = "Grüße\r\n\tand tabs\f second"
     (tmp_path / "a.txt").write_bytes(text.encode())
     (tmp_path / "a.txt.xz").write_bytes(lzma.compress(text.encode()))
-    assert data.read_text(tmp_path / "a.txt") == text
-    assert data.read_text(str(tmp_path / "a.txt.xz")) == text
+    assert read_text(tmp_path / "a.txt") == text
+    assert read_text(str(tmp_path / "a.txt.xz")) == text
 
 
 @pytest.mark.parametrize(
@@ -35,25 +43,25 @@ def test_refuses_unreadable_text_by_name(tmp_path: Path, name, content, message)
     if content is not None:
         (tmp_path / name).write_bytes(content)
     with pytest.raises(InputError, match=message) as caught:
-        data.read_text(tmp_path / name)
+        read_text(tmp_path / name)
     assert name in str(caught.value)
     assert "\n" not in str(caught.value)
 
 
 def test_refuses_a_directory(tmp_path: Path):
     with pytest.raises(InputError, match="a directory"):
-        data.read_text(tmp_path)
+        read_text(tmp_path)
 
 
 def test_known_modules_keep_their_split():
     held_out = {"configparser": "evaluation", "http.server": "evaluation", "inspect": "calibration"}
-    assert {name: data.split_of(name) for name in held_out} == held_out
-    assert data.split_of("argparse") == data.split_of("asyncio.tasks") == "train"
+    assert {name: split_of(name) for name in held_out} == held_out
+    assert split_of("argparse") == split_of("asyncio.tasks") == "train"
 
 
 def test_split_shares():
     names = [f"package.module_{i}" for i in range(4000)]
-    share = {split: sum(data.split_of(n) == split for n in names) / len(names) for split in SPLITS}
+    share = {split: sum(split_of(n) == split for n in names) / len(names) for split in SPLITS}
     assert share == pytest.approx({"train": 0.8, "calibration": 0.1, "evaluation": 0.1}, abs=0.02)
 
 
@@ -63,7 +71,7 @@ def test_library_splits_are_disjoint_and_leave_out_what_is_not_a_module(tmp_path
     for path in (*kept, *left_out):
         (tmp_path / path).parent.mkdir(parents=True, exist_ok=True)
         (tmp_path / path).write_text(f"# {path}\n")
-    splits = [data.standard_library_documents(split, tmp_path) for split in SPLITS]
+    splits = [standard_library_documents(split, tmp_path) for split in SPLITS]
     assert sum(map(len, splits)) == len(kept)
     assert {name: text for split in splits for name, text in split.items()} == {
         name: f"# {path}\n" for path, name in kept.items()
@@ -71,7 +79,7 @@ def test_library_splits_are_disjoint_and_leave_out_what_is_not_a_module(tmp_path
 
 
 def test_the_running_library_gives_enough_text():
-    train, calibration, evaluation = (data.standard_library_text(s) for s in SPLITS)
+    train, calibration, evaluation = (standard_library_text(s) for s in SPLITS)
     assert len(train) > 3_000_000
     assert min(len(calibration), len(evaluation)) > 300_000
     assert "class ConfigParser" in evaluation
@@ -80,28 +88,28 @@ def test_the_running_library_gives_enough_text():
 
 def test_library_without_sources_and_unknown_split_are_refused(tmp_path: Path):
     with pytest.raises(InputError, match="no sources"):
-        data.standard_library_documents("train", tmp_path)
+        standard_library_documents("train", tmp_path)
     with pytest.raises(InputError, match=r"train \| calibration \| evaluation"):
-        data.standard_library_documents("valid")  # pyright: ignore[reportArgumentType]
+        standard_library_documents("valid")  # pyright: ignore[reportArgumentType]
 
 
 def test_token_stream_puts_the_separator_before_each_document():
-    stream = data.token_stream("ab\fc\f \f", lambda text: [ord(c) for c in text], separator=1)
+    stream = token_stream("ab\fc\f \f", lambda text: [ord(c) for c in text], separator=1)
     assert stream.dtype == np.int32
     assert stream.tolist() == [1, 97, 98, 1, 99]
-    assert data.token_stream("ab\fc", lambda text: [5] * len(text), separator=None).tolist() == [5, 5, 5]
-    assert data.token_stream("", lambda text: [5], separator=1).tolist() == []
+    assert token_stream("ab\fc", lambda text: [5] * len(text), separator=None).tolist() == [5, 5, 5]
+    assert token_stream("", lambda text: [5], separator=1).tolist() == []
 
 
 def test_windows_drop_the_tail_and_take_a_first_token():
-    plain = data.windows(np.arange(11), 4)
+    plain = windows(np.arange(11), 4)
     assert plain.dtype == np.int32
     assert plain.tolist() == [[0, 1, 2, 3], [4, 5, 6, 7]]
-    assert data.windows(range(7), 4, first=9).tolist() == [[9, 0, 1, 2], [9, 3, 4, 5]]
+    assert windows(range(7), 4, first=9).tolist() == [[9, 0, 1, 2], [9, 3, 4, 5]]
 
 
 def test_short_text_is_refused_with_the_numbers():
     with pytest.raises(InputError, match=r"story.txt: .*got 7 tokens, expected at least 8 tokens"):
-        data.windows(range(7), 4, at_least=2, source="story.txt")
+        windows(range(7), 4, at_least=2, source="story.txt")
     with pytest.raises(InputError, match="window is too short"):
-        data.windows(range(7), 1, first=0)
+        windows(range(7), 1, first=0)

@@ -1,4 +1,4 @@
-"""An error is one line: where, what, got, expected, mend."""
+"""An error is one line: where, what, got, expected, hint."""
 
 import pytest
 
@@ -13,8 +13,8 @@ from polarjax import errors
         ({"got": 3}, "file is truncated; got 3"),
         ({"got": 0, "expected": 5}, "file is truncated; got 0, expected 5"),
         (
-            {"where": "a", "expected": "b", "mend": "copy it again"},
-            "a: file is truncated; expected b. Mend: copy it again",
+            {"where": "a", "expected": "b", "hint": "copy it again"},
+            "a: file is truncated; expected b. Hint: copy it again",
         ),
         ({"got": "two\n lines"}, "file is truncated; got two lines"),
     ],
@@ -28,4 +28,4 @@ def test_kinds_are_value_errors_of_polarjax(kind):
     error = getattr(errors, kind)("no", where="here")
     assert isinstance(error, errors.PolarjaxError)
     assert isinstance(error, ValueError)
-    assert (error.what, error.where, error.mend) == ("no", "here", None)
+    assert (error.what, error.where, error.hint) == ("no", "here", None)

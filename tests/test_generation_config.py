@@ -10,7 +10,7 @@ import transformers
 from hypothesis import given
 
 import polarjax as pj
-from polarjax.generation_config import GenerationSettings
+from polarjax.generation.settings import GenerationSettings
 from tests.one_line import refuses
 
 LLAMA_3 = {

@@ -17,18 +17,36 @@ ROOT = Path(__file__).parents[1]
 PACKAGES = ("polarjax", "pallas_kernels", "checkpoints_convert")
 OPTIONAL = {"datasets", "google", "matplotlib", "sentencepiece", "torch"}
 KERNELS_MAY_USE = {"jax", "jaxlib", "numpy", "jaxtyping"}
+FLOORS = {
+    "polarjax": (
+        "types errors numeric progress",
+        "configs",
+        "storage",
+        "selection",
+        "model",
+        "costs sharding",
+        "memory",
+        "generation",
+        "text",
+        "checkpoint",
+        "sparsity evaluation",
+        "demo",
+        "cli",
+        "__init__",
+    ),
+    "pallas_kernels": (
+        "_inline _device _tuned",
+        "_dispatch",
+        "decode_attention selection sparse_mlp",
+        "autotune",
+        "__init__",
+    ),
+}
+"""Folders, and files beside them, from the lowest up: each may import those on floors below its own, and itself."""
+
 CONVERTER_MAY_USE = {
     f"polarjax.{name}"
-    for name in (
-        "configs",
-        "model",
-        "checkpoint",
-        "errors",
-        "types",
-        "progress",
-        "reading",
-        "tokenizer_files",
-    )
+    for name in ("configs", "model", "checkpoint", "storage", "text", "errors", "types", "progress")
 }
 
 
@@ -73,14 +91,30 @@ def is_type_checking_block(node: ast.AST) -> bool:
     return isinstance(node, ast.If) and ast.unparse(node.test) == "TYPE_CHECKING"
 
 
-def submodules(found: Import) -> set[str]:
-    """The dotted names an import may stand for: `from polarjax import model` is polarjax.model."""
-    return {f"{found.module}.{name}" for name in found.names} if found.names else {found.module}
+def wing(module: str) -> str:
+    """The folder, or the file beside folders, that a dotted name is in: polarjax.model for polarjax.model.decoder."""
+    return ".".join(module.split(".")[:2])
+
+
+def wings(found: Import) -> set[str]:
+    """What an import reaches; a package's own face is its top floor."""
+    if found.module in FLOORS:
+        inside = {name for floor in FLOORS[found.module] for name in floor.split()}
+        return {f"{found.module}.{name if name in inside else '__init__'}" for name in found.names or ("",)}
+    return {wing(found.module)}
+
+
+def home(found: Import) -> str:
+    return wing(".".join(found.file.relative_to(ROOT).with_suffix("").parts))
+
+
+def runs_up(found: Import, package: str) -> bool:
+    floor = {f"{package}.{name}": i for i, names in enumerate(FLOORS[package]) for name in names.split()}
+    return any(floor[each] >= floor[home(found)] for each in wings(found) - {home(found)})
 
 
 def allowed_in_converter(found: Import) -> bool:
-    modules = {found.module} if found.module in CONVERTER_MAY_USE else submodules(found)
-    return modules <= CONVERTER_MAY_USE
+    return wings(found) <= CONVERTER_MAY_USE
 
 
 def uses_only_public_names(found: Import, package: str) -> bool:
@@ -93,6 +127,26 @@ def assert_none(wrong: list[Import]) -> None:
 
 def is_standard(name: str) -> bool:
     return name in sys.stdlib_module_names
+
+
+@pytest.mark.parametrize("package", FLOORS)
+def test_every_folder_has_its_floor(package):
+    names = {
+        each.stem
+        for each in ROOT.joinpath(package).iterdir()
+        if each.suffix == ".py" or any(each.glob("*.py"))
+    }
+    assert names == {name for floor in FLOORS[package] for name in floor.split()}
+
+
+@pytest.mark.parametrize("package", FLOORS)
+def test_no_import_runs_up(package):
+    inside = [each for each in imports_of(package) if each.root == package]
+    assert_none([each for each in inside if runs_up(each, package)])
+
+
+def test_few_files_stand_beside_the_folders():
+    assert len(list(ROOT.joinpath("polarjax").glob("*.py"))) <= 10
 
 
 def test_kernels_use_jax_jaxlib_numpy_and_jaxtyping_only():

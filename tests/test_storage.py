@@ -7,9 +7,9 @@ from pathlib import Path
 
 import pytest
 
-from polarjax import storage
 from polarjax.errors import CheckpointError
-from polarjax.storage import atomic_file, atomic_folder, check_writable, remove_stale
+from polarjax.storage import atomic as storage
+from polarjax.storage.atomic import atomic_file, atomic_folder, check_writable, remove_stale
 
 
 def names(folder: Path) -> list[str]:

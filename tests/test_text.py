@@ -7,8 +7,8 @@ import pytest
 from hypothesis import given
 
 import polarjax as pj
-from polarjax.text import Assembler, check_stop_strings
-from polarjax.tokenizer import Tokenizer
+from polarjax.text.assembly import Assembler, check_stop_strings
+from polarjax.text.tokenizer import Tokenizer
 from tests import hf_tokenizers as small
 from tests.one_line import refuses
 

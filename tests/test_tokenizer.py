@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 import polarjax as pj
-from polarjax.tokenizer import Tokenizer, has_tokenizer
+from polarjax.text.tokenizer import Tokenizer, has_tokenizer
 
 FOLDER = Path(pj.__file__).parent / "assets" / "opt-6m"
 

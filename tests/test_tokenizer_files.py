@@ -11,9 +11,9 @@ import transformers
 from hypothesis import HealthCheck, given, settings
 
 import polarjax as pj
-from polarjax import tokenizer, tokenizer_files
-from polarjax.tokenizer import Tokenizer
-from polarjax.tokenizer_files import copy_tokenizer
+from polarjax.text import tokenizer, tokenizer_files
+from polarjax.text.tokenizer import Tokenizer
+from polarjax.text.tokenizer_files import copy_tokenizer
 from tests import hf_tokenizers as small
 from tests.one_line import refuses
 

@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 from tokenizers import Tokenizer
 
-from polarjax import data
+from polarjax.text.corpus import DOCUMENT_SEPARATOR, read_text, standard_library_documents
 
 TRAIN_FILES = ("novels", "code")
 BOS_ID = 1
@@ -17,14 +17,12 @@ BOS_ID = 1
 
 def novels(path: Path) -> list[str]:
     """The documents of a text file parted by form feeds."""
-    return [
-        text.strip() + "\n" for text in data.read_text(path).split(data.DOCUMENT_SEPARATOR) if text.strip()
-    ]
+    return [text.strip() + "\n" for text in read_text(path).split(DOCUMENT_SEPARATOR) if text.strip()]
 
 
 def code() -> list[str]:
     """The standard library's train split, then the sources of its `test` package (part of no split)."""
-    library = list(data.standard_library_documents("train").values())
+    library = list(standard_library_documents("train").values())
     return library + list(_test_package(Path(sysconfig.get_path("stdlib")) / "test"))
 
 

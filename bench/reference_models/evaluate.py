@@ -10,7 +10,8 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from bench.reference_models import corpus
-from polarjax import data
+from polarjax.text.corpus import read_text, standard_library_text, token_stream
+from polarjax.text.corpus import windows as cut
 
 BATCH = 16
 
@@ -27,13 +28,13 @@ def encode(tokenizer, text: str, bos: int) -> np.ndarray:
     """Documents as one stream, `bos` before each; special tokens in the text are not recognised as such."""
     backend = tokenizer.backend_tokenizer
     backend.encode_special_tokens = True
-    return data.token_stream(text, lambda t: backend.encode(t, add_special_tokens=False).ids, separator=bos)
+    return token_stream(text, lambda t: backend.encode(t, add_special_tokens=False).ids, separator=bos)
 
 
 def windows(model, tokenizer, text: str) -> np.ndarray:
     """Non-overlapping rows [n T] over the model's whole context, each opened by BOS."""
     bos = tokenizer.bos_token_id
-    return data.windows(encode(tokenizer, text, bos), model.config.max_position_embeddings, first=bos)
+    return cut(encode(tokenizer, text, bos), model.config.max_position_embeddings, first=bos)
 
 
 @torch.inference_mode()
@@ -89,8 +90,8 @@ def main() -> None:
     )
     parser.add_argument("--out", type=Path, required=True, help="JSON lines to write")
     args = parser.parse_args()
-    texts = {path.name.split(".")[0]: data.read_text(path) for path in args.text}
-    texts["standard library, evaluation split"] = data.standard_library_text("evaluation")
+    texts = {path.name.split(".")[0]: read_text(path) for path in args.text}
+    texts["standard library, evaluation split"] = standard_library_text("evaluation")
     streams = [corpus.read_stream(args.tokens / f"{name}.u16.xz") for name in corpus.TRAIN_FILES]
     lines = []
     for folder in args.models:

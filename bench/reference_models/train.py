@@ -17,11 +17,12 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-import polarjax.model
 from bench.reference_models import corpus
 from bench.reference_models.export_hf import save_weights
 from bench.reference_models.models import MODELS
 from polarjax.configs import ModelConfig
+from polarjax.model.decoder import forward
+from polarjax.model.parameters import abstract, parameters, with_parameters
 
 type Flat = dict[str, jax.Array]
 type State = tuple[Flat, optax.OptState]
@@ -51,7 +52,7 @@ class Recipe:
 
 def initial(config: ModelConfig, seed: int) -> Flat:
     """Float32 parameters: normal(0.03), residual outputs scaled by (2 L) ** -0.5, unit scales, zero biases."""
-    shapes = polarjax.model.parameters(polarjax.model.abstract(config))
+    shapes = parameters(abstract(config))
     keys = jax.random.split(jax.random.key(seed), len(shapes))
     return {
         n: _initial(n, s.shape, k, config) for (n, s), k in zip(sorted(shapes.items()), keys, strict=True)
@@ -70,10 +71,10 @@ def _initial(name: str, shape: tuple[int, ...], key: jax.Array, config: ModelCon
 
 def loss_of(flat: Flat, rows: jax.Array, config: ModelConfig, z_loss: float) -> tuple[jax.Array, jax.Array]:
     """(training loss, mean negative log-likelihood in nats) of rows [B T+1]; computes in bfloat16."""
-    model = polarjax.model.with_parameters(config, {n: v.astype(jnp.bfloat16) for n, v in flat.items()})
+    model = with_parameters(config, {n: v.astype(jnp.bfloat16) for n, v in flat.items()})
     inputs, targets = rows[:, :-1], rows[:, 1:]
     lengths = jnp.full(inputs.shape[:1], inputs.shape[1], jnp.int32)
-    logits, _ = polarjax.model.forward(model, inputs, lengths)
+    logits, _ = forward(model, inputs, lengths)
     partition = jax.nn.logsumexp(logits, -1)
     picked = jnp.take_along_axis(logits, targets[..., None], -1)[..., 0]
     nll = jnp.mean(partition - picked)

@@ -23,8 +23,8 @@ def read_mistral(reader: ConfigReader) -> ModelConfig:
     window = reader.optional_size("sliding_window", None if reader.has("sliding_window") else 4096)
     kinds = reader.layer_types()
     if kinds is not None and set(kinds) != {"full_attention" if window is None else "sliding_attention"}:
-        mend = "a window that differs by layer needs a family that knows it, such as qwen2"
-        raise reader.refuse("layer_types", "it contradicts sliding_window", kinds, None, mend)
+        hint = "a window that differs by layer needs a family that knows it, such as qwen2"
+        raise reader.refuse("layer_types", "it contradicts sliding_window", kinds, None, hint)
     return _common(reader, max_positions=131072, kv_heads=8, sliding_window=window)
 
 
@@ -59,8 +59,8 @@ def _layer_windows(reader: ConfigReader) -> int | tuple[int | None, ...] | None:
     ]
     slides = [kind == "sliding_attention" for kind in kinds]
     if any(slides) and not (used and window is not None):
-        mend = "set use_sliding_window and sliding_window, or remove layer_types"
-        raise reader.refuse("layer_types", "a sliding layer without a window", kinds, None, mend)
+        hint = "set use_sliding_window and sliding_window, or remove layer_types"
+        raise reader.refuse("layer_types", "a sliding layer without a window", kinds, None, hint)
     if all(slides) or not any(slides):
         return window if any(slides) else None
     return tuple(window if each else None for each in slides)
@@ -78,9 +78,9 @@ def _common(
     width, heads = reader.size("hidden_size"), reader.size("num_attention_heads")
     head_dim = reader.optional_size("head_dim", head_dim)
     if head_dim is None and width % heads:
-        mend = "correct config.json"
+        hint = "correct config.json"
         raise reader.refuse(
-            "hidden_size", "the heads do not divide it", width, f"a multiple of {heads}", mend
+            "hidden_size", "the heads do not divide it", width, f"a multiple of {heads}", hint
         )
     max_positions = reader.size("max_position_embeddings", max_positions)
     return ModelConfig(

@@ -15,9 +15,9 @@ def read_config(reader: ConfigReader) -> ModelConfig:
     """The configuration of a checkpoint with model_type "opt"; OPT-350m is the post-norm one with projections."""
     width, heads = reader.size("hidden_size"), reader.size("num_attention_heads")
     if width % heads:
-        mend = "correct config.json"
+        hint = "correct config.json"
         raise reader.refuse(
-            "hidden_size", "the heads do not divide it", width, f"a multiple of {heads}", mend
+            "hidden_size", "the heads do not divide it", width, f"a multiple of {heads}", hint
         )
     embed_dim = reader.size("word_embed_proj_dim", width)
     biases = reader.flag("enable_bias", True)

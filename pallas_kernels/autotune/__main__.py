@@ -18,7 +18,8 @@ from typing import Any
 import jax
 
 from pallas_kernels import _device
-from pallas_kernels.autotune import measure, tuned
+from pallas_kernels._tuned import lookup as tuned
+from pallas_kernels.autotune import measure
 from pallas_kernels.autotune.attention import Attention
 from pallas_kernels.autotune.mlp import Mlp
 

@@ -13,7 +13,8 @@ import numpy as np
 
 from pallas_kernels import _device
 from pallas_kernels.autotune import measure
-from pallas_kernels.sparse_mlp import choice, mosaic, reference
+from pallas_kernels.sparse_mlp import choice, reference
+from pallas_kernels.sparse_mlp.mosaic import launch as mosaic
 from pallas_kernels.sparse_mlp.tiles import BATCHES, Tiles, candidates
 
 SIZES = ("batch", "d_model", "neurons", "selected")

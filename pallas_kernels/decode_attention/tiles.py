@@ -4,7 +4,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass, replace
 
 from pallas_kernels._device import Device
-from pallas_kernels.autotune import tuned
+from pallas_kernels._tuned import lookup as tuned
 
 OP = "sparse_decode_attention"
 

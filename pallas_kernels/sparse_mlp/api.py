@@ -6,9 +6,10 @@ from jaxtyping import Array, Float, Int
 
 from pallas_kernels._device import Device
 from pallas_kernels._dispatch import dispatch
-from pallas_kernels.sparse_mlp import mosaic, xla
+from pallas_kernels.sparse_mlp import xla
 from pallas_kernels.sparse_mlp.batching import Weights, batchable
 from pallas_kernels.sparse_mlp.choice import OP, measured
+from pallas_kernels.sparse_mlp.mosaic import launch
 
 
 def sparse_mlp(
@@ -60,7 +61,7 @@ def sparse_mlp(
             batch, d_model = x.shape
             like = {"selected": index.shape[0], "gated": w_gate is not None, "dtype": x.dtype.name}
             tiles = measured(batch, d_model, device, **like)
-            return mosaic.sparse_mlp(x, index=index, **weights, tiles=tiles, **options)
+            return launch.sparse_mlp(x, index=index, **weights, tiles=tiles, **options)
 
         return batchable(call)(x, index, weights)
 

@@ -3,7 +3,7 @@
 from typing import Any
 
 from pallas_kernels._device import Device
-from pallas_kernels.autotune import tuned
+from pallas_kernels._tuned import lookup as tuned
 from pallas_kernels.sparse_mlp.tiles import Tiles, padded
 
 OP = "sparse_mlp"

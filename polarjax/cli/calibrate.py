@@ -4,12 +4,12 @@ from typing import Any
 
 import jax
 
-from polarjax import checkpoint
+from polarjax.checkpoint.bundle import write_plans
 from polarjax.cli import learning
 from polarjax.cli.inputs import random_key
 from polarjax.errors import SparsityError
 from polarjax.sparsity import calibrate as find_plans
-from polarjax.sparsity.calibrate import measure_recall
+from polarjax.sparsity.calibration import measure_recall
 
 
 def calibrate(
@@ -26,8 +26,8 @@ def calibrate(
     options = learning.calibrate_options(target_recall, max_batch, dense_attention)
     bundle, recorded = learning.open_for(folder, activations)
     if bundle.routers is None:
-        mend = f"run polarjax train-routers {folder} --activations {activations}"
-        raise SparsityError("the model has no routers yet", where=folder, mend=mend)
+        hint = f"run polarjax train-routers {folder} --activations {activations}"
+        raise SparsityError("the model has no routers yet", where=folder, hint=hint)
     plans = find_plans(
         recorded,
         bundle.routers,
@@ -37,7 +37,7 @@ def calibrate(
         options=options,
     )
     recall = measure_recall(recorded, bundle.routers, plans, key=keys[1], options=options)
-    checkpoint.write_plans(folder, plans)
+    write_plans(folder, plans)
     learning.print_plans(plans, recall)
     print(f"\nPlans are in {folder}. Next: polarjax generate {folder} --prompt TEXT")
     return {"plans": plans.to_json(), "recall": recall}

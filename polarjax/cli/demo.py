@@ -7,14 +7,13 @@ from typing import Annotated, Any
 
 import typer
 
-import polarjax
 from checkpoints_convert import convert_checkpoint
 from polarjax.demo import DemoOptions, run
 from polarjax.demo.pictures import draw
 from polarjax.demo.report import text
-from polarjax.storage import absolute
+from polarjax.storage.atomic import absolute
 
-MODEL = Path(polarjax.__file__).parent / "assets" / "opt-6m"
+MODEL = Path(__file__).parents[1] / "assets" / "opt-6m"
 
 
 def demo(
@@ -34,6 +33,6 @@ def demo(
     try:
         draw(results, out)
     except ImportError:
-        print("\nNo pictures, because matplotlib is not installed. Mend: pip install 'polarjax[plot]'")
+        print("\nNo pictures, because matplotlib is not installed. Hint: pip install 'polarjax[plot]'")
     print(f"\n{time.perf_counter() - started:.0f} s. Model, results.json and pictures are in {out}")
     return results

@@ -6,15 +6,15 @@ from typing import Annotated, Any
 import numpy as np
 import typer
 
-from polarjax.cli.generate import densities
-from polarjax.cli.inputs import load_with_tokenizer, text_windows
-from polarjax.data import read_text
+from polarjax.checkpoint.bundle import load_with_tokenizer
 from polarjax.errors import InputError
 from polarjax.evaluation import agreement, perplexity
-from polarjax.evaluation.perplexity import Perplexity
 from polarjax.evaluation.scoring import Mode, largest_context
-from polarjax.sparsity.select import Sparsity
-from polarjax.tokenizer import Tokenizer
+from polarjax.evaluation.text_perplexity import Perplexity
+from polarjax.selection.plans import densities
+from polarjax.selection.selectors import Sparsity
+from polarjax.text.corpus import read_text, text_windows
+from polarjax.text.tokenizer import Tokenizer
 
 
 def evaluate(
@@ -32,7 +32,7 @@ def evaluate(
 ) -> dict[str, Any]:
     """Measure how well the model predicts a text, dense and sparse, masked at every position and as decoded."""
     if dense and head_density is not None:
-        raise InputError("--dense and --head-density contradict each other", mend="give one of them")
+        raise InputError("--dense and --head-density contradict each other", hint="give one of them")
     texts = [read_text(path) for path in text]
     bundle, tokenizer = load_with_tokenizer(folder, dtype)
     length = min(512, bundle.model.config.max_positions) if window is None else window
@@ -77,7 +77,7 @@ def _check_context(context: int, length: int) -> None:
             where="--context",
             got=f"{context} of {length} tokens",
             expected=f"0 to {largest}" if largest >= 0 else "a longer window",
-            mend="lower --context or raise --window",
+            hint="lower --context or raise --window",
         )
 
 

@@ -9,23 +9,23 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import jax
-import numpy as np
 import typer
 
-from polarjax.checkpoint import Bundle
-from polarjax.cli.drawing import check_options, with_options, with_stops
-from polarjax.cli.inputs import load_with_tokenizer, random_key
+from polarjax.checkpoint.bundle import Bundle, load_with_tokenizer
+from polarjax.cli.inputs import random_key
+from polarjax.cli.sampling_options import check_options, with_options, with_stops
 from polarjax.configs import ModelConfig
-from polarjax.continuation import Show, continue_rows
 from polarjax.errors import CheckpointError, InputError
-from polarjax.generate import check_copies
-from polarjax.generation_config import GenerationSettings
+from polarjax.generation.batch import check_copies
+from polarjax.generation.settings import GenerationSettings
 from polarjax.progress import task
-from polarjax.prompts import Prompt, read_prompt_file
-from polarjax.sparsity.plan import SparsityPlan
-from polarjax.sparsity.select import Sparsity
-from polarjax.storage import atomic_file
-from polarjax.text import Completion
+from polarjax.selection.plans import densities
+from polarjax.selection.selectors import Sparsity
+from polarjax.storage.atomic import atomic_file
+from polarjax.text.assembly import Completion
+from polarjax.text.continuation import Show, continue_rows
+from polarjax.text.prompts import Prompt, read_prompt_file
+from polarjax.text.tokenizer import Tokenizer
 from polarjax.types import Array, Key
 
 DEFAULT_NEW_TOKENS = 64
@@ -76,11 +76,11 @@ def generate(
     options here go before it.
     """
     if dense and head_density is not None:
-        raise InputError("--dense and --head-density contradict each other", mend="give one of them")
+        raise InputError("--dense and --head-density contradict each other", hint="give one of them")
     if system is not None and not chat:
-        raise InputError("--system is part of a chat", mend="give --chat too, or leave it out")
+        raise InputError("--system is part of a chat", hint="give --chat too, or leave it out")
     if batch_size is not None and batch_size < 1:
-        raise InputError("no prompts in a batch", where="--batch-size", got=batch_size, mend="give 1 or more")
+        raise InputError("no prompts in a batch", where="--batch-size", got=batch_size, hint="give 1 or more")
     options = {
         "temperature": temperature,
         "top_k": top_k,
@@ -91,10 +91,10 @@ def generate(
     key = random_key(seed)
     given = [*(Prompt.of(text, f"prompt {i}") for i, text in enumerate(prompt or [], 1)), *_read(prompts)]
     if not given:
-        raise InputError("no prompt", mend="give --prompt TEXT or --prompts FILE")
+        raise InputError("no prompt", hint="give --prompt TEXT or --prompts FILE")
     if stream and (len(given) > 1 or num_return_sequences > 1 or output is not None or timed):
         raise InputError(
-            "--stream shows one sequence", mend="give one --prompt, without --output and --timed"
+            "--stream shows one sequence", hint="give one --prompt, without --output and --timed"
         )
     with contextlib.ExitStack() as stack:
         file = None if output is None else stack.enter_context(atomic_file(output, overwrite=overwrite))
@@ -108,6 +108,7 @@ def generate(
         rows = [each.ids(tokenizer, chat=chat, system=system) for each in given]
         job = _Job(
             bundle=bundle,
+            tokenizer=tokenizer,
             settings=settings,
             max_new_tokens=_room(given, rows, bundle.model.config, max_new_tokens, settings),
             copies=num_return_sequences,
@@ -133,20 +134,12 @@ def generate(
     return result
 
 
-def densities(plan: SparsityPlan, config: ModelConfig) -> dict[str, float]:
-    """Mean fraction over all layers of the neurons and the groups that `plan` keeps."""
-    mean = lambda counts, full: float(np.mean([(count or full) / full for count in counts]))
-    return {
-        "neurons": mean(plan.neurons, config.d_ff),
-        "groups": mean(plan.groups, config.num_kv_heads),
-    }
-
-
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class _Job:
     """How all prompts are continued, batch by batch."""
 
     bundle: Bundle
+    tokenizer: Tokenizer
     settings: GenerationSettings
     max_new_tokens: int
     copies: int
@@ -163,7 +156,8 @@ class _Job:
             for i, start in enumerate(starts):
                 batch = rows[start : start + self.batch_size]
                 made += continue_rows(
-                    self.bundle,
+                    self.bundle.model,
+                    self.tokenizer,
                     batch,
                     jax.random.fold_in(self.key, i) if i else self.key,
                     settings=self.settings,
@@ -224,7 +218,7 @@ def _room(
             where=given[longest].name,
             got=f"{len(rows[longest])} prompt tokens + {wanted} new ones",
             expected=f"at most {config.max_positions} before the last one",
-            mend="shorten the prompt or lower --max-new-tokens",
+            hint="shorten the prompt or lower --max-new-tokens",
         )
     return wanted
 
@@ -243,7 +237,7 @@ def _check_finite(made: Sequence[Completion], folder: Path) -> None:
             f"the model computes NaN or infinity in {len(failed)} of {len(made)} sequences",
             where=folder,
             got=f"sequence {failed[0] + 1} after {len(made[failed[0]].tokens)} tokens",
-            mend="compute with --dtype float32, or convert an undamaged checkpoint",
+            hint="compute with --dtype float32, or convert an undamaged checkpoint",
         )
 
 

@@ -9,11 +9,12 @@ import typer
 
 from checkpoints_convert import Description, describe_checkpoint
 from polarjax import costs
-from polarjax.checkpoint import is_model_directory
-from polarjax.cli.inputs import DTYPES, bytes_of
+from polarjax.checkpoint.reader import ModelReader
+from polarjax.checkpoint.writer import is_model_directory
+from polarjax.cli.inputs import bytes_of
 from polarjax.configs import ModelConfig
 from polarjax.errors import InputError
-from polarjax.reading import ModelReader
+from polarjax.types import DTYPES
 
 MEMORY = 80.0  # gigabytes of the device, unless told
 CACHE_LENGTHS = (1024, 4096, 16384, 65536)

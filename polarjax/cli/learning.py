@@ -6,19 +6,18 @@ from typing import Annotated, cast
 import numpy as np
 import typer
 
-from polarjax import checkpoint
-from polarjax.cli.inputs import load_with_tokenizer, text_windows
-from polarjax.data import read_text
+from polarjax.checkpoint.bundle import Bundle, load, load_with_tokenizer
 from polarjax.errors import InputError
-from polarjax.sparsity import tasks
+from polarjax.selection.plans import PlanTable
+from polarjax.sparsity import objectives as tasks
 from polarjax.sparsity.activations import Activations, open_activations
-from polarjax.sparsity.calibrate import BATCH_SIZES, CalibrateOptions
-from polarjax.sparsity.calibrate import DenseAttention as DenseChoice
-from polarjax.sparsity.collect import HELD_OUT, MAX_BYTES, fingerprint
+from polarjax.sparsity.calibration import BATCH_SIZES, CalibrateOptions
+from polarjax.sparsity.calibration import DenseAttention as DenseChoice
+from polarjax.sparsity.collection import HELD_OUT, MAX_BYTES, fingerprint
 from polarjax.sparsity.pipeline import CollectOptions, Recording, plan
-from polarjax.sparsity.plan import PlanTable
-from polarjax.sparsity.train import TrainOptions, TrainReport
-from polarjax.storage import check_writable
+from polarjax.sparsity.training import TrainOptions, TrainReport
+from polarjax.storage.atomic import check_writable
+from polarjax.text.corpus import read_text, text_windows
 from polarjax.types import Int32
 
 Folder = Annotated[Path, typer.Argument(help="A model directory.")]
@@ -60,7 +59,7 @@ DEFAULTS = TrainOptions()
 
 def load_and_cut(
     folder: Path, text: list[Path], window: int | None, max_tokens: int, dtype: str | None
-) -> tuple[checkpoint.Bundle, Int32[np.ndarray, "n T"]]:
+) -> tuple[Bundle, Int32[np.ndarray, "n T"]]:
     """The model directory, and the texts cut into token windows."""
     texts = [read_text(path) for path in text]
     bundle, tokenizer = load_with_tokenizer(folder, dtype)
@@ -69,9 +68,7 @@ def load_and_cut(
     return bundle, text_windows(texts, tokenizer, length, most=max_tokens // max(length, 1), source=source)
 
 
-def announce(
-    bundle: checkpoint.Bundle, windows: Int32[np.ndarray, "n T"], options: CollectOptions
-) -> Recording:
+def announce(bundle: Bundle, windows: Int32[np.ndarray, "n T"], options: CollectOptions) -> Recording:
     """Prints how much will be recorded, before it is."""
     recording = plan(bundle.model, windows.shape, options)
     count, length = windows.shape
@@ -79,7 +76,7 @@ def announce(
     return recording
 
 
-def open_for(folder: Path, activations: Path) -> tuple[checkpoint.Bundle, Activations]:
+def open_for(folder: Path, activations: Path) -> tuple[Bundle, Activations]:
     """The model directory, to which the result will be written, and activations that were recorded from it.
 
     Raises:
@@ -87,7 +84,7 @@ def open_for(folder: Path, activations: Path) -> tuple[checkpoint.Bundle, Activa
       SparsityError: the activations were recorded from another model.
     """
     recorded = open_activations(activations)
-    bundle = checkpoint.load(folder, dtype=recorded.dtype)
+    bundle = load(folder, dtype=recorded.dtype)
     recorded.check(bundle.model.config, fingerprint(bundle.model))
     check_writable(folder)
     return bundle, recorded

@@ -126,12 +126,12 @@ def _command(target: str) -> Callable[..., None]:
             print(f"polarjax: {error}", file=sys.stderr)
             raise typer.Exit(BAD_INPUT) from error
         except RuntimeError as error:
-            from polarjax.memory import ran_out
+            from polarjax.errors import ran_out
 
             if not ran_out(error):
                 raise
-            mend = "compute less at a time, or take a device with more; polarjax inspect tells the sizes"
-            print(f"polarjax: the memory of the device ran out. Mend: {mend}", file=sys.stderr)
+            hint = "compute less at a time, or take a device with more; polarjax inspect tells the sizes"
+            print(f"polarjax: the memory of the device ran out. Hint: {hint}", file=sys.stderr)
             raise typer.Exit(BAD_INPUT) from error
         if as_json:
             print(json.dumps(_plain(result)))

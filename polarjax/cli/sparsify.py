@@ -6,13 +6,13 @@ from typing import Annotated, Any
 
 import typer
 
-from polarjax import checkpoint
+from polarjax.checkpoint.bundle import write_plans, write_routers
 from polarjax.cli import learning
 from polarjax.cli.inputs import bytes_of, random_key
 from polarjax.errors import InputError
 from polarjax.sparsity import sparsify as learn
 from polarjax.sparsity.pipeline import CollectOptions
-from polarjax.storage import absolute, check_writable
+from polarjax.storage.atomic import absolute, check_writable
 
 
 def sparsify(
@@ -42,7 +42,7 @@ def sparsify(
             "the output already exists",
             where="--activations",
             got=activations,
-            mend="choose another name, or remove it",
+            hint="choose another name, or remove it",
         )
     key = random_key(seed)
     collecting = CollectOptions(activations, (validation, test), bytes_of(max_gb, "--max-gb"), fit)
@@ -60,8 +60,8 @@ def sparsify(
         training=training,
         calibration=calibration,
     )
-    checkpoint.write_routers(folder, routers)
-    checkpoint.write_plans(folder, plans)
+    write_routers(folder, routers)
+    write_plans(folder, plans)
     learning.print_training(report.training)
     learning.print_plans(plans, report.recall)
     shares = " ".join(f"{share:.3f}" for share in report.attention_importance)

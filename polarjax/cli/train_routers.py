@@ -2,7 +2,7 @@
 
 from typing import Any
 
-from polarjax import checkpoint
+from polarjax.checkpoint.bundle import write_routers
 from polarjax.cli import learning
 from polarjax.cli.inputs import random_key
 from polarjax.sparsity import train_routers as train
@@ -23,7 +23,7 @@ def train_routers(
     options = learning.train_options(learning_rate, batch, epochs, head_objective)
     bundle, recorded = learning.open_for(folder, activations)
     routers, report = train(recorded, bundle.model.config, key, head_density=head_density, options=options)
-    checkpoint.write_routers(folder, routers)
+    write_routers(folder, routers)
     learning.print_training(report)
     print(f"\nRouters are in {folder}. Next: polarjax calibrate {folder} --activations {activations}")
     return report.to_json()

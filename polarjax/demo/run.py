@@ -11,20 +11,21 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from polarjax import checkpoint, costs, data
-from polarjax.cli.inputs import load_with_tokenizer, text_windows
+from polarjax import costs
+from polarjax.checkpoint.bundle import Bundle, load_with_tokenizer, write_plans, write_routers
 from polarjax.evaluation import perplexity
-from polarjax.generate import Generation, generate
-from polarjax.model import Decoder
+from polarjax.generation.generate import Generation, generate
+from polarjax.model.decoder import Decoder
+from polarjax.selection.plans import SparsityPlan, dense_plan, uniform_groups
+from polarjax.selection.routers import Routers
+from polarjax.selection.selectors import Oracle, Random, Selector, Sparsity, Static
 from polarjax.sparsity import collect, sparsify
 from polarjax.sparsity.activations import Activations, open_activations
-from polarjax.sparsity.calibrate import measure_recall
+from polarjax.sparsity.calibration import measure_recall
 from polarjax.sparsity.pipeline import CollectOptions
-from polarjax.sparsity.plan import SparsityPlan, dense_plan, uniform_groups
-from polarjax.sparsity.router import Routers
-from polarjax.sparsity.select import Oracle, Random, Selector, Sparsity, Static
-from polarjax.sparsity.train import TrainOptions, train_routers
-from polarjax.tokenizer import Tokenizer
+from polarjax.sparsity.training import TrainOptions, train_routers
+from polarjax.text.corpus import Split, standard_library_text, text_windows
+from polarjax.text.tokenizer import Tokenizer
 
 DENSITIES = (1.0, 0.75, 0.625, 0.5, 0.375)
 PROMPTS = (
@@ -86,14 +87,14 @@ def run(folder: Path, options: DemoOptions | None = None) -> dict[str, Any]:
     }
 
 
-def _windows(split: data.Split, tokenizer: Tokenizer, length: int, most: int) -> np.ndarray:
-    text = data.standard_library_text(split)
+def _windows(split: Split, tokenizer: Tokenizer, length: int, most: int) -> np.ndarray:
+    text = standard_library_text(split)
     return text_windows([text], tokenizer, length, most=most, source="the standard library")
 
 
 def _learn(
-    bundle: checkpoint.Bundle, folder: Path, windows: np.ndarray, options: DemoOptions
-) -> tuple[checkpoint.Bundle, "Selectors", dict[str, Any]]:
+    bundle: Bundle, folder: Path, windows: np.ndarray, options: DemoOptions
+) -> tuple[Bundle, "Selectors", dict[str, Any]]:
     training = TrainOptions(learning_rate=1e-3, neuron_batch=256, group_batch=256, max_epochs=options.epochs)
     with tempfile.TemporaryDirectory(prefix="polarjax-demo-") as temporary:
         keep = Path(temporary, "activations")
@@ -106,8 +107,8 @@ def _learn(
             training=training,
         )
         selectors = _selectors(open_activations(keep), routers, training, options)
-    checkpoint.write_routers(folder, routers)
-    checkpoint.write_plans(folder, plans)
+    write_routers(folder, routers)
+    write_plans(folder, plans)
     learnt = {
         "tokens": report.tokens,
         "stages": report.seconds,
@@ -153,7 +154,7 @@ def _selectors(
     )
 
 
-def _plans(bundle: checkpoint.Bundle, windows: np.ndarray) -> list[dict[str, Any]]:
+def _plans(bundle: Bundle, windows: np.ndarray) -> list[dict[str, Any]]:
     """Neuron density of the plan by batch size, and its recall on text that nothing was learnt from."""
     plans, routers, config = bundle.plans, bundle.routers, bundle.model.config
     if plans is None or routers is None:
@@ -171,7 +172,7 @@ def _plans(bundle: checkpoint.Bundle, windows: np.ndarray) -> list[dict[str, Any
     ]
 
 
-def _generation(bundle: checkpoint.Bundle, options: DemoOptions) -> dict[str, Any]:
+def _generation(bundle: Bundle, options: DemoOptions) -> dict[str, Any]:
     """The prompts continued dense and sparse, both timed on a second run, and dense against density 1."""
     tokenizer, config = bundle.tokenizer, bundle.model.config
     if tokenizer is None:
@@ -203,9 +204,7 @@ def _generation(bundle: checkpoint.Bundle, options: DemoOptions) -> dict[str, An
     }
 
 
-def _quality(
-    bundle: checkpoint.Bundle, learnt: Selectors, windows: np.ndarray, options: DemoOptions
-) -> dict[str, Any]:
+def _quality(bundle: Bundle, learnt: Selectors, windows: np.ndarray, options: DemoOptions) -> dict[str, Any]:
     """Perplexity of every selection at every head density; selection at every position, neurons dense.
 
     Twice: with the first layer dense and routers trained for each density, as published; and with the important
@@ -249,7 +248,7 @@ def _masked_perplexity(
     return perplexity(model, windows, sparsity=sparsity, batch_size=11, description=label).perplexity
 
 
-def _costs(bundle: checkpoint.Bundle, options: DemoOptions) -> list[dict[str, Any]]:
+def _costs(bundle: Bundle, options: DemoOptions) -> list[dict[str, Any]]:
     """Bytes a decoding step must touch for each token, dense and with the plan, in bfloat16."""
     config, plans = bundle.model.config, bundle.plans
     if plans is None:

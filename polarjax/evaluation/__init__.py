@@ -1,6 +1,6 @@
 """What sparsity costs in quality: perplexity, and agreement with the dense model."""
 
-from polarjax.evaluation.agreement import agreement
-from polarjax.evaluation.perplexity import perplexity
+from polarjax.evaluation.greedy_agreement import agreement
+from polarjax.evaluation.text_perplexity import perplexity
 
 __all__ = ["agreement", "perplexity"]

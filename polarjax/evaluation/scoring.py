@@ -8,11 +8,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from polarjax.cache import init_cache
 from polarjax.errors import InputError
-from polarjax.model import Decoder, decode_step, forward, prefill
+from polarjax.model.cache import init_cache
+from polarjax.model.decoder import Decoder, decode_step, forward, prefill
 from polarjax.progress import task
-from polarjax.sparsity.select import Sparsity
+from polarjax.selection.selectors import Sparsity
 from polarjax.types import Array, Float, Int
 
 type Mode = Literal["masked", "decode"]
@@ -117,7 +117,7 @@ def _check(model: Decoder, windows: np.ndarray, mode: str, batch_size: int, cont
             where="windows",
             got=f"{length} tokens",
             expected=f"at most {most}",
-            mend="cut shorter windows",
+            hint="cut shorter windows",
         )
     largest = largest_context(length, mode)
     if not 0 <= context <= largest:
@@ -133,5 +133,5 @@ def _check(model: Decoder, windows: np.ndarray, mode: str, batch_size: int, cont
             where="windows",
             got=f"{windows.min()} to {windows.max()}",
             expected=f"0 to {model.config.vocab_size - 1}",
-            mend="use the tokenizer that belongs to this model",
+            hint="use the tokenizer that belongs to this model",
         )

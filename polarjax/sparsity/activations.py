@@ -65,13 +65,13 @@ class Activations:
         """The packed activity [L b bytes] or the norms [L b K] at `rows`; `SparsityError` if not recorded."""
         stored = self.activity if kind == "activity" else self.norms
         if stored is None:
-            raise SparsityError(f"these activations hold no {kind}", where="activations", mend=COLLECT)
+            raise SparsityError(f"these activations hold no {kind}", where="activations", hint=COLLECT)
         return np.stack([of_layer[rows] for of_layer in stored[layer]])
 
     def attention_importance(self) -> np.ndarray:
         """The mean `change` of each layer over the training tokens, [L]; `SparsityError` if it was not recorded."""
         if self.change is None:
-            raise SparsityError("these activations hold no change", where="activations", mend=COLLECT)
+            raise SparsityError("these activations hold no change", where="activations", hint=COLLECT)
         return self.change[:, self.rows("train")].mean(1, dtype=np.float64)
 
     def check(self, config: ModelConfig, fingerprint: str | None = None) -> None:
@@ -86,7 +86,7 @@ class Activations:
 
 def _refuse_model(got: str, expected: str) -> None:
     raise SparsityError(
-        "the activations are of another model", where="activations", got=got, expected=expected, mend=COLLECT
+        "the activations are of another model", where="activations", got=got, expected=expected, hint=COLLECT
     )
 
 
@@ -167,5 +167,5 @@ def open_activations(path: types.Path) -> Activations:
 
 def _unreadable(folder: Path, got: str, expected: str | None = None) -> InputError:
     return InputError(
-        "not a usable folder of activations", where=folder, got=got, expected=expected, mend=COLLECT
+        "not a usable folder of activations", where=folder, got=got, expected=expected, hint=COLLECT
     )

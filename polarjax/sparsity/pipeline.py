@@ -11,16 +11,23 @@ from typing import Any
 import jax
 import numpy as np
 
-from polarjax import model as decoder
 from polarjax import types
 from polarjax.configs import ModelConfig
 from polarjax.errors import InputError
+from polarjax.model import decoder
+from polarjax.selection.plans import PlanTable, check_density
+from polarjax.selection.routers import Routers
 from polarjax.sparsity.activations import Activations
-from polarjax.sparsity.calibrate import CalibrateOptions, calibrate, measure_recall
-from polarjax.sparsity.collect import HELD_OUT, MAX_BYTES, Recording, check_windows, collect, plan_recording
-from polarjax.sparsity.plan import PlanTable, check_density
-from polarjax.sparsity.router import Routers
-from polarjax.sparsity.train import TrainOptions, TrainReport, train_routers
+from polarjax.sparsity.calibration import CalibrateOptions, calibrate, measure_recall
+from polarjax.sparsity.collection import (
+    HELD_OUT,
+    MAX_BYTES,
+    Recording,
+    check_windows,
+    collect,
+    plan_recording,
+)
+from polarjax.sparsity.training import TrainOptions, TrainReport, train_routers
 
 
 @dataclasses.dataclass(frozen=True)
@@ -140,7 +147,7 @@ def check_length(recording: Recording, config: ModelConfig, options: CalibrateOp
                 "the text is too short to calibrate",
                 got=f"{got} {part} tokens of {len(recording.part)}",
                 expected=f"at least {needed}, the largest batch size",
-                mend="give a longer text, or hold out a larger part of it",
+                hint="give a longer text, or hold out a larger part of it",
             )
 
 

@@ -10,9 +10,9 @@ import pytest
 
 import polarjax as pj
 from checkpoints_convert import convert_checkpoint
-from polarjax.checkpoint import write_plans, write_routers
+from polarjax.checkpoint.bundle import write_plans, write_routers
 from polarjax.cli.main import main
-from polarjax.sparsity.router import init_routers
+from polarjax.selection.routers import init_routers
 
 ASSETS = Path(pj.__file__).parent / "assets"
 HEADER = "model.safetensors"
@@ -164,7 +164,7 @@ CASES = {
     "activations that are there already": (
         None,
         ("sparsify", "plain", "--text", "short.txt", "--activations", "hf"),
-        "--activations: the output already exists; got hf. Mend: choose another name, or remove it",
+        "--activations: the output already exists; got hf. Hint: choose another name, or remove it",
     ),
     "activations that are not there": (
         None,
@@ -210,5 +210,5 @@ def test_one_line_and_nothing_written(home, tmp_path, monkeypatch, capsys, case)
     assert exit_.value.code == 2
     assert len(error) == 1, captured.err
     assert named in error[0]
-    assert error[0].startswith("polarjax: ") and ". Mend: " in error[0], error[0]
+    assert error[0].startswith("polarjax: ") and ". Hint: " in error[0], error[0]
     assert contents(home) == before

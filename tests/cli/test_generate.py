@@ -11,12 +11,12 @@ import numpy as np
 import pytest
 
 import polarjax as pj
-from polarjax.checkpoint import write_plans, write_routers
+from polarjax.checkpoint.bundle import write_plans, write_routers
 from polarjax.cli import main as command
-from polarjax.model import abstract, parameters, with_parameters
-from polarjax.prompts import read_prompt_file
-from polarjax.sparsity.router import init_routers
-from polarjax.tokenizer import Tokenizer
+from polarjax.model.parameters import abstract, parameters, with_parameters
+from polarjax.selection.routers import init_routers
+from polarjax.text.prompts import read_prompt_file
+from polarjax.text.tokenizer import Tokenizer
 from tests.model import zoo
 
 ASSET = Path(pj.__file__).parent / "assets" / "opt-6m"
@@ -120,7 +120,7 @@ def test_a_stop_string_cuts_the_text_streamed_or_not(run):
 
 def test_a_special_token_as_a_stop_string_is_a_stop_id(home, run, monkeypatch):
     seen = {}
-    from polarjax import continuation
+    from polarjax.text import continuation
 
     original = continuation.generate
     monkeypatch.setattr(continuation, "generate", lambda *a, **k: seen.update(k) or original(*a, **k))

@@ -25,7 +25,7 @@ def stretch(
     """Stretches a folder."""
     if factor < 1:
         raise CheckpointError(
-            "cannot shrink", where="--factor", got=factor, expected="1 or more", mend="leave it out"
+            "cannot shrink", where="--factor", got=factor, expected="1 or more", hint="leave it out"
         )
     print("stretching", folder)
     with progress.task("stretch", 3, "steps") as advance:
@@ -81,7 +81,7 @@ def test_json_has_standard_output_for_itself(polarjax):
 
 @pytest.mark.parametrize("extra", [[], ["--json"]])
 def test_bad_input_is_one_line_and_exit_code_2(polarjax, extra):
-    expected = "polarjax: --factor: cannot shrink; got 0, expected 1 or more. Mend: leave it out\n"
+    expected = "polarjax: --factor: cannot shrink; got 0, expected 1 or more. Hint: leave it out\n"
     assert polarjax("stretch", "a", "--factor", "0", *extra) == (2, "", expected)
 
 

@@ -11,10 +11,12 @@ import pytest
 from jax.errors import JaxRuntimeError
 
 import polarjax as pj
-from polarjax import arrays, continuation, memory
+from polarjax import memory
 from polarjax.cli import generate as verb
-from polarjax.model import abstract, parameters, with_parameters
-from polarjax.tokenizer import Tokenizer
+from polarjax.model.parameters import abstract, parameters, with_parameters
+from polarjax.storage import arrays
+from polarjax.text import continuation
+from polarjax.text.tokenizer import Tokenizer
 from tests.convert.test_convert_cli import run
 from tests.model import zoo
 from tests.one_line import refuses
@@ -75,14 +77,14 @@ def test_fault_28_the_largest_batch_that_fits_is_told(home, capsys, monkeypatch,
     assert "3 sequences of up to 28 positions: the memory of the device ran out" in err
     assert "and temporaries in 0.00 GB, expected at most 2 such sequences" in err
     monkeypatch.setattr(memory, "_device_memory", lambda: 1000)
-    assert "expected at most 0 such sequences. Mend: shorten the texts, take a narrower dtype" in told()[2]
+    assert "expected at most 0 such sequences. Hint: shorten the texts, take a narrower dtype" in told()[2]
 
 
 def test_every_verb_tells_it_in_one_line(home, capsys, monkeypatch):
     monkeypatch.setattr(verb, "load_with_tokenizer", fail)
     code, out, err = run(capsys, "generate", home, "--prompt", "a")
     assert (code, out, err.count("\n")) == (2, "", 1)
-    assert err.startswith("polarjax: the memory of the device ran out. Mend: ")
+    assert err.startswith("polarjax: the memory of the device ran out. Hint: ")
 
 
 def test_other_errors_of_jax_are_not_hidden():

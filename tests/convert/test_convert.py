@@ -20,9 +20,9 @@ import polarjax as pj
 from checkpoints_convert import convert, convert_checkpoint
 from checkpoints_convert.convert import all_finite
 from checkpoints_convert.weights_io import SINGLE
-from polarjax import storage
 from polarjax.cli.convert import convert as verb
-from polarjax.model import parameters
+from polarjax.model.parameters import parameters
+from polarjax.storage import atomic as storage
 from tests.convert import hf_models
 from tests.hf_tokenizers import byte_fallback
 from tests.one_line import refuses
@@ -299,7 +299,7 @@ def test_interrupted(source, tmp_path, monkeypatch, error, count):
 
 def small_batches(new_model, monkeypatch):
     """Lets arrays reach the disk early, so that an interruption finds some there."""
-    monkeypatch.setattr("polarjax.checkpoint.BATCH_BYTES", 1000)
+    monkeypatch.setattr("polarjax.checkpoint.writer.BATCH_BYTES", 1000)
     return new_model
 
 
@@ -338,7 +338,7 @@ HALTING = """if True:
     from checkpoints_convert import convert
     import polarjax.checkpoint
     from polarjax.cli.main import main
-    polarjax.checkpoint.BATCH_BYTES = 1000
+    polarjax.checkpoint.writer.BATCH_BYTES = 1000
     fill, calls = convert._fill, itertools.count()
     def halting(*args, **options):
         if next(calls) == 8:

@@ -59,5 +59,5 @@ def test_bad_input_is_one_line(source, tmp_path, capsys):
     assert (code, out) == (2, "")
     assert (
         err
-        == f"polarjax: {tmp_path / 'nothing'}: no such folder. Mend: give the folder of a HuggingFace model\n"
+        == f"polarjax: {tmp_path / 'nothing'}: no such folder. Hint: give the folder of a HuggingFace model\n"
     )

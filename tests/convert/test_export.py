@@ -20,8 +20,8 @@ from checkpoints_convert import config_from_hf, convert_checkpoint, export_check
 from checkpoints_convert.export import hf_config, written_config
 from checkpoints_convert.families import FAMILIES
 from checkpoints_convert.weights_io import INDEX, SINGLE
-from polarjax.reading import ModelReader
-from polarjax.storage import absolute
+from polarjax.checkpoint.reader import ModelReader
+from polarjax.storage.atomic import absolute
 from tests.convert import hf_models
 from tests.convert.test_convert_cli import run
 from tests.model import zoo
@@ -237,4 +237,4 @@ def test_the_verb(model, tmp_path, capsys):
     assert "exporting: 1/1 MB" in err
     code, out, err = run(capsys, "export", model, tmp_path / "other", "--shard-gb", "0")
     assert (code, out) == (2, "")
-    assert err == "polarjax: shard_bytes: no shard is that small; got 0. Mend: leave it out\n"
+    assert err == "polarjax: shard_bytes: no shard is that small; got 0. Hint: leave it out\n"

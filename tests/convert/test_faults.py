@@ -20,7 +20,7 @@ from safetensors.numpy import load_file, save_file
 import polarjax as pj
 from checkpoints_convert import config_from_hf, convert_checkpoint, export_checkpoint
 from checkpoints_convert.weights_io import INDEX, SINGLE, TORCH_INDEX
-from polarjax.model import parameters
+from polarjax.model.parameters import parameters
 from tests.convert import hf_models
 from tests.convert.test_convert_cli import run
 from tests.one_line import refuses
@@ -246,7 +246,7 @@ def test_fault_17_an_absent_head_of_an_untied_model(plain, tmp_path):
     arrays = load_file(source / SINGLE)
     del arrays["lm_head.weight"]
     save_file(arrays, source / SINGLE)
-    with refuses(pj.CheckpointError, "1 missing: lm_head.weight. Mend: set tie_word_embeddings to true"):
+    with refuses(pj.CheckpointError, "1 missing: lm_head.weight. Hint: set tie_word_embeddings to true"):
         convert_checkpoint(source, tmp_path / "out")
     change_config(source, tie_word_embeddings=True)
     assert convert_checkpoint(source, tmp_path / "out").config.tie_embeddings
@@ -305,7 +305,7 @@ def test_fault_25_a_disk_that_fills_up_at_any_point(plain, tmp_path):
     assert done.returncode == 0, done.stderr[-2000:]
     *refusals, last = done.stdout.splitlines()
     assert [line.split()[0] for line in refusals] == sizes, done.stdout
-    assert all("cannot write here; got File too large. Mend: make room" in line for line in refusals)
+    assert all("cannot write here; got File too large. Hint: make room" in line for line in refusals)
     assert done.stderr == "", "nothing of what orbax has to say about it"
     assert last == "52 tensors"
     assert [path.name for path in tmp_path.iterdir()] == ["out"]

@@ -68,7 +68,7 @@ def test_a_cached_model_of_bin_files(cache, tmp_path):
 @pytest.mark.parametrize(("model", "revision"), [("org/other", None), ("org/tiny", "v2")])
 def test_offline_and_not_cached(plain, cache, tmp_path, model, revision):
     put(cache, "org/tiny", plain)
-    pattern = f"^{model}: neither a folder nor whole in the hub's cache.*HF_HUB_OFFLINE is set. Mend: unset"
+    pattern = f"^{model}: neither a folder nor whole in the hub's cache.*HF_HUB_OFFLINE is set. Hint: unset"
     with refuses(pj.CheckpointError, pattern):
         convert_checkpoint(model, tmp_path / "out", revision=revision)
     assert not (tmp_path / "out").exists()
@@ -141,8 +141,8 @@ def test_no_weights_are_fetched_for_a_config_that_is_refused(tmp_path, monkeypat
         (errors.RepositoryNotFoundError, "neither a folder nor a model on the hub.*hf auth login"),
         (errors.GatedRepoError, "gated.*hf auth login"),
         (errors.RevisionNotFoundError, "no such revision; got v7"),
-        (errors.LocalEntryNotFoundError, "the hub cannot be reached. Mend: connect"),
-        (errors.HTTPError, "the hub cannot be reached; got HTTPError.*Mend: check the network and its proxy"),
+        (errors.LocalEntryNotFoundError, "the hub cannot be reached. Hint: connect"),
+        (errors.HTTPError, "the hub cannot be reached; got HTTPError.*Hint: check the network and its proxy"),
     ],
 )
 def test_refusals_of_the_hub_are_one_line(tmp_path, monkeypatch, kind, pattern):

@@ -13,7 +13,7 @@ import polarjax as pj
 from checkpoints_convert import convert_checkpoint, describe_checkpoint
 from polarjax import costs
 from polarjax.cli.inspect import supported
-from polarjax.model import parameters
+from polarjax.model.parameters import parameters
 from tests.convert import hf_models
 from tests.convert.test_convert_cli import run
 from tests.convert.test_hub import Hub

@@ -15,7 +15,7 @@ from checkpoints_convert.families import FAMILIES
 from checkpoints_convert.hf_config import config_from_hf
 from checkpoints_convert.rules import expected_tensors, letter_sizes, make_plan
 from checkpoints_convert.weights_io import INDEX, open_weights, read_index
-from polarjax.model import abstract, parameters
+from polarjax.model.parameters import abstract, parameters
 from tests.convert import fuzz
 from tests.convert.test_rules import placed
 from tests.one_line import refuses

@@ -10,7 +10,7 @@ import polarjax as pj
 from checkpoints_convert import config_from_hf
 from checkpoints_convert.families import FAMILIES
 from checkpoints_convert.rules import Layout, expected_tensors, letter_sizes, make_plan, transposed
-from polarjax.model import abstract, parameters
+from polarjax.model.parameters import abstract, parameters
 from tests.convert import hf_models
 
 SIZES = st.fixed_dictionaries({letter: st.integers(1, 5) for letter in "DKGHFV"})

@@ -20,7 +20,7 @@ from hypothesis import strategies as st
 import polarjax as pj
 from checkpoints_convert import convert_checkpoint
 from checkpoints_convert.weights_io import TORCH_INDEX, TORCH_SINGLE, open_weights
-from polarjax.model import parameters
+from polarjax.model.parameters import parameters
 from tests.convert import hf_models
 from tests.one_line import refuses
 
@@ -98,7 +98,7 @@ def test_without_torch_one_line_says_what_to_install(tmp_path):
     command = [sys.executable, "-c", code, tmp_path / "hf", tmp_path / "out"]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     assert (done.returncode, done.stdout, done.stderr.count("\n")) == (2, "", 1)
-    assert "a .bin file needs PyTorch. Mend: pip install 'polarjax[torch]'" in done.stderr
+    assert "a .bin file needs PyTorch. Hint: pip install 'polarjax[torch]'" in done.stderr
 
 
 class Evil:

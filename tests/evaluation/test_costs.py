@@ -10,7 +10,7 @@ import pytest
 from polarjax import costs
 from polarjax.configs import ModelConfig, RopeConfig
 from polarjax.errors import InputError, SparsityError
-from polarjax.sparsity.plan import SparsityPlan, dense_plan
+from polarjax.selection.plans import SparsityPlan, dense_plan
 from tests.one_line import refuses
 
 OPT = ModelConfig(

@@ -11,12 +11,12 @@ from flax import nnx
 from polarjax.configs import ModelConfig
 from polarjax.errors import InputError, SparsityError
 from polarjax.evaluation import agreement, perplexity, scoring
-from polarjax.evaluation.perplexity import Perplexity
-from polarjax.generate import generate
-from polarjax.model import Decoder, forward
-from polarjax.sparsity.plan import SparsityPlan, uniform_groups
-from polarjax.sparsity.router import init_routers
-from polarjax.sparsity.select import Oracle, Random, Sparsity
+from polarjax.evaluation.text_perplexity import Perplexity
+from polarjax.generation.generate import generate
+from polarjax.model.decoder import Decoder, forward
+from polarjax.selection.plans import SparsityPlan, uniform_groups
+from polarjax.selection.routers import init_routers
+from polarjax.selection.selectors import Oracle, Random, Sparsity
 from tests.tolerances import assert_close
 
 CONFIG = ModelConfig(

@@ -14,13 +14,15 @@ from bench.report import ROOT, read_jsonl
 from bench.workloads import MODELS, AttentionCase, attention_cases
 from pallas_kernels import _device, sparse_mlp
 from pallas_kernels._device import HOPPER
+from pallas_kernels._tuned import lookup as tuned
 from pallas_kernels.autotune import __main__ as command
-from pallas_kernels.autotune import measure, tuned
+from pallas_kernels.autotune import measure
 from pallas_kernels.autotune.attention import Attention
 from pallas_kernels.autotune.mlp import Mlp
 from pallas_kernels.decode_attention.tiles import OP, Problem, Tiles, choose, heuristic
-from pallas_kernels.sparse_mlp import choice, mosaic
+from pallas_kernels.sparse_mlp import choice
 from pallas_kernels.sparse_mlp import tiles as mlp_tiles
+from pallas_kernels.sparse_mlp.mosaic import launch as mosaic
 
 PROBLEM = Problem(batch=2, groups=4, queries=1, width=64, capacity=512, selected=2)
 MLP = Mlp(batch=5, d_model=512, neurons=600, selected=256, gated=False, dtype="bfloat16", device=HOPPER)

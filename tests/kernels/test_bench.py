@@ -40,7 +40,7 @@ def test_help(monkeypatch, capsys, name):
     ],
 )
 def test_without_a_gpu_one_line_says_so(monkeypatch, name, verb):
-    with pytest.raises(SystemExit, match=r"^bench: needs an NVIDIA Hopper GPU; got cpu\. Mend: .*") as ended:
+    with pytest.raises(SystemExit, match=r"^bench: needs an NVIDIA Hopper GPU; got cpu\. Hint: .*") as ended:
         run(monkeypatch, name, *verb)
     assert "\n" not in str(ended.value)
 

@@ -12,9 +12,9 @@ import polarjax as pj
 from bench.models import SHAPES, DecodeShape
 from pallas_kernels import _device, record_backends
 from polarjax import costs
-from polarjax.model import abstract
-from polarjax.sparsity.router import init_routers
-from polarjax.token_loop import decode_loop
+from polarjax.generation.token_loop import decode_loop
+from polarjax.model.parameters import abstract
+from polarjax.selection.routers import init_routers
 from tests.kernels import aot
 
 BATCH = 16

@@ -14,7 +14,8 @@ from jax._src.pallas.mosaic_gpu.interpret import interpret_pallas_call as interp
 from bench.check_sparse_mlp import Check
 from pallas_kernels import _device, record_backends, sparse_mlp
 from pallas_kernels._device import HOPPER
-from pallas_kernels.sparse_mlp import mosaic, reference
+from pallas_kernels.sparse_mlp import reference
+from pallas_kernels.sparse_mlp.mosaic import launch as mosaic
 from pallas_kernels.sparse_mlp.tiles import Tiles, heuristic, padded
 from tests.tolerances import assert_close
 

@@ -12,8 +12,9 @@ from jax.sharding import PartitionSpec
 
 from pallas_kernels import select_top_k, sparse_decode_attention, sparse_mlp
 from pallas_kernels._device import HOPPER
-from pallas_kernels.sparse_mlp import mosaic, xla
+from pallas_kernels.sparse_mlp import xla
 from pallas_kernels.sparse_mlp.batching import batchable
+from pallas_kernels.sparse_mlp.mosaic import launch as mosaic
 from pallas_kernels.sparse_mlp.tiles import Tiles
 from tests.tolerances import assert_close
 

@@ -10,7 +10,7 @@ import pytest
 from hypothesis import given, settings
 
 import polarjax as pj
-from polarjax.token_loop import CHUNK, decode_loop
+from polarjax.generation.token_loop import CHUNK, decode_loop
 
 ROWS, VOCAB = 4, 9
 STOPS = (3, 7)

@@ -8,8 +8,8 @@ import numpy as np
 import pytest
 
 import polarjax as pj
-from polarjax.model import parameters
-from polarjax.sparsity.taps import TapSpec, unpack
+from polarjax.model.parameters import parameters
+from polarjax.model.taps import TapSpec, unpack
 from tests.model import zoo
 from tests.model.oracle import Oracle
 from tests.tolerances import assert_close

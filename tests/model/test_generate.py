@@ -8,8 +8,8 @@ import numpy as np
 import pytest
 
 import polarjax as pj
-from polarjax.generate import SMALLEST_BUCKET, bucket_length
-from polarjax.sparsity.select import Oracle, Random
+from polarjax.generation.batch import SMALLEST_BUCKET, bucket_length
+from polarjax.selection.selectors import Oracle, Random
 from tests.model import zoo
 from tests.one_line import refuses
 

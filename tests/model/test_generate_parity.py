@@ -6,7 +6,7 @@ import torch
 import transformers
 
 import polarjax as pj
-from polarjax.generation_config import GenerationSettings
+from polarjax.generation.settings import GenerationSettings
 from tests.model.test_hf_parity import both
 
 LENGTHS = (9, 4)

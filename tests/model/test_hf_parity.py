@@ -15,7 +15,7 @@ import torch
 
 import polarjax as pj
 from checkpoints_convert import convert_checkpoint
-from polarjax.sparsity.select import Static
+from polarjax.selection.selectors import Static
 from tests.convert import hf_models
 from tests.model import zoo
 from tests.tolerances import assert_close

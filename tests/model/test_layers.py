@@ -12,7 +12,7 @@ from flax import nnx
 from hypothesis import given
 
 import polarjax as pj
-from polarjax.layers import Maker, Norm, add_bias, apply_rope, rope_frequencies
+from polarjax.model.layers import Maker, Norm, add_bias, apply_rope, rope_frequencies
 from tests.model import oracle, zoo
 from tests.tolerances import assert_close
 
@@ -114,7 +114,7 @@ def test_biases_are_added_over_the_trailing_axes():
 
 @pytest.mark.parametrize("kind", ["relu", "silu", "gelu"])
 def test_activations(kind):
-    from polarjax.mlp import _ACTIVATIONS
+    from polarjax.model.mlp import _ACTIVATIONS
 
     x = np.linspace(-6, 6, 49)
     assert_close(_ACTIVATIONS[kind](jnp.asarray(x, jnp.float32)), oracle.activate(x, kind), "rounding")

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 import polarjax as pj
-from polarjax.overlap import overlapping_jit
+from polarjax.generation.overlap import overlapping_jit
 from tests.kernels import aot
 
 from . import zoo

@@ -5,7 +5,7 @@ import numpy as np
 import pytest
 
 import polarjax as pj
-from polarjax.sparsity.select import top_mask
+from polarjax.selection.selectors import top_mask
 from tests.model import zoo
 
 NAN = float("nan")

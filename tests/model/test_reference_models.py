@@ -11,7 +11,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import polarjax as pj
 from checkpoints_convert import convert_checkpoint
-from polarjax import data
+from polarjax.text.corpus import standard_library_text, token_stream, windows
 from tests.tolerances import OWN_ERRORS
 
 ASSETS = Path(pj.__file__).parent / "assets"
@@ -42,11 +42,9 @@ def test_tokenizer_opens_with_bos_and_returns_every_text(name: str):
 @pytest.mark.parametrize("name", MODELS)
 def test_same_logits_as_torch_and_learnt(name: str, tmp_path: Path):
     tokenizer = AutoTokenizer.from_pretrained(ASSETS / name)
-    text = data.standard_library_text("evaluation")[:60_000]
-    stream = data.token_stream(
-        text, lambda each: tokenizer.backend_tokenizer.encode(each).ids[1:], separator=None
-    )
-    rows = data.windows(stream, 256, first=tokenizer.bos_token_id)[:4]
+    text = standard_library_text("evaluation")[:60_000]
+    stream = token_stream(text, lambda each: tokenizer.backend_tokenizer.encode(each).ids[1:], separator=None)
+    rows = windows(stream, 256, first=tokenizer.bos_token_id)[:4]
     exact, theirs = (torch_logits(name, rows, dtype) for dtype in (torch.float64, torch.float32))
 
     convert_checkpoint(ASSETS / name, tmp_path / "model")

@@ -2,7 +2,7 @@
 
 import pytest
 
-from polarjax.model import abstract, shapes
+from polarjax.model.parameters import abstract, shapes
 from polarjax.sharding import logical_axes
 from tests.model import zoo
 

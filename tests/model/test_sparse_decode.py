@@ -5,7 +5,7 @@ import numpy as np
 import pytest
 
 import polarjax as pj
-from polarjax.sparsity.select import Static
+from polarjax.selection.selectors import Static
 from tests.model import zoo
 from tests.model.oracle import Oracle
 from tests.tolerances import assert_close

@@ -7,9 +7,9 @@ import numpy as np
 import pytest
 
 import polarjax as pj
-from polarjax.streaming import CONTEXT
-from polarjax.text import TextStream
-from polarjax.token_loop import CHUNK
+from polarjax.generation.stream import CONTEXT
+from polarjax.generation.token_loop import CHUNK
+from polarjax.text.assembly import TextStream
 from tests.model import zoo
 from tests.model.test_traces import compilations, prompts
 from tests.one_line import refuses

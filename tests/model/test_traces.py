@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 import polarjax as pj
-from polarjax.model import parameters
+from polarjax.model.parameters import parameters
 
 from . import zoo
 

@@ -8,10 +8,10 @@ import jax.numpy as jnp
 import numpy as np
 
 import polarjax as pj
-from polarjax.model import abstract, parameters, with_parameters
-from polarjax.sparsity.router import Routers, init_routers
-from polarjax.sparsity.select import Static
-from polarjax.sparsity.taps import Taps, TapSpec
+from polarjax.model.parameters import abstract, parameters, with_parameters
+from polarjax.model.taps import Taps, TapSpec
+from polarjax.selection.routers import Routers, init_routers
+from polarjax.selection.selectors import Static
 
 VOCAB = 61
 POSITIONS = 48

@@ -10,10 +10,10 @@ import pytest
 
 import polarjax as pj
 from pallas_kernels import select_top_k
+from polarjax.selection.routers import LayerRouter, Routers
 from polarjax.sparsity import calibrate
 from polarjax.sparsity.activations import Activations
-from polarjax.sparsity.calibrate import CalibrateOptions, HeldOut, choose, measure_recall, random_batches
-from polarjax.sparsity.router import LayerRouter, Routers
+from polarjax.sparsity.calibration import CalibrateOptions, HeldOut, choose, measure_recall, random_batches
 from tests.sparsity import planted
 
 OPTIONS = CalibrateOptions(batch_sizes=(1, 2, 5, 16), target_recall=0.9, multiple=2, num_batches=40)

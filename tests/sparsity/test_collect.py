@@ -3,7 +3,6 @@
 import dataclasses
 import json
 import math
-import sys
 from pathlib import Path
 
 import jax
@@ -15,15 +14,14 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import polarjax as pj
-from polarjax.sparsity import collect
+from polarjax.model.taps import TapSpec, pack, unpack
+from polarjax.sparsity import collect, collection
 from polarjax.sparsity.activations import open_activations, row_bytes
-from polarjax.sparsity.collect import fingerprint, kept_positions, split_windows
-from polarjax.sparsity.taps import TapSpec, pack, unpack
+from polarjax.sparsity.collection import fingerprint, kept_positions, split_windows
 from tests.model import zoo
 from tests.one_line import refuses
 from tests.tolerances import assert_close
 
-RECORDER = sys.modules["polarjax.sparsity.collect"]  # the package exports the function under this name
 ODD = dataclasses.replace(zoo.CONFIGS["opt"], d_ff=43)  # the last byte of packed activity is not full
 
 
@@ -170,7 +168,7 @@ def test_a_text_that_is_too_short_is_refused():
 
 @pytest.mark.parametrize("error", [KeyboardInterrupt, OSError("No space left on device"), MemoryError])
 def test_an_interrupted_run_leaves_nothing(tmp_path, monkeypatch, error):
-    taps, calls = RECORDER._taps, []
+    taps, calls = collection._taps, []
 
     def failing(*args):
         calls.append(args)
@@ -178,7 +176,7 @@ def test_an_interrupted_run_leaves_nothing(tmp_path, monkeypatch, error):
             raise error
         return taps(*args)
 
-    monkeypatch.setattr(RECORDER, "_taps", failing)
+    monkeypatch.setattr(collection, "_taps", failing)
     with pytest.raises((KeyboardInterrupt, pj.CheckpointError, MemoryError)):
         collect(odd_model(), windows(), tmp_path / "acts", batch_size=1)
     assert len(calls) == 3

@@ -11,7 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import polarjax as pj
-from polarjax.sparsity.plan import dense_plan, uniform_groups
+from polarjax.selection.plans import dense_plan, uniform_groups
 from tests.one_line import refuses
 from tests.sparsity.planted import CONFIG
 

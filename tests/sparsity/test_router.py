@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 import polarjax as pj
-from polarjax.sparsity.router import init_routers, router_rank
+from polarjax.selection.routers import init_routers, router_rank
 from tests.one_line import refuses
 from tests.sparsity.planted import CONFIG
 from tests.tolerances import assert_close

@@ -9,8 +9,8 @@ from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 
 import polarjax as pj
-from polarjax.sparsity.router import Routers, init_routers
-from polarjax.sparsity.select import Oracle, Random, Selector, Static, top_mask
+from polarjax.selection.routers import Routers, init_routers
+from polarjax.selection.selectors import Oracle, Random, Selector, Static, top_mask
 from tests.one_line import refuses
 from tests.sparsity.planted import CONFIG
 

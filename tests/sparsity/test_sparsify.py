@@ -13,14 +13,14 @@ import torch
 
 import polarjax as pj
 from checkpoints_convert import convert_checkpoint
-from polarjax import data, mlp
-from polarjax.cli.inputs import text_windows
 from polarjax.cli.main import main
+from polarjax.model import mlp
 from polarjax.sparsity import collect, sparsify
-from polarjax.sparsity.calibrate import CalibrateOptions, measure_recall
-from polarjax.sparsity.collect import fingerprint
+from polarjax.sparsity.calibration import CalibrateOptions, measure_recall
+from polarjax.sparsity.collection import fingerprint
 from polarjax.sparsity.pipeline import CollectOptions
-from polarjax.sparsity.train import TrainOptions
+from polarjax.sparsity.training import TrainOptions
+from polarjax.text.corpus import standard_library_text, text_windows
 from tests.convert import hf_models
 from tests.model import zoo
 
@@ -110,7 +110,7 @@ def test_a_gated_relu_model_from_its_checkpoint_to_sparse_tokens(tmp_path, monke
     ],
 )
 def test_what_cannot_work_is_refused_before_any_work(monkeypatch, keywords, message):
-    monkeypatch.setattr("polarjax.model.forward", None)
+    monkeypatch.setattr("polarjax.model.decoder.forward", None)
     with pytest.raises(pj.PolarjaxError, match=message):
         sparsify(zoo.model("opt"), tiny_windows(), jax.random.key(0), **keywords)
 
@@ -126,14 +126,14 @@ def bundled(tmp_path_factory):
 @pytest.fixture(scope="module")
 def text(tmp_path_factory):
     file = tmp_path_factory.mktemp("text") / "text.txt"
-    file.write_text(data.standard_library_text("calibration")[:120_000], encoding="utf-8")
+    file.write_text(standard_library_text("calibration")[:120_000], encoding="utf-8")
     return file
 
 
 def test_the_bundled_model_has_plans_that_hold_on_other_text(bundled, tmp_path):
     bundle = pj.load(bundled)
     cut = lambda split, most: text_windows(
-        [data.standard_library_text(split)], bundle.tokenizer, 256, most=most, source=split
+        [standard_library_text(split)], bundle.tokenizer, 256, most=most, source=split
     )
     training = TrainOptions(learning_rate=1e-2, neuron_batch=512, group_batch=512, max_epochs=2)
     calibration = CalibrateOptions(num_batches=64)

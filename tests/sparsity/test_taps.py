@@ -7,7 +7,7 @@ from hypothesis import given
 from hypothesis.extra import numpy as hnp
 
 import polarjax as pj
-from polarjax.sparsity.taps import TapSpec, pack, unpack
+from polarjax.model.taps import TapSpec, pack, unpack
 from tests.model import zoo
 from tests.tolerances import assert_close
 

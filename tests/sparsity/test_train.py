@@ -8,13 +8,13 @@ import numpy as np
 import pytest
 
 import polarjax as pj
+from polarjax.selection.routers import init_routers
+from polarjax.selection.selectors import top_mask
 from polarjax.sparsity import train_routers
-from polarjax.sparsity.best import Best
-from polarjax.sparsity.feed import Feed
-from polarjax.sparsity.router import init_routers
-from polarjax.sparsity.select import top_mask
-from polarjax.sparsity.tasks import GroupTask, NeuronTask, count, loss, weights_of
-from polarjax.sparsity.train import TrainOptions, fit
+from polarjax.sparsity.early_stopping import Best
+from polarjax.sparsity.minibatches import Feed
+from polarjax.sparsity.objectives import GroupTask, NeuronTask, count, loss, weights_of
+from polarjax.sparsity.training import TrainOptions, fit
 from tests.sparsity import planted
 from tests.tolerances import assert_close
 

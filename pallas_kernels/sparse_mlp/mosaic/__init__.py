@@ -1,0 +1,1 @@
+"""The Mosaic GPU kernel of the selective MLP, for Hopper GPUs."""

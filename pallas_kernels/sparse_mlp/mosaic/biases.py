@@ -1,0 +1,135 @@
+"""Biases going up: brought to shared memory at a block's start, added to the sums of its tiles."""
+
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jax.experimental import pallas as pl
+from jax.experimental.pallas import mosaic_gpu as plgpu
+from jaxlib.mlir.dialects import arith, memref
+
+from pallas_kernels._inline import (
+    REF,
+    SPLAT,
+    as_index,
+    f32,
+    inline,
+    less,
+    real,
+    sync_warpgroup,
+    thread,
+    utils,
+)
+from pallas_kernels._inline import constant as c
+from pallas_kernels.sparse_mlp.mosaic import gather
+from pallas_kernels.sparse_mlp.mosaic.block import Block
+from pallas_kernels.sparse_mlp.mosaic.call import Plan
+
+ROW = plgpu.Layout.WGMMA.reduce(1)
+
+
+class Biases:
+    """Of the rows of one consumer. Those of the block's first tiles are brought before any weights are there."""
+
+    def __init__(self, block: Block, warpgroup):
+        self._block, self._warpgroup = block, warpgroup
+        named = enumerate(block.refs.get(name) for name in ("b_up", "b_gate"))
+        self._sources: list[tuple[int, Any]] = [(i, ref) for i, ref in named if ref is not None]
+        if self._sources:
+            self._out = block.refs["bias"].at[warpgroup]
+            self._bring(self._out, self._tile(0), block.plan.bias_parts)
+
+    def _tile(self, part):
+        """The part-th tile of this block, going up."""
+        return lax.div(self._block.up[0], jnp.int32(self._block.plan.up.chunks)) + part
+
+    def of(self, part) -> Callable[[int], jax.Array] | None:
+        """-> f(g), the biases [64 batch] of group g of this block's part-th tile; None without biases."""
+        plan = self._block.plan
+        if not self._sources:
+            return None
+        last = plan.bias_parts - 1
+        if plan.up.max_parts > plan.bias_parts:
+
+            @pl.when(part > last)
+            def _():
+                if not self._block.interpret:
+                    sync_warpgroup()  # the tile before may have used the same place
+                self._bring(self._out.at[pl.ds(last, 1)], self._tile(part), 1)
+
+        def broadcast(g):
+            row = plgpu.load(self._out.at[lax.min(part, jnp.int32(last)), pl.ds(g * 64, 64)], layout=ROW)
+            return lax.broadcast_in_dim(row, (64, plan.tiles.batch), [0])
+
+        return broadcast
+
+    def _bring(self, out, first, count: int) -> None:
+        """Brings the biases of `count` tiles to out [count, 64 groups]."""
+        if self._block.interpret:
+            self._bring_interpreted(out, first, count)
+            return
+        matrices, sources = zip(*self._sources, strict=True)
+        take = _load(self._block.plan, count, matrices)
+        take(self._block.refs["index"], out, first, self._warpgroup * 64, *sources)
+
+    def _bring_interpreted(self, out, first, count: int) -> None:
+        block, tiles, plan = self._block, self._block.tiles, self._block.plan
+
+        @pl.loop(0, count * 64 * tiles.groups)
+        def _(i):
+            part, row = lax.div(i, jnp.int32(64 * tiles.groups)), lax.rem(i, jnp.int32(64 * tiles.groups))
+            tile = first + part
+            at = block.first_entry(tile) + lax.div(row, jnp.int32(64)) * tiles.rows
+            neuron = block.refs["index"][at + self._warpgroup * 64 + lax.rem(row, jnp.int32(64))]
+            for matrix, source in self._sources:
+                value = source[lax.max(neuron, jnp.int32(0))].astype(jnp.float32)
+
+                @pl.when(lax.div(tile, jnp.int32(plan.row_tiles)) == matrix)
+                def _(value=value):
+                    out[part, row] = jnp.where(neuron >= 0, value, 0.0)
+
+
+def _load(plan: Plan, count: int, matrices: tuple[int, ...]) -> Callable:
+    """-> f(index [k], out float32 [count, 64 groups], first, row, *biases [F]): the biases of some tiles.
+
+    Of each stage of a tile's entries of the index 64 are taken, from `row` on, zero where absent. `matrices`: whose
+    the biases are. All reads are on their way at once. Ends in a barrier of the warpgroup.
+    """
+    row_tiles, groups, rows, num_neurons = (
+        plan.row_tiles,
+        plan.tiles.groups,
+        plan.tiles.rows,
+        plan.num_neurons,
+    )
+    total = count * 64 * groups
+
+    @inline(arg_types=(REF, REF, SPLAT, SPLAT, *(REF for _ in matrices)))
+    def run(ctx, index, out, first, row, *biases):
+        first, row = first.registers.item(), row.registers.item()
+        found = []
+        for start in range(0, total, 128):
+            i = arith.addi(thread(), c(start))
+            part, at = arith.divui(i, c(64 * groups)), arith.remui(i, c(64 * groups))
+            tile = arith.addi(first, part)
+            stage = arith.addi(arith.muli(arith.remui(tile, c(row_tiles)), c(groups)), arith.divui(at, c(64)))
+            entry = arith.addi(arith.muli(stage, c(rows)), arith.addi(row, arith.remui(at, c(64))))
+            inside = less(i, c(total))
+            found.append((inside, part, at, tile, gather.neuron_at(index, entry, inside, num_neurons)))
+        values = []
+        for _, _, _, tile, neuron in found:
+            value = real(0.0)
+            for matrix, bias in zip(matrices, biases, strict=True):
+                mine = arith.cmpi(arith.CmpIPredicate.eq, arith.divui(tile, c(row_tiles)), c(matrix))
+                present = arith.andi(mine, less(neuron, c(num_neurons)))
+                loaded = memref.load(bias, [as_index(arith.select(present, neuron, c(0)))])
+                loaded = loaded if loaded.type == f32() else arith.extf(f32(), loaded)
+                value = arith.select(present, loaded, value)
+            values.append(value)
+        for (inside, part, at, _, _), value in zip(found, values, strict=True):
+            with utils.when(inside):
+                memref.store(value, out, [as_index(part), as_index(at)])
+        utils.warpgroup_barrier()
+
+    return run

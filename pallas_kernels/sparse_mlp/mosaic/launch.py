@@ -1,0 +1,222 @@
+"""Selective MLP on Hopper (Pallas Mosaic GPU): two products over gathered rows, in one kernel or two.
+
+Prepares the operands, launches what `block` describes and, of separate kernels, adds up the partial sums.
+"""
+
+import functools
+from collections.abc import Callable
+from typing import Any, cast
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import lax
+from jax.experimental import pallas as pl
+from jax.experimental.pallas import mosaic_gpu as plgpu
+from jaxtyping import Array, Float, Int
+
+from pallas_kernels import _device
+from pallas_kernels.sparse_mlp.mosaic import gather
+from pallas_kernels.sparse_mlp.mosaic.block import Block
+from pallas_kernels.sparse_mlp.mosaic.call import Plan
+from pallas_kernels.sparse_mlp.mosaic.consumer import consume
+from pallas_kernels.sparse_mlp.mosaic.hidden import ACTIVATIONS
+from pallas_kernels.sparse_mlp.mosaic.loader import load
+from pallas_kernels.sparse_mlp.mosaic.producer import produce
+from pallas_kernels.sparse_mlp.schedule import Split
+from pallas_kernels.sparse_mlp.tiles import BATCHES, HIDDEN_WIDTH, PADDING, Tiles, heuristic
+
+COMPILER = plgpu.CompilerParams(
+    lowering_semantics=plgpu.LoweringSemantics.Lane,  # the other one can't slice padded rows
+    unsafe_no_auto_barriers=True,
+    approx_math=True,
+)
+
+
+# Jitted, so that the layers of a model share one trace, one lowering and one binary.
+@functools.partial(jax.jit, static_argnames=("activation", "device", "tiles", "interpret"))
+def sparse_mlp(
+    x: Float[Array, "B D"],
+    w_up: Float[Array, "F D"],
+    w_down: Float[Array, "F D"],
+    index: Int[Array, " k"],
+    *,
+    w_gate: Float[Array, "F D"] | None = None,
+    b_up: Float[Array, " F"] | None = None,
+    b_gate: Float[Array, " F"] | None = None,
+    activation: str,
+    device: _device.Device,
+    tiles: Tiles | None = None,
+    interpret: bool = False,
+) -> Float[Array, "B D"]:
+    """As `pallas_kernels.sparse_mlp`, for bfloat16 or float16 and D a multiple of 128.
+
+    tiles: a configuration to use, its batch not below the (padded) batch; None for the heuristic's.
+    interpret: run in Pallas's GPU interpreter on the CPU, which takes `tiles.copy == "rows"`.
+
+    Raises NotImplementedError for what these kernels can't do.
+    """
+    if not interpret:
+        _device.require_hopper(device)
+    _require(x, w_up, activation)
+    if x.shape[0] > BATCHES[-1]:
+        call = {"w_gate": w_gate, "b_up": b_up, "b_gate": b_gate, "activation": activation}
+        call |= {"device": device, "tiles": tiles, "interpret": interpret}
+        return _in_pieces(x, lambda piece: sparse_mlp(piece, w_up, w_down, index, **call))
+    if tiles is None:
+        gated = w_gate is not None
+        tiles = heuristic(x.shape[0], x.shape[1], device, selected=index.shape[0], gated=gated)
+    num_neurons, d_model = w_up.shape
+    sizes = {"batch": x.shape[0], "d_model": d_model, "num_neurons": num_neurons, "selected": index.shape[0]}
+    plan = Plan(**sizes, gated=w_gate is not None, activation=activation, dtype=x.dtype.name, tiles=tiles)
+    operands = {"x": jnp.pad(x, ((0, tiles.batch - x.shape[0]), (0, 0))), "index": index.astype(jnp.int32)}
+    optional = {"w_gate": w_gate, "b_up": b_up, "b_gate": b_gate}
+    operands |= {"w_up": w_up, "w_down": w_down} | {n: a for n, a in optional.items() if a is not None}
+    if tiles.copy == "rows":
+        operands |= _for_rows(plan, operands["index"])
+    return _run(plan, operands, interpret)
+
+
+def _in_pieces(x: jax.Array, call: Callable[[jax.Array], jax.Array]) -> jax.Array:
+    """[B D] -> [B D], by the largest batch at a time.
+
+    In a loop, so that no two run at once: the thread blocks of a fused kernel wait for each other, and two kernels
+    that each have a part of the card would wait forever.
+    """
+    batch, width = x.shape
+    pieces = jnp.pad(x, ((0, -batch % BATCHES[-1]), (0, 0))).reshape(-1, BATCHES[-1], width)
+    return lax.map(call, pieces).reshape(-1, width)[:batch]
+
+
+def _require(x: jax.Array, w_up: jax.Array, activation: str) -> None:
+    if x.dtype != w_up.dtype or x.dtype not in (jnp.bfloat16, jnp.float16):
+        raise NotImplementedError(f"needs bfloat16 or float16 throughout; got {x.dtype} and {w_up.dtype}")
+    if x.shape[1] % 128:
+        raise NotImplementedError(f"needs a model width in steps of 128; got {x.shape[1]}")
+    if activation not in ACTIVATIONS:
+        raise NotImplementedError(f"knows the activations {', '.join(ACTIVATIONS)}; got {activation}")
+
+
+def _for_rows(plan: Plan, index: jax.Array) -> dict[str, jax.Array]:
+    """What Pallas's own copies need: entries up to the last tile, absent ones -1, and zeros to copy for them."""
+    index = jnp.where((index >= 0) & (index < plan.num_neurons), index, -1)
+    index = jnp.pad(index, (0, plan.padded - index.shape[0]), constant_values=-1)
+    return {"index": index, "zeros": jnp.zeros((plan.tiles.cols,), plan.dtype)}
+
+
+def _scratch(plan: Plan, has_up: bool, has_down: bool) -> dict[str, Any]:
+    tiles, dtype = plan.tiles, plan.dtype
+    tiling, swizzled = (cast(Any, kind) for kind in (plgpu.TilingTransform, plgpu.SwizzleTransform))
+    swizzle = min(128, 2 * tiles.batch)
+    ring = plgpu.SMEM((tiles.stages, tiles.rows, tiles.cols + PADDING), dtype)
+    wide = (tiling((8, 64)), swizzled(128))
+    x_ring = plgpu.SMEM((tiles.x_slots, tiles.batch, tiles.x_cols), dtype, transforms=wide)
+    narrow = (tiling((8, swizzle // 2)), swizzled(swizzle))
+    shape = (tiles.hidden_slots, tiles.warpgroups, 64, tiles.batch)
+    h_ring = plgpu.SMEM(shape, dtype, transforms=narrow)
+
+    def barriers(count, arrivals=1):
+        return plgpu.Barrier(num_arrivals=arrivals, num_barriers=count)
+
+    rows = tiles.copy == "rows"
+    full = barriers(tiles.stages, tiles.rows) if rows else plgpu.SMEM((2 * tiles.stages,), jnp.int32)
+    scratch = {"w_ring": ring, "full": full, "empty": barriers(tiles.stages, tiles.warpgroups)}
+    operands = [x_ring, h_ring]
+    if has_up and has_down:
+        width = min(tiles.batch, HIDDEN_WIDTH)
+        transforms = (tiling((8, width)), swizzled(2 * width))
+        stage = plgpu.SMEM((64, width), dtype, transforms=transforms)
+        if tiles.marked:  # the first hidden values arrive while those of this block are on their way
+            scratch["h_stage"] = stage
+        else:
+            operands.append(stage)
+    if tiles.marked:
+        scratch["marked"] = barriers(1)
+    scratch["operand"] = plgpu.RefUnion(*operands)
+    if has_up:
+        scratch |= {"x_full": barriers(tiles.x_slots), "x_empty": barriers(tiles.x_slots, tiles.warpgroups)}
+        scratch["bias"] = plgpu.SMEM((tiles.warpgroups, plan.bias_parts, 64 * tiles.groups), jnp.float32)
+    if has_down:
+        count = tiles.hidden_slots
+        scratch |= {"h_full": barriers(count), "h_empty": barriers(count, tiles.warpgroups)}
+    return scratch
+
+
+def products(plan: Plan, operands: dict[str, jax.Array], interpret: bool = False) -> dict[str, jax.Array]:
+    """Runs the products that the operands allow; returns their partial sums by name."""
+    tiles = plan.tiles
+    has_up, has_down = "x" in operands, "w_down" in operands
+    outputs = {}
+    if has_up:
+        outputs["up_parts"] = jax.ShapeDtypeStruct(plan.up_parts, jnp.float32)
+    if has_up and has_down:
+        outputs["hidden"] = jax.ShapeDtypeStruct(plan.hidden, jnp.dtype(plan.dtype))
+    if has_down:
+        outputs["down_parts"] = jax.ShapeDtypeStruct(plan.down_parts, jnp.dtype(plan.kind))
+    if has_up and has_down:
+        outputs["out"] = jax.ShapeDtypeStruct((plan.batch, plan.d_model), jnp.dtype(plan.dtype))
+        if tiles.marked:
+            outputs["early"] = jax.ShapeDtypeStruct(plan.early, jnp.dtype(plan.dtype))
+    scratch = _scratch(plan, has_up, has_down)
+    names = [*operands, *outputs, *scratch]
+
+    def body(*references):
+        refs = dict(zip(names, references, strict=True))
+        refs |= dict(zip(("x_ring", "h_ring", "h_stage"), refs.pop("operand"), strict=False))
+        if has_up and has_down:
+            refs["arrived"] = pl.get_global(plgpu.SemaphoreType.REGULAR((plan.semaphores,)))
+        if tiles.copy != "rows":
+            gather.init_barriers(tiles.stages)(refs["full"])
+        block = Block(plan, refs, interpret)
+        warpgroup = lax.axis_index("warpgroup")
+
+        pl.when(warpgroup < tiles.warpgroups)(lambda: consume(block, warpgroup))
+        pl.when(warpgroup == tiles.warpgroups)(lambda: produce(block))
+        pl.when(warpgroup == tiles.warpgroups + 1)(lambda: load(block))
+
+    kernel = plgpu.kernel(
+        body,
+        out_type=list(outputs.values()),
+        grid=(plan.grid,),
+        grid_names=("block",),
+        num_threads=tiles.warpgroups + 2,
+        thread_name="warpgroup",
+        scratch_types=list(scratch.values()),
+        compiler_params=COMPILER,
+        interpret=plgpu.InterpretGPUParams(detect_races=True) if interpret else None,
+        kernel_name="_".join(["sparse_mlp", *(["up"] * has_up), *(["down"] * has_down)]),
+    )
+    return dict(zip(outputs, kernel(*operands.values()), strict=True))
+
+
+def _sum_parts(parts: jax.Array, split: Split) -> jax.Array:
+    """[tiles ...]: the partial sums of each tile, added in order."""
+
+    def pick(numbers):
+        chosen = parts.at[np.maximum(numbers, 0)].get(mode="promise_in_bounds")
+        return jnp.where((numbers >= 0).reshape((-1,) + (1,) * (parts.ndim - 1)), chosen, 0.0)
+
+    first, *others = split.contributions.T
+    return functools.reduce(lambda total, numbers: total + pick(numbers), others, pick(first))
+
+
+def _hidden(plan: Plan, up_parts: jax.Array) -> jax.Array:
+    """Hidden values [blocks of 64 neurons, 64, batch] from the partial sums of the up-projection."""
+    total = _sum_parts(up_parts, plan.up)  # [matrices · row_tiles, groups, 64, batch]
+    total = total.reshape((2 if plan.gated else 1, -1, 64, plan.tiles.batch))
+    act = ACTIVATIONS[plan.activation]
+    hidden = act(total[1]) * total[0] if plan.gated else act(total[0])
+    return hidden[: plan.hidden[0]].astype(plan.dtype)
+
+
+def _run(plan: Plan, operands: dict[str, jax.Array], interpret: bool = False) -> jax.Array:
+    """[B D] from x [batch D], index [k], w_up, w_down [F D] and the optional w_gate, b_up, b_gate."""
+    if plan.tiles.fused:
+        return products(plan, operands)["out"]
+    up = {name: array for name, array in operands.items() if name != "w_down"}
+    down = {name: operands[name] for name in ("index", "w_down", "zeros") if name in operands}
+    up_parts = products(plan, up, interpret)["up_parts"]
+    parts = products(plan, {**down, "hidden": _hidden(plan, up_parts)}, interpret)["down_parts"]
+    total = _sum_parts(parts, plan.down).reshape(-1, plan.tiles.batch, 64)
+    total = total.transpose(1, 0, 2).reshape(plan.tiles.batch, plan.d_model)
+    return total[: plan.batch].astype(plan.dtype)

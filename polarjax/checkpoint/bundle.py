@@ -1,0 +1,253 @@
+"""A model directory: config, parameters, tokenizer, routers, plans and the manifest that holds them together.
+
+config.json     ModelConfig and the format version
+params/         orbax checkpoint of the parameters, one array for each dotted path
+tokenizer/      the HuggingFace files, generation_config.json among them
+routers/        manifest.json and arrays/, an orbax checkpoint, once routers were trained
+plans.json      the PlanTable, once it was calibrated
+hf_config.json  config.json of the HuggingFace folder that it was converted from
+manifest.json   format version, dtype, source, shapes and checksums of params/
+"""
+
+import contextlib
+import dataclasses
+import os
+import shutil
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import jax.numpy as jnp
+import numpy as np
+
+from polarjax.checkpoint.manifest import (
+    AGAIN,
+    FORMAT,
+    SOURCE_CONFIG,
+    read_config,
+    read_manifest,
+    read_part,
+    read_source_config,
+)
+from polarjax.checkpoint.writer import new_model
+from polarjax.configs import ModelConfig
+from polarjax.errors import CheckpointError, InputError, SparsityError
+from polarjax.generation.settings import GenerationSettings
+from polarjax.model.decoder import Decoder
+from polarjax.model.parameters import parameters, with_parameters
+from polarjax.selection.plans import PlanTable
+from polarjax.selection.routers import LayerRouter, Routers
+from polarjax.selection.selectors import Sparsity
+from polarjax.storage.arrays import ArrayWriter, read_arrays
+from polarjax.storage.atomic import absolute, atomic_file, atomic_folder, dump_json, write_json
+from polarjax.storage.record import Record, check_record
+from polarjax.text.tokenizer import Tokenizer, has_tokenizer
+from polarjax.types import DTYPES, Array, DTypeLike
+
+_SPARSIFY = "run polarjax sparsify again"
+_CALIBRATE = "run polarjax calibrate or polarjax sparsify again"
+
+
+@dataclasses.dataclass(frozen=True)
+class Bundle:
+    """What a model directory holds.
+
+    Attributes:
+      model: the decoder with its parameters.
+      tokenizer: None where the source had none.
+      routers: None until they are trained.
+      plans: None until they are calibrated.
+      model_type: the HuggingFace family that the model was converted from, if it was.
+      source_config: config.json of the HuggingFace folder that it was converted from, if it was.
+    """
+
+    model: Decoder
+    tokenizer: Tokenizer | None = None
+    routers: Routers | None = None
+    plans: PlanTable | None = None
+    model_type: str | None = None
+    source_config: Mapping[str, Any] | None = dataclasses.field(default=None, hash=False)
+
+    @property
+    def generation(self) -> GenerationSettings:
+        """Stop ids, stop strings and sampling defaults that the model asks for; empty without a tokenizer."""
+        return GenerationSettings() if self.tokenizer is None else self.tokenizer.generation
+
+    def sparsity(self, batch_size: int, head_density: float | None = None) -> Sparsity:
+        """What to skip when decoding `batch_size` sequences.
+
+        Args:
+          batch_size: B; neurons are taken from the plan of the next larger calibrated batch.
+          head_density: fraction of groups to keep, above 0 and at most 1; None takes the calibrated default.
+
+        Raises:
+          SparsityError: there are no routers or plans yet, or the density is not one.
+        """
+        sparsify = "run polarjax sparsify OUT --text FILE first"
+        calibrate = f"run polarjax calibrate OUT --activations FOLDER, or {sparsify}"
+        parts = ((self.routers, "routers", sparsify), (self.plans, "plans", calibrate))
+        for part, name, hint in parts:
+            if part is None:
+                raise SparsityError(f"the model has no {name} yet", where="Bundle.sparsity", hint=hint)
+        plan = self.plans.for_batch(batch_size, self.model.config, head_density)  # pyright: ignore[reportOptionalMemberAccess]
+        return Sparsity(self.routers, plan)  # pyright: ignore[reportArgumentType]
+
+
+def save(path: str | os.PathLike[str], bundle: Bundle, *, overwrite: bool = False) -> None:
+    """Writes a model directory; parameters keep their dtypes.
+
+    Raises:
+      CheckpointError: `path` exists and `overwrite` is False, or the disk refuses.
+      SparsityError: routers or plans do not fit the model.
+    """
+    model = bundle.model
+    with new_model(path, model.config, model_type=bundle.model_type, overwrite=overwrite) as writer:
+        for name, value in parameters(model).items():
+            writer.reserve(value.nbytes)
+            writer.add(name, np.asarray(value))
+        if bundle.source_config is not None:
+            write_json(writer.folder / SOURCE_CONFIG, dict(bundle.source_config))
+        if bundle.tokenizer is not None:
+            shutil.copytree(bundle.tokenizer.folder, writer.tokenizer_folder, dirs_exist_ok=True)
+        if bundle.routers is not None:
+            bundle.routers.check(model.config)
+            _write_routers(writer.folder / "routers", bundle.routers)
+        if bundle.plans is not None:
+            bundle.plans.check(model.config)
+            write_json(writer.folder / "plans.json", bundle.plans.to_json())
+
+
+def load(path: str | os.PathLike[str], *, dtype: DTypeLike | None = None) -> Bundle:
+    """Reads a model directory onto the default device.
+
+    Args:
+      path: the directory.
+      dtype: of the parameters, a floating one; None keeps the stored one. Routers keep theirs.
+
+    Raises:
+      InputError: `dtype` is not floating.
+      CheckpointError: a part is missing or damaged, or was written by a newer polarjax.
+      SparsityError: routers or plans are for another model.
+    """
+    if dtype is not None:
+        dtype = _floating(dtype)
+    folder = absolute(path)
+    manifest = read_manifest(folder)
+    config = read_config(folder)
+    flat = read_arrays(folder / "params", manifest["params"], dtype=dtype, hint=AGAIN)
+    return Bundle(
+        model=with_parameters(config, flat),
+        tokenizer=_read_tokenizer(folder / "tokenizer", manifest["model_type"]),
+        routers=_read_routers(folder / "routers", config),
+        plans=_read_plans(folder / "plans.json", config),
+        model_type=manifest["model_type"],
+        source_config=read_source_config(folder),
+    )
+
+
+def _floating(dtype: DTypeLike) -> np.dtype:
+    with contextlib.suppress(TypeError):
+        if jnp.issubdtype(dtype, jnp.floating):
+            return jnp.dtype(dtype)
+    raise InputError("unusable dtype", where="dtype", got=dtype, expected="float32, float16 or bfloat16")
+
+
+def write_routers(path: str | os.PathLike[str], routers: Routers) -> None:
+    """Puts trained routers into the model directory `path`, replacing earlier ones in one step.
+
+    Plans are removed: they were calibrated for the earlier routers.
+
+    Raises:
+      CheckpointError: `path` is no model directory.
+      SparsityError: the routers are for another model.
+    """
+    folder = absolute(path)
+    read_manifest(folder)
+    _located(folder / "routers", routers.check, read_config(folder))
+    with atomic_folder(folder / "routers", overwrite=True, obsolete=folder / "plans.json") as temporary:
+        _write_routers(temporary, routers)
+
+
+def write_plans(path: str | os.PathLike[str], plans: PlanTable) -> None:
+    """Puts a calibrated table into the model directory `path`, replacing an earlier one in one step.
+
+    Raises:
+      CheckpointError: `path` is no model directory.
+      SparsityError: the plans are for another model.
+    """
+    folder = absolute(path)
+    read_manifest(folder)
+    _located(folder / "plans.json", plans.check, read_config(folder))
+    with atomic_file(folder / "plans.json", overwrite=True) as stream:
+        dump_json(stream, plans.to_json())
+
+
+def _read_tokenizer(folder: Path, model_type: str | None) -> Tokenizer | None:
+    return Tokenizer.load(folder, model_type=model_type) if has_tokenizer(folder) else None
+
+
+def _write_routers(folder: Path, routers: Routers) -> None:
+    folder.mkdir(exist_ok=True)
+    with ArrayWriter(folder / "arrays") as writer:
+        for i, layer in enumerate(routers.layers):
+            for field in dataclasses.fields(LayerRouter):
+                value = getattr(layer, field.name)
+                if value is not None:
+                    writer.add(f"layers.{i}.{field.name}", np.asarray(value))
+        write_json(folder / "manifest.json", {"format": FORMAT, "arrays": writer.close()})
+
+
+def _read_routers(folder: Path, config: ModelConfig) -> Routers | None:
+    if not folder.is_dir():
+        return None
+    file = folder / "manifest.json"
+    record: Record = read_part(file, ("format", "arrays"), _SPARSIFY)["arrays"]
+    check_record(record, where=file, hint=_SPARSIFY)
+    flat = read_arrays(folder / "arrays", record, hint=_SPARSIFY)
+    layers: dict[int, dict[str, Array]] = {}
+    for name, value in flat.items():
+        _, layer, field = name.split(".")
+        layers.setdefault(int(layer), {})[field] = value
+    routers = Routers(tuple(LayerRouter(**{**_NO_NEURONS, **layers[i]}) for i in sorted(layers)))
+    _located(folder, routers.check, config)
+    return routers
+
+
+_NO_NEURONS: dict[str, Any] = {"w_in": None, "w_out": None}
+
+
+def _read_plans(file: Path, config: ModelConfig) -> PlanTable | None:
+    if not file.is_file():
+        return None
+    plans = PlanTable.from_json(read_part(file, (), _CALIBRATE))
+    _located(file, plans.check, config)
+    return plans
+
+
+def _located(where: Path, check: Any, config: ModelConfig) -> None:
+    """Runs `check(config)`; its error is told with the place where the part lies."""
+    try:
+        check(config)
+    except SparsityError as error:
+        raise SparsityError(
+            error.what, where=where, got=error.got, expected=error.expected, hint=_SPARSIFY
+        ) from error
+
+
+def load_with_tokenizer(folder: Path, dtype: str | None = None) -> tuple[Bundle, Tokenizer]:
+    """The model directory `folder` and its tokenizer; `dtype` None keeps the stored one.
+
+    Raises:
+      CheckpointError: the directory is missing or damaged, or has no tokenizer.
+      InputError: `dtype` is no dtype that a decoder can have.
+    """
+    if dtype is not None and dtype not in DTYPES:
+        raise InputError("no such dtype", where="--dtype", got=dtype, expected=" | ".join(DTYPES))
+    bundle = load(folder, dtype=dtype)
+    if bundle.tokenizer is None:
+        raise CheckpointError(
+            "the model directory has no tokenizer, and text needs one",
+            where=folder / "tokenizer",
+            hint="put the tokenizer's HuggingFace files there",
+        )
+    return bundle, bundle.tokenizer

@@ -1,0 +1,74 @@
+"""The JSON files of a model directory, checked as they are read; `checkpoint` tells what lies where."""
+
+from pathlib import Path
+from typing import Any
+
+from polarjax.configs import ModelConfig
+from polarjax.errors import CheckpointError
+from polarjax.storage.atomic import read_json
+from polarjax.storage.record import check_record
+
+FORMAT = 1
+"""Version of a model directory's layout; a reader refuses a newer one."""
+
+SOURCE_CONFIG = "hf_config.json"
+AGAIN = "convert the source again: polarjax convert HF_DIR OUT --overwrite"
+
+
+def read_manifest(folder: Path) -> dict[str, Any]:
+    """The manifest of a model directory; raises `CheckpointError` when it is none, or newer than this code."""
+    if not folder.is_dir():
+        hint = "give a folder that polarjax convert wrote"
+        raise CheckpointError("no such model directory", where=folder, hint=hint)
+    file = folder / "manifest.json"
+    if not file.is_file():
+        hint = "this looks like a HuggingFace folder, so run: polarjax convert" if _is_hf(folder) else AGAIN
+        raise CheckpointError("not a model directory: manifest.json is missing", where=folder, hint=hint)
+    manifest = read_part(file, ("format", "model_type", "dtype", "params"))
+    check_record(manifest["params"], where=file, hint=AGAIN)
+    if manifest["dtype"] not in [entry["dtype"] for entry in manifest["params"]["arrays"].values()]:
+        expected = "that of the parameters"
+        raise CheckpointError(
+            "no such dtype", where=file, got=manifest["dtype"], expected=expected, hint=AGAIN
+        )
+    return manifest
+
+
+def read_config(folder: Path) -> ModelConfig:
+    """The configuration of a model directory."""
+    data = read_part(folder / "config.json", ("format",))
+    data.pop("format")
+    return ModelConfig.from_json(data)
+
+
+def read_source_config(folder: Path) -> dict[str, Any] | None:
+    """config.json of the HuggingFace folder that a model directory was converted from, if it was."""
+    file = folder / SOURCE_CONFIG
+    return read_json(file, hint=AGAIN) if file.is_file() else None
+
+
+def read_part(file: Path, keys: tuple[str, ...], hint: str = AGAIN) -> dict[str, Any]:
+    """The object in one of the files, which must have some keys, and this format if it tells one.
+
+    Raises:
+      CheckpointError: it is missing, damaged, or of another format.
+    """
+    data = read_json(file, hint=hint)
+    if not all(key in data for key in keys):
+        expected = f"the keys {', '.join(keys)}"
+        raise CheckpointError("not a polarjax file", where=file, expected=expected, hint=hint)
+    if data.get("format", FORMAT) != FORMAT:
+        raise CheckpointError(
+            "written in another format",
+            where=file,
+            got=f"format {data['format']}",
+            expected=f"format {FORMAT}",
+            hint="update polarjax, or convert the source again with this version",
+        )
+    return data
+
+
+def _is_hf(folder: Path) -> bool:
+    return (folder / "config.json").is_file() and "model_type" in (folder / "config.json").read_text(
+        "utf-8", "replace"
+    )

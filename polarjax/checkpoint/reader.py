@@ -1,0 +1,81 @@
+"""A model directory read one parameter at a time, without putting the model on a device."""
+
+import math
+import os
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from polarjax.checkpoint.manifest import AGAIN, read_config, read_manifest, read_source_config
+from polarjax.configs import ModelConfig
+from polarjax.errors import CheckpointError
+from polarjax.model.parameters import shapes
+from polarjax.storage.arrays import read_array
+from polarjax.storage.atomic import absolute
+from polarjax.storage.record import verify
+
+
+class ModelReader:
+    """The parts of a model directory.
+
+    Args:
+      path: the directory.
+
+    Raises:
+      CheckpointError: a part is missing or damaged, or was written by a newer polarjax.
+    """
+
+    def __init__(self, path: str | os.PathLike[str]):
+        self.folder = absolute(path)
+        self._manifest = read_manifest(self.folder)
+        self.config: ModelConfig = read_config(self.folder)
+        self._check()
+
+    def _check(self) -> None:
+        arrays = self._record["arrays"]
+        expected = {name: list(shape) for name, shape in shapes(self.config).items()}
+        if {name: entry["shape"] for name, entry in arrays.items()} != expected:
+            what = "config.json and manifest.json are of different models"
+            raise CheckpointError(what, where=self.folder, hint=AGAIN)
+
+    @property
+    def _record(self) -> dict[str, Any]:
+        return self._manifest["params"]
+
+    @property
+    def model_type(self) -> str | None:
+        """The HuggingFace family that the model was converted from, if it was."""
+        return self._manifest["model_type"]
+
+    @property
+    def dtype(self) -> np.dtype:
+        """Of the embedding table, and, unless somebody mixed them, of all parameters."""
+        return np.dtype(self._manifest["dtype"])
+
+    @property
+    def tokenizer_folder(self) -> Path:
+        """Where the tokenizer's files are, if the model has one."""
+        return self.folder / "tokenizer"
+
+    @property
+    def source_config(self) -> dict[str, Any] | None:
+        """config.json of the HuggingFace folder that it was converted from, if it was."""
+        return read_source_config(self.folder)
+
+    def dtype_of(self, name: str) -> np.dtype:
+        """Dtype of one parameter."""
+        return np.dtype(self._record["arrays"][name]["dtype"])
+
+    def num_bytes(self) -> int:
+        """Size of all parameters as stored."""
+        arrays = self._record["arrays"]
+        return sum(math.prod(entry["shape"]) * self.dtype_of(name).itemsize for name, entry in arrays.items())
+
+    def verify(self) -> None:
+        """Reads all files of the parameters once; raises `CheckpointError` if one has changed."""
+        verify(self.folder / "params", self._record, hint=AGAIN)
+
+    def read(self, name: str) -> np.ndarray:
+        """One parameter, by its dotted path."""
+        return read_array(self.folder / "params", name, self._record, hint=AGAIN)

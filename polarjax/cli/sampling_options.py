@@ -1,0 +1,58 @@
+"""How `generate` draws tokens and ends texts: its options go before what the model asks for."""
+
+import dataclasses
+from typing import Any
+
+from polarjax.errors import InputError
+from polarjax.generation.settings import GENERATION_CONFIG, GenerationSettings
+from polarjax.text.assembly import check_stop_strings
+
+
+def check_options(**options: Any) -> None:
+    """Raises `InputError` for a value that no model can be asked for, named by its option.
+
+    Args:
+      options: arguments of `GenerationSettings.with_flags`.
+    """
+    for name, value in options.items():
+        try:
+            GenerationSettings().with_flags(**{name: value})
+        except InputError as error:
+            hint = "correct the value or leave it out; --greedy takes the most likely tokens"
+            raise _told(error, where="--" + name.replace("_", "-"), hint=hint) from error
+
+
+def with_options(settings: GenerationSettings, *, greedy: bool, **options: Any) -> GenerationSettings:
+    """The model's settings with the options, which `check_options` has checked, in place of some.
+
+    Raises:
+      InputError: an option contradicts `greedy`, or the model's file has an unusable value that would now be used.
+    """
+    try:
+        return settings.with_flags(greedy=greedy, **options)
+    except InputError as error:
+        if error.where is None:  # greedy and sampling
+            raise
+        hint = "give an option for it too, or --greedy alone"
+        raise _told(error, where=f"the model's {GENERATION_CONFIG}", hint=hint) from error
+
+
+def with_stops(
+    settings: GenerationSettings, strings: list[str] | None, ids: list[int] | None
+) -> GenerationSettings:
+    """The settings with these stop strings and ids in place of the model's, where there are any.
+
+    Raises:
+      InputError: a string is empty, or an id is none.
+    """
+    if strings:
+        settings = dataclasses.replace(settings, stop_strings=check_stop_strings(strings))
+    try:
+        return dataclasses.replace(settings, stop_ids=tuple(ids)) if ids else settings
+    except InputError as error:
+        raise _told(error, where="--stop-id", hint="give ids of the model's tokenizer") from error
+
+
+def _told(error: InputError, *, where: str, hint: str) -> InputError:
+    """The error in the words of the command line."""
+    return InputError(error.what, where=where, got=error.got, expected=error.expected, hint=hint)

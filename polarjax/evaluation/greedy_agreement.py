@@ -1,0 +1,69 @@
+"""How often, and how closely, the sparse model says what the dense one says."""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from polarjax.evaluation.scoring import Mode, score
+from polarjax.model.decoder import Decoder
+from polarjax.selection.selectors import Sparsity
+from polarjax.types import Array, Bool, Float, Int
+
+
+@dataclasses.dataclass(frozen=True)
+class Agreement:
+    """Dense against sparse, token by token on the same text.
+
+    Attributes:
+      top1: fraction of tokens where both models' most likely next token is the same.
+      kl: mean Kullback-Leibler divergence of the sparse from the dense distribution, in nats per token.
+      tokens: tokens compared.
+    """
+
+    top1: float
+    kl: float
+    tokens: int
+
+    def to_json(self) -> dict[str, float]:
+        """All fields."""
+        return dataclasses.asdict(self)
+
+
+def agreement(
+    model: Decoder,
+    windows: Int[np.ndarray, "n T"],
+    sparsity: Sparsity,
+    *,
+    mode: Mode = "masked",
+    batch_size: int = 8,
+    context: int = 0,
+    description: str = "agreement",
+) -> Agreement:
+    """Compares next-token distributions over windows of true text; arguments and errors as of `perplexity`."""
+    same, divergence = score(
+        model,
+        windows,
+        (None, sparsity),
+        compare,
+        mode=mode,
+        batch_size=batch_size,
+        context=context,
+        description=description,
+    )
+    return Agreement(
+        top1=float(same.mean(dtype=np.float64)),
+        kl=float(divergence.mean(dtype=np.float64)),
+        tokens=same.size,
+    )
+
+
+def compare(
+    logits: tuple[Float[Array, "... V"], ...], targets: Int[Array, "..."]
+) -> tuple[Bool[Array, "..."], Float[Array, "..."]]:
+    """Whether the most likely tokens coincide, and KL(dense ‖ sparse) in nats, at each token."""
+    del targets
+    dense, sparse = logits
+    log_p, log_q = jax.nn.log_softmax(dense, -1), jax.nn.log_softmax(sparse, -1)
+    return jnp.argmax(dense, -1) == jnp.argmax(sparse, -1), jnp.sum(jnp.exp(log_p) * (log_p - log_q), -1)

@@ -1,0 +1,1 @@
+"""Tokens from a model: sampling, the token loop, whole generations and streams."""

@@ -1,0 +1,1 @@
+"""The one decoder: its layers, cache and parameters."""

@@ -1,0 +1,136 @@
+"""The attention block: projections, dense attention over a prompt, selective attention over the cache."""
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+from pallas_kernels import sparse_decode_attention
+from polarjax.configs import ModelConfig
+from polarjax.model.cache import write_token
+from polarjax.model.layers import Maker, Norm, add_bias, apply_rope
+from polarjax.types import Array, Bool, Float, Implementation, Int
+
+
+class Attention(nnx.Module):
+    """Projections of one layer; `wq [D K G H]`, `wk, wv [D K H]`, `wo [K G H D]`."""
+
+    def __init__(self, config: ModelConfig, make: Maker):
+        D, K, G, H = config.d_model, config.num_kv_heads, config.q_per_group, config.head_dim
+        q_axes, kv_axes = ("groups", "queries", "head"), ("groups", "head")
+        self.wq = make.normal(D, K, G, H, axes=("embed", *q_axes), fan_in=D)
+        self.wk = make.normal(D, K, H, axes=("embed", *kv_axes), fan_in=D)
+        self.wv = make.normal(D, K, H, axes=("embed", *kv_axes), fan_in=D)
+        self.wo = make.normal(K, G, H, D, axes=(*q_axes, "embed"), fan_in=K * G * H)
+        self.bq = self.bk = self.bv = self.bo = self.q_norm = self.k_norm = nnx.data(None)
+        if config.qkv_bias:
+            self.bq = make.constant(K, G, H, axes=q_axes)
+            self.bk = make.constant(K, H, axes=kv_axes)
+            self.bv = make.constant(K, H, axes=kv_axes)
+        if config.out_bias:
+            self.bo = make.constant(D, axes=("embed",))
+        if config.qk_norm:
+            self.q_norm = Norm(config, make, width=H, axis="head", kind="rms")
+            self.k_norm = Norm(config, make, width=H, axis="head", kind="rms")
+
+
+def project_qkv(
+    layer: Attention, x: Float[Array, "B T D"], positions: Int[Array, "B T"], config: ModelConfig
+) -> tuple[Float[Array, "B T K G H"], Float[Array, "B T K H"], Float[Array, "B T K H"]]:
+    """Queries, keys and values of `x`, normalised and turned to their positions where the model does so."""
+    q = add_bias(jnp.einsum("btd,dkgh->btkgh", x, layer.wq[...]), layer.bq)
+    k = add_bias(jnp.einsum("btd,dkh->btkh", x, layer.wk[...]), layer.bk)
+    v = add_bias(jnp.einsum("btd,dkh->btkh", x, layer.wv[...]), layer.bv)
+    if layer.q_norm is not None and layer.k_norm is not None:
+        q, k = layer.q_norm(q), layer.k_norm(k)
+    if config.rope is not None:
+        q, k = apply_rope(q, positions, config.rope), apply_rope(k, positions, config.rope)
+    return q, k, v
+
+
+def project_out(layer: Attention, heads: Float[Array, "B T K G H"]) -> Float[Array, "B T D"]:
+    """The output projection with its bias."""
+    return add_bias(jnp.einsum("btkgh,kghd->btd", heads, layer.wo[...]), layer.bo)
+
+
+def attend(
+    q: Float[Array, "B T K G H"],
+    k: Float[Array, "B T K H"],
+    v: Float[Array, "B T K H"],
+    lengths: Int[Array, "B"],
+    *,
+    window: int | None,
+) -> Float[Array, "B T K G H"]:
+    """Causal attention among the tokens of a right-padded batch; rows past `lengths` hold no meaning."""
+    B, T, K, G, H = q.shape
+
+    def heads_of(q, k, v):
+        return jax.nn.dot_product_attention(
+            q.reshape(B, T, K * G, H),
+            k,
+            v,
+            is_causal=True,
+            key_value_seq_lengths=lengths,
+            local_window_size=None if window is None else (window - 1, 0),
+        )
+
+    def widened(q, k, v):  # XLA has no float16 products with float32 sums on CPUs
+        return heads_of(*(a.astype(jnp.float32) for a in (q, k, v))).astype(q.dtype)
+
+    if q.dtype == jnp.float16:
+        heads = jax.lax.platform_dependent(q, k, v, cpu=widened, default=heads_of)
+    else:
+        heads = heads_of(q, k, v)
+    return heads.reshape(B, T, K, G, H)
+
+
+def group_norms(heads: Float[Array, "... K G H"]) -> Float[Array, "... K"]:
+    """L2 norm of each group's attention output before the output projection, float32: the group's importance."""
+    return jnp.sqrt(jnp.sum(jnp.square(heads.astype(jnp.float32)), (-2, -1)))
+
+
+def change(before: Float[Array, "... D"], update: Float[Array, "... D"]) -> Float[Array, "..."]:
+    """1 - cos(before, before + update), float32: how far attention turns the residual stream, hence how much a layer
+    needs it (0: not at all)."""
+    before, update = before.astype(jnp.float32), update.astype(jnp.float32)
+    after = before + update
+    lengths = jnp.linalg.norm(before, axis=-1) * jnp.linalg.norm(after, axis=-1)
+    return 1 - jnp.sum(before * after, -1) / jnp.maximum(lengths, jnp.finfo(jnp.float32).tiny)
+
+
+def mask_groups(
+    heads: Float[Array, "... K G H"], mask: Bool[Array, "... K"] | None
+) -> Float[Array, "... K G H"]:
+    """Zeroes the heads of unselected groups."""
+    return heads if mask is None else jnp.where(mask[..., None, None], heads, 0)
+
+
+def attend_cached(
+    layer: Attention,
+    x: Float[Array, "B D"],
+    cache: tuple[Float[Array, "B K S H"], Float[Array, "B K S H"]],
+    length: Int[Array, "B"],
+    *,
+    group_index: Int[Array, "B k"] | None,
+    live: Bool[Array, "B"] | None,
+    config: ModelConfig,
+    window: int | None,
+    implementation: Implementation,
+) -> tuple[Float[Array, "B D"], tuple[Float[Array, "B K S H"], Float[Array, "B K S H"]]]:
+    """One new token a sequence: appends its key and value at `length`, attends with the selected groups only.
+
+    Rows that are not `live` attend to nothing.
+    """
+    q, k, v = (a[:, 0] for a in project_qkv(layer, x[:, None], length[:, None], config))
+    k_cache, v_cache = write_token(cache[0], k, length), write_token(cache[1], v, length)
+    readable = jnp.minimum(length + 1, k_cache.shape[2])  # a full cache has dropped the new token
+    heads = sparse_decode_attention(
+        q,
+        k_cache,
+        v_cache,
+        readable if live is None else jnp.where(live, readable, 0),
+        group_index,
+        scale=config.head_dim**-0.5,
+        window=window,
+        implementation=implementation,
+    )
+    return project_out(layer, heads[:, None])[:, 0], (k_cache, v_cache)

@@ -1,0 +1,71 @@
+"""The key/value cache of a batch of sequences."""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+
+from polarjax.configs import ModelConfig
+from polarjax.errors import InputError
+from polarjax.types import Array, Float, Int
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class KVCache:
+    """Keys and values of all positions seen so far, group-major so that a skipped group is a contiguous range.
+
+    Attributes:
+      k: L arrays [B K S H].
+      v: L arrays [B K S H].
+      length: positions filled in each sequence, int32 [B]; what lies beyond is never read.
+    """
+
+    k: tuple[Float[Array, "B K S H"], ...]
+    v: tuple[Float[Array, "B K S H"], ...]
+    length: Int[Array, "B"]
+
+    @property
+    def capacity(self) -> int:
+        """S, the most positions that a sequence can hold."""
+        return self.k[0].shape[2]
+
+
+def init_cache(
+    config: ModelConfig, *, batch_size: int, capacity: int, dtype: jnp.dtype = jnp.float32
+) -> KVCache:
+    """An empty cache.
+
+    Args:
+      config: the model's configuration.
+      batch_size: B.
+      capacity: S, in tokens; the GPU kernels want a multiple of 8.
+      dtype: of keys and values; use the model's.
+
+    Raises:
+      InputError: `batch_size` or `capacity` is not positive.
+    """
+    if batch_size < 1 or capacity < 1:
+        raise InputError(
+            "the cache has no room",
+            where="init_cache",
+            got=f"batch_size {batch_size}, capacity {capacity}",
+            expected="both at least 1",
+            hint="make room for the prompt and the new tokens",
+        )
+    shape = (batch_size, config.num_kv_heads, capacity, config.head_dim)
+    make = lambda: tuple(jnp.zeros(shape, dtype) for _ in range(config.num_layers))
+    return KVCache(make(), make(), jnp.zeros((batch_size,), jnp.int32))
+
+
+def write_prompt(cache: Float[Array, "B K S H"], new: Float[Array, "B T K H"]) -> Float[Array, "B K S H"]:
+    """The cache of one layer with positions 0 … T-1 replaced by `new`."""
+    return jax.lax.dynamic_update_slice(cache, new.swapaxes(1, 2).astype(cache.dtype), (0, 0, 0, 0))
+
+
+def write_token(
+    cache: Float[Array, "B K S H"], new: Float[Array, "B K H"], position: Int[Array, "B"]
+) -> Float[Array, "B K S H"]:
+    """The cache of one layer with each sequence's `position` replaced by `new`; positions past S are dropped."""
+    rows = jnp.arange(cache.shape[0])
+    return cache.at[rows, :, position].set(new.astype(cache.dtype), mode="drop")

@@ -1,0 +1,71 @@
+"""The MLP block: dense over a prompt, masked for accuracy studies, gathered in decoding."""
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+from pallas_kernels import sparse_mlp
+from polarjax.configs import ModelConfig
+from polarjax.model.layers import Maker, add_bias
+from polarjax.types import Array, Bool, Float, Implementation, Int
+
+_ACTIVATIONS = {"relu": jax.nn.relu, "silu": jax.nn.silu, "gelu": lambda x: jax.nn.gelu(x, approximate=False)}
+
+
+class Mlp(nnx.Module):
+    """Neuron-major weights `w_up, w_gate, w_down [F D]`: neuron j is row j of each."""
+
+    def __init__(self, config: ModelConfig, make: Maker):
+        D, F = config.d_model, config.d_ff
+        axes = ("neurons", "embed")
+        self.w_up = make.normal(F, D, axes=axes, fan_in=D)
+        self.w_down = make.normal(F, D, axes=axes, fan_in=F)
+        self.w_gate = make.normal(F, D, axes=axes, fan_in=D) if config.gated_mlp else None
+        self.b_up = self.b_gate = self.b_down = nnx.data(None)
+        if config.mlp_bias:
+            self.b_up = make.constant(F, axes=axes[:1])
+            self.b_gate = make.constant(F, axes=axes[:1]) if config.gated_mlp else None
+            self.b_down = make.constant(D, axes=axes[1:])
+
+
+def neurons(
+    layer: Mlp, x: Float[Array, "... D"], activation: str
+) -> tuple[Float[Array, "... F"], Float[Array, "... F"]]:
+    """Pre-activation and output of every neuron; the pre-activation is the gate's in a gated MLP."""
+    up = add_bias(x @ layer.w_up[...].T, layer.b_up)
+    if layer.w_gate is None:
+        return up, _ACTIVATIONS[activation](up)
+    gate = add_bias(x @ layer.w_gate[...].T, layer.b_gate)
+    return gate, _ACTIVATIONS[activation](gate) * up
+
+
+def combine(
+    layer: Mlp, hidden: Float[Array, "... F"], mask: Bool[Array, "... F"] | None
+) -> Float[Array, "... D"]:
+    """The down-projection of the (selected) neurons' outputs."""
+    hidden = hidden if mask is None else jnp.where(mask, hidden, 0)
+    return add_bias(hidden @ layer.w_down[...], layer.b_down)
+
+
+def selected(
+    layer: Mlp,
+    x: Float[Array, "B D"],
+    index: Int[Array, "k"],
+    *,
+    activation: str,
+    implementation: Implementation,
+) -> Float[Array, "B D"]:
+    """The MLP computed from the selected neurons' rows alone."""
+    value = lambda parameter: None if parameter is None else parameter[...]
+    y = sparse_mlp(
+        x,
+        layer.w_up[...],
+        layer.w_down[...],
+        index,
+        w_gate=value(layer.w_gate),
+        b_up=value(layer.b_up),
+        b_gate=value(layer.b_gate),
+        activation=activation,
+        implementation=implementation,
+    )
+    return add_bias(y, layer.b_down)

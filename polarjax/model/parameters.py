@@ -1,0 +1,57 @@
+"""The parameters of a decoder by dotted path: their shapes, and a decoder made of them."""
+
+import functools
+from collections.abc import Mapping
+from types import MappingProxyType
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+from polarjax.configs import ModelConfig
+from polarjax.errors import CheckpointError
+from polarjax.model.decoder import Decoder
+from polarjax.types import Array
+
+
+def abstract(config: ModelConfig, dtype: jnp.dtype = jnp.float32) -> Decoder:
+    """A decoder of `jax.ShapeDtypeStruct`s: the shapes of all parameters, without memory."""
+    return nnx.eval_shape(lambda: Decoder(config, rngs=nnx.Rngs(0), dtype=dtype))
+
+
+def parameters(model: Decoder) -> dict[str, Array]:
+    """The parameters by dotted path, for example `layers.0.attn.wq`."""
+    leaves, _ = jax.tree_util.tree_flatten_with_path(model)
+    return {_dotted(path): leaf for path, leaf in leaves}
+
+
+@functools.cache
+def shapes(config: ModelConfig) -> Mapping[str, tuple[int, ...]]:
+    """The shape of every parameter by dotted path, in the order of `parameters`."""
+    return MappingProxyType({name: leaf.shape for name, leaf in parameters(abstract(config)).items()})
+
+
+def _dotted(path: tuple) -> str:
+    names = (getattr(entry, "name", getattr(entry, "idx", None)) for entry in path[:-1])
+    return ".".join(map(str, names))
+
+
+def with_parameters(config: ModelConfig, flat: Mapping[str, Array]) -> Decoder:
+    """The decoder that holds the parameters `flat` (as `parameters` names them).
+
+    Raises:
+      CheckpointError: a parameter is missing, unknown, or of the wrong shape.
+    """
+    empty = abstract(config)
+    expected = parameters(empty)
+    wrong = sorted(expected.keys() ^ flat.keys())
+    wrong += [name for name in expected if name in flat and expected[name].shape != flat[name].shape]
+    if wrong:
+        raise CheckpointError(
+            "parameters are missing, unknown or of the wrong shape",
+            where="decoder parameters",
+            got=", ".join(wrong[:10]),
+            expected=f"the {len(expected)} parameters of this config",
+            hint="use the config that belongs to these parameters",
+        )
+    return jax.tree.unflatten(jax.tree.structure(empty), [flat[name] for name in expected])

@@ -1,0 +1,1 @@
+"""What decoding needs of sparsity: plans, routers and the selection itself."""

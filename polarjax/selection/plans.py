@@ -1,0 +1,229 @@
+"""How many neurons and groups each layer keeps."""
+
+import bisect
+import dataclasses
+import math
+from typing import Any
+
+import numpy as np
+
+from polarjax.configs import ModelConfig
+from polarjax.errors import SparsityError
+from polarjax.numeric import plain
+
+
+def dense_above(batch_size: int) -> float:
+    """Fraction of a layer's neurons above which calibration keeps the layer dense at a batch size.
+
+    .8 is the published value. On an H200 (bench/results/sparse_mlp.jsonl) dense is the faster one from .83 on at
+    batches of 1 to 64, with some shapes never; at 256, where the products are bound by arithmetic, from .29 (OPT-6.7B)
+    to .63 (OPT-66B) on. Nothing between was measured.
+    """
+    return 0.8 if batch_size <= 128 else 0.3
+
+
+def check_density(density: float, *, where: str) -> float:
+    """Returns `density`; raises `SparsityError` unless 0 < density <= 1."""
+    density = plain(density)
+    if not (isinstance(density, int | float) and 0 < density <= 1):
+        raise SparsityError(
+            "a density is a fraction of what is kept",
+            where=where,
+            got=repr(density),
+            expected="above 0 and at most 1",
+            hint="pass for example 0.5",
+        )
+    return float(density)
+
+
+def _check_counts(name: str, counts: tuple[int | None, ...]) -> None:
+    if not isinstance(counts, tuple):
+        raise SparsityError(
+            f"the numbers of {name} are not a tuple",
+            where="sparsity plan",
+            got=repr(counts),
+            expected="one number, or None, for each layer",
+            hint="pass a tuple",
+        )
+    for layer, count in enumerate(counts):
+        if count is not None and not (type(count) is int and count > 0):
+            raise SparsityError(
+                f"layer {layer} keeps no usable number of {name}",
+                where="sparsity plan",
+                got=repr(count),
+                expected="a positive whole number, or None for a dense layer",
+                hint="correct the plan",
+            )
+
+
+@dataclasses.dataclass(frozen=True)
+class SparsityPlan:
+    """Static: how many neurons and groups each layer keeps; None means that the layer is dense.
+
+    Attributes:
+      neurons: L entries, k of each layer's MLP.
+      groups: L entries, k of each layer's attention.
+    """
+
+    neurons: tuple[int | None, ...]
+    groups: tuple[int | None, ...]
+
+    def __post_init__(self) -> None:
+        _check_counts("neurons", self.neurons)
+        _check_counts("groups", self.groups)
+        if len(self.neurons) != len(self.groups):
+            raise SparsityError(
+                "the plan's two halves cover different numbers of layers",
+                where="sparsity plan",
+                got=f"{len(self.neurons)} for neurons, {len(self.groups)} for groups",
+                expected="equal lengths",
+                hint="give one entry for each layer in both",
+            )
+
+    def check(self, config: ModelConfig) -> None:
+        """Raises `SparsityError` unless the plan fits a model of this configuration."""
+        if len(self.groups) != config.num_layers:
+            raise SparsityError(
+                "the plan is for another number of layers",
+                where="sparsity plan",
+                got=f"{len(self.groups)} layers",
+                expected=f"{config.num_layers}",
+                hint="calibrate this model: polarjax sparsify",
+            )
+        for name, counts, most in (
+            ("neurons", self.neurons, config.d_ff),
+            ("groups", self.groups, config.num_kv_heads),
+        ):
+            kept = max((count for count in counts if count is not None), default=0)
+            if kept > most:
+                raise SparsityError(
+                    f"the plan keeps more {name} than there are",
+                    where="sparsity plan",
+                    got=str(kept),
+                    expected=f"at most {most}",
+                    hint="calibrate this model: polarjax sparsify",
+                )
+
+
+def dense_plan(config: ModelConfig) -> SparsityPlan:
+    """The plan that keeps everything."""
+    return SparsityPlan((None,) * config.num_layers, (None,) * config.num_layers)
+
+
+def uniform_groups(
+    config: ModelConfig, density: float, *, dense_layers: tuple[int, ...] = (0,)
+) -> tuple[int | None, ...]:
+    """The default group counts: `floor(density * K)`, at least 1, in every layer but `dense_layers`.
+
+    Density 1.0 selects all K groups by index, so that it exercises the sparse path and equals the dense model.
+
+    Raises:
+      SparsityError: the density is not above 0 and at most 1.
+    """
+    density = check_density(density, where="head density")
+    kept = max(1, math.floor(density * config.num_kv_heads + 1e-9))
+    return tuple(None if layer in dense_layers else kept for layer in range(config.num_layers))
+
+
+@dataclasses.dataclass(frozen=True)
+class PlanTable:
+    """Calibrated plans by batch size, and the model they are for.
+
+    Attributes:
+      num_layers, num_neurons, num_groups: L, F, K of the model.
+      batch_sizes: increasing.
+      neurons: for each batch size, k of each layer's MLP (None = dense).
+      recall: for each batch size, the measured recall of the truly active neurons in each layer.
+      head_density: default density of groups in every layer but `dense_layers`.
+      dense_layers: whose attention keeps all groups.
+    """
+
+    num_layers: int
+    num_neurons: int
+    num_groups: int
+    batch_sizes: tuple[int, ...]
+    neurons: tuple[tuple[int | None, ...], ...]
+    recall: tuple[tuple[float, ...], ...]
+    head_density: float = 0.5
+    dense_layers: tuple[int, ...] = (0,)
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "head_density", check_density(self.head_density, where="plan table"))
+        if not all(type(layer) is int and 0 <= layer < self.num_layers for layer in self.dense_layers):
+            raise SparsityError(
+                "a plan table keeps the attention of layers dense that there are not",
+                where="plan table",
+                got=str(self.dense_layers),
+                expected=f"numbers from 0 to {self.num_layers - 1}",
+                hint="run polarjax calibrate again",
+            )
+        sizes = self.batch_sizes
+        counting = all(type(size) is int and size > 0 for size in sizes) and list(sizes) == sorted(set(sizes))
+        if not (counting and len(sizes) == len(self.neurons) == len(self.recall)):
+            raise SparsityError(
+                "a plan table needs increasing batch sizes with one plan each",
+                where="plan table",
+                got=str(sizes),
+                hint="run polarjax calibrate again",
+            )
+        for counts in self.neurons:
+            SparsityPlan(counts, (None,) * self.num_layers)
+
+    def check(self, config: ModelConfig) -> None:
+        """Raises `SparsityError` unless the table was calibrated for a model of this shape."""
+        got = (self.num_layers, self.num_neurons, self.num_groups)
+        expected = (config.num_layers, config.d_ff, config.num_kv_heads)
+        if got != expected:
+            raise SparsityError(
+                "the plans are for another model",
+                where="plan table",
+                got="{} layers, {} neurons, {} groups".format(*got),
+                expected="{}, {}, {}".format(*expected),
+                hint="run polarjax sparsify on this model directory",
+            )
+        for counts in self.neurons:
+            SparsityPlan(counts, (None,) * self.num_layers).check(config)
+
+    def for_batch(
+        self, batch_size: int, config: ModelConfig, head_density: float | None = None
+    ) -> SparsityPlan:
+        """The plan of the next larger batch size in the table; above the largest, dense MLPs.
+
+        Args:
+          batch_size: B that will be decoded.
+          config: the model's configuration.
+          head_density: overrides the table's default.
+        """
+        self.check(config)
+        density = self.head_density if head_density is None else head_density
+        row = bisect.bisect_left(self.batch_sizes, batch_size)
+        dense = (None,) * self.num_layers
+        return SparsityPlan(
+            self.neurons[row] if row < len(self.neurons) else dense,
+            uniform_groups(config, density, dense_layers=self.dense_layers),
+        )
+
+    def to_json(self) -> dict[str, Any]:
+        """A plain dictionary that `from_json` turns back into an equal table."""
+        return dataclasses.asdict(self)
+
+    @classmethod
+    def from_json(cls, data: dict[str, Any]) -> "PlanTable":
+        """Builds a table from `to_json` output; raises `SparsityError` when it is not one."""
+        try:
+            rows = {name: tuple(map(tuple, data[name])) for name in ("neurons", "recall")}
+            rows |= {name: tuple(data[name]) for name in ("batch_sizes", "dense_layers") if name in data}
+            return cls(**{**data, **rows})
+        except (KeyError, TypeError) as error:
+            raise SparsityError(
+                "not a plan table", where="plans", got=str(error), hint="run polarjax calibrate again"
+            ) from error
+
+
+def densities(plan: SparsityPlan, config: ModelConfig) -> dict[str, float]:
+    """Mean fraction over all layers of the neurons and the groups that `plan` keeps."""
+    mean = lambda counts, full: float(np.mean([(count or full) / full for count in counts]))
+    return {
+        "neurons": mean(plan.neurons, config.d_ff),
+        "groups": mean(plan.groups, config.num_kv_heads),
+    }

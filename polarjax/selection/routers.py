@@ -1,0 +1,146 @@
+"""Routers: small learned maps from a layer's attention input to scores of its neurons and groups."""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+
+from polarjax.configs import ModelConfig
+from polarjax.errors import SparsityError
+from polarjax.types import Array, Float
+
+
+def score_groups(
+    x: Float[Array, "... D"], w_group: Float[Array, "D K"], b_group: Float[Array, "K"]
+) -> Float[Array, "... K"]:
+    """Logits that a group is among the important ones, float32; the products are taken in the dtype of `x`."""
+    if _alone(x):
+        return score_groups(_several(x), w_group, b_group)[:1]
+    scores = jnp.dot(x, w_group.astype(x.dtype), preferred_element_type=jnp.float32)
+    return scores + jnp.expand_dims(b_group.astype(jnp.float32), range(x.ndim - 1))
+
+
+def score_neurons(
+    x: Float[Array, "... D"], w_in: Float[Array, "D R"], w_out: Float[Array, "R F"]
+) -> Float[Array, "... F"]:
+    """Logits that a neuron is active, float32; the products are taken in the dtype of `x`."""
+    if _alone(x):
+        return score_neurons(_several(x), w_in, w_out)[:1]
+    hidden = jnp.dot(x, w_in.astype(x.dtype))
+    return jnp.dot(hidden, w_out.astype(x.dtype), preferred_element_type=jnp.float32)
+
+
+def _alone(x: Float[Array, "... D"]) -> bool:
+    """Whether it is one row, which XLA multiplies by a router's narrow matrices in two passes over them."""
+    return x.ndim == 2 and x.shape[0] == 1
+
+
+def _several(x: Float[Array, "1 D"]) -> Float[Array, "8 D"]:
+    return jnp.broadcast_to(x, (8, x.shape[1]))
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class LayerRouter:
+    """The routers of one layer; both read the output of the layer's pre-attention norm.
+
+    Attributes:
+      w_in: first map of the neuron router [D R], or None where neurons are not routed.
+      w_out: its second map [R F]; no bias and nothing between the two, as published.
+      w_group: the group router [D K].
+      b_group: its bias [K].
+    """
+
+    w_in: Float[Array, "D R"] | None
+    w_out: Float[Array, "R F"] | None
+    w_group: Float[Array, "D K"]
+    b_group: Float[Array, "K"]
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Routers:
+    """The learned selector: one `LayerRouter` a layer."""
+
+    layers: tuple[LayerRouter, ...]
+
+    def group_scores(
+        self, layer: int, x: Float[Array, "... D"], *, norms: Float[Array, "... K"] | None = None
+    ) -> Float[Array, "... K"]:
+        """Logits that a group is among the important ones, float32."""
+        del norms
+        return score_groups(x, self.layers[layer].w_group, self.layers[layer].b_group)
+
+    def neuron_scores(
+        self, layer: int, x: Float[Array, "... D"], *, activity: Float[Array, "... F"] | None = None
+    ) -> Float[Array, "... F"]:
+        """Evidence that a neuron is active, above 0, float32: `-log(1 - p)` = softplus of the router's logit.
+
+        Summed over a batch, as decoding does, it ranks neurons by the probability that any token makes them
+        active. The published score is the positive part of the logit: its corner ties all neurons below 0, so
+        that reaching a recall of .99 takes nearly all of them.
+        """
+        del activity
+        router = self.layers[layer]
+        if router.w_in is None or router.w_out is None:
+            raise SparsityError(
+                f"layer {layer} has no neuron router",
+                where="routers",
+                hint="train routers for a ReLU model, or use a plan whose neurons are dense",
+            )
+        return jax.nn.softplus(score_neurons(x, router.w_in, router.w_out))
+
+    def check(self, config: ModelConfig) -> None:
+        """Raises `SparsityError` unless these routers fit a model of this configuration."""
+        if len(self.layers) != config.num_layers:
+            raise SparsityError(
+                "the routers are for another model",
+                where="routers",
+                got=f"{len(self.layers)} layers",
+                expected=f"{config.num_layers}",
+                hint="run polarjax sparsify on this model directory",
+            )
+        for layer, router in enumerate(self.layers):
+            got = {"w_group": router.w_group.shape, "b_group": router.b_group.shape}
+            expected = {"w_group": (config.d_model, config.num_kv_heads), "b_group": (config.num_kv_heads,)}
+            if router.w_in is not None and router.w_out is not None:
+                rank = router.w_in.shape[-1]
+                got |= {"w_in": router.w_in.shape, "w_out": router.w_out.shape}
+                expected |= {"w_in": (config.d_model, rank), "w_out": (rank, config.d_ff)}
+            if got != expected:
+                raise SparsityError(
+                    f"the routers of layer {layer} are for another model",
+                    where="routers",
+                    got=str(got),
+                    expected=str(expected),
+                    hint="run polarjax sparsify on this model directory",
+                )
+
+
+def router_rank(config: ModelConfig) -> int:
+    """R: 1024 as published, but no more than D, beyond which the product of the two maps gains no rank."""
+    return min(1024, config.d_model)
+
+
+def init_routers(
+    config: ModelConfig, key: Array, *, rank: int | None = None, neurons: bool | None = None
+) -> Routers:
+    """Untrained routers, float32. Group routers begin at zero: one linear map needs no symmetry broken.
+
+    Args:
+      config: the model's configuration.
+      key: random key.
+      rank: R of the neuron routers; `router_rank(config)` when None.
+      neurons: whether to make neuron routers; by default for ReLU models.
+    """
+    rank = rank or router_rank(config)
+    neurons = config.neuron_sparsity if neurons is None else neurons
+    D, F, K = config.d_model, config.d_ff, config.num_kv_heads
+
+    def layer(key: Array) -> LayerRouter:
+        keys = jax.random.split(key)
+        normal = lambda key, *shape: jax.random.normal(key, shape, jnp.float32) * shape[0] ** -0.5
+        w_in, w_out = (normal(keys[0], D, rank), normal(keys[1], rank, F)) if neurons else (None, None)
+        return LayerRouter(w_in, w_out, jnp.zeros((D, K)), jnp.zeros((K,)))
+
+    return Routers(tuple(layer(k) for k in jax.random.split(key, config.num_layers)))

@@ -1,0 +1,196 @@
+"""Selection: from scores to the groups of each sequence and the neurons of the batch."""
+
+import dataclasses
+from typing import Protocol, runtime_checkable
+
+import jax
+import jax.numpy as jnp
+
+from pallas_kernels import select_top_k
+from polarjax.configs import ModelConfig
+from polarjax.errors import SparsityError
+from polarjax.selection.plans import SparsityPlan
+from polarjax.types import Array, Bool, Float, Int, Key
+
+
+@runtime_checkable
+class Selector(Protocol):
+    """A pytree that scores groups and neurons; the larger the score, the sooner something is kept."""
+
+    def group_scores(
+        self, layer: int, x: Float[Array, "... D"], *, norms: Float[Array, "... K"] | None = None
+    ) -> Float[Array, "... K"]:
+        """Scores of the groups from the layer's attention input `x`, or from the true `norms`."""
+        ...
+
+    def neuron_scores(
+        self, layer: int, x: Float[Array, "... D"], *, activity: Float[Array, "... F"] | None = None
+    ) -> Float[Array, "... F"]:
+        """Scores of the neurons from the layer's attention input `x`, or from their true `activity`."""
+        ...
+
+    def check(self, config: ModelConfig) -> None:
+        """Raises `SparsityError` when the selector is for another model."""
+        ...
+
+
+def _only_masks(selector: str) -> SparsityError:
+    return SparsityError(
+        f"{selector} selection is for accuracy studies and cannot skip work",
+        where="decode_step",
+        hint="use it with forward or masked perplexity; decode with trained routers or Static",
+    )
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Oracle:
+    """Selects by what routers predict: the true group norms and neuron outputs. Only for `forward`."""
+
+    def group_scores(self, layer, x, *, norms=None):
+        """The true norms."""
+        if norms is None:
+            raise _only_masks("oracle")
+        return norms
+
+    def neuron_scores(self, layer, x, *, activity=None):
+        """The magnitude of each neuron's output."""
+        if activity is None:
+            raise _only_masks("oracle")
+        return jnp.abs(activity.astype(jnp.float32))
+
+    def check(self, config: ModelConfig) -> None:
+        """Fits every model."""
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Random:
+    """Selects at random, anew for every layer and token: the floor that a router must beat. Only for `forward`.
+
+    Attributes:
+      key: random key; the same key gives the same selection for the same shapes.
+    """
+
+    key: Key[Array, ""]
+
+    def _uniform(self, layer: int, kind: int, shape: tuple[int, ...]) -> Float[Array, "..."]:
+        key = jax.random.fold_in(jax.random.fold_in(self.key, layer), kind)
+        return jax.random.uniform(key, shape, jnp.float32)
+
+    def group_scores(self, layer, x, *, norms=None):
+        """Uniform scores."""
+        if norms is None:
+            raise _only_masks("random")
+        return self._uniform(layer, 0, norms.shape)
+
+    def neuron_scores(self, layer, x, *, activity=None):
+        """Uniform scores."""
+        if activity is None:
+            raise _only_masks("random")
+        return self._uniform(layer, 1, activity.shape)
+
+    def check(self, config: ModelConfig) -> None:
+        """Fits every model."""
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Static:
+    """Selects the same groups and neurons for every token.
+
+    Attributes:
+      groups: scores [L K], for example the mean norms over a text.
+      neurons: scores [L F], for example how often each neuron is active, or None.
+    """
+
+    groups: Float[Array, "L K"]
+    neurons: Float[Array, "L F"] | None = None
+
+    def group_scores(self, layer, x, *, norms=None):
+        """The layer's fixed scores for every row of `x`."""
+        scores = self.groups[layer]
+        return jnp.broadcast_to(scores, (*x.shape[:-1], scores.shape[-1]))
+
+    def neuron_scores(self, layer, x, *, activity=None):
+        """The layer's fixed scores for every row of `x`."""
+        if self.neurons is None:
+            raise SparsityError(
+                "this static selector has no scores of neurons",
+                where="Static",
+                hint="pass neurons, or use a plan whose neurons are dense",
+            )
+        scores = self.neurons[layer]
+        return jnp.broadcast_to(scores, (*x.shape[:-1], scores.shape[-1]))
+
+    def check(self, config: ModelConfig) -> None:
+        """Raises `SparsityError` unless the scores are for L layers of K groups (and of F neurons)."""
+        L, K, F = config.num_layers, config.num_kv_heads, config.d_ff
+        for name, scores, expected in (("groups", self.groups, (L, K)), ("neurons", self.neurons, (L, F))):
+            if scores is not None and scores.shape != expected:
+                raise SparsityError(
+                    f"the static scores of {name} are for another model",
+                    where="Static",
+                    got=str(scores.shape),
+                    expected=str(expected),
+                    hint="score the text with this model",
+                )
+
+
+def top_mask(scores: Float[Array, "... n"], k: int) -> Bool[Array, "... n"]:
+    """True at the k largest scores of each row; ties go to the lower index, as in the gathered path."""
+    rows = scores.reshape(-1, scores.shape[-1])
+    index = select_top_k(rows, k, shared=False)
+    mask = jnp.zeros(rows.shape, bool).at[jnp.arange(rows.shape[0])[:, None], index].set(True)
+    return mask.reshape(scores.shape)
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Sparsity:
+    """What to skip: a selector (traced) and a plan (static). Hand it to `forward`, `decode_step` or `generate`.
+
+    Attributes:
+      routers: any `Selector`: trained `Routers`, `Oracle()`, `Random(key)` or `Static(scores)`.
+      plan: how much each layer keeps.
+    """
+
+    routers: Selector
+    plan: SparsityPlan = dataclasses.field(metadata={"static": True})
+
+    def check(self, config: ModelConfig) -> None:
+        """Raises `SparsityError` unless both parts fit a model of this configuration."""
+        self.plan.check(config)
+        self.routers.check(config)
+
+    def group_mask(
+        self, layer: int, x: Float[Array, "... D"], norms: Float[Array, "... K"]
+    ) -> Bool[Array, "... K"] | None:
+        """The groups kept at each token, or None where the layer is dense."""
+        k = self.plan.groups[layer]
+        return None if k is None else top_mask(self.routers.group_scores(layer, x, norms=norms), k)
+
+    def group_index(self, layer: int, x: Float[Array, "B D"]) -> Int[Array, "B k"] | None:
+        """The groups kept for each sequence of a decoding step, ascending, or None where the layer is dense."""
+        k = self.plan.groups[layer]
+        return None if k is None else select_top_k(self.routers.group_scores(layer, x), k, shared=False)
+
+    def neuron_mask(
+        self, layer: int, x: Float[Array, "... D"], activity: Float[Array, "... F"]
+    ) -> Bool[Array, "... F"] | None:
+        """The neurons kept at each token, or None where the layer is dense."""
+        k = self.plan.neurons[layer]
+        if k is None:
+            return None
+        return top_mask(jnp.maximum(self.routers.neuron_scores(layer, x, activity=activity), 0), k)
+
+    def neuron_index(
+        self, layer: int, x: Float[Array, "B D"], live: Bool[Array, "B"] | None = None
+    ) -> Int[Array, "k"] | None:
+        """The neurons kept for the `live` rows of a decoding step, ascending, or None where the layer is dense."""
+        k = self.plan.neurons[layer]
+        if k is None:
+            return None
+        scores = self.routers.neuron_scores(layer, x)
+        counted = scores > 0 if live is None else (scores > 0) & live[:, None]  # false for NaN too
+        return select_top_k(jnp.where(counted, scores, 0), k, shared=True)

@@ -1,0 +1,248 @@
+"""Recording a model's activations to disk, compactly and within a bound."""
+
+import dataclasses
+import functools
+import hashlib
+import json
+import os
+from pathlib import Path
+from typing import cast
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from polarjax import types
+from polarjax.configs import ModelConfig
+from polarjax.errors import InputError
+from polarjax.model import decoder
+from polarjax.model.parameters import parameters
+from polarjax.model.taps import Taps, TapSpec
+from polarjax.progress import task
+from polarjax.sparsity.activations import (
+    Activations,
+    array_specs,
+    is_activations,
+    open_activations,
+    row_bytes,
+    write_meta,
+)
+from polarjax.storage.atomic import absolute, atomic_folder
+
+MAX_BYTES = 32 * 10**9
+HELD_OUT = (0.1, 0.05)
+"""Validation and test; plans are calibrated on the validation text, which therefore is twice the published 5 %."""
+
+_GOLDEN = 0.6180339887498949  # multiples of it, modulo 1, spread evenly
+
+
+@dataclasses.dataclass(frozen=True)
+class Recording:
+    """What `collect` is going to write.
+
+    Attributes:
+      positions: of the recorded tokens in the stream of all windows, ascending [n].
+      part: of each recorded token, uint8 [n]: 0 train, 1 validation, 2 test.
+      offered: tokens in all windows.
+      num_bytes: size on disk.
+    """
+
+    positions: types.Int[np.ndarray, "n"]
+    part: types.UInt8[np.ndarray, "n"]
+    offered: int
+    num_bytes: int
+
+    def __str__(self) -> str:
+        tokens = f"{len(self.part):,}"
+        if len(self.part) < self.offered:
+            tokens = f"{tokens} of {self.offered:,}, evenly spread to fit the bound"
+        return f"{self.num_bytes / 1e6:,.1f} MB of activations ({tokens} tokens)"
+
+
+def plan_recording(
+    config: ModelConfig,
+    dtype: types.DTypeLike,
+    shape: tuple[int, int],
+    *,
+    held_out: tuple[float, float] = HELD_OUT,
+    max_bytes: int = MAX_BYTES,
+    fit: bool = False,
+) -> Recording:
+    """Which tokens of windows [n T] = `shape` would be recorded, in which part, and their size; see `collect`."""
+    count, length = shape
+    part = split_windows(count, held_out)
+    each = row_bytes(config, dtype)
+    positions = kept_positions(count * length, each, max_bytes, fit)
+    return Recording(positions, part[positions // length], count * length, each * len(positions))
+
+
+def collect(
+    model: "decoder.Decoder",
+    windows: types.Int[np.ndarray, "n T"],
+    out_dir: types.Path,
+    *,
+    held_out: tuple[float, float] = HELD_OUT,
+    max_bytes: int = MAX_BYTES,
+    fit: bool = False,
+    overwrite: bool = False,
+    batch_size: int = 8,
+) -> Activations:
+    """Runs the dense model over token windows and writes router inputs, neuron activity, group norms and
+    how far attention turns the residual stream.
+
+    Neuron activity is recorded for ReLU models only, one bit a neuron. The folder appears at `out_dir` when it
+    is complete; an interrupted run leaves nothing there.
+
+    Args:
+      model: the decoder.
+      windows: int [n T], full windows of token ids; T at most the model's positions.
+      out_dir: the folder to make.
+      held_out: fractions of the windows kept for (validation, test): routers never learn from them.
+      max_bytes: bound on the size on disk, which is known before anything is written.
+      fit: when the bound is exceeded, record fewer positions, evenly spread, instead of refusing.
+      overwrite: whether activations already at `out_dir` are replaced.
+      batch_size: windows a forward pass.
+
+    Returns:
+      the activations, memory-mapped.
+
+    Raises:
+      InputError: bad windows, too few of them, or more than `max_bytes`.
+      CheckpointError: `out_dir` exists, or the disk refuses.
+    """
+    config, dtype, out = model.config, model.dtype, absolute(out_dir)
+    windows = check_windows(windows, config)
+    shape = (windows.shape[0], windows.shape[1])
+    recording = plan_recording(config, dtype, shape, held_out=held_out, max_bytes=max_bytes, fit=fit)
+    specs = array_specs(config, dtype, len(recording.positions))
+    with atomic_folder(out, overwrite=overwrite, may_replace=is_activations) as folder:
+        arrays = {name: _allocate(folder / f"{name}.npy", *spec) for name, spec in specs.items()}
+        arrays["part"][:] = recording.part
+        _record_all(model, windows, recording.positions, arrays, min(batch_size, len(windows)))
+        for array in arrays.values():
+            array.flush()
+        write_meta(folder, config, dtype, tokens=len(recording.positions), fingerprint=fingerprint(model))
+    return open_activations(out)
+
+
+def fingerprint(model: "decoder.Decoder") -> str:
+    """SHA-256 of the config and of the first entries of every parameter: tells apart two trainings of one shape."""
+    digest = hashlib.sha256(json.dumps(model.config.to_json(), sort_keys=True).encode())
+    for name, value in parameters(model).items():
+        corner = np.asarray(value[(0,) * (value.ndim - 1)][:16])
+        digest.update(f"{name} {value.dtype} {value.shape}".encode() + corner.tobytes())
+    return digest.hexdigest()
+
+
+def split_windows(
+    count: int, held_out: tuple[float, float], seed: int = 0
+) -> types.UInt8[np.ndarray, "count"]:
+    """The part of each window, drawn at random: 0 train, 1 validation, 2 test.
+
+    A fraction above 0 gets at least one window.
+
+    Raises:
+      InputError: the fractions are unusable, or nothing is left to train on.
+    """
+    if not (min(held_out) >= 0 and sum(held_out) < 1):  # so that NaN fails
+        raise InputError(
+            "unusable fractions of held-out text",
+            where="held_out",
+            got=held_out,
+            expected="two fractions, not negative, whose sum is below 1",
+            hint=f"pass for example {HELD_OUT}",
+        )
+    sizes = [max(1, round(fraction * count)) if fraction > 0 else 0 for fraction in held_out]
+    if sum(sizes) >= count:
+        raise InputError(
+            "the text is too short to train on",
+            got=f"{count} windows",
+            expected=f"at least {sum(fraction > 0 for fraction in held_out) + 1}",
+            hint="give a longer text or a smaller window",
+        )
+    part = np.repeat(np.array([1, 2, 0], np.uint8), [*sizes, count - sum(sizes)])
+    return np.random.default_rng(seed).permutation(part)
+
+
+def kept_positions(offered: int, bytes_each: int, max_bytes: int, fit: bool) -> types.Int[np.ndarray, "kept"]:
+    """Ascending positions of the token stream to record: all of them, or as many as fit, evenly spread.
+
+    One position is taken from each of `kept` equal stretches; where in the stretch varies, so that the spacing
+    does not beat with the window length.
+
+    Raises:
+      InputError: all positions need more than `max_bytes` and `fit` is False, or not even 64 fit.
+    """
+    allowed = min(offered, int(max_bytes) // bytes_each)
+    if allowed < offered and (not fit or allowed < 64):
+        raise InputError(
+            "the activations would be larger than allowed",
+            where="collect",
+            got=f"{offered * bytes_each / 1e9:.3g} GB for {offered:,} tokens",
+            expected=f"at most {max_bytes / 1e9:.3g} GB",
+            hint="raise --max-gb, give less text, or pass --fit to record fewer positions",
+        )
+    edges = np.arange(allowed + 1) * offered // max(allowed, 1)
+    stagger = np.arange(allowed) * _GOLDEN % 1.0
+    return edges[:-1] + (stagger * np.diff(edges)).astype(edges.dtype)
+
+
+def check_windows(
+    windows: types.Int[np.ndarray, "n T"], config: ModelConfig
+) -> types.Int32[np.ndarray, "n T"]:
+    """The windows as int32; raises `InputError` unless they are windows of the model's tokens."""
+    windows = np.asarray(windows)
+    if windows.ndim != 2 or windows.size == 0 or not np.issubdtype(windows.dtype, np.integer):
+        got = f"{windows.dtype} {list(windows.shape)}"
+        raise InputError("not token windows", where="collect", got=got, expected="integers [n T], n, T > 0")
+    if windows.shape[1] > config.max_positions:
+        raise InputError(
+            "the windows are longer than the model's positions",
+            where="collect",
+            got=f"{windows.shape[1]} tokens",
+            expected=f"at most {config.max_positions}",
+            hint="pass a smaller window",
+        )
+    if windows.min() < 0 or windows.max() >= config.vocab_size:
+        raise InputError(
+            "a token id is outside the vocabulary",
+            where="collect",
+            got=f"ids {windows.min()} to {windows.max()}",
+            expected=f"0 to {config.vocab_size - 1}",
+            hint="use the model's own tokenizer",
+        )
+    return windows.astype(np.int32, copy=False)
+
+
+def _allocate(path: Path, shape: tuple[int, ...], dtype: np.dtype) -> np.memmap:
+    """A file-backed array whose blocks are reserved, so that a full disk is an error here and not a crash later."""
+    array = np.lib.format.open_memmap(path, mode="w+", dtype=dtype, shape=shape)
+    if hasattr(os, "posix_fallocate"):
+        with path.open("r+b") as file:
+            os.posix_fallocate(file.fileno(), 0, path.stat().st_size)
+    return array
+
+
+def _record_all(
+    model: "decoder.Decoder", windows: np.ndarray, kept: np.ndarray, arrays: dict[str, np.memmap], batch: int
+) -> None:
+    """Forward passes of `batch` windows; the last one is filled up with repeats, so that there is one trace."""
+    count, length = windows.shape
+    spec = TapSpec(activity="activity" in arrays)
+    with task("collect activations", count, "windows") as advance:
+        for start in range(0, count, batch):
+            stop = min(start + batch, count)
+            taps = _taps(model, windows[np.arange(start, start + batch) % count], spec)
+            low, high = np.searchsorted(kept, (start * length, stop * length))
+            rows = kept[low:high] - start * length
+            for name in arrays.keys() - {"part"}:
+                for layer, record in enumerate(getattr(taps, name)):
+                    flat = np.asarray(record).reshape(batch * length, *record.shape[2:])
+                    arrays[name][layer, low:high] = flat[rows].view(arrays[name].dtype)
+            advance(stop - start)
+
+
+@functools.partial(jax.jit, static_argnames="spec")
+def _taps(model: "decoder.Decoder", tokens: types.Int[types.Array, "b T"], spec: TapSpec) -> Taps:
+    lengths = jnp.full(tokens.shape[:1], tokens.shape[1], jnp.int32)
+    return cast(Taps, decoder.forward(model, tokens, lengths, taps=spec)[1])

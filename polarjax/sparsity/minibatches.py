@@ -1,0 +1,50 @@
+"""Training tokens in minibatches, from memory or from disk."""
+
+from collections.abc import Iterator
+
+import jax
+import numpy as np
+
+from polarjax.sparsity.activations import Activations
+from polarjax.sparsity.objectives import Task
+from polarjax.types import Array, Float, Int, Num
+
+
+class Feed:
+    """The training tokens of each epoch in a new order, in pieces that fit in memory.
+
+    All pieces of all epochs have one shape; when there is one piece, it stays on the device.
+    """
+
+    def __init__(
+        self, activations: Activations, task: Task, rows: np.ndarray, *, batch: int, memory_bytes: int
+    ):
+        self._activations, self._task, self._rows = activations, task, rows
+        self.batch = min(batch, len(rows))
+        one = sum(array.nbytes for array in self._read(rows[:1]))
+        most = max(self.batch, memory_bytes // one)
+        self.pieces = min(-(-len(rows) // most), len(rows) // self.batch)
+        self.steps = len(rows) // self.pieces // self.batch
+        self._resident = jax.device_put(self._read(rows)) if self.pieces == 1 else None
+
+    def epoch(self, order: np.random.Generator) -> Iterator[tuple[Array, Array, Int[np.ndarray, "steps b"]]]:
+        """Yields router inputs [L m D], records [L m n], and for each step which of the m rows it takes."""
+        places = order.permutation(len(self._rows))
+        size = self.steps * self.batch
+        for piece in range(self.pieces):
+            if self._resident is not None:
+                yield *self._resident, places[:size].reshape(self.steps, self.batch)
+            else:
+                chosen = np.sort(places[piece * size : (piece + 1) * size])
+                index = order.permutation(len(chosen)).reshape(-1, self.batch)
+                yield *jax.device_put(self._read(self._rows[chosen])), index
+
+    def _read(self, rows: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        return read(self._activations, self._task, rows)
+
+
+def read(
+    activations: Activations, task: Task, rows: np.ndarray
+) -> tuple[Float[np.ndarray, "L m D"], Num[np.ndarray, "L m n"]]:
+    """Router inputs, and the records that the task's labels are made of, at `rows`."""
+    return activations.router_inputs(rows), activations.records(task.record, rows)

@@ -1,0 +1,149 @@
+"""What the two kinds of router learn: their weights, scores, labels, loss and measure of success."""
+
+import dataclasses
+from typing import ClassVar, Literal
+
+import jax.numpy as jnp
+import optax
+
+from polarjax.model.taps import unpack
+from polarjax.selection.routers import LayerRouter, score_groups, score_neurons
+from polarjax.selection.selectors import top_mask
+from polarjax.sparsity.activations import Record
+from polarjax.types import Array, Bool, Float, Num, UInt8
+
+type Weights = dict[str, Array]
+type Counts = dict[str, Float[Array, ""]]
+Objective = Literal["top", "norms"]
+
+
+@dataclasses.dataclass(frozen=True)
+class NeuronTask:
+    """Predict which neurons are active. Static under `jax.jit`.
+
+    Attributes:
+      num_neurons: F.
+    """
+
+    num_neurons: int
+    name: ClassVar[str] = "neurons"
+    record: ClassVar[Record] = "activity"
+    fields: ClassVar[tuple[str, ...]] = ("w_in", "w_out")
+    criterion: ClassVar[str] = "f1"
+
+    def scores(self, weights: Weights, x: Float[Array, "b D"]) -> Float[Array, "b F"]:
+        """Logits, by the function that decoding uses."""
+        return score_neurons(x, weights["w_in"], weights["w_out"])
+
+    def labels(self, packed: UInt8[Array, "b bytes"]) -> Bool[Array, "b F"]:
+        """Whether each neuron's pre-activation was positive."""
+        return unpack(packed, self.num_neurons)
+
+    def loss(self, scores: Float[Array, "b F"], packed: UInt8[Array, "b bytes"]) -> Float[Array, ""]:
+        """Cross-entropy with the published weights: a positive counts 1, a negative `mean(label) + 0.005`."""
+        label = self.labels(packed).astype(jnp.float32)
+        return _weighted_entropy(scores, label, jnp.mean(label) + 0.005)
+
+    def value(self, packed: UInt8[Array, "b bytes"]) -> Float[Array, "b F"]:
+        """What each neuron is worth keeping: 1 where it is active."""
+        return self.labels(packed).astype(jnp.float32)
+
+    def said(self, scores: Float[Array, "b F"]) -> Bool[Array, "b F"]:
+        """The neurons called active."""
+        return scores >= 0
+
+    def chosen(self, scores: Float[Array, "b F"]) -> Bool[Array, "b F"]:
+        """The neurons predicted as active."""
+        return scores >= 0
+
+
+@dataclasses.dataclass(frozen=True)
+class GroupTask:
+    """Predict which groups have the largest norms. Static under `jax.jit`.
+
+    Attributes:
+      kept: how many groups of each token are positive, and are selected.
+      objective: "top" predicts whether a group is among the `kept` of the largest norms; "norms" predicts the norms,
+        which serves any number of groups and knows by how much one matters more than another. Both are published.
+    """
+
+    kept: int
+    objective: Objective = "top"
+    name: ClassVar[str] = "groups"
+    record: ClassVar[Record] = "norms"
+    fields: ClassVar[tuple[str, ...]] = ("w_group", "b_group")
+
+    @property
+    def criterion(self) -> str:
+        """What the best epoch is chosen by: the positives found, or how much of their squared norms."""
+        return "selected" if self.objective == "top" else "captured"
+
+    def scores(self, weights: Weights, x: Float[Array, "b D"]) -> Float[Array, "b K"]:
+        """Logits, by the function that decoding uses."""
+        return score_groups(x, weights["w_group"], weights["b_group"])
+
+    def labels(self, norms: Float[Array, "b K"]) -> Bool[Array, "b K"]:
+        """Whether each group is among the `kept` largest of its token."""
+        return top_mask(norms, self.kept)
+
+    def loss(self, scores: Float[Array, "b K"], norms: Float[Array, "b K"]) -> Float[Array, ""]:
+        """Cross-entropy with the published weights (a positive counts 1, a negative `mean(label)`), or the squared
+        error of the norms, as multiples of the minibatch's mean."""
+        if self.objective == "norms":
+            return jnp.mean(jnp.square(scores - norms / jnp.maximum(jnp.mean(norms), 1e-20)))
+        label = self.labels(norms).astype(jnp.float32)
+        return _weighted_entropy(scores, label, jnp.mean(label))
+
+    def value(self, norms: Float[Array, "b K"]) -> Float[Array, "b K"]:
+        """What each group is worth keeping: its squared norm."""
+        return jnp.square(norms)
+
+    def said(self, scores: Float[Array, "b K"]) -> Bool[Array, "b K"]:
+        """The groups called positive: by their logits, or the selected ones where norms are predicted."""
+        return scores >= 0 if self.objective == "top" else self.chosen(scores)
+
+    def chosen(self, scores: Float[Array, "b K"]) -> Bool[Array, "b K"]:
+        """The groups that decoding would select."""
+        return top_mask(scores, self.kept)
+
+
+type Task = NeuronTask | GroupTask
+
+
+def weights_of(task: Task, router: LayerRouter) -> Weights:
+    """The leaves of `router` that the task trains."""
+    return {name: getattr(router, name) for name in task.fields}
+
+
+def loss(task: Task, weights: Weights, x: Float[Array, "b D"], record: Num[Array, "b n"]) -> Float[Array, ""]:
+    """The task's mean loss of a minibatch."""
+    return task.loss(task.scores(weights, x), record)
+
+
+def _weighted_entropy(
+    scores: Float[Array, "b n"], label: Float[Array, "b n"], negative: Float[Array, ""]
+) -> Float[Array, ""]:
+    """Mean binary cross-entropy; a positive counts 1, a negative `negative`."""
+    entropy = optax.sigmoid_binary_cross_entropy(scores, label)
+    return jnp.mean(entropy * jnp.where(label > 0, 1.0, negative))
+
+
+def count(
+    task: Task, weights: Weights, x: Float[Array, "b D"], record: Num[Array, "b n"], real: Bool[Array, "b"]
+) -> Counts:
+    """Over the `real` rows: positives, those called so, the right ones among these, the positives among what is
+    chosen, and the value of the positives and of what is chosen."""
+    scores = task.scores(weights, x)
+    label = task.labels(record) & real[:, None]
+    said = task.said(scores) & real[:, None]
+    total = lambda mask: jnp.sum(mask, dtype=jnp.float32)
+    chosen = task.chosen(scores) & real[:, None]
+    value = task.value(record)
+    return {
+        "positive": total(label),
+        "said": total(said),
+        "right": total(said & label),
+        "found": total(chosen & label),
+        "reachable": total(jnp.where(label, value, 0)),
+        "captured": total(jnp.where(chosen, value, 0)),
+    }

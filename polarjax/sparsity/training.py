@@ -1,0 +1,270 @@
+"""Training routers from recorded activations: all layers in one vmapped step."""
+
+import dataclasses
+import functools
+import math
+from collections.abc import Callable
+from typing import Any, cast, get_args
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+
+from polarjax.configs import ModelConfig
+from polarjax.errors import InputError, SparsityError
+from polarjax.progress import task as progress
+from polarjax.selection.plans import check_density
+from polarjax.selection.routers import LayerRouter, Routers, init_routers
+from polarjax.sparsity.activations import Activations
+from polarjax.sparsity.early_stopping import Best
+from polarjax.sparsity.minibatches import Feed, read
+from polarjax.sparsity.objectives import (
+    GroupTask,
+    NeuronTask,
+    Objective,
+    Task,
+    Weights,
+    count,
+    loss,
+    weights_of,
+)
+from polarjax.types import Array, Float, Int, Key, Num
+
+EVALUATION_ROWS = 512
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class TrainOptions:
+    """How routers are trained; the defaults are the published ones.
+
+    Attributes:
+      learning_rate, weight_decay: of AdamW.
+      neuron_batch, group_batch: tokens a step, for the neuron and the group routers.
+      max_epochs: passes over the training tokens, at most.
+      patience: a layer stops after so many epochs without a gain on the validation tokens.
+      good_enough: a layer stops when its f1 (neurons) or `selected` (groups, objective "top") exceeds this.
+      group_objective: what the group routers learn: "top" or "norms", see `GroupTask`.
+      rank: R of the neuron routers; None takes `router_rank(config)`.
+      memory_bytes: training tokens are kept on the device up to this size, and read from disk beyond it.
+    """
+
+    learning_rate: float = 1e-4
+    weight_decay: float = 0.01
+    neuron_batch: int = 64
+    group_batch: int = 64
+    max_epochs: int = 20
+    patience: int = 5
+    good_enough: float = 0.99
+    group_objective: Objective = "top"
+    rank: int | None = None
+    memory_bytes: int = 4 * 10**9
+
+    def __post_init__(self) -> None:
+        if self.group_objective not in get_args(Objective):
+            expected = " | ".join(get_args(Objective))
+            raise InputError(
+                "no such objective", where="group objective", got=self.group_objective, expected=expected
+            )
+        whole = ("neuron_batch", "group_batch", "max_epochs", "patience", "memory_bytes")
+        for name in (*whole, "learning_rate", *(["rank"] if self.rank is not None else [])):
+            value = getattr(self, name)
+            if not (value > 0 and math.isfinite(value)):
+                raise InputError(f"{name} is not usable", where="TrainOptions", got=value, expected="above 0")
+
+
+@dataclasses.dataclass(frozen=True)
+class Quality:
+    """How well the routers of one kind predict the validation tokens; one entry a layer.
+
+    Attributes:
+      recall, precision, f1: micro-averaged, a logit of at least 0 being a yes (of norms: being selected).
+      selected: the share of the positives among what would be selected: the top k for groups; for neurons, whose
+        k depends on the batch size, those with a logit of at least 0 (so it equals the recall).
+      captured: the same, each group counting by its squared norm.
+      epoch: the epoch whose weights were kept, from 1.
+    """
+
+    recall: tuple[float, ...]
+    precision: tuple[float, ...]
+    f1: tuple[float, ...]
+    selected: tuple[float, ...]
+    captured: tuple[float, ...]
+    epoch: tuple[int, ...]
+
+
+@dataclasses.dataclass(frozen=True)
+class TrainReport:
+    """What came out of a training, measured with the routers in the dtype that they are served in.
+
+    The measure that picks a layer's best epoch is f1 for neurons and `selected` for groups (`captured` where norms
+    are predicted): a recall at a threshold is won by saying yes to everything.
+    """
+
+    neurons: Quality | None
+    groups: Quality
+    train_tokens: int
+    validation_tokens: int
+    head_density: float
+
+    def to_json(self) -> dict[str, Any]:
+        """A plain dictionary."""
+        return dataclasses.asdict(self)
+
+
+def train_routers(
+    activations: Activations,
+    config: ModelConfig,
+    key: Key[Array, ""],
+    *,
+    head_density: float = 0.5,
+    neurons: bool | None = None,
+    options: TrainOptions | None = None,
+) -> tuple[Routers, TrainReport]:
+    """Learns to predict active neurons (ReLU models) and the groups with the largest norms, in every layer.
+
+    Training is in float32; the routers come back in the model's dtype.
+
+    Args:
+      activations: of this model, with a train and a validation part.
+      config: the model's configuration.
+      key: random key: initial weights and the order of tokens.
+      head_density: a token's `floor(head_density * K)` groups of largest norm are the positives.
+      neurons: whether to train neuron routers too; by default for ReLU models.
+      options: the published ones when None.
+
+    Raises:
+      SparsityError: activations of another model, a bad density, or training that diverges.
+      InputError: there is nothing to train on or to validate with.
+    """
+    options = options or TrainOptions()
+    density = check_density(head_density, where="head density")
+    activations.check(config)
+    for part in ("train", "validation"):
+        if len(activations.rows(part)) == 0:
+            hint = "collect them with validation text held out"
+            raise InputError(f"the activations have no {part} tokens", where="train_routers", hint=hint)
+    initial_key, neuron_key, group_key = jax.random.split(key, 3)
+    neurons = config.neuron_sparsity if neurons is None else neurons
+    initial = _stack(init_routers(config, initial_key, rank=options.rank, neurons=neurons))
+    kept = max(1, math.floor(density * config.num_kv_heads + 1e-9))
+    groups = GroupTask(kept, options.group_objective)
+    weights, quality = fit(groups, weights_of(groups, initial), activations, group_key, options)
+    neuron_quality = None
+    if neurons:
+        task = NeuronTask(config.d_ff)
+        found, neuron_quality = fit(task, weights_of(task, initial), activations, neuron_key, options)
+        weights |= found
+    report = TrainReport(
+        neuron_quality, quality, len(activations.rows("train")), len(activations.rows("validation")), density
+    )
+    return _unstack(dataclasses.replace(initial, **weights), config.num_layers), report
+
+
+def fit(
+    task: Task, weights: Weights, activations: Activations, key: Key[Array, ""], options: TrainOptions
+) -> tuple[Weights, Quality]:
+    """Trains stacked float32 weights [L …]; returns each layer's best, in the model's dtype, and their quality."""
+    batch = options.neuron_batch if isinstance(task, NeuronTask) else options.group_batch
+    feed = Feed(activations, task, activations.rows("train"), batch=batch, memory_bytes=options.memory_bytes)
+    order = np.random.default_rng(np.asarray(jax.random.bits(key, (4,), jnp.uint32)))
+    good_enough = 1.0 if task.criterion == "captured" else options.good_enough  # alike norms are soon .99
+    limits: dict[str, Any] = {"patience": options.patience, "good_enough": good_enough}
+    best, weights = Best.start(weights), jax.tree.map(jnp.copy, weights)  # the copy is donated to each step
+    optimiser_state = jax.vmap(_optimiser(options).init)(weights)
+    with progress(f"train {task.name}", options.max_epochs, "epochs") as advance:
+        for epoch in range(1, options.max_epochs + 1):
+            for piece in feed.epoch(order):
+                weights, optimiser_state, losses = _steps(task, options, weights, optimiser_state, *piece)
+                _check_finite(losses, options)
+            measured = getattr(measure(task, weights, activations), task.criterion)
+            best = best.update(weights, np.asarray(measured), epoch, **limits)
+            if best.done.all():
+                advance(options.max_epochs + 1 - epoch, best.note(task))
+                break
+            advance(note=best.note(task))
+    served = {name: value.astype(activations.dtype) for name, value in best.weights.items()}
+    quality = measure(task, served, activations)
+    return served, dataclasses.replace(quality, epoch=tuple(best.epoch.tolist()))
+
+
+def _optimiser(options: TrainOptions) -> optax.GradientTransformation:
+    return optax.adamw(options.learning_rate, weight_decay=options.weight_decay)
+
+
+@functools.partial(jax.jit, static_argnames=("task", "options"), donate_argnames=("weights", "state"))
+def _steps(
+    task: Task,
+    options: TrainOptions,
+    weights: Weights,
+    state: optax.OptState,
+    inputs: Float[Array, "L m D"],
+    records: Num[Array, "L m n"],
+    order: Int[Array, "steps b"],
+) -> tuple[Weights, optax.OptState, Float[Array, "L"]]:
+    """One step of every layer for each row of `order`; returns the mean losses too."""
+    optimiser = _optimiser(options)
+
+    def layer_step(weights: Weights, state: optax.OptState, x: Array, record: Array):
+        value, gradient = jax.value_and_grad(functools.partial(loss, task))(
+            weights, x.astype(jnp.float32), record
+        )
+        change, state = optimiser.update(gradient, state, weights)
+        return cast(Weights, optax.apply_updates(weights, change)), state, value
+
+    def step(carry, rows):
+        weights, state = carry
+        weights, state, value = jax.vmap(layer_step)(weights, state, inputs[:, rows], records[:, rows])
+        return (weights, state), value
+
+    (weights, state), values = jax.lax.scan(step, (weights, state), order)
+    return weights, state, jnp.mean(values, 0)
+
+
+def measure(task: Task, weights: Weights, activations: Activations) -> Quality:
+    """Quality of stacked weights [L …] on the validation tokens, computed in the dtype of the weights."""
+    rows = activations.rows("validation")
+    totals: dict[str, np.ndarray] = {}
+    for start in range(0, len(rows), EVALUATION_ROWS):
+        block = np.resize(rows[start : start + EVALUATION_ROWS], min(len(rows), EVALUATION_ROWS))
+        real = np.arange(len(block)) < len(rows) - start
+        inputs, records = read(activations, task, block)
+        for name, value in _counts(task, weights, inputs, records, real).items():
+            totals[name] = totals.get(name, 0.0) + np.asarray(value, np.float64)
+    ratio = lambda top, bottom: tuple(
+        np.divide(top, bottom, out=np.ones_like(top), where=bottom > 0).tolist()
+    )
+    return Quality(
+        recall=ratio(totals["right"], totals["positive"]),
+        precision=ratio(totals["right"], totals["said"]),
+        f1=ratio(2 * totals["right"], totals["said"] + totals["positive"]),
+        selected=ratio(totals["found"], totals["positive"]),
+        captured=ratio(totals["captured"], totals["reachable"]),
+        epoch=(0,) * len(totals["right"]),
+    )
+
+
+@functools.partial(jax.jit, static_argnames="task")
+def _counts(task: Task, weights: Weights, inputs: Array, records: Array, real: Array) -> dict[str, Array]:
+    inputs = inputs.astype(next(iter(weights.values())).dtype)
+    of_layer: Callable[..., dict[str, Array]] = lambda w, x, record: count(task, w, x, record, real)
+    return jax.vmap(of_layer)(weights, inputs, records)
+
+
+def _check_finite(losses: Array, options: TrainOptions) -> None:
+    bad = np.flatnonzero(~np.isfinite(np.asarray(losses)))
+    if len(bad):
+        raise SparsityError(
+            "training diverged or the activations are not finite",
+            where=f"the router of layer {bad[0]}",
+            got=f"loss {losses[bad[0]]} at learning rate {options.learning_rate}",
+            hint="lower the learning rate, or check the model with generate",
+        )
+
+
+def _stack(routers: Routers) -> LayerRouter:
+    return jax.tree.map(lambda *leaves: jnp.stack(leaves), *routers.layers)
+
+
+def _unstack(stacked: LayerRouter, layers: int) -> Routers:
+    return Routers(tuple(jax.tree.map(lambda leaf: leaf[i], stacked) for i in range(layers)))  # noqa: B023

@@ -1,0 +1,210 @@
+"""Named arrays on disk: an orbax checkpoint written piece by piece, with a record that catches damage.
+
+Orbax's current format has no checksum over uncompressed array data, so the record keeps one for every file.
+"""
+
+import contextlib
+import glob
+import os
+import re
+import sys
+import threading
+from collections.abc import Iterator, Mapping
+from concurrent.futures import Future, ThreadPoolExecutor, wait
+from pathlib import Path
+from typing import Any, Self
+
+import jax
+import numpy as np
+from orbax.checkpoint.experimental import v1 as ocp
+
+from polarjax.storage.orbax import orbax_errors, plain_path, quiet_threads, saving_context, settled
+from polarjax.storage.record import Record, digest, digests, files, identity, verify
+from polarjax.types import Array, DTypeLike
+
+BATCH_BYTES = 3 << 26  # small arrays are written together, up to this many bytes
+_ROOM = "make room, or choose a folder that can be written"
+_OPEN = 64  # files that may wait for their hash, held open: a process may not hold many
+_LARGE = 1 << 20  # smaller files are hashed at the end: some are written again by then
+
+
+class ArrayWriter:
+    """Writes named arrays one after another, holding little more than the two largest in memory.
+
+    While a batch is gathered, the one before is written and the files of the one before that are hashed, each by a
+    thread of its own. Memory for the arrays can be had here (`reserve`): two blocks, used in turns, because a system
+    hands out fresh memory more slowly than it copies.
+
+    To be used in a `with` block: threads may be writing when an exception ends the work.
+
+    Args:
+      folder: where the orbax checkpoint will be; must not exist.
+      batch_bytes: arrays are gathered up to this size before they are written.
+    """
+
+    def __init__(self, folder: Path, *, batch_bytes: int = BATCH_BYTES):
+        self._folder = folder
+        self._limit = batch_bytes
+        self._batch: dict[str, np.ndarray] = {}
+        self._blocks: list[np.ndarray] = []
+        self._arrays: dict[str, dict[str, Any]] = {}
+        self._digests: dict[tuple[int, ...], Future[dict[str, Any]]] = {}
+        self._opened = contextlib.ExitStack()
+        self._writer, self._hasher = ThreadPoolExecutor(1), ThreadPoolExecutor(1, initializer=_give_way)
+        self._written: Future[None] | None = None
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.stop()
+
+    @property
+    def arrays(self) -> dict[str, dict[str, Any]]:
+        """Shape and dtype of everything added so far, by name."""
+        return self._arrays
+
+    def reserve(self, size: int) -> np.ndarray:
+        """Memory of `size` bytes in which the next array can be made, uint8 [size].
+
+        What is held is written out first if `size` more bytes would exceed the batch. Without an `add` the next call
+        gives the same memory.
+        """
+        self._make_room(size)
+        if size > self._limit:
+            return np.empty(size, np.uint8)
+        if not self._blocks:
+            self._blocks = [np.empty(self._limit, np.uint8) for _ in range(2)]
+        held = self._held()
+        return self._blocks[0][held : held + size]
+
+    def add(self, name: str, array: np.ndarray) -> None:
+        """Adds an array; it must not be changed afterwards."""
+        self._make_room(array.nbytes)
+        self._batch[name] = array
+        self._arrays[name] = {"shape": list(array.shape), "dtype": array.dtype.name}
+
+    def close(self) -> Record:
+        """Finishes the checkpoint and returns its record."""
+        self._write()
+        self._wait()
+        with self._writing() as path:
+            ocp.partial.finalize(path)
+        known = {identity: digest.result() for identity, digest in self._digests.items()}
+        self.stop()
+        return {"arrays": self._arrays, "files": digests(self._folder, files(self._folder), known=known)}
+
+    def stop(self) -> None:
+        """Lets what is being written come to an end; nothing more is written."""
+        self._writer.shutdown(cancel_futures=True)
+        self._hasher.shutdown(cancel_futures=True)
+        self._opened.close()
+
+    def _held(self) -> int:
+        return sum(array.nbytes for array in self._batch.values())
+
+    def _make_room(self, size: int) -> None:
+        if self._batch and self._held() + size > self._limit:
+            self._write()
+
+    def _write(self) -> None:
+        batch, self._batch = self._batch, {}
+        if batch:
+            self._wait()
+            self._blocks.reverse()  # the other block was written
+            self._written = self._writer.submit(self._save, batch)
+
+    def _wait(self) -> None:
+        """Waits for the batch before; raises what its writing raised."""
+        if self._written is not None:
+            written, self._written = self._written, None
+            written.result()
+
+    def _save(self, batch: dict[str, np.ndarray]) -> None:
+        with self._writing() as path, saving_context():
+            ocp.partial.save(path, batch)
+        batch.clear()
+        wait(list(self._digests.values())[:-_OPEN])
+        for file in self._folder.parent.glob(f"{glob.escape(self._folder.name)}*/**/*"):
+            if file.is_file() and file.stat().st_size >= _LARGE and identity(file) not in self._digests:
+                # Opened now: it may have another name by then.
+                stream = self._opened.enter_context(open(file, "rb"))  # noqa: SIM115
+                self._digests[identity(file)] = self._hasher.submit(digest, stream)
+
+    @contextlib.contextmanager
+    def _writing(self) -> Iterator[str]:
+        with (
+            orbax_errors("cannot write the arrays", self._folder, _ROOM),
+            quiet_threads(),
+            settled(self._folder.parent),
+            plain_path(self._folder) as path,
+        ):
+            try:
+                yield path
+            except (ValueError, RuntimeError) as error:
+                if refused := re.search(r"os_error_code='(\d+)'", str(error)):
+                    raise OSError(int(refused[1]), os.strerror(int(refused[1]))) from error
+                raise
+
+
+def read_arrays(
+    folder: Path,
+    record: Record,
+    *,
+    dtype: DTypeLike | None = None,
+    shardings: Mapping[str, jax.sharding.Sharding] | None = None,
+    hint: str,
+) -> dict[str, Array]:
+    """Reads back everything that a record names, after checking that no file changed.
+
+    Args:
+      folder: the orbax checkpoint.
+      record: what `ArrayWriter.close` returned.
+      dtype: to convert to; None keeps the stored one.
+      shardings: where each array goes; None puts all on the default device.
+      hint: told to the reader when files are damaged.
+
+    Raises:
+      CheckpointError: a file is missing or has changed, or the record does not fit.
+    """
+    verify(folder, record, hint=hint)
+    device = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
+    targets = {
+        name: jax.ShapeDtypeStruct(
+            tuple(entry["shape"]),
+            np.dtype(entry["dtype"] if dtype is None else dtype),
+            sharding=device if shardings is None else shardings[name],
+        )
+        for name, entry in record["arrays"].items()
+    }
+    with orbax_errors("the arrays cannot be read", folder, hint), plain_path(folder) as path:
+        return ocp.load(path, targets)
+
+
+def read_array(folder: Path, name: str, record: Record, *, hint: str) -> np.ndarray:
+    """Reads back one array alone, on the host where JAX has a CPU backend; the files are not checked (`verify`).
+
+    Raises:
+      CheckpointError: it cannot be read.
+    """
+    entry = record["arrays"][name]
+    sharding = jax.sharding.SingleDeviceSharding(_host())
+    target = jax.ShapeDtypeStruct(tuple(entry["shape"]), np.dtype(entry["dtype"]), sharding=sharding)
+    context = ocp.Context()
+    context.pytree_options.loading.partial_load = True
+    with orbax_errors("the array cannot be read", folder, hint), plain_path(folder) as path, context:
+        return np.asarray(ocp.load(path, {name: target})[name])
+
+
+def _give_way() -> None:
+    """Lets other threads go before the calling one, where threads have priorities of their own."""
+    if sys.platform == "linux":
+        thread = threading.get_native_id()
+        os.setpriority(os.PRIO_PROCESS, thread, max(15, os.getpriority(os.PRIO_PROCESS, thread)))
+
+
+def _host() -> Any:
+    try:
+        return jax.local_devices(backend="cpu")[0]
+    except RuntimeError:  # JAX was started without its CPU backend
+        return jax.local_devices()[0]

@@ -1,0 +1,277 @@
+"""Folders and files on disk that appear whole or not at all, and JSON files.
+
+What is being made lies beside its place under a name of its own, `.NAME.polarjax-tmp-TOKEN`; with `.old` after it, what
+stood there before, for the moment of the change. Whoever holds the lock on the file with `.lock` after it owns the
+three; the system releases it when the process dies, and the next one that wants the same place clears up.
+"""
+
+import contextlib
+import fcntl
+import glob
+import json
+import os
+import secrets
+import shutil
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any, TextIO
+
+from polarjax.errors import CheckpointError
+
+_MARK = ".polarjax-tmp-"
+_LOCK, _OLD = ".lock", ".old"
+
+type MayReplace = Callable[[Path], bool]
+
+
+@contextlib.contextmanager
+def atomic_folder(
+    path: Path,
+    *,
+    overwrite: bool = False,
+    may_replace: MayReplace | None = None,
+    num_bytes: int = 0,
+    obsolete: Path | None = None,
+) -> Iterator[Path]:
+    """Yields a temporary sibling folder that becomes `path` when the block ends, and is removed if it raises.
+
+    Its files are flushed to the disk before the rename. Temporary folders that an earlier, killed process left
+    beside `path` are removed first; those of a process still running are left alone.
+
+    Args:
+      path: the folder to make; its parents are made too.
+      overwrite: whether an existing `path` may be replaced.
+      may_replace: whether what exists at `path` is of the kind that may be replaced; asked only with `overwrite`.
+      num_bytes: that the files will have at least, if known; the disk must have room for so many.
+      obsolete: a file that means nothing beside the new folder; it is removed just before the folder appears.
+
+    Raises:
+      CheckpointError: `path` exists and must not be replaced, the disk refuses or has too little room, or a file
+        that is read meanwhile can't be.
+    """
+    path = absolute(path)
+    _check_name(path)
+    with _refusals(path):
+        remove_stale(path)
+        _check_free(path, overwrite, may_replace)
+        _check_room(path, num_bytes)
+        with _claimed(path) as temporary:
+            temporary.mkdir()
+            yield temporary
+            _flush(temporary)
+            _check_free(path, overwrite, may_replace)  # something may have come meanwhile
+            if obsolete is not None:
+                obsolete.unlink(missing_ok=True)
+            _put(temporary, path)
+
+
+@contextlib.contextmanager
+def atomic_file(path: Path, *, overwrite: bool = False) -> Iterator[TextIO]:
+    """Yields a text stream whose content is at `path` once the block ends; nothing is there if it raises.
+
+    Raises:
+      CheckpointError: `path` exists and must not be replaced, is a directory, the disk refuses, or a file that is
+        read meanwhile can't be.
+    """
+    path = absolute(path)
+    with _refusals(path):
+        remove_stale(path)
+        _check_free(path, overwrite, None)
+        if path.is_dir():
+            hint = "choose another name for the file"
+            raise CheckpointError("a directory is in the way", where=path, hint=hint)
+        with _claimed(path) as temporary:
+            with open(temporary, "x", encoding="utf-8") as stream:
+                yield stream
+                stream.flush()
+                os.fsync(stream.fileno())
+            _check_free(path, overwrite, None)
+            temporary.replace(path)
+            _sync(path.parent)
+
+
+def absolute(path: str | os.PathLike[str]) -> Path:
+    """`path` with `~` expanded, relative to nothing, without `..`; symbolic links are kept."""
+    return Path(os.path.abspath(Path(path).expanduser()))
+
+
+def check_writable(folder: Path) -> None:
+    """Raises `CheckpointError` unless files can be made in a folder: before long work whose result belongs there."""
+    with _refusals(folder), _claimed(folder / "probe"):
+        pass
+
+
+def remove_stale(path: Path) -> None:
+    """Removes what killed processes left beside `path`; if one was about to replace it, puts it back first."""
+    found = path.parent.glob(f".{glob.escape(path.name)}{_MARK}*")
+    for name in {each.name.removesuffix(_LOCK).removesuffix(_OLD) for each in found}:
+        temporary = path.with_name(name)
+        with contextlib.suppress(OSError), _locked(temporary) as mine:
+            if mine:
+                _clear(temporary, path)
+
+
+def write_json(file: Path, data: dict[str, Any]) -> None:
+    """Writes an object as JSON, down to the disk."""
+    with open(file, "w", encoding="utf-8") as stream:
+        dump_json(stream, data)
+        stream.flush()
+        os.fsync(stream.fileno())
+
+
+def dump_json(stream: TextIO, data: dict[str, Any]) -> None:
+    """Writes an object as JSON for people too."""
+    json.dump(data, stream, indent=2)
+    stream.write("\n")
+
+
+def read_json(file: Path, *, hint: str) -> dict[str, Any]:
+    """The object in a JSON file; raises `CheckpointError` when there is none."""
+    try:
+        data = json.loads(file.read_text("utf-8"))
+    except FileNotFoundError as error:
+        raise CheckpointError("the file is missing", where=file, hint=hint) from error
+    except (OSError, ValueError, RecursionError) as error:
+        raise CheckpointError("not readable as JSON", where=file, got=str(error), hint=hint) from error
+    if not isinstance(data, dict):
+        raise CheckpointError("not a JSON object", where=file, got=type(data).__name__, hint=hint)
+    return data
+
+
+def _beside(temporary: Path, suffix: str) -> Path:
+    return temporary.with_name(temporary.name + suffix)
+
+
+@contextlib.contextmanager
+def _claimed(path: Path) -> Iterator[Path]:
+    """A name beside `path` that no other process uses; what is left under it in the end is removed."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    while True:
+        temporary = path.with_name(f".{path.name}{_MARK}{secrets.token_hex(4)}")
+        with _locked(temporary) as mine:
+            if not mine:  # another process takes it for stale
+                continue
+            try:
+                yield temporary
+            finally:
+                _clear(temporary, path)
+            return
+
+
+@contextlib.contextmanager
+def _locked(temporary: Path) -> Iterator[bool]:
+    """Locks a temporary name; yields False if another process has it."""
+    file = _beside(temporary, _LOCK)
+    handle = os.open(file, os.O_CREAT | os.O_RDWR, 0o666)
+    mine = False
+    try:
+        mine = _lock(handle, file)
+        yield mine
+    finally:
+        if mine:
+            file.unlink(missing_ok=True)
+        os.close(handle)
+
+
+def _lock(handle: int, file: Path) -> bool:
+    try:
+        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        return os.path.samestat(os.fstat(handle), os.stat(file))
+    except (BlockingIOError, FileNotFoundError):  # another has it, or has just removed it
+        return False
+
+
+def _clear(temporary: Path, path: Path) -> None:
+    """Removes what was not finished; what was being replaced goes back, or goes if the new one is there."""
+    old = _beside(temporary, _OLD)
+    if os.path.lexists(old) and not os.path.lexists(path):
+        old.rename(path)
+    for each in (temporary, old):
+        _remove(each)
+
+
+def _remove(path: Path) -> None:
+    if path.is_dir() and not path.is_symlink():
+        shutil.rmtree(path, ignore_errors=True)
+    else:
+        path.unlink(missing_ok=True)
+
+
+def _check_name(path: Path) -> None:
+    """Many a library that writes files takes names in UTF-8 alone."""
+    try:
+        str(path).encode()
+    except UnicodeEncodeError as error:
+        where = os.fsencode(path).decode(errors="backslashreplace")
+        raise CheckpointError("the name is not UTF-8", where=where, hint="choose another name") from error
+
+
+def _check_free(path: Path, overwrite: bool, may_replace: MayReplace | None) -> None:
+    if not os.path.lexists(path):
+        return
+    if not overwrite:
+        hint = "choose another name, or pass overwrite (--overwrite)"
+        raise CheckpointError("the output already exists", where=path, hint=hint)
+    empty = path.is_dir() and not path.is_symlink() and not any(path.iterdir())
+    if not empty and may_replace is not None and not may_replace(path):
+        raise CheckpointError(
+            "overwriting is refused: this was not written by polarjax",
+            where=path,
+            hint="choose another folder",
+        )
+
+
+def _check_room(path: Path, num_bytes: int) -> None:
+    free = shutil.disk_usage(next(each for each in path.parents if each.exists())).free
+    if free < num_bytes:
+        got, expected = f"{free / 1e9:,.2f} GB", f"at least {num_bytes / 1e9:,.2f} GB"
+        hint = "make room, or choose a folder on another disk"
+        raise CheckpointError(
+            "the disk has too little room", where=path, got=got, expected=expected, hint=hint
+        )
+
+
+def _flush(folder: Path) -> None:
+    for root, _, files in os.walk(folder):
+        for name in files:
+            _sync(Path(root, name))
+        _sync(Path(root))
+
+
+def _sync(path: Path) -> None:
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
+def _put(temporary: Path, path: Path) -> None:
+    """Renames `temporary` to `path`; what was there is moved aside first (`_clear` removes it, or puts it back)."""
+    if os.path.lexists(path):
+        path.rename(_beside(temporary, _OLD))
+    temporary.rename(path)
+    _sync(path.parent)
+
+
+@contextlib.contextmanager
+def _refusals(path: Path) -> Iterator[None]:
+    """Tells what the system refuses: at `path`, or at the file that the error names, if it is another."""
+    try:
+        yield
+    except BrokenPipeError:  # of a stream that has nothing to do with `path`
+        raise
+    except OSError as error:
+        got, named = error.strerror or str(error), error.filename
+        if isinstance(named, str) and not _within(Path(named), path):
+            hint = "see that it exists and that you may read it"
+            raise CheckpointError("cannot read or write this", where=named, got=got, hint=hint) from error
+        hint = "make room, or choose a folder that can be written"
+        raise CheckpointError("cannot write here", where=path, got=got, hint=hint) from error
+
+
+def _within(file: Path, path: Path) -> bool:
+    """Whether a file is `path`, a parent of it, or what is being made in its place."""
+    file = absolute(file)
+    ours = str(path.with_name(f".{path.name}{_MARK}"))
+    return path.is_relative_to(file) or file.is_relative_to(path) or str(file).startswith(ours)

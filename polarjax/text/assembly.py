@@ -1,0 +1,187 @@
+"""Tokens to text while they come: nothing is shown that later tokens may still change or cut off."""
+
+import dataclasses
+from collections.abc import Callable, Iterator, Sequence
+from typing import Literal
+
+import numpy as np
+
+from polarjax.errors import InputError
+from polarjax.generation.stream import TokenStream
+from polarjax.generation.token_loop import Generation
+from polarjax.text.tokenizer import Tokenizer
+
+type Ending = Literal["stop_id", "stop_string", "length", "failed"]
+
+_INCOMPLETE = "\ufffd"  # what a decoder puts for bytes that are no character, or not yet
+
+
+@dataclasses.dataclass(frozen=True)
+class Completion:
+    """What was written after a prompt.
+
+    Attributes:
+      text: without the stop string, if one ended it.
+      tokens: ids, to the one that ended it.
+      ending: why it ended; "failed": the model computed NaN or infinity.
+    """
+
+    text: str
+    tokens: tuple[int, ...]
+    ending: Ending
+
+
+class Assembler:
+    """The text of one sequence, token by token; what `push` and `finish` return adds up to `text`.
+
+    Where a stop string ends first, the text ends before it; of several that end there, before the longest.
+
+    Attributes:
+      text: so far, without a stop string; its end may not have been shown yet.
+      stopped: whether a stop string was met.
+      tokens: ids taken, to the one that completed the stop string.
+    """
+
+    def __init__(
+        self,
+        decode: Callable[[list[int]], str],
+        *,
+        context: Sequence[int] = (),
+        stop_strings: tuple[str, ...] = (),
+    ) -> None:
+        self.text, self.stopped, self.tokens = "", False, []
+        self._decode, self._stops = decode, stop_strings
+        self._window = list(
+            context
+        )  # tokens that are decoded together: the last whole piece, and what came since
+        self._settled = len(self._window)  # how many of them end in a whole character
+        self._seen = len(decode(self._window)) if self._window else 0  # characters of them that are in `text`
+        self._shown = 0
+
+    def push(self, ids: Sequence[int]) -> str:
+        """Takes tokens; returns the text that can be shown now."""
+        for each in [[token] for token in ids] if self._stops else [list(ids)]:
+            if not self.stopped and each:
+                self.tokens += each
+                self._take(each)
+        return self._show(len(self.text) - (0 if self.stopped else self._held()))
+
+    def finish(self) -> str:
+        """No token follows; returns the text that was held back."""
+        if not self.stopped:
+            self._accept(self._decode(self._window)[self._seen :])
+        return self._show(len(self.text))
+
+    def _take(self, ids: list[int]) -> None:
+        self._window += ids
+        text = self._decode(self._window)
+        whole = text.rstrip(_INCOMPLETE)
+        self._accept(whole[self._seen :])
+        self._seen = max(self._seen, len(whole))
+        tail = self._window[self._settled :]
+        if whole != text:
+            return
+        if length := len(self._decode(tail)):  # a tail without text would read differently at the start
+            self._window, self._seen = tail, length
+            self._settled = len(tail)
+
+    def _accept(self, new: str) -> None:
+        before, self.text = len(self.text), self.text + new
+        found = [(self.text.find(stop, max(0, before - len(stop) + 1)), len(stop)) for stop in self._stops]
+        ends = [(start + length, start) for start, length in found if start >= 0]
+        if ends:
+            self.text, self.stopped = self.text[: min(ends)[1]], True
+
+    def _held(self) -> int:
+        """Length of the longest end of the text with which a stop string begins."""
+        longest = min(max(map(len, self._stops), default=1) - 1, len(self.text))
+        begins = lambda end: any(stop.startswith(end) for stop in self._stops)
+        return next((n for n in range(longest, 0, -1) if begins(self.text[-n:])), 0)
+
+    def _show(self, end: int) -> str:
+        shown, self._shown = self._shown, max(self._shown, end)
+        return self.text[shown : self._shown]
+
+
+class TextStream(Iterator[tuple[str, ...]]):
+    """New text of each row of a `TokenStream`, "" where there is none; a row that meets a stop string is halted.
+
+    Raises:
+      InputError: a stop string is empty.
+    """
+
+    def __init__(
+        self, tokens: TokenStream, tokenizer: Tokenizer, *, stop_strings: Sequence[str] = ()
+    ) -> None:
+        self._tokens = tokens
+        self._rows = [
+            Assembler(tokenizer.decode_ids, context=context, stop_strings=check_stop_strings(stop_strings))
+            for context in tokens.context
+        ]
+        self._endings: list[Ending | None] = [None] * len(self._rows)
+
+    @property
+    def completions(self) -> tuple[Completion, ...]:
+        """What every row holds so far; whole once the stream has ended."""
+        return tuple(
+            Completion(row.text, tuple(row.tokens), ending or "length")
+            for row, ending in zip(self._rows, self._endings, strict=True)
+        )
+
+    def __next__(self) -> tuple[str, ...]:
+        """The next text of all rows; waits for the device."""
+        piece = next(self._tokens)
+        shown = tuple(self._push(i, piece) for i in range(len(self._rows)))
+        if not self._tokens.finished:
+            self._tokens.halt(np.array([ending is not None for ending in self._endings]))
+        return shown
+
+    def _push(self, i: int, piece: Generation) -> str:
+        row = self._rows[i]
+        if self._endings[i] is not None:
+            return ""
+        shown = row.push(np.asarray(piece.tokens)[i, : int(piece.lengths[i])].tolist())
+        ending = _ending(row, bool(piece.stopped[i]), bool(piece.failed[i]))
+        if ending is None and not self._tokens.finished:
+            return shown
+        shown += row.finish()
+        self._endings[i] = "stop_string" if row.stopped else ending or "length"
+        return shown
+
+
+def complete(
+    made: Generation, tokenizer: Tokenizer, context: Sequence[Sequence[int]], stop_strings: Sequence[str] = ()
+) -> tuple[Completion, ...]:
+    """The texts of a whole generation, cut at stop strings.
+
+    Args:
+      made: of B rows.
+      tokenizer: of the model.
+      context: the last tokens of each row's prompt.
+      stop_strings: texts that end a row.
+
+    Raises:
+      InputError: a stop string is empty.
+    """
+    done = []
+    for i, before in enumerate(context):
+        row = Assembler(tokenizer.decode_ids, context=before, stop_strings=check_stop_strings(stop_strings))
+        row.push(np.asarray(made.tokens)[i, : int(made.lengths[i])].tolist())
+        row.finish()
+        ending = _ending(row, bool(made.stopped[i]), bool(made.failed[i])) or "length"
+        done.append(Completion(row.text, tuple(row.tokens), ending))
+    return tuple(done)
+
+
+def check_stop_strings(strings: Sequence[str]) -> tuple[str, ...]:
+    """The strings, none of them empty; raises `InputError` otherwise."""
+    if isinstance(strings, str) or not all(isinstance(each, str) and each for each in strings):
+        hint = "pass texts of at least one character"
+        raise InputError("unusable stop strings", where="stop_strings", got=repr(strings), hint=hint)
+    return tuple(strings)
+
+
+def _ending(row: Assembler, stopped: bool, failed: bool) -> Ending | None:
+    if row.stopped:
+        return "stop_string"
+    return "stop_id" if stopped else "failed" if failed else None

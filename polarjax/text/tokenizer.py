@@ -1,0 +1,237 @@
+"""A thin wrapper of a HuggingFace tokenizer: text to right-padded batches and back."""
+
+import contextlib
+import dataclasses
+import importlib.util
+import os
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from polarjax.errors import CheckpointError, InputError
+from polarjax.generation.settings import GenerationSettings
+from polarjax.types import Int32
+
+VOCABULARY_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json")
+"""A folder with one of these has a tokenizer."""
+
+
+def has_tokenizer(folder: Path) -> bool:
+    """Whether `folder` holds a tokenizer's vocabulary."""
+    return any((folder / name).is_file() for name in VOCABULARY_FILES)
+
+
+def only_sentencepiece(folder: Path) -> bool:
+    """Whether the only vocabulary in `folder` is a SentencePiece model."""
+    return [name for name in VOCABULARY_FILES if (folder / name).is_file()] == ["tokenizer.model"]
+
+
+def can_read_sentencepiece() -> bool:
+    """Whether the libraries of the extra `sentencepiece` are there; without one, transformers misleads."""
+    return all(_installed(name) for name in ("sentencepiece", "google.protobuf"))
+
+
+@dataclasses.dataclass(frozen=True)
+class Tokenizer:
+    """Text to token ids and back.
+
+    Attributes:
+      folder: where its files lie.
+      hf: the tokenizer of transformers.
+      generation: what generation_config.json asks for; without one, that `eos_id` ends a text.
+    """
+
+    folder: Path
+    hf: Any
+    generation: GenerationSettings
+
+    @classmethod
+    def load(cls, folder: str | os.PathLike[str], *, model_type: str | None = None) -> "Tokenizer":
+        """Reads a folder of HuggingFace tokenizer files; runs no code from it and asks no network.
+
+        Args:
+          folder: with the tokenizer's files.
+          model_type: the HuggingFace family, by which transformers chooses a class where the files do not.
+
+        Raises:
+          CheckpointError: the folder has no tokenizer, transformers cannot read it, or generation_config.json is bad.
+        """
+        path = Path(os.path.abspath(folder))
+        if not has_tokenizer(path):
+            expected = f"one of {', '.join(VOCABULARY_FILES)}"
+            hint = "copy the tokenizer's files there"
+            raise CheckpointError("no tokenizer", where=path, expected=expected, hint=hint)
+        if only_sentencepiece(path) and not can_read_sentencepiece():
+            raise CheckpointError(
+                "tokenizer.model needs the libraries sentencepiece and protobuf",
+                where=path,
+                hint="pip install 'polarjax[sentencepiece]'",
+            )
+        with _quiet():
+            hf = _from_transformers(path, model_type)
+        return cls(path, hf, GenerationSettings.read(path, eos_id=hf.eos_token_id))
+
+    @property
+    def vocab_size(self) -> int:
+        """Number of ids, added tokens included; the model's V may be larger."""
+        return len(self.hf)
+
+    @property
+    def bos_id(self) -> int | None:
+        """Id of the token that begins a text, if there is one."""
+        return self.hf.bos_token_id
+
+    @property
+    def eos_id(self) -> int | None:
+        """Id of the token that ends a text, if there is one."""
+        return self.hf.eos_token_id
+
+    @property
+    def pad_id(self) -> int:
+        """Id that fills up rows; what it is does not matter, because lengths are kept."""
+        ids = (self.hf.pad_token_id, self.hf.eos_token_id, 0)
+        return next(each for each in ids if each is not None)
+
+    @property
+    def stop_ids(self) -> tuple[int, ...]:
+        """Ids that end a generation: those of generation_config.json, otherwise `eos_id`."""
+        return self.generation.stop_ids
+
+    def encode(
+        self, texts: Sequence[str], *, add_special_tokens: bool = True
+    ) -> tuple[Int32[np.ndarray, "B T"], Int32[np.ndarray, "B"]]:
+        """Token ids of each text, right-padded to the longest, and their true lengths.
+
+        Args:
+          texts: B texts.
+          add_special_tokens: whether the tokenizer adds its beginning-of-text token, if it has one.
+
+        Raises:
+          InputError: there is no text, or a text has no tokens.
+        """
+        if isinstance(texts, str) or not texts:
+            raise InputError(
+                "no texts to encode", where="Tokenizer.encode", got=repr(texts), expected="a list of texts"
+            )
+        for i, text in enumerate(texts):
+            if not isinstance(text, str) or not _is_unicode(text):
+                got = f"{text!r:.40} at index {i}"
+                raise InputError("not a text", where="Tokenizer.encode", got=got, hint="pass Unicode texts")
+        rows = [self.hf.encode(text, add_special_tokens=add_special_tokens, verbose=False) for text in texts]
+        empty = [i for i, row in enumerate(rows) if not row]
+        if empty:
+            got = f"an empty text at index {empty[0]}"
+            raise InputError("a prompt needs at least one token", got=got, hint="leave out empty prompts")
+        lengths = np.array([len(row) for row in rows], np.int32)
+        tokens = np.full((len(rows), lengths.max()), self.pad_id, np.int32)
+        for row, ids in zip(tokens, rows, strict=True):
+            row[: len(ids)] = ids
+        return tokens, lengths
+
+    def encode_chat(self, messages: Sequence[Mapping[str, str]]) -> list[int]:
+        """Token ids of a conversation through the model's chat template, up to where the model is to answer.
+
+        Args:
+          messages: each with the texts `role` ("system", "user", "assistant") and `content`.
+
+        Raises:
+          InputError: the tokenizer has no chat template, or its template refuses the messages.
+        """
+        if not self.hf.chat_template:
+            hint = "leave out --chat and write the prompt as the model wants it, or take a chat model"
+            raise InputError("the tokenizer has no chat template", where=self.folder, hint=hint)
+        if not _installed("jinja2"):
+            raise InputError(
+                "a chat template needs the library jinja2", where=self.folder, hint="pip install jinja2"
+            )
+        text = "".join(each["role"] + each["content"] for each in messages)
+        if not _is_unicode(text):
+            raise InputError("not a text", where="Tokenizer.encode_chat", hint="pass Unicode texts")
+        try:
+            ids = self.hf.apply_chat_template(
+                [dict(each) for each in messages], add_generation_prompt=True, return_dict=False
+            )
+        except Exception as error:  # a template may raise anything
+            hint = "write the messages as the model's template wants them"
+            raise InputError(
+                "the chat template refuses the messages", got=_first(error), hint=hint
+            ) from error
+        if not ids:
+            raise InputError(
+                "the chat template makes nothing of the messages", hint="write at least one message"
+            )
+        return list(ids)
+
+    def special_id(self, text: str) -> int | None:
+        """The id of a special token that reads `text`; None if there is none."""
+        tokens = self.hf.added_tokens_decoder.items()
+        return next((i for i, token in tokens if token.content == text and token.special), None)
+
+    def decode(
+        self,
+        tokens: Int32[np.ndarray, "B T"],
+        lengths: Int32[np.ndarray, "B"] | None = None,
+        *,
+        skip_special_tokens: bool = True,
+    ) -> list[str]:
+        """The text of each row, or of its first `lengths` tokens."""
+        rows = np.asarray(tokens)
+        ends = [rows.shape[1]] * len(rows) if lengths is None else np.asarray(lengths).tolist()
+        return [
+            self.hf.decode(row[:end].tolist(), skip_special_tokens=skip_special_tokens)
+            for row, end in zip(rows, ends, strict=True)
+        ]
+
+    def decode_ids(self, ids: Sequence[int]) -> str:
+        """The text of one sequence, without special tokens."""
+        return self.hf.decode(list(ids), skip_special_tokens=True)
+
+
+def _from_transformers(folder: Path, model_type: str | None) -> Any:
+    import transformers
+
+    kinds = transformers.CONFIG_MAPPING
+    config = kinds[model_type]() if model_type is not None and model_type in kinds else None
+    try:
+        return transformers.AutoTokenizer.from_pretrained(
+            folder, config=config, local_files_only=True, trust_remote_code=False
+        )
+    except Exception as error:  # the tokenizers library raises no narrower one
+        what, got, hint = "unreadable tokenizer", _first(error), "copy the tokenizer's files again"
+        if "trust_remote_code" in str(error):
+            what, got = "the tokenizer asks for code of its own (auto_map), which polarjax never runs", None
+            hint = "take a model whose tokenizer transformers knows"
+        raise CheckpointError(what, where=folder, got=got, hint=hint) from error
+
+
+def _is_unicode(text: str) -> bool:
+    """Whether there is no half of a surrogate pair in it, which no tokenizer takes."""
+    return not any("\ud800" <= each <= "\udfff" for each in text)
+
+
+def _installed(name: str) -> bool:
+    try:
+        return importlib.util.find_spec(name) is not None
+    except ModuleNotFoundError:
+        return False
+
+
+def _first(error: BaseException) -> str:
+    return next(iter(str(error).splitlines()), type(error).__name__)[:200]
+
+
+@contextlib.contextmanager
+def _quiet() -> Iterator[None]:
+    """Keeps transformers from announcing at import that PyTorch is not there."""
+    name = "TRANSFORMERS_NO_ADVISORY_WARNINGS"
+    before = os.environ.get(name)
+    os.environ[name] = "1"
+    try:
+        yield
+    finally:
+        if before is None:
+            del os.environ[name]
+        else:
+            os.environ[name] = before
