@@ -1,13 +1,14 @@
-"""The README's tables of speed, made from bench/results/*.jsonl.
+"""The README's speed tables, made from bench/results/*.jsonl.
 
     python3 -m bench.readme_tables            writes them between the markers of README.md
 
-A row that no file of results holds reads "not measured". Percentages are of the bandwidth of a copy in the same run,
-for the bytes that the selection leaves to be read.
+A row that is in no results file reads "not measured". Percentages: the bytes that the selection leaves to be read, over
+the time, relative to the bandwidth of a copy in the same run.
 """
 
 import argparse
 import sys
+import textwrap
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
@@ -43,8 +44,8 @@ Row = dict[str, Any]
 class Results:
     """Rows of one file of results by case and kernel.
 
-    Of rows from several devices those of the one that has most, of rows that were measured again those of the last
-    commit.
+    Where rows come from several devices, those of the device with the most rows; where a case was measured again, the
+    rows of the last commit.
     """
 
     def __init__(self, rows: Iterable[Row]) -> None:
@@ -66,7 +67,7 @@ class Results:
         return cls(report.read_jsonl(path) if path.is_file() else ())
 
     def get(self, case: str, kernel: str | None) -> Row | None:
-        """The row of a kernel; None is ours: the first that is not another's, which is what the heuristic chose."""
+        """The row of a kernel. None means ours, with the tiles that the heuristic chose: the first row not in `BESIDE`."""
         for row in self.cases.get(case, ()):
             name = row.get("kernel", row.get("kind"))
             if name == kernel or (kernel is None and name not in BESIDE):
@@ -75,7 +76,7 @@ class Results:
         return None
 
     def source(self) -> str:
-        """Device, versions, commits and copy bandwidths of the rows that were asked for."""
+        """Device, versions, commits and copy bandwidths of the rows used so far."""
         if not self.used:
             return f"{MISSING} on a GPU"
         device, jax, commit = (_several(row[key] for row in self.used) for key in ("device", "jax", "commit"))
@@ -107,9 +108,15 @@ def _ratio(slow: Row | None, fast: Row | None, key: str = "time_us") -> str:
 
 
 def _speedup(dense: Row | None, row: Row) -> str:
-    """Against the dense call of the same run, where the row tells."""
-    told = row.get("speedup_vs_dense")
-    return _ratio(dense, row) if told is None else f"{told:.2f} ×"
+    """Over the dense call of the same run where the row has it, else over `dense`."""
+    measured = row.get("speedup_vs_dense")
+    return _ratio(dense, row) if measured is None else f"{measured:.2f} ×"
+
+
+def _section(title: str, note: str, source: str, table: str) -> str:
+    """A heading, a paragraph that says what the table shows and where it was measured, and the table."""
+    paragraph = textwrap.fill(f"{note} ({source})", 120, break_long_words=False, break_on_hyphens=False)
+    return f"#### {title}\n\n{paragraph}\n\n{table}"
 
 
 def _table(header: Sequence[str], lines: Iterable[Sequence[str]]) -> str:
@@ -132,9 +139,19 @@ def attention(folder: Path) -> str:
                     f"{kept} of {shape.kv_heads}: {share}, {_speedup(dense, row)}" if row else MISSING
                 )
             lines.append((f"{NAMES[model]}, {batch}, {cache:,}", *cells, _ratio(cudnn, dense)))
-    header = ("shapes, batch, cache", "dense", "", "density .3", "density .5", "cuDNN's dense time over ours")
-    note = "A density keeps whole groups, rounded down; the factor is against our dense kernel."
-    return f"**Attention kernel** ({results.source()}, bfloat16). {note}\n\n{_table(header, lines)}"
+    header = (
+        "shapes, batch, cache",
+        "dense",
+        "of copy",
+        "density .3",
+        "density .5",
+        "dense speedup over cuDNN",
+    )
+    note = (
+        "Time of our dense kernel, and what our sparse kernel gains when it reads only some groups: groups kept "
+        "(rounded down), percent of the copy bandwidth, and speedup over our dense kernel."
+    )
+    return _section("Attention kernel", note, f"{results.source()}, bfloat16", _table(header, lines))
 
 
 def mlp(folder: Path) -> str:
@@ -154,13 +171,17 @@ def mlp(folder: Path) -> str:
         "shapes, batch",
         "dense, in XLA",
         "density .1",
-        "dense over it",
+        "speedup",
         "density .3",
-        "dense over it",
-        "XLA's take + dot over ours, .1",
+        "speedup",
+        "speedup over XLA's take + dot, .1",
     )
     lines = lines or [("all", *[MISSING] * (len(header) - 1))]
-    return f"**Selective MLP** ({results.source()}, bfloat16):\n\n{_table(header, lines)}"
+    note = (
+        "Time of the dense MLP in XLA, and what our kernel gains when it reads only some neurons: percent of the copy "
+        "bandwidth, and speedup over the dense MLP."
+    )
+    return _section("Selective MLP", note, f"{results.source()}, bfloat16", _table(header, lines))
 
 
 def selection(folder: Path) -> str:
@@ -175,7 +196,8 @@ def selection(folder: Path) -> str:
         cells = [_number(row, "time_us", "{:,.1f} µs") for row in found]
         lines.append((f"{NAMES[model]}, {batch}", *cells))
     header = ("shapes, batch", "density .1", "density .3", "XLA, density .3")
-    return f"**Selection of neurons**, time on the device ({results.source()}):\n\n{_table(header, lines)}"
+    note = "Device time of picking the top neurons from the router's scores, beside XLA's own top-k."
+    return _section("Selection of neurons", note, results.source(), _table(header, lines))
 
 
 def steps(folder: Path) -> str:
@@ -200,13 +222,17 @@ def steps(folder: Path) -> str:
         "ms a step",
         "tokens/s",
         "of the byte floor",
-        "dense over it",
+        "speedup over dense",
     )
-    return f"**Whole models**, random weights ({results.source()}):\n\n{_table(header, lines)}"
+    note = (
+        "Time of a whole decoding step with random weights, by the host's clock. The byte floor is the time it takes "
+        "to move the bytes that the step has to read, at the copy bandwidth."
+    )
+    return _section("Whole models", note, results.source(), _table(header, lines))
 
 
 def markdown(folder: Path = RESULTS) -> str:
-    """All tables, as they belong between the markers."""
+    """All tables, as they stand between the markers."""
     sections = (attention, mlp, selection, steps)
     return "\n\n".join(section(folder) for section in sections)
 
