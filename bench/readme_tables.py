@@ -67,7 +67,7 @@ class Results:
         return cls(report.read_jsonl(path) if path.is_file() else ())
 
     def get(self, case: str, kernel: str | None) -> Row | None:
-        """The row of a kernel. None means ours, with the tiles that the heuristic chose: the first row not in `BESIDE`."""
+        """The row of a kernel. None means ours with the heuristic's tiles: the first row that is not in `BESIDE`."""
         for row in self.cases.get(case, ()):
             name = row.get("kernel", row.get("kind"))
             if name == kernel or (kernel is None and name not in BESIDE):

@@ -19,6 +19,7 @@ from polarjax.checkpoint.bundle import FORMAT, write_plans, write_routers
 from polarjax.checkpoint.writer import new_model
 from polarjax.model.parameters import parameters
 from polarjax.selection.routers import init_routers
+from polarjax.text.tokenizer import Tokenizer
 from tests.model import zoo
 
 ASSETS = Path(pj.__file__).parent / "assets"
@@ -105,7 +106,7 @@ def test_dtype_can_be_chosen_when_loading(saved):
 
 
 def test_tokenizer_comes_back(tmp_path):
-    tokenizer = pj.tokenizer.Tokenizer.load(ASSETS / "opt-6m")
+    tokenizer = Tokenizer.load(ASSETS / "opt-6m")
     pj.save(tmp_path / "model", bundle_of(tokenizer=tokenizer))
     loaded = pj.load(tmp_path / "model").tokenizer
     assert loaded is not None
@@ -346,8 +347,9 @@ def test_writer_accounts_for_every_parameter(tmp_path, fault):
 
 SHARDED = """if True:
     import json, sys, jax
-    from polarjax.arrays import read_arrays
-    from polarjax.checkpoint import absolute, read_manifest
+    from polarjax.storage.arrays import read_arrays
+    from polarjax.checkpoint.manifest import read_manifest
+    from polarjax.storage.atomic import absolute
     folder = absolute(sys.argv[1])
     record = read_manifest(folder)["params"]
     mesh = jax.make_mesh((4,), ("x",))

@@ -9,6 +9,8 @@ import pytest
 
 import polarjax as pj
 from polarjax.generation.batch import SMALLEST_BUCKET, bucket_length
+from polarjax.model.parameters import with_parameters
+from polarjax.selection.routers import Routers
 from polarjax.selection.selectors import Oracle, Random
 from tests.model import zoo
 from tests.one_line import refuses
@@ -54,7 +56,7 @@ def test_a_stop_id_of_the_models_own_choice_ends_the_row():
 def test_the_last_position_can_be_reached(positions):
     """Prompt and answer fill the model's positions exactly, whatever their remainder by the chunk and the cache's 8."""
     config = dataclasses.replace(zoo.CONFIGS["llama-gqa"], max_positions=positions)
-    model = pj.model.with_parameters(config, zoo.parameters(zoo.model("llama-gqa")))
+    model = with_parameters(config, zoo.parameters(zoo.model("llama-gqa")))
     tokens, lengths = zoo.batch()
     new = positions - tokens.shape[1]
     result = pj.generate(model, tokens, lengths, max_new_tokens=new)
@@ -257,7 +259,7 @@ BAD_SPARSITY = {
         "more neurons than there are.*got 41, expected at most 40",
     ),
     "routers of another depth": (
-        pj.Sparsity(pj.sparsity.router.Routers(ROUTERS.layers[:1]), PLAN),
+        pj.Sparsity(Routers(ROUTERS.layers[:1]), PLAN),
         "routers are for another model; got 1 layers, expected 2",
     ),
     "routers of another width": (

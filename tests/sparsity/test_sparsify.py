@@ -15,6 +15,7 @@ import polarjax as pj
 from checkpoints_convert import convert_checkpoint
 from polarjax.cli.main import main
 from polarjax.model import mlp
+from polarjax.model.parameters import parameters, with_parameters
 from polarjax.sparsity import collect, sparsify
 from polarjax.sparsity.calibration import CalibrateOptions, measure_recall
 from polarjax.sparsity.collection import fingerprint
@@ -210,10 +211,8 @@ def test_sparsify_in_one_go_and_what_it_refuses(bundled, text, tmp_path, capsys)
 
 def test_activations_of_another_training_are_refused(bundled, tmp_path, capsys):
     bundle = pj.load(bundled)
-    flat = pj.model.parameters(bundle.model)
-    other = pj.model.with_parameters(
-        bundle.model.config, flat | {"final_norm.bias": flat["final_norm.bias"] + 1}
-    )
+    flat = parameters(bundle.model)
+    other = with_parameters(bundle.model.config, flat | {"final_norm.bias": flat["final_norm.bias"] + 1})
     assert fingerprint(other) != fingerprint(bundle.model)
     tokens = np.random.default_rng(0).integers(0, 4096, (8, 16))
     collect(other, tokens, tmp_path / "acts")
