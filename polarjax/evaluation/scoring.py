@@ -10,6 +10,7 @@ import numpy as np
 
 from polarjax.errors import InputError
 from polarjax.model.cache import init_cache
+from polarjax.model.checks import check_windows
 from polarjax.model.decoder import Decoder, decode_step, forward, prefill
 from polarjax.progress import task
 from polarjax.selection.selectors import Sparsity
@@ -41,8 +42,8 @@ def score(
       InputError: windows, mode, context or batch size that cannot be scored.
       SparsityError: routers or plan are for another model, or a selector that cannot decode in mode "decode".
     """
-    windows = np.asarray(windows)
-    _check(model, windows, mode, batch_size, context)
+    _check(np.shape(windows), mode, batch_size, context)
+    windows = check_windows(windows, model.config)
     for variant in variants:
         if variant is not None:
             variant.check(model.config)
@@ -51,7 +52,7 @@ def score(
     with task(description, windows.shape[0], "windows") as advance:
         for start in range(0, windows.shape[0], batch_size):
             batch = windows[start : start + batch_size]
-            rows.append(jax.device_get(run(model, jnp.asarray(batch, jnp.int32), variants)))
+            rows.append(jax.device_get(run(model, jnp.asarray(batch), variants)))
             advance(batch.shape[0])
     return jax.tree.map(lambda *parts: np.concatenate(parts), *rows)
 
@@ -98,40 +99,24 @@ def largest_context(length: int, mode: str) -> int:
     return length - 1 - (mode == "decode")
 
 
-def _check(model: Decoder, windows: np.ndarray, mode: str, batch_size: int, context: int) -> None:
+def _check(shape: tuple[int, ...], mode: str, batch_size: int, context: int) -> None:
     if mode not in get_args(Mode.__value__):
         raise InputError("no such mode", where="evaluation", got=repr(mode), expected="'masked' or 'decode'")
     if batch_size < 1:
         raise InputError("batch_size is too small", where="evaluation", got=batch_size, expected="at least 1")
-    if windows.ndim != 2 or windows.shape[0] < 1 or windows.shape[1] < 2:
+    if len(shape) != 2 or shape[0] < 1 or shape[1] < 2:
         raise InputError(
             "nothing to score",
             where="windows",
-            got=f"shape {windows.shape}",
+            got=f"shape {shape}",
             expected="[n T] with T at least 2",
+            hint="cut the text into windows of at least two tokens",
         )
-    length, most = windows.shape[1], model.config.max_positions
-    if length > most:
-        raise InputError(
-            "the windows are longer than the model's positions",
-            where="windows",
-            got=f"{length} tokens",
-            expected=f"at most {most}",
-            hint="cut shorter windows",
-        )
-    largest = largest_context(length, mode)
+    largest = largest_context(shape[1], mode)
     if not 0 <= context <= largest:
         raise InputError(
             "no token is left to score",
             where="context",
             got=context,
             expected=f"0 to {largest}",
-        )
-    if windows.min() < 0 or windows.max() >= model.config.vocab_size:
-        raise InputError(
-            "a token is outside the vocabulary",
-            where="windows",
-            got=f"{windows.min()} to {windows.max()}",
-            expected=f"0 to {model.config.vocab_size - 1}",
-            hint="use the tokenizer that belongs to this model",
         )

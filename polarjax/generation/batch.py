@@ -14,6 +14,7 @@ from polarjax.configs import ModelConfig
 from polarjax.errors import InputError
 from polarjax.generation.sampling import Greedy, Sampler
 from polarjax.generation.token_loop import LARGEST_ID, is_token_id
+from polarjax.model.checks import check_room, check_vocabulary
 from polarjax.numeric import plain
 from polarjax.types import Array, Bool, Int
 
@@ -61,7 +62,12 @@ def prepare(config: ModelConfig, tokens, lengths, *, max_new_tokens: int, copies
     check_prompts(config, tokens, lengths, max_new_tokens)
     bucket = bucket_length(tokens.shape[1], config.max_positions)
     tokens, lengths = _widen(tokens, lengths, bucket, copies)
-    return Prompts(tokens, lengths, -(-(bucket + max_new_tokens) // 8) * 8)
+    return Prompts(tokens, lengths, -(-positions(config, tokens.shape[1], max_new_tokens) // 8) * 8)
+
+
+def positions(config: ModelConfig, length: int, max_new_tokens: int) -> int:
+    """Positions that prompts padded to `length` tokens and what follows them take up in the cache."""
+    return bucket_length(length, config.max_positions) + max_new_tokens
 
 
 def bucket_length(length: int, limit: int) -> int:
@@ -146,14 +152,7 @@ def check_prompts(config: ModelConfig, tokens, lengths, max_new_tokens: int) -> 
         longest = tokens.shape[1]
     else:
         longest = _check_values(config, np.asarray(tokens), np.asarray(lengths))
-    if longest + max_new_tokens - 1 > config.max_positions:  # the last new token is never read
-        raise InputError(
-            "the sequence would outgrow the model's positions",
-            where="generate",
-            got=f"{longest} prompt tokens + {max_new_tokens} new ones",
-            expected=f"at most {config.max_positions} before the last one",
-            hint="shorten the prompt or lower max_new_tokens",
-        )
+    check_room(config, longest, max_new_tokens, where="generate")
 
 
 def _check_values(config: ModelConfig, tokens: np.ndarray, lengths: np.ndarray) -> int:
@@ -167,14 +166,5 @@ def _check_values(config: ModelConfig, tokens: np.ndarray, lengths: np.ndarray) 
             hint="give every row at least one token",
         )
     valid = np.arange(tokens.shape[1])[None] < lengths[:, None]
-    wrong = valid & ((tokens < 0) | (tokens >= config.vocab_size))
-    if wrong.any():
-        row, column = map(int, np.argwhere(wrong)[0])
-        raise InputError(
-            f"row {row}, token {column} is outside the vocabulary",
-            where="tokens",
-            got=int(tokens[row, column]),
-            expected=f"0 to {config.vocab_size - 1}",
-            hint="use the tokenizer that belongs to this model",
-        )
+    check_vocabulary(tokens, config, where="tokens", valid=valid)
     return int(lengths.max())

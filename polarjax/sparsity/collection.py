@@ -16,6 +16,7 @@ from polarjax import types
 from polarjax.configs import ModelConfig
 from polarjax.errors import InputError
 from polarjax.model import decoder
+from polarjax.model.checks import check_windows
 from polarjax.model.parameters import parameters
 from polarjax.model.taps import Taps, TapSpec
 from polarjax.progress import task
@@ -185,33 +186,6 @@ def kept_positions(offered: int, bytes_each: int, max_bytes: int, fit: bool) -> 
     edges = np.arange(allowed + 1) * offered // max(allowed, 1)
     stagger = np.arange(allowed) * _GOLDEN % 1.0
     return edges[:-1] + (stagger * np.diff(edges)).astype(edges.dtype)
-
-
-def check_windows(
-    windows: types.Int[np.ndarray, "n T"], config: ModelConfig
-) -> types.Int32[np.ndarray, "n T"]:
-    """The windows as int32; raises `InputError` unless they are windows of the model's tokens."""
-    windows = np.asarray(windows)
-    if windows.ndim != 2 or windows.size == 0 or not np.issubdtype(windows.dtype, np.integer):
-        got = f"{windows.dtype} {list(windows.shape)}"
-        raise InputError("not token windows", where="collect", got=got, expected="integers [n T], n, T > 0")
-    if windows.shape[1] > config.max_positions:
-        raise InputError(
-            "the windows are longer than the model's positions",
-            where="collect",
-            got=f"{windows.shape[1]} tokens",
-            expected=f"at most {config.max_positions}",
-            hint="pass a smaller window",
-        )
-    if windows.min() < 0 or windows.max() >= config.vocab_size:
-        raise InputError(
-            "a token id is outside the vocabulary",
-            where="collect",
-            got=f"ids {windows.min()} to {windows.max()}",
-            expected=f"0 to {config.vocab_size - 1}",
-            hint="use the model's own tokenizer",
-        )
-    return windows.astype(np.int32, copy=False)
 
 
 def _allocate(path: Path, shape: tuple[int, ...], dtype: np.dtype) -> np.memmap:

@@ -15,6 +15,7 @@ from polarjax import types
 from polarjax.configs import ModelConfig
 from polarjax.errors import InputError
 from polarjax.model import decoder
+from polarjax.model.checks import check_windows
 from polarjax.selection.plans import PlanTable, check_density
 from polarjax.selection.routers import Routers
 from polarjax.sparsity.activations import Activations
@@ -23,7 +24,6 @@ from polarjax.sparsity.collection import (
     HELD_OUT,
     MAX_BYTES,
     Recording,
-    check_windows,
     collect,
     plan_recording,
 )

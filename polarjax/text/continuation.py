@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from polarjax.generation.batch import bucket_length
+from polarjax.generation.batch import positions
 from polarjax.generation.generate import generate
 from polarjax.generation.settings import GenerationSettings
 from polarjax.generation.stream import CONTEXT, stream
@@ -65,7 +65,7 @@ def continue_rows(
         "sparsity": sparsity,
     }
     config = model.config
-    room = bucket_length(tokens.shape[1], config.max_positions) + max_new_tokens
+    room = positions(config, tokens.shape[1], max_new_tokens)
     dtype = model.dtype
     with sizes_told(config, batch_size=len(rows) * copies, cache_length=room, dtype=dtype):
         if show is None and not stop_strings:
