@@ -20,11 +20,10 @@ def check_vocabulary(
         wrong &= valid
     if wrong.any():
         row, column = map(int, np.argwhere(wrong)[0])
-        ids = tokens[wrong]
         raise InputError(
             f"row {row}, token {column} is outside the vocabulary",
             where=where,
-            got=f"ids {ids.min()} to {ids.max()}",
+            got=int(tokens[row, column]),
             expected=f"0 to {config.vocab_size - 1}",
             hint="use the tokenizer that belongs to this model",
         )

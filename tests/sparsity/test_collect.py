@@ -202,7 +202,7 @@ def test_an_existing_folder_is_replaced_only_if_asked_and_only_if_it_is_ours(tmp
         (np.zeros(5, int), "not token windows"),
         (np.zeros((2, 5)), "not token windows"),
         (np.zeros((3, 49), int), "got 49 tokens, expected at most 48"),
-        (np.full((3, 5), 61), "outside the vocabulary.*ids 61 to 61, expected 0 to 60"),
+        (np.full((3, 5), 61), "row 0, token 0 is outside the vocabulary.*got 61, expected 0 to 60"),
         (np.full((3, 5), -1), "outside the vocabulary"),
     ],
 )
