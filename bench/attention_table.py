@@ -1,7 +1,7 @@
 """The table of decode attention: our kernel beside plain XLA and cuDNN on every named workload, within a time budget.
 
-Workloads come most important first, in chunks: the programs of a chunk are lowered, compiled side by side, and only
-then timed, one after the other on an idle machine. Models whose attention has the same shape are measured once.
+The most important workloads come first, in chunks: the programs of a chunk are lowered, compiled in parallel, and only
+then timed, one at a time on an idle machine. Models whose attention has the same shape are measured once.
 """
 
 import functools
@@ -32,7 +32,7 @@ COLUMNS = ("case", "kernel", "time_us", "spread_us", "bytes", "gbps", "pct_peak"
 
 @dataclass(frozen=True)
 class Unit:
-    """Calls that share a cache: a model's layer, B sequences of `cache` tokens; `beside`: the other libraries too."""
+    """Calls that share a cache: one layer, B sequences of `cache` tokens; with `beside`, other libraries' calls too."""
 
     case: AttentionCase  # dense
     densities: tuple[float, ...]
@@ -44,13 +44,13 @@ class Unit:
 
     @property
     def shapes(self) -> tuple[tuple[int, ...], tuple[int, ...]]:
-        """Of the queries, and of the keys and of the values."""
+        """Shape of the queries, and of the keys and the values."""
         model, batch = self.case.model, self.case.batch
         head = model.head_dim
         return (batch, model.kv_heads, model.queries, head), (batch, model.kv_heads, self.case.cache, head)
 
     def calls(self) -> Iterator[tuple[str, float, Callable[..., jax.Array], int]]:
-        """(kernel, density, call, how often it is chained in a program)."""
+        """(kernel, density, call, number of chained calls in a program)."""
         scale = self.case.model.head_dim**-0.5
         ours = functools.partial(mosaic.sparse_decode_attention, scale=scale, device=_device.current())
         for density in self.densities:
@@ -105,7 +105,7 @@ def cudnn(q, k, v, lengths, index, *, scale):
 
 
 def oracles(rows, q, k, v, lengths, index):
-    """What the sequences `rows` should give: with k, v as [B K S H], and dense with their bytes as [B S K H]."""
+    """Expected results of the sequences `rows`: with k, v as [B K S H], and dense with the same bytes as [B S K H]."""
     q, k, v, lengths, index = (x[rows] for x in (q, k, v, lengths, index))
     oracle = functools.partial(reference.sparse_decode_attention, scale=q.shape[-1] ** -0.5)
     k_other, v_other = (x.reshape(x.shape[0], -1, *x.shape[1::2]).swapaxes(1, 2) for x in (k, v))
@@ -116,7 +116,7 @@ def oracles(rows, q, k, v, lengths, index):
 
 
 def lowered(unit: Unit) -> dict[Any, Any]:
-    """Every program of a unit, by what it is; a failure in place of one that can't be lowered."""
+    """Every program of a unit by its name; the exception instead if it cannot be lowered."""
     q_shape, kv_shape = unit.shapes
     batch = q_shape[0]
     q, kv = (jax.ShapeDtypeStruct(shape, jnp.bfloat16) for shape in (q_shape, kv_shape))
@@ -142,7 +142,7 @@ def lowered(unit: Unit) -> dict[Any, Any]:
 
 
 def compiled(program: Any) -> Any:
-    """The executable; or why there is none."""
+    """The compiled program, or the reason why it did not compile."""
     if isinstance(program, Exception):
         return program
     try:
@@ -155,7 +155,7 @@ def compiled(program: Any) -> Any:
 
 
 class Operands:
-    """Caches enough to rotate past the L2, and selections that use all of their bytes before one comes again."""
+    """Enough caches to rotate past the L2 cache, and selections that use all their bytes before any repeats."""
 
     def __init__(self, unit: Unit, make: Callable[..., jax.Array]) -> None:
         q_shape, kv_shape = unit.shapes
@@ -167,7 +167,7 @@ class Operands:
         self.caches = [(make(np.int32(2 * i)), make(np.int32(2 * i + 1))) for i in range(count)]
 
     def sets(self, density: float) -> list[tuple[Any, ...]]:
-        """(k, v, lengths, index) for call after call."""
+        """(k, v, lengths, index) for each call in turn."""
         selected = self.unit.at(density).selected
         if selected is None:
             return [(k, v, self.lengths, None) for k, v in self.caches]
@@ -180,7 +180,7 @@ class Operands:
 
 
 def measure(unit: Unit, programs: dict[Any, Any], peak: float) -> Iterator[dict[str, Any]]:
-    """A row for each call of the unit; without a time where the result is wrong or there is none."""
+    """A row for each call of the unit; it has no time if the result is wrong or missing."""
     needed = [programs[name] for name in ("make", "oracle")]
     if failure := next((program for program in needed if isinstance(program, Exception)), None):
         raise failure
@@ -231,7 +231,7 @@ def error(out: Any, want: Any) -> float:
 def table(
     peak: float, models: Sequence[str], seconds: float, known: Sequence[dict[str, Any]] = ()
 ) -> Iterator[list[dict[str, Any]]]:
-    """The rows of one chunk after the other, until the next would not end within `seconds`.
+    """The rows, chunk by chunk, until the next chunk would not finish within `seconds`.
 
     known: rows measured before; a unit with nothing new in it is left out.
     """
@@ -270,6 +270,6 @@ def _compared(
         if "time_us" in row and str(unit.case) in dense:
             row["speedup_vs_dense"] = dense[str(unit.case)] / row["time_us"]
         numbers = " ".join(f"{row[key]:.1f}" for key in ("time_us", "gbps", "pct_peak") if key in row)
-        told = row.get("failed") or ("WRONG" if row.get("wrong") else "")
-        print(f"  {row['case']} {row['kernel']}: {numbers} {told}", flush=True)
+        problem = row.get("failed") or ("WRONG" if row.get("wrong") else "")
+        print(f"  {row['case']} {row['kernel']}: {numbers} {problem}", flush=True)
         yield row

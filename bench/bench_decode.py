@@ -53,10 +53,10 @@ def bundled(name: str, dtype: str) -> pj.Bundle:
 
 
 def run_checks() -> bool:
-    """Prints a line a case: whether our kernels write what XLA's backend writes.
+    """Prints one line per case: whether our kernels generate the tokens that XLA's backend generates.
 
-    A token may differ only where float32's two best logits are nearer than the two backends' errors allow. Our
-    logits must be as near to float32's as XLA's are.
+    A token may differ only where the two best float32 logits are closer than the two backends' errors. Our logits must
+    be as close to float32's as XLA's are.
     """
     cases = itertools.product(("opt-6m", "llama-6m"), ("float16", "bfloat16"), ("dense", "sparse"))
     for name, dtype in itertools.product(("opt-6m", "llama-6m"), ("float32", "float16", "bfloat16")):
@@ -79,13 +79,13 @@ def _check(name: str, dtype: str, kind: str) -> bool:
     far = [float(np.linalg.norm(made - want) / np.linalg.norm(want)) for made in (found, xla)]
     errors = np.abs(found - want).max(-1) + np.abs(xla - want).max(-1)
     best = np.sort(want, -1)
-    parted = found.argmax(-1) != xla.argmax(-1)
-    unexplained = int((parted & (best[..., -1] - best[..., -2] > errors)).sum())
+    differing = found.argmax(-1) != xla.argmax(-1)
+    unexplained = int((differing & (best[..., -1] - best[..., -2] > errors)).sum())
     fine = far[0] <= 1.25 * far[1] and unexplained == 0
     backends = sorted({f"{choice.op}.{choice.backend}" for choice in choices})
     print(
         f"{'ok  ' if fine else 'FAIL'} {name} {dtype} {kind}: {(ours == theirs).mean():.1%} of the tokens equal; "
-        f"from the same tokens {parted.sum()} of {parted.size} differ, {unexplained} not by a near tie; "
+        f"from the same tokens {differing.sum()} of {differing.size} differ, {unexplained} not by a near tie; "
         f"error {far[0]:.2e}, XLA's {far[1]:.2e}; {', '.join(backends)}",
         flush=True,
     )
@@ -102,7 +102,7 @@ def fixed(config: pj.ModelConfig) -> Sparsity:
 
 
 def _logits(model, *, prompts, follow, sparsity, implementation=None) -> np.ndarray:
-    """float64 [M B V]: of each step while `follow` [B M] is decoded."""
+    """Logits of each step while `follow` [B M] is decoded, float64 [M B V]."""
     tokens, lengths = prompts
     room = tokens.shape[1] + NEW + 8
     cache = pj.init_cache(model.config, batch_size=tokens.shape[0], capacity=room // 8 * 8, dtype=model.dtype)
@@ -136,7 +136,7 @@ def random_model(config: pj.ModelConfig) -> pj.Decoder:
 
 
 def routers(config: pj.ModelConfig) -> Routers:
-    """Untrained ones, whose group scores differ by sequence."""
+    """Untrained routers whose group scores differ by sequence."""
     shapes = jax.eval_shape(lambda: init_routers(config, jax.random.key(0)))
     leaves, tree = jax.tree.flatten(shapes)
     keys = jax.random.split(jax.random.key(1), len(leaves))
@@ -145,7 +145,7 @@ def routers(config: pj.ModelConfig) -> Routers:
 
 
 def filled_cache(config: pj.ModelConfig, batch: int, capacity: int) -> pj.KVCache:
-    """Every position random, room left for the steps that are timed."""
+    """A cache of random values with room left for the timed steps."""
     shape, key = (batch, config.num_kv_heads, capacity, config.head_dim), jax.random.key(2)
     draw = lambda side: tuple(
         _normal(jax.random.fold_in(key, 2 * i + side), shape, 1.0) for i in range(config.num_layers)
@@ -165,7 +165,7 @@ def _steps(model, token, cache, sparsity, start, *, implementation=None):
 
 
 def lowered(shape: DecodeShape, batch: int, sparsity: Sparsity | None, options: dict[str, Any]) -> Any:
-    """The loop of STEPS steps, from shapes alone, to be compiled as `generate` compiles its own."""
+    """The loop of STEPS steps, lowered from shapes alone, with the compiler options that `generate` uses."""
     config, tokens = shape.config, jax.ShapeDtypeStruct((batch,), jnp.int32)
     cache = jax.eval_shape(
         lambda: pj.init_cache(config, batch_size=batch, capacity=shape.cache, dtype=jnp.bfloat16)
@@ -178,7 +178,7 @@ def lowered(shape: DecodeShape, batch: int, sparsity: Sparsity | None, options: 
 
 
 def seconds_per_step(loop, model, cache: pj.KVCache, sparsity) -> tuple[float, float, pj.KVCache]:
-    """Median and spread of a step's time, and the cache, which the loop takes and gives back."""
+    """Median and spread of a step's time, and the cache, which the loop consumes and returns."""
     batch = cache.length.shape[0]
     token, start = jnp.zeros((batch,), jnp.int32), jnp.array(cache.length)
     times = []
@@ -204,7 +204,7 @@ def kinds(
 
 
 def table(names: list[str], seconds: float, peak: float) -> Iterator[dict[str, Any]]:
-    """One row a case and kind; stops early when the time is over."""
+    """One row per case and kind; stops early when time runs out."""
     deadline = time.monotonic() + seconds
     for name in names:
         shape = SHAPES[name]

@@ -43,7 +43,7 @@ SWEEP_CASES = (
 
 
 def operand_sets(case: AttentionCase, count: int | None = None) -> list[Operands]:
-    """Random operands, as many sets as it takes to touch four times the L2, or `count`."""
+    """`count` sets of random operands; by default enough to touch four times the L2 cache."""
     model, keys = case.model, iter(jax.random.split(jax.random.key(1), 64))
     cache = (case.batch, model.kv_heads, case.cache, model.head_dim)
 
@@ -66,7 +66,7 @@ def operand_sets(case: AttentionCase, count: int | None = None) -> list[Operands
 
 
 def chain(case: AttentionCase, call: Callable[..., jax.Array], peak: float) -> tuple[Any, int]:
-    """A compiled program of several calls, each on another set of operands, and their number."""
+    """A compiled program of several calls, each on its own set of operands, and the number of calls."""
     calls = timing.calls_needed(case.cache_bytes / peak)
     count = timing.sets_needed(case.cache_bytes)
     q, *others = jax.eval_shape(lambda: tuple(vars(operand_sets(case, 1)[0]).values()))
@@ -76,7 +76,7 @@ def chain(case: AttentionCase, call: Callable[..., jax.Array], peak: float) -> t
 def measure(
     case: AttentionCase, sets: list[Operands], program: Any, calls: int, kernel: str, peak: float
 ) -> dict[str, Any]:
-    """A row of the table; the time is missing when the result is wrong."""
+    """A row of the table, without a time if the result is wrong."""
     rows = sorted({0, case.batch // 2, case.batch - 1})
     picked = sets[0].rows(rows)
     oracle = functools.partial(reference.sparse_decode_attention, scale=case.model.head_dim**-0.5)
@@ -117,7 +117,7 @@ def problem_of(case: AttentionCase) -> Problem:
 
 
 def sweep(peak: float, specs: Sequence[str]) -> list[dict[str, Any]]:
-    """Every configuration that fits on every workload of SWEEP_CASES; compiled side by side, timed one by one."""
+    """Every configuration that fits, on every workload of SWEEP_CASES; compiled in parallel, timed one by one."""
     cases = [
         AttentionCase(MODELS[name], batch, cache, density)
         for name, batch, cache, densities in SWEEP_CASES

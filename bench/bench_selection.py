@@ -50,7 +50,7 @@ type Row = dict[str, Any]
 
 
 def rows() -> Iterator[tuple[str, np.ndarray, int]]:
-    """(name, scores [B n], k) that a careless selection gets wrong."""
+    """(name, scores [B n], k): cases that a careless selection gets wrong."""
     rng = np.random.default_rng(0)
     for n, k in ((1, 1), (7, 3), (72, 21), (512, 512), (513, 1), (1000, 1000), (5000, 640), (36864, 11136)):
         yield f"random {n} {k}", rng.standard_normal((3, n)), k
@@ -67,7 +67,7 @@ def rows() -> Iterator[tuple[str, np.ndarray, int]]:
 
 
 def run_checks() -> bool:
-    """Prints one line a failure; whether all are right."""
+    """Prints one line per failure; True if all are right."""
     right = True
     for name, scores, k in rows():
         for shared in (True, False):
@@ -83,13 +83,13 @@ def run_checks() -> bool:
 
 
 def _sorted(scores: np.ndarray, k: int) -> np.ndarray:
-    """By the host's stable sort."""
+    """The expected selection, by a stable sort on the host."""
     order = np.argsort(-np.where(np.isnan(scores), -np.inf, scores), axis=-1, kind="stable")
     return np.sort(order[..., :k], axis=-1)
 
 
 def error(found: np.ndarray, scores: np.ndarray, k: int) -> float:
-    """By how much an entry left out exceeds one that was taken, of the largest score; infinite for no selection."""
+    """By how much an entry left out exceeds one taken, relative to the largest score; infinite if not a selection."""
     worst = 0.0
     for index, row in zip(np.atleast_2d(found), np.atleast_2d(scores), strict=True):
         if index.shape != (k,) or (np.diff(index) <= 0).any() or index[0] < 0 or index[-1] >= row.size:
@@ -107,7 +107,7 @@ def measure(scores: list[jax.Array], call: Callable[..., jax.Array], peak: float
 
 
 def table(peak: float) -> Iterator[Row]:
-    """The named shapes; scores are float32 and, as behind a router, still in the L2 where they fit."""
+    """The named shapes; scores are float32 and, as right after a router, still in the L2 cache if they fit."""
     for cases, kernel in itertools.product((FIRST, OTHERS), ("mosaic", "pooling only", "xla")):
         for name, batch, density in cases:
             if kernel != "mosaic" and density != 0.3:
@@ -141,7 +141,7 @@ def _row(case: str, kernel: str, shape: tuple[int, int], k: int, peak: float, *,
 
 
 def within(seconds: float, found: Iterator[Row]) -> list[Row]:
-    """The rows that there is time for."""
+    """As many rows as there is time for."""
     started, rows = time.perf_counter(), []
     for row in found:
         rows.append(row)

@@ -57,7 +57,7 @@ class Check:
 
 
 def checks() -> Iterable[Check]:
-    """What must be right before anything is timed."""
+    """The checks that must pass before anything is timed."""
     for i, width in enumerate((32, 64, 80, 96, 128, 256)):
         yield Check(width=width, dtype=("bfloat16", "float16")[i % 2], queries=1 + i)
         yield Check(width=width, dtype=("float16", "bfloat16")[i % 2], window=100)
@@ -92,7 +92,7 @@ def poisoned(check: Check) -> Operands:
 
 
 def run_checks() -> bool:
-    """Prints one line a check; whether all are right."""
+    """Prints one line per check; True if all are right."""
     right = True
     for check in checks():
         started = time.perf_counter()

@@ -36,14 +36,14 @@ def kind(tiles: Tiles) -> str:
 
 
 def brief(tiles: Tiles) -> str:
-    """Kind, warpgroups, groups, columns x stages, the input's columns x slots."""
+    """Kind, warpgroups, groups, columns x stages, input columns x slots."""
     shape = f"w{tiles.warpgroups} g{tiles.groups} {tiles.cols}x{tiles.stages} x{tiles.x_cols}x{tiles.x_slots}"
     return f"{kind(tiles)} {shape}"
 
 
 @dataclass(frozen=True, kw_only=True)
 class Check:
-    """A small adversarial call: shapes, number of absent entries, what is in it, changes to the heuristic's tiles."""
+    """A small adversarial call: shapes, number of absent entries, options, changes to the heuristic's tiles."""
 
     batch: int = 16
     d_model: int = 1024
@@ -65,7 +65,7 @@ class Check:
 
 
 def checks(which: str) -> list[Check]:
-    """What must be right before a kind is timed: every path of the code once, the kinds' common ones for one."""
+    """The checks that must pass before a kind is timed: every code path once, and shared paths for one kind only."""
     gated = {"activation": "silu", "gated": True}
     few = [
         Check(),
@@ -110,7 +110,7 @@ def checks(which: str) -> list[Check]:
 
 
 def poisoned(check: Check) -> dict[str, Any]:
-    """The call's operands: entries permuted, repeated, absent; NaN in every row that isn't named."""
+    """The call's operands: permuted, repeated and absent entries; NaN in every row that is not selected."""
     rng = np.random.default_rng(zlib.crc32(repr(check).encode()))
     index = rng.choice(check.num_neurons, check.selected, replace=False).astype(np.int32)
     index[-1] = index[0]
@@ -140,7 +140,7 @@ def poisoned(check: Check) -> dict[str, Any]:
 
 
 def run_checks(which: str, share: int, shares: int) -> bool:
-    """Prints one line a check of a kind of kernel, of every `shares`-th; whether all are right."""
+    """Prints one line for every `shares`-th check of a kind of kernel; True if all are right."""
     right = True
     for check in checks(which)[share::shares]:
         started = time.perf_counter()
@@ -195,13 +195,13 @@ def error(out: Any, want: Any) -> float:
 
 @jax.jit
 def same_bits(some: tuple[jax.Array, ...], others: tuple[jax.Array, ...]) -> jax.Array:
-    """Whether all of two lists of 16-bit arrays are alike, bit by bit."""
+    """Whether two lists of 16-bit arrays are equal bit by bit."""
     pairs = zip(some, others, strict=True)
     return jnp.stack([(a.view(jnp.uint16) == b.view(jnp.uint16)).all() for a, b in pairs]).all()
 
 
 def check_kinds(kinds: Sequence[str], seconds: float) -> tuple[str, ...]:
-    """Those kinds of kernels that pass all checks, which several processes make side by side."""
+    """The kinds of kernels that pass all checks; several processes check in parallel."""
     timing.require_gpu()
     started = time.monotonic()
     command = [sys.executable, "-m", "bench.check_sparse_mlp"]

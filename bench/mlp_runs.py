@@ -1,4 +1,4 @@
-"""Runs of the selective MLP's bench: programs compiled side by side, then checked and timed one after the other."""
+"""Runs of the selective MLP's benchmark: programs are compiled in parallel, then checked and timed one at a time."""
 
 import functools
 import os
@@ -35,7 +35,7 @@ class MlpCase:
 
     @property
     def selected(self) -> int:
-        """Neurons: density · F rounded up to a multiple of 128."""
+        """Number of neurons kept: density · F, rounded up to a multiple of 128."""
         return min(self.model.d_ff, -(-int(self.density * self.model.d_ff) // 128) * 128)
 
     @property
@@ -50,7 +50,7 @@ class MlpCase:
 
     @property
     def sets(self) -> int:
-        """Selections that a program's calls rotate over, so that a call finds none of its rows in the L2."""
+        """Number of selections to rotate through, so that a call finds none of its rows in the L2 cache."""
         return min(CALLS, max(2, timing.sets_needed(self.bytes)))
 
     def __str__(self) -> str:
@@ -64,7 +64,7 @@ def choices(case: MlpCase) -> list[Tiles]:
 
 
 def weight_shapes(model: ModelShape) -> dict[str, jax.ShapeDtypeStruct]:
-    """Of a layer, bfloat16."""
+    """Weights of one layer, bfloat16."""
     matrices = ("w_up", "w_down", *(["w_gate"] if model.gated else []))
     shapes = dict.fromkeys(matrices, (model.d_ff, model.d_model)) | (
         {} if model.gated else {"b_up": (model.d_ff,)}
@@ -74,7 +74,7 @@ def weight_shapes(model: ModelShape) -> dict[str, jax.ShapeDtypeStruct]:
 
 @functools.cache
 def weights(model: ModelShape) -> dict[str, jax.Array]:
-    """Random weights that neither grow nor shrink what passes through a tenth of them."""
+    """Random weights, scaled so that a tenth of the neurons keeps the size of the input."""
     scales = {"w_down": (20 / model.d_ff) ** 0.5, "b_up": 0.1}
 
     @functools.partial(jax.jit, static_argnums=(1, 2))
@@ -90,7 +90,7 @@ def weights(model: ModelShape) -> dict[str, jax.Array]:
 
 
 def index_sets(case: MlpCase) -> list[jax.Array]:
-    """Sorted selections, disjoint as far as the neurons go."""
+    """Sorted selections, disjoint as long as there are enough neurons."""
     rng, found = np.random.default_rng(3), []
     while len(found) < case.sets:
         order = rng.permutation(case.model.d_ff)
@@ -101,7 +101,7 @@ def index_sets(case: MlpCase) -> list[jax.Array]:
 
 @dataclass(frozen=True)
 class Run:
-    """What is timed: one kernel on one case. `dense` computes all neurons and takes no index."""
+    """One kernel on one case. `dense` computes all neurons and takes no index."""
 
     case: MlpCase
     kernel: str
@@ -110,7 +110,7 @@ class Run:
     dense: bool = False
 
     def programs(self) -> tuple[Any, Any]:
-        """The compiled chain of calls, and the oracle of the first."""
+        """The compiled chain of calls, and the oracle for the first call."""
         case, params = self.case, weight_shapes(self.case.model)
         x = jax.ShapeDtypeStruct((case.batch, case.model.d_model), jnp.bfloat16)
         index = jax.ShapeDtypeStruct((case.selected,), jnp.int32)
@@ -120,7 +120,7 @@ class Run:
         return chain.lower(x, sets).compile(), oracle.lower(x=x, index=index, **params).compile(UNTUNED)
 
     def time(self, programs: tuple[Any, Any], peak: float) -> dict[str, Any]:
-        """Error, time and rate; no time where the result is wrong."""
+        """Error, time and rate; no time if the result is wrong."""
         (chain, oracle), case, params = programs, self.case, weights(self.case.model)
         indices = index_sets(case)
         sets: list[Any] = [(params,)] if self.dense else [(params, index) for index in indices]
@@ -158,7 +158,7 @@ def _dense(model: ModelShape, x: jax.Array, params: dict[str, jax.Array]) -> jax
 
 
 class Bench:
-    """Measures runs; remembers the dense times to compare with and stops when its time is over."""
+    """Measures runs, remembers the dense times to compare with, and stops when time runs out."""
 
     def __init__(self, kinds: Iterable[str], seconds: float):
         self.kinds, self.deadline = tuple(kinds), time.monotonic() + seconds
@@ -169,7 +169,7 @@ class Bench:
         print(self.head, flush=True)
 
     def measure(self, runs: Iterable[Run]) -> None:
-        """Appends a row a run, dense ones before those compared with them; the time is missing when it is wrong."""
+        """Appends one row per run, dense runs first; a wrong result has no time."""
         wanted = [run for run in runs if run.ours is None or kind(run.ours) in self.kinds]
         # XLA chooses its products by measuring them, so those are compiled one after the other.
         with ThreadPoolExecutor(os.cpu_count()) as many, ThreadPoolExecutor(1) as one:
@@ -201,7 +201,7 @@ class Bench:
         print(f"  {row['case']:24s} {row['kernel']:42s} {numbers} {problem}", flush=True)
 
     def timeline(self, case: MlpCase, tiles: Tiles) -> None:
-        """Prints how long each kernel of a chain of calls took, and the gap before it, medians by name."""
+        """Prints how long each kernel of a chain of calls took and the gap before it, as medians by name."""
         chain = timing.chained(selective(case, tiles).call, CALLS)
         x = jax.random.normal(jax.random.key(1), (case.batch, case.model.d_model), jnp.bfloat16)
         sets = [(weights(case.model), index) for index in index_sets(case)]

@@ -1,4 +1,4 @@
-"""Rows of measurements as a table for people and as JSON lines that say where they come from."""
+"""Measured rows as a table for people, and as JSON lines that say where they come from."""
 
 import json
 import os
@@ -37,7 +37,7 @@ def _commit() -> str:
 
 
 def table(rows: Sequence[Mapping[str, Any]], columns: Sequence[str]) -> str:
-    """`columns` of `rows` in aligned columns, numbers to three figures or so."""
+    """`columns` of `rows` as aligned text, numbers to about three figures."""
     cells = [list(columns), *([_show(row.get(name)) for name in columns] for row in rows)]
     widths = [max(len(line[i]) for line in cells) for i in range(len(columns))]
     return "\n".join(
@@ -58,7 +58,7 @@ def _show(value: Any) -> str:
 
 
 def append_jsonl(path: Path, rows: Sequence[Mapping[str, Any]], head: Mapping[str, Any]) -> None:
-    """One line of JSON a row, each with `head` in it."""
+    """Appends one line of JSON per row, each with the entries of `head`."""
     path.parent.mkdir(parents=True, exist_ok=True)
     with path.open("a", encoding="utf-8") as file:
         for row in rows:
@@ -71,13 +71,13 @@ def read_jsonl(path: Path) -> list[dict[str, Any]]:
 
 
 def of_one_device(rows: Iterable[dict[str, Any]]) -> list[dict[str, Any]]:
-    """Of rows from several devices those of the one that has most: times of two don't belong in one table."""
+    """The rows of the device with the most rows: times of two devices do not belong in one table."""
     rows = list(rows)
     devices = Counter(row.get("device") for row in rows).most_common(1)
     return [row for row in rows if row.get("device") == devices[0][0]]
 
 
 def results_path(default: str) -> Path | None:
-    """Where to write JSON lines: in the folder that the variable OUT names; None where it is not set."""
+    """Where to write JSON lines: in the folder named by the variable OUT; None if it is not set."""
     folder = os.environ.get("OUT")
     return Path(folder) / default if folder else None

@@ -37,14 +37,14 @@ def _points(rows: list[dict[str, Any]], chosen) -> tuple[tuple[float, float], ..
 
 
 def series(folder: Path = RESULTS) -> list[Series]:
-    """What the files of results hold, without the kinds of which there is nothing."""
+    """Everything in the results files, without kinds that have no rows."""
 
     def read(name):
         path = folder / f"{name}.jsonl"
         return report.of_one_device(report.read_jsonl(path)) if path.is_file() else []
 
     attention, mlp, steps = (read(name) for name in ("decode_attention", "sparse_mlp", "decode"))
-    first: dict[tuple[str, str], dict[str, Any]] = {}  # of each run's configurations, the heuristic's
+    first: dict[tuple[str, str], dict[str, Any]] = {}  # the heuristic's configuration of each run
     for row in mlp:
         if row["kernel"] not in BESIDE:
             first.setdefault((row["case"], row.get("commit", "")), row)
@@ -72,7 +72,7 @@ def series(folder: Path = RESULTS) -> list[Series]:
 
 
 def draw(found: list[Series], path: Path, title: str) -> None:
-    """Writes the picture. Raises ValueError where there is nothing to draw."""
+    """Writes the picture. Raises ValueError if there is nothing to draw."""
     if not found:
         raise ValueError(
             f"{path.name}: no rows with a time and a copy bandwidth; got none. Hint: run the benches."

@@ -16,7 +16,7 @@ L2_BYTES = 60 * 2**20
 
 
 def require_gpu() -> None:
-    """Ends the program with one line where JAX's first device is not a Hopper GPU."""
+    """Exits with one line if JAX's first device is not a Hopper GPU."""
     try:
         _device.require_hopper(_device.current())
     except NotImplementedError as reason:
@@ -26,7 +26,7 @@ def require_gpu() -> None:
 
 
 def chained(call: Callable[..., jax.Array], calls: int) -> jax.stages.Wrapped:
-    """Jitted (x, sets) -> the first and the last of `calls` results, each call taking the one before and the next set.
+    """Jitted (x, sets) -> the first and last of `calls` results; each call takes the previous result and the next set.
 
     The result of a call must have the shape and dtype of its first operand; so no two calls overlap.
     """
@@ -42,7 +42,7 @@ def chained(call: Callable[..., jax.Array], calls: int) -> jax.stages.Wrapped:
 
 
 class Timing(NamedTuple):
-    """Of one of the calls that a program chains, in seconds.
+    """Time of one of the calls that a program chains, in seconds.
 
     device: how long the device was at work, by its own clock: median over runs. spread: max - min of it.
     wall: by the host's clock, with the launches in between. launches: what the device did for it, in number.
@@ -55,7 +55,7 @@ class Timing(NamedTuple):
 
 
 class Event(NamedTuple):
-    """Something that a device did; nanoseconds."""
+    """One activity of a device, in nanoseconds."""
 
     start: float
     length: float
@@ -63,7 +63,7 @@ class Event(NamedTuple):
 
 
 def time_call(run: Callable[[], Any], calls: int, *, repeats: int = 5) -> Timing:
-    """Time of one of the `calls` that a run of `run` makes. Raises RuntimeError where the profiler sees no device."""
+    """Time of one of the `calls` that a run of `run` makes. Raises RuntimeError if the profiler sees no device."""
     for _ in range(2):
         jax.block_until_ready(run())
     started = time.perf_counter()
@@ -78,7 +78,7 @@ def time_call(run: Callable[[], Any], calls: int, *, repeats: int = 5) -> Timing
 
 
 def events(run: Callable[[], Any], repeats: int) -> list[Event]:
-    """What the first GPU did in `repeats` runs, one after the other, by start."""
+    """What the first GPU did in `repeats` consecutive runs, sorted by start."""
     options = jax.profiler.ProfileOptions()
     options.host_tracer_level = options.python_tracer_level = 0
     with tempfile.TemporaryDirectory() as folder:
@@ -94,7 +94,7 @@ def events(run: Callable[[], Any], repeats: int) -> list[Event]:
 
 
 def _busy(seen: Sequence[Event]) -> float:
-    """Seconds in which at least one of the events, sorted by start, went on."""
+    """Seconds in which at least one of the events (sorted by start) was running."""
     total, until = 0.0, float("-inf")
     for event in seen:
         end = event.start + event.length
@@ -119,12 +119,12 @@ def timeline(run: Callable[[], Any]) -> list[tuple[str, int, float, float]]:
 
 
 def calls_needed(seconds: float) -> int:
-    """How many calls to chain, of which each takes about so long."""
+    """How many calls to chain if each takes about this long."""
     return max(4, min(16, round(4e-4 / seconds)))
 
 
 def speed(size: int, timing: Timing, peak: float) -> dict[str, float]:
-    """The columns of a call that moves `size` bytes, beside a copy of `peak` bytes a second."""
+    """The columns of a call that moves `size` bytes, where a copy moves `peak` bytes per second."""
     rate = size / timing.device
     return {
         "time_us": timing.device * 1e6,
@@ -136,7 +136,7 @@ def speed(size: int, timing: Timing, peak: float) -> dict[str, float]:
 
 
 def sets_needed(touched_bytes: int) -> int:
-    """How many operand sets to rotate so that a call finds nothing of its own in the L2."""
+    """How many operand sets to rotate so that a call finds none of its data in the L2 cache."""
     return max(1, -(-4 * L2_BYTES // touched_bytes))
 
 

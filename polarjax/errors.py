@@ -1,16 +1,16 @@
-"""Errors a user can meet: few, typed, and one line each.
+"""The errors a user can see: few, typed, and one line each.
 
-Every one of them says what is wrong, where, what was got, what was expected and how to fix it. They are
-raised at the boundary, where user input enters; the command line prints them and exits with code 2.
+Each says what is wrong and where, what was given, what was expected, and how to fix it. They are raised at the boundary,
+where user input enters; the command line prints them and exits with code 2.
 """
 
 _SIGNS = ("RESOURCE_EXHAUSTED", "Out of memory")  # of GPUs and of CPUs
 
 
 class PolarjaxError(ValueError):
-    """Bad input to polarjax, told in one line.
+    """Bad input to polarjax, described in one line.
 
-    The message reads `where: what; got …, expected …. Hint: …`, each part only if it is given.
+    The message reads `where: what; got …, expected …. Hint: …`, leaving out what is not given.
 
     Args:
         what: the fault itself, without a full stop.
@@ -61,5 +61,5 @@ def _one_line(what: str, where: object, got: object, expected: object, hint: str
 
 
 def ran_out(error: BaseException) -> bool:
-    """Whether JAX says with this error that an allocation failed."""
+    """Whether this is JAX's error for a failed allocation."""
     return isinstance(error, RuntimeError) and any(sign in str(error) for sign in _SIGNS)

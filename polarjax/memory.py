@@ -1,4 +1,4 @@
-"""When the memory of the device runs out: one line that tells what needs how much, and what would fit."""
+"""When the device runs out of memory: one line that says what needs how much, and what would fit."""
 
 import contextlib
 from collections.abc import Iterator
@@ -12,19 +12,19 @@ from polarjax.types import DTypeLike
 
 
 @contextlib.contextmanager
-def sizes_told(
+def explained_out_of_memory(
     config: ModelConfig, *, batch_size: int, cache_length: int, dtype: DTypeLike
 ) -> Iterator[None]:
-    """Raises `InputError` in the place of JAX's error where the device's memory runs out in the block.
+    """Turns JAX's out-of-memory error in the block into an `InputError` that says what took the memory.
 
     Args:
       config: of the model.
-      batch_size: B, the sequences that are computed in the block.
+      batch_size: B, sequences computed in the block.
       cache_length: S, positions of the cache.
       dtype: of weights and cache.
 
     Raises:
-      InputError: the memory ran out; with the sizes, and the largest batch that fits where that is known.
+      InputError: the memory ran out; gives the sizes and, if known, the largest batch that fits.
     """
     try:
         yield
@@ -44,16 +44,16 @@ def sizes_told(
             where=f"{batch_size:,} sequences of up to {cache_length:,} positions",
             got=f"{weights / 1e9:,.2f} GB of weights, {cache / 1e9:,.2f} GB of cache, and temporaries{of}",
             expected=None if memory is None else f"at most {fitting:,} such sequences",
-            hint=_mend(fitting),
+            hint=_hint(fitting),
         ) from error
 
 
-def _mend(fitting: int) -> str:
+def _hint(fitting: int) -> str:
     if fitting < 1:
         return "shorten the texts, take a narrower dtype or a device with more memory"
     return f"compute fewer at a time (--batch-size; try {fitting:,} sequences), or shorten the texts"
 
 
 def _device_memory() -> int | None:
-    """Bytes that JAX may use of the first device; None where it does not tell, as on CPUs."""
+    """Bytes that JAX may use on the first device; None if it does not say, as on CPUs."""
     return (jax.local_devices()[0].memory_stats() or {}).get("bytes_limit")

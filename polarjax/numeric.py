@@ -1,4 +1,4 @@
-"""Numbers as callers give them: Python's own, or scalars of NumPy and JAX."""
+"""Numbers as callers pass them: Python numbers, or NumPy and JAX scalars."""
 
 from typing import Any
 
@@ -8,12 +8,12 @@ from jax.core import Tracer
 
 
 def plain(value: Any) -> Any:
-    """A scalar of NumPy or JAX as the Python number it is, which is static and hashes; all else unchanged."""
+    """A NumPy or JAX scalar as a Python number, which is static and hashable; anything else unchanged."""
     scalar = isinstance(value, np.generic | np.ndarray | jax.Array) and value.ndim == 0
     return value.item() if scalar and not isinstance(value, Tracer) else value
 
 
 def make_plain(instance: object, *names: str) -> None:
-    """Applies `plain` to fields of a frozen dataclass that is being made."""
+    """Applies `plain` to fields of a frozen dataclass under construction."""
     for name in names:
         object.__setattr__(instance, name, plain(getattr(instance, name)))

@@ -16,7 +16,7 @@ BOS_ID = 1
 
 
 def novels(path: Path) -> list[str]:
-    """The documents of a text file parted by form feeds."""
+    """The documents of a text file that has form feeds between them."""
     return [text.strip() + "\n" for text in read_text(path).split(DOCUMENT_SEPARATOR) if text.strip()]
 
 
@@ -59,7 +59,7 @@ def read_stream(path: Path) -> np.ndarray:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument(
-        "--novels", type=Path, required=True, help="training text, documents parted by form feeds"
+        "--novels", type=Path, required=True, help="training text, form feeds between documents"
     )
     parser.add_argument("--tokenizer", type=Path, required=True, help="folder written by tokenizer.py")
     parser.add_argument("--out", type=Path, required=True, help="folder for the token files")

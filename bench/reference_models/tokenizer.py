@@ -59,7 +59,7 @@ def save(tokenizer: Tokenizer, folder: Path, max_positions: int) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument(
-        "--novels", type=Path, required=True, help="training text, documents parted by form feeds"
+        "--novels", type=Path, required=True, help="training text, form feeds between documents"
     )
     parser.add_argument("--out", type=Path, required=True, help="tokenizer folder to write")
     parser.add_argument("--max-positions", type=int, default=512)

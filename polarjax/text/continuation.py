@@ -10,7 +10,7 @@ from polarjax.generation.batch import positions
 from polarjax.generation.generate import generate
 from polarjax.generation.settings import GenerationSettings
 from polarjax.generation.stream import CONTEXT, stream
-from polarjax.memory import sizes_told
+from polarjax.memory import explained_out_of_memory
 from polarjax.model.decoder import Decoder
 from polarjax.selection.selectors import Sparsity
 from polarjax.text.assembly import Completion, TextStream, complete
@@ -67,7 +67,7 @@ def continue_rows(
     config = model.config
     room = positions(config, tokens.shape[1], max_new_tokens)
     dtype = model.dtype
-    with sizes_told(config, batch_size=len(rows) * copies, cache_length=room, dtype=dtype):
+    with explained_out_of_memory(config, batch_size=len(rows) * copies, cache_length=room, dtype=dtype):
         if show is None and not stop_strings:
             made = jax.block_until_ready(generate(*batch, **options))
             return complete(made, tokenizer, [row[-CONTEXT:] for row in rows for _ in range(copies)])

@@ -89,7 +89,10 @@ def test_every_verb_tells_it_in_one_line(home, capsys, monkeypatch):
 
 def test_other_errors_of_jax_are_not_hidden():
     sizes = {"batch_size": 1, "cache_length": 8, "dtype": "float32"}
-    with pytest.raises(JaxRuntimeError, match="INTERNAL"), memory.sizes_told(zoo.CONFIGS["opt"], **sizes):
+    with (
+        pytest.raises(JaxRuntimeError, match="INTERNAL"),
+        memory.explained_out_of_memory(zoo.CONFIGS["opt"], **sizes),
+    ):
         raise JaxRuntimeError("INTERNAL: another one")
 
 
