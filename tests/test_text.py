@@ -1,6 +1,6 @@
 """Text while it comes: whole characters, exact stop strings, and never a word too early."""
 
-from pathlib import Path
+import functools
 
 import hypothesis.strategies as st
 import pytest
@@ -12,15 +12,21 @@ from polarjax.text.tokenizer import Tokenizer
 from tests import hf_tokenizers as small
 from tests.one_line import refuses
 
-OPT = Path(pj.__file__).parent / "assets" / "opt-6m"
-TEXTS = ["def f(x):\n    return x", "Grüße, 日本 ☃ 🙂🙂", "a  b   c", "é", " leading", "🙂"]
+TEXTS = ["def f(x):\n    return x", "Grüße, 日本 ☃ 🙂🙂", "a  b   c", "é", " leading", "🙂", "తెలుగు లో తె"]
+KINDS = ["byte_level", "byte_fallback", "sentencepiece"]
+CONTEXT = 8
 
 
 @pytest.fixture(scope="module")
 def tokenizers(tmp_path_factory):
-    """A byte-level tokenizer, and one with byte fallback and a space stripped from the start of every text."""
-    folder = small.write_llama(tmp_path_factory.mktemp("hf") / "llama", small.LLAMA_SETTINGS)
-    return {"opt": Tokenizer.load(OPT), "llama": Tokenizer.load(folder, model_type="llama")}
+    """OPT's byte-level kind, and two LLaMA ones that strip the space from the start of every text."""
+    folder = tmp_path_factory.mktemp("hf")
+    llama = small.LLAMA_SETTINGS
+    return {
+        "byte_level": Tokenizer.load(small.write_opt(folder / "opt", small.OPT_SETTINGS), model_type="opt"),
+        "byte_fallback": Tokenizer.load(small.write_llama(folder / "llama", llama), model_type="llama"),
+        "sentencepiece": Tokenizer.load(small.write_sentencepiece(folder / "sp", llama), model_type="llama"),
+    }
 
 
 def _feed(row: Assembler, ids: list[int], sizes: list[int]) -> list[str]:
@@ -36,28 +42,68 @@ def _feed(row: Assembler, ids: list[int], sizes: list[int]) -> list[str]:
 SIZES = st.lists(st.integers(1, 8), min_size=1, max_size=3)
 
 
-@pytest.mark.parametrize("kind", ["opt", "llama"])
-@pytest.mark.parametrize("text", TEXTS)
-@given(sizes=SIZES)
-def test_pieces_add_up_to_the_text_and_hold_no_half_character(tokenizers, kind, text, sizes):
-    tokenizer = tokenizers[kind]
-    ids = tokenizer.hf.encode(text)[1:]
-    row = Assembler(tokenizer.decode_ids)
-    shown = _feed(row, ids, sizes)
-    assert "".join(shown) == row.text == tokenizer.decode_ids(ids)
+def _continued(decode, ids: list[int], cut: int) -> str:
+    """What the tokens from `cut` on add to the text of those before; a character that they complete is theirs."""
+    prompt, whole = decode(ids[:cut]), decode(ids)
+    return whole[next((i for i, each in enumerate(prompt) if whole[i : i + 1] != each), len(prompt)) :]
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@given(text=st.sampled_from(TEXTS), where=st.floats(0, 1), sizes=SIZES)
+def test_pieces_add_up_to_the_text_wherever_the_prompt_ends(tokenizers, kind, text, where, sizes):
+    """Also where the prompt, or the part of it that is decoded with the new tokens, is cut inside a character."""
+    decode = tokenizers[kind].decode_ids
+    ids = tokenizers[kind].hf.encode(text)
+    cut = round(where * (len(ids) - 1))
+    row = Assembler(decode, context=ids[max(0, cut - CONTEXT) : cut])
+    shown = _feed(row, ids[cut:], sizes)
+    assert "".join(shown) == row.text == _continued(decode, ids, cut)
     assert not any("\ufffd" in piece for piece in shown)
-    assert row.tokens == ids
+    assert row.tokens == ids[cut:]
 
 
-@given(ids=st.lists(st.integers(0, 299), max_size=40), sizes=SIZES)
-def test_any_tokens_whatever_the_pieces(tokenizers, ids, sizes):
-    """Bytes that are no text, and special tokens among them: the pieces still add up to what decoding gives."""
-    row = Assembler(tokenizers["opt"].decode_ids)
-    assert "".join(_feed(row, ids, sizes)) == tokenizers["opt"].decode_ids(ids)
+def _ids(kind: str) -> st.SearchStrategy[list[int]]:
+    """Any tokens: bytes that are no text, special tokens, pieces of characters."""
+    broken = st.sampled_from(["త", "é", "🙂", "日"]).flatmap(
+        lambda each: st.sampled_from([each.encode()[:i] for i in range(1, 5)])
+    )
+    first = {"byte_level": None}.get(kind, 3)  # id of the byte 0
+    some = st.lists(st.integers(0, 300), max_size=5)
+    pieces = some if first is None else some | broken.map(lambda data: [first + byte for byte in data])
+    return st.lists(pieces, min_size=1, max_size=8).map(lambda parts: [i for part in parts for i in part])
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@given(data=st.data(), where=st.floats(0, 1), sizes=SIZES)
+def test_any_tokens_whatever_the_pieces(tokenizers, kind, data, where, sizes):
+    decode, ids = tokenizers[kind].decode_ids, data.draw(_ids(kind))
+    cut = round(where * len(ids))
+    stops = data.draw(st.sampled_from([(), ("not there",)]))  # with one, tokens are taken one by one
+    row = Assembler(decode, context=ids[max(0, cut - CONTEXT) : cut], stop_strings=stops)
+    assert "".join(_feed(row, ids[cut:], sizes)) == row.text == _continued(decode, ids, cut)
+
+
+@given(data=st.data())
+def test_bytes_that_are_no_text_read_as_sentencepiece_reads_them(tokenizers, data):
+    sentencepiece = pytest.importorskip("sentencepiece")
+    tokenizer = tokenizers["sentencepiece"]
+    theirs = sentencepiece.SentencePieceProcessor(model_file=str(tokenizer.folder / "tokenizer.model"))
+    ids = [i for i in data.draw(_ids("sentencepiece")) if i >= 3]  # <unk> reads otherwise there
+    assert tokenizer.decode_ids(ids) == theirs.decode(ids)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("size", [1, 8, 100])
+def test_new_text_after_a_prompt_of_byte_tokens(tokenizers, kind, size):
+    """dynamo#12688: the last eight tokens of the prompt begin inside a character."""
+    encode = functools.partial(tokenizers[kind].hf.encode, add_special_tokens=False)
+    prompt, whole = encode("తెలుగు"), encode("తెలుగులో")
+    row = Assembler(tokenizers[kind].decode_ids, context=prompt[-CONTEXT:])
+    assert "".join(_feed(row, whole[len(prompt) :], [size])) == row.text == "లో"
 
 
 def test_a_character_is_shown_when_its_last_byte_is_there(tokenizers):
-    tokenizer = tokenizers["llama"]
+    tokenizer = tokenizers["byte_fallback"]
     ids = tokenizer.hf.encode("x🙂y", add_special_tokens=False)
     row = Assembler(tokenizer.decode_ids)
     shown = [row.push([each]) for each in ids]
@@ -66,22 +112,11 @@ def test_a_character_is_shown_when_its_last_byte_is_there(tokenizers):
 
 
 def test_an_unfinished_character_is_shown_at_the_end_only(tokenizers):
-    tokenizer = tokenizers["llama"]
+    tokenizer = tokenizers["byte_fallback"]
     ids = tokenizer.hf.encode("🙂", add_special_tokens=False)[-4:-1]
     row = Assembler(tokenizer.decode_ids)
     assert [row.push([each]) for each in ids] == [""] * 3
     assert set(row.finish()) == {"\ufffd"}
-
-
-@pytest.mark.parametrize("kind", ["opt", "llama"])
-@given(cut=st.integers(1, 10), sizes=SIZES)
-def test_with_its_context_a_continuation_keeps_its_leading_space(tokenizers, kind, cut, sizes):
-    tokenizer = tokenizers[kind]
-    ids = tokenizer.hf.encode("the quick brown fox  is a test", add_special_tokens=False)
-    cut = min(cut, len(ids) - 1)
-    row = Assembler(tokenizer.decode_ids, context=ids[max(0, cut - 8) : cut])
-    _feed(row, ids[cut:], sizes)
-    assert tokenizer.decode_ids(ids[:cut]) + row.text == tokenizer.decode_ids(ids)
 
 
 def _characters(ids: list[int]) -> str:
@@ -121,7 +156,7 @@ def test_what_cannot_become_a_stop_string_is_shown_at_once(text, stop):
 
 
 def test_a_stop_string_across_tokens_and_the_tokens_it_took(tokenizers):
-    tokenizer = tokenizers["opt"]
+    tokenizer = tokenizers["byte_level"]
     ids = tokenizer.hf.encode("x = 1\n\nprint(x)", add_special_tokens=False)
     row = Assembler(tokenizer.decode_ids, stop_strings=("1\n\npr",))
     row.push(ids)

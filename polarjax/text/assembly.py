@@ -51,11 +51,10 @@ class Assembler:
     ) -> None:
         self.text, self.stopped, self.tokens = "", False, []
         self._decode, self._stops = decode, stop_strings
-        self._window = list(
-            context
-        )  # tokens that are decoded together: the last whole piece, and what came since
-        self._settled = len(self._window)  # how many of them end in a whole character
-        self._seen = len(decode(self._window)) if self._window else 0  # characters of them that are in `text`
+        self._window = list(context)  # decoded together: the last whole piece, and what came since
+        self._settled = len(self._window)  # how many of them came before what came since
+        self._prompt = decode(self._window) if self._window else ""  # may end in half a character
+        self._seen = len(self._prompt)  # characters of the window that are in `text`, or the prompt's
         self._shown = 0
 
     def push(self, ids: Sequence[int]) -> str:
@@ -69,23 +68,27 @@ class Assembler:
     def finish(self) -> str:
         """No token follows; returns the text that was held back."""
         if not self.stopped:
-            self._accept(self._decode(self._window)[self._seen :])
+            text = self._decode(self._window)
+            self._accept(text, len(text))
         return self._show(len(self.text))
 
     def _take(self, ids: list[int]) -> None:
         self._window += ids
         text = self._decode(self._window)
         whole = text.rstrip(_INCOMPLETE)
-        self._accept(whole[self._seen :])
-        self._seen = max(self._seen, len(whole))
+        self._accept(text, len(whole))
         tail = self._window[self._settled :]
         if whole != text:
             return
         if length := len(self._decode(tail)):  # a tail without text would read differently at the start
-            self._window, self._seen = tail, length
+            self._window, self._seen, self._prompt = tail, length, ""
             self._settled = len(tail)
 
-    def _accept(self, new: str) -> None:
+    def _accept(self, decoded: str, end: int) -> None:
+        """Adds what is new in the window's text up to `end`: also a character that began in the prompt."""
+        if self._prompt and not self.text:
+            self._seen = _shared(self._prompt, decoded)
+        new, self._seen = decoded[self._seen : end], max(self._seen, end)
         before, self.text = len(self.text), self.text + new
         found = [(self.text.find(stop, max(0, before - len(stop) + 1)), len(stop)) for stop in self._stops]
         ends = [(start + length, start) for start, length in found if start >= 0]
@@ -179,6 +182,13 @@ def check_stop_strings(strings: Sequence[str]) -> tuple[str, ...]:
         hint = "pass texts of at least one character"
         raise InputError("unusable stop strings", where="stop_strings", got=repr(strings), hint=hint)
     return tuple(strings)
+
+
+def _shared(left: str, right: str) -> int:
+    """Length of the longest start that both have."""
+    return next(
+        (i for i, (a, b) in enumerate(zip(left, right, strict=False)) if a != b), min(len(left), len(right))
+    )
 
 
 def _ending(row: Assembler, stopped: bool, failed: bool) -> Ending | None:

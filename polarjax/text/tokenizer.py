@@ -12,6 +12,7 @@ import numpy as np
 
 from polarjax.errors import CheckpointError, InputError
 from polarjax.generation.settings import GenerationSettings
+from polarjax.text import decoding
 from polarjax.types import Int32
 
 VOCABULARY_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json")
@@ -180,13 +181,13 @@ class Tokenizer:
         rows = np.asarray(tokens)
         ends = [rows.shape[1]] * len(rows) if lengths is None else np.asarray(lengths).tolist()
         return [
-            self.hf.decode(row[:end].tolist(), skip_special_tokens=skip_special_tokens)
+            decoding.decode(self.hf, row[:end].tolist(), skip_special_tokens=skip_special_tokens)
             for row, end in zip(rows, ends, strict=True)
         ]
 
     def decode_ids(self, ids: Sequence[int]) -> str:
         """The text of one sequence, without special tokens."""
-        return self.hf.decode(list(ids), skip_special_tokens=True)
+        return decoding.decode(self.hf, ids, skip_special_tokens=True)
 
 
 def _from_transformers(folder: Path, model_type: str | None) -> Any:

@@ -1,0 +1,68 @@
+"""Token ids to text, byte-fallback runs included."""
+
+import json
+import re
+from collections.abc import Iterator, Sequence
+from itertools import groupby
+from typing import Any
+
+_BYTE = re.compile(r"<0x([0-9A-Fa-f]{2})>")
+_REPLACEMENT = "\ufffd"
+
+
+def decode(hf: Any, ids: Sequence[int], *, skip_special_tokens: bool) -> str:
+    """The text of token ids, as `hf.decode` gives it, except in runs of byte tokens that are not UTF-8.
+
+    There the tokenizers library replaces the whole run, so that one more byte changes the characters before it.
+    SentencePiece, and this function, keep the characters that are whole and replace each other byte by U+FFFD.
+
+    Args:
+      hf: the tokenizer of transformers.
+      ids: of one sequence.
+      skip_special_tokens: whether special tokens are left out.
+    """
+    text = hf.decode(list(ids), skip_special_tokens=skip_special_tokens)
+    if _REPLACEMENT not in text or not falls_back_to_bytes(hf):
+        return text
+    backend = hf.backend_tokenizer
+    added = backend.get_added_tokens_decoder()
+    skipped = {i for i, token in added.items() if token.special} if skip_special_tokens else set()
+    tokens = [backend.id_to_token(i) for i in ids if i not in skipped]
+    return backend.decoder.decode(_with_replacements([token for token in tokens if token is not None]))
+
+
+def falls_back_to_bytes(hf: Any) -> bool:
+    """Whether a tokenizer of the tokenizers library joins tokens such as <0xE0> to characters."""
+    decoder = getattr(getattr(hf, "backend_tokenizer", None), "decoder", None)
+    if decoder is None:
+        return False
+    state = json.loads(decoder.__getstate__())
+    return "ByteFallback" in {each["type"] for each in state.get("decoders", [state])}
+
+
+def _with_replacements(tokens: Sequence[str]) -> list[str]:
+    """The tokens with U+FFFD for each byte token that is no part of a character."""
+    made: list[str] = []
+    for is_bytes, group in groupby(tokens, lambda token: _BYTE.fullmatch(token) is not None):
+        run = list(group)
+        if is_bytes:
+            parts = _belongs_to_character(bytes(int(token[3:5], 16) for token in run))
+            run = [token if part else _REPLACEMENT for token, part in zip(run, parts, strict=True)]
+        made += run
+    return made
+
+
+def _belongs_to_character(data: bytes) -> Iterator[bool]:
+    """Of each byte, whether it is part of a UTF-8 character."""
+    start = 0
+    while start < len(data):
+        size = next((n for n in range(1, 5) if _is_character(data[start : start + n])), 0)
+        yield from [size > 0] * max(size, 1)
+        start += max(size, 1)
+
+
+def _is_character(data: bytes) -> bool:
+    try:
+        return len(data.decode()) == 1
+    except UnicodeDecodeError:
+        return False
