@@ -8,7 +8,6 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
 from pathlib import Path
 
-import jax.numpy as jnp
 import numpy as np
 
 from checkpoints_convert.hf_config import CONFIG, read_config
@@ -132,10 +131,10 @@ def check_apart(source: Path, target: Path) -> None:
 def parameter_dtype(dtype: DTypeLike | None, tensors: Sequence[Tensor], where: Path) -> np.dtype:
     """What all parameters are stored as: `dtype`, or else the one that all tensors have."""
     if dtype is not None:
-        if jnp.dtype(dtype) not in DTYPES.values():
+        if np.dtype(dtype) not in DTYPES.values():
             expected = " or ".join(each.name for each in DTYPES.values())
-            raise InputError("unusable dtype", where="dtype", got=jnp.dtype(dtype).name, expected=expected)
-        return jnp.dtype(dtype)
+            raise InputError("unusable dtype", where="dtype", got=np.dtype(dtype).name, expected=expected)
+        return np.dtype(dtype)
     found = Counter(tensor.dtype for tensor in tensors)
     if len(found) > 1:
         got = ", ".join(f"{count} tensors of {kind.name}" for kind, count in found.most_common())

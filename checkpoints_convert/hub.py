@@ -6,7 +6,6 @@ from pathlib import Path
 from checkpoints_convert.hf_config import CONFIG, read_config
 from polarjax.errors import CheckpointError, InputError
 from polarjax.storage.atomic import absolute
-from polarjax.text.tokenizer_files import FILES as TOKENIZER_FILES
 from polarjax.types import Path as PathLike
 
 SAFE_PATTERNS = ("model.safetensors", "model-*.safetensors", "model.safetensors.index.json")
@@ -38,6 +37,8 @@ def locate(source: PathLike, *, revision: str | None = None, weights: bool = Tru
     snapshot = _fetch(str(source), revision, (CONFIG,))
     if not weights:
         return snapshot
+    from polarjax.text.tokenizer_files import FILES as TOKENIZER_FILES  # imports JAX
+
     read_config(snapshot)
     commit = snapshot.name
     snapshot = _fetch(str(source), commit, (CONFIG, *TOKENIZER_FILES, *SAFE_PATTERNS))

@@ -16,7 +16,7 @@ import numpy as np
 from checkpoints_convert.config_reader import ConfigReader
 from polarjax.configs import ModelConfig
 from polarjax.errors import CheckpointError
-from polarjax.model.parameters import shapes
+from polarjax.model.shapes import shapes
 
 SHOWN = 10
 """How many names a report lists of each kind of fault."""

@@ -4,13 +4,12 @@ import dataclasses
 import math
 from collections.abc import Iterator
 
-import jax.numpy as jnp
+import numpy as np
 
 from polarjax.configs import ModelConfig
 from polarjax.errors import InputError
-from polarjax.model.parameters import shapes
+from polarjax.model.shapes import shapes
 from polarjax.selection.plans import SparsityPlan, dense_plan
-from polarjax.selection.routers import router_rank as default_rank
 from polarjax.types import DTypeLike
 
 
@@ -55,7 +54,7 @@ def decode_bytes(
     batch_size: int,
     cache_length: int,
     plan: SparsityPlan | None = None,
-    dtype: DTypeLike = jnp.bfloat16,
+    dtype: DTypeLike = "bfloat16",
     router_rank: int | None = None,
 ) -> Cost:
     """Bytes that a decoding step must move at least, each weight read once for the whole batch.
@@ -82,7 +81,7 @@ def decode_bytes(
       SparsityError: the plan is for another model.
     """
     _check(config, batch_size, cache_length, plan)
-    rank = router_rank or default_rank(config)
+    rank = router_rank or _default_rank(config)
     width = config.embed_dim or config.d_model
     norm = config.d_model * (2 if config.norm_bias else 1)
     head = config.vocab_size * width + (norm if config.final_norm else 0) + batch_size * width
@@ -99,7 +98,7 @@ def decode_bytes(
         ),
         "routers": _router_weights(config, plan, rank, bias=True),
     }
-    size = jnp.dtype(dtype).itemsize
+    size = np.dtype(dtype).itemsize
     return Cost(batch_size, **{name: size * count for name, count in parts.items()})
 
 
@@ -125,7 +124,7 @@ def decode_flops(
       SparsityError: the plan is for another model.
     """
     _check(config, batch_size, cache_length, plan)
-    rank = router_rank or default_rank(config)
+    rank = router_rank or _default_rank(config)
     D, H = config.d_model, config.head_dim
     width = config.embed_dim or D
     kept = list(_kept(config, cache_length, plan))
@@ -141,18 +140,18 @@ def decode_flops(
     return Cost(batch_size, **{name: 2 * batch_size * count for name, count in parts.items()})
 
 
-def weights_bytes(config: ModelConfig, dtype: DTypeLike = jnp.bfloat16) -> int:
+def weights_bytes(config: ModelConfig, dtype: DTypeLike = "bfloat16") -> int:
     """Bytes of all parameters of the model; a tied embedding table counts once."""
-    return jnp.dtype(dtype).itemsize * sum(map(math.prod, shapes(config).values()))
+    return np.dtype(dtype).itemsize * sum(map(math.prod, shapes(config).values()))
 
 
-def cache_bytes_per_token(config: ModelConfig, dtype: DTypeLike = jnp.bfloat16) -> int:
+def cache_bytes_per_token(config: ModelConfig, dtype: DTypeLike = "bfloat16") -> int:
     """Bytes that one position of one sequence takes in the cache: e·2·L·K·H."""
-    return jnp.dtype(dtype).itemsize * 2 * config.num_layers * config.num_kv_heads * config.head_dim
+    return np.dtype(dtype).itemsize * 2 * config.num_layers * config.num_kv_heads * config.head_dim
 
 
 def largest_batch(
-    config: ModelConfig, *, memory: float, cache_length: int, dtype: DTypeLike = jnp.bfloat16
+    config: ModelConfig, *, memory: float, cache_length: int, dtype: DTypeLike = "bfloat16"
 ) -> int:
     """How many sequences fit beside the weights: floor((memory − weights) / (S·cache_bytes_per_token + 4·V)).
 
@@ -217,6 +216,12 @@ def _neuron_weights(config: ModelConfig) -> int:
 
 def _down_bias(config: ModelConfig) -> int:
     return config.d_model if config.mlp_bias else 0
+
+
+def _default_rank(config: ModelConfig) -> int:
+    from polarjax.selection.routers import router_rank  # imports JAX, which sizes alone don't need
+
+    return router_rank(config)
 
 
 def _router_weights(config: ModelConfig, plan: SparsityPlan | None, rank: int, *, bias: bool) -> int:

@@ -10,10 +10,7 @@ import time
 from collections.abc import Callable, Iterator
 from contextvars import ContextVar
 from dataclasses import dataclass, field
-
-import jax
-from rich import progress as rich_progress
-from rich.console import Console
+from typing import Any
 
 LINE_INTERVAL = 5.0  # seconds between lines when there is no terminal
 
@@ -42,7 +39,7 @@ def task(description: str, total: int | None = None, unit: str = "") -> Iterator
     Yields:
         `advance(steps=1, note="")`: counts finished steps; the note (a loss, a file name) is shown beside.
     """
-    if jax.process_index() != 0:
+    if not _is_first_process():
         yield _ignore
     elif sys.stderr.isatty():
         with _bar() as bar:
@@ -88,7 +85,16 @@ class _Lines:
         print(", ".join([*parts, self.note] if self.note else parts), file=sys.stderr, flush=True)
 
 
-def _bar() -> rich_progress.Progress:
+def _is_first_process() -> bool:
+    """Where JAX is not imported, there is one process."""
+    jax = sys.modules.get("jax")
+    return jax is None or jax.process_index() == 0
+
+
+def _bar() -> Any:
+    from rich import progress as rich_progress
+    from rich.console import Console
+
     return rich_progress.Progress(
         rich_progress.TextColumn("{task.description}"),
         rich_progress.BarColumn(),

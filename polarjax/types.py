@@ -13,15 +13,21 @@ One letter means one axis everywhere: in annotations, einsums, docstrings and ke
 | V      | vocabulary                        | R      | router rank                                 |
 
 Head sparsity is over K: a multi-head model is the case G = 1.
+
+JAX itself is imported only when `Array` is: modules that the command needs for its help and for `inspect` do without.
 """
 
 import os
-from typing import Literal
+from typing import TYPE_CHECKING, Any, Literal
 
-from jax import Array
-from jax.typing import ArrayLike, DTypeLike
 from jaxtyping import Bool, Float, Int, Int32, Key, Num, UInt8
 
+if TYPE_CHECKING:
+    import jax.typing
+    from jax import Array
+
+type ArrayLike = jax.typing.ArrayLike
+type DTypeLike = jax.typing.DTypeLike
 type Path = str | os.PathLike[str]
 type Implementation = Literal["xla", "mosaic"] | None  # None: the best one available
 
@@ -43,3 +49,11 @@ __all__ = [
     "Path",
     "UInt8",
 ]
+
+
+def __getattr__(name: str) -> Any:
+    if name != "Array":
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    from jax import Array
+
+    return globals().setdefault(name, Array)

@@ -19,7 +19,7 @@ OPTIONAL = {"datasets", "google", "matplotlib", "sentencepiece", "torch"}
 KERNELS_MAY_USE = {"jax", "jaxlib", "numpy", "jaxtyping"}
 FLOORS = {
     "polarjax": (
-        "types errors numeric progress",
+        "lazy types errors numeric progress",
         "configs",
         "storage",
         "selection",

@@ -2,6 +2,7 @@
 
 import re
 
+import jax
 import pytest
 
 from polarjax import progress
@@ -43,7 +44,7 @@ def test_lines_are_rare_and_the_last_always_comes(capsys, monkeypatch):
 
 
 def test_only_process_0_writes(capsys, monkeypatch):
-    monkeypatch.setattr(progress.jax, "process_index", lambda: 1)
+    monkeypatch.setattr(jax, "process_index", lambda: 1)
     with progress.show_lines():
         work()
     assert capsys.readouterr() == ("", "")

@@ -10,8 +10,7 @@ import numpy as np
 from polarjax.checkpoint.manifest import AGAIN, read_config, read_manifest, read_source_config
 from polarjax.configs import ModelConfig
 from polarjax.errors import CheckpointError
-from polarjax.model.parameters import shapes
-from polarjax.storage.arrays import read_array
+from polarjax.model.shapes import shapes
 from polarjax.storage.atomic import absolute
 from polarjax.storage.record import verify
 
@@ -78,4 +77,6 @@ class ModelReader:
 
     def read(self, name: str) -> np.ndarray:
         """One parameter, by its dotted path."""
+        from polarjax.storage.arrays import read_array  # imports orbax
+
         return read_array(self.folder / "params", name, self._record, hint=AGAIN)

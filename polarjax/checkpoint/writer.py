@@ -5,23 +5,24 @@ import os
 from collections.abc import Iterator, Mapping
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from polarjax.checkpoint.manifest import FORMAT
 from polarjax.configs import ModelConfig
 from polarjax.errors import CheckpointError
-from polarjax.model.parameters import shapes
-from polarjax.storage.arrays import BATCH_BYTES, ArrayWriter
+from polarjax.model.shapes import shapes
 from polarjax.storage.atomic import absolute, atomic_folder, write_json
-from polarjax.text.tokenizer_files import copy_tokenizer
+
+if TYPE_CHECKING:
+    from polarjax.storage.arrays import ArrayWriter
 
 
 class ModelWriter:
     """Fills a model directory that is being made; see `new_model`."""
 
-    def __init__(self, folder: Path, config: ModelConfig, params: ArrayWriter, *, model_type: str | None):
+    def __init__(self, folder: Path, config: ModelConfig, params: "ArrayWriter", *, model_type: str | None):
         self.folder = folder
         self._config = config
         self._expected = shapes(config)
@@ -39,6 +40,8 @@ class ModelWriter:
         self, source: Path, config: Mapping[str, Any]
     ) -> tuple[tuple[str, ...], tuple[str, ...]]:
         """Takes over the tokenizer of a HuggingFace folder, mended; names of files and notes (`copy_tokenizer`)."""
+        from polarjax.text.tokenizer_files import copy_tokenizer
+
         return copy_tokenizer(source, self.tokenizer_folder, model_type=self._model_type or "", config=config)
 
     def reserve(self, size: int) -> np.ndarray:
@@ -95,6 +98,8 @@ def new_model(
     Raises:
       CheckpointError: `path` exists, the disk refuses, or a parameter is missing, unknown or mis-shaped.
     """
+    from polarjax.storage.arrays import BATCH_BYTES, ArrayWriter  # imports orbax
+
     options = {"overwrite": overwrite, "may_replace": is_model_directory, "num_bytes": num_bytes}
     batch_bytes = max(largest, BATCH_BYTES)
     with (

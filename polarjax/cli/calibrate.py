@@ -2,14 +2,9 @@
 
 from typing import Any
 
-import jax
-
-from polarjax.checkpoint.bundle import write_plans
 from polarjax.cli import learning
 from polarjax.cli.inputs import random_key
 from polarjax.errors import SparsityError
-from polarjax.sparsity import calibrate as find_plans
-from polarjax.sparsity.calibration import measure_recall
 
 
 def calibrate(
@@ -22,13 +17,19 @@ def calibrate(
     seed: learning.Seed = 0,
 ) -> dict[str, Any]:
     """Make the plans of a model directory that has routers; earlier plans are replaced."""
+    import jax
+
+    from polarjax import sparsity
+    from polarjax.checkpoint.bundle import write_plans
+    from polarjax.sparsity.calibration import measure_recall
+
     keys = jax.random.split(random_key(seed))
     options = learning.calibrate_options(target_recall, max_batch, dense_attention)
     bundle, recorded = learning.open_for(folder, activations)
     if bundle.routers is None:
         hint = f"run polarjax train-routers {folder} --activations {activations}"
         raise SparsityError("the model has no routers yet", where=folder, hint=hint)
-    plans = find_plans(
+    plans = sparsity.calibrate(
         recorded,
         bundle.routers,
         bundle.model.config,

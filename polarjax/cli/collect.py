@@ -7,8 +7,7 @@ import typer
 
 from polarjax.cli import learning
 from polarjax.cli.inputs import bytes_of
-from polarjax.sparsity import collect as record
-from polarjax.sparsity.pipeline import CollectOptions
+from polarjax.sparsity.options import CollectOptions
 
 
 def collect(
@@ -25,11 +24,13 @@ def collect(
     dtype: learning.Dtype = None,
 ) -> dict[str, Any]:
     """Record router inputs, active neurons and attention norms of a model on text, for train-routers."""
+    from polarjax import sparsity
+
     max_bytes = bytes_of(max_gb, "--max-gb")
     options = CollectOptions(held_out=(validation, test), max_bytes=max_bytes, fit=fit)
     bundle, windows = learning.load_and_cut(folder, text, window, max_tokens, dtype)
     recording = learning.announce(bundle, windows, options)
-    record(
+    sparsity.collect(
         bundle.model,
         windows,
         to,

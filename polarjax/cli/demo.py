@@ -7,10 +7,6 @@ from typing import Annotated, Any
 
 import typer
 
-from checkpoints_convert import convert_checkpoint
-from polarjax.demo import DemoOptions, run
-from polarjax.demo.pictures import draw
-from polarjax.demo.report import text
 from polarjax.storage.atomic import absolute
 
 MODEL = Path(__file__).parents[1] / "assets" / "opt-6m"
@@ -21,6 +17,11 @@ def demo(
     quick: Annotated[bool, typer.Option("--quick", help="A tenth of the work, for a first look.")] = False,
 ) -> dict[str, Any]:
     """Convert, record, train routers, calibrate, generate and measure; nothing is downloaded."""
+    from checkpoints_convert import convert_checkpoint
+    from polarjax.demo import DemoOptions, run
+    from polarjax.demo.pictures import draw
+    from polarjax.demo.report import text
+
     started = time.perf_counter()
     out = absolute(out)
     convert_checkpoint(MODEL, out / "model", overwrite=True)

@@ -1,20 +1,19 @@
 """`polarjax eval`: perplexity of a model directory on a text, dense and sparse, and their agreement."""
 
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import numpy as np
 import typer
 
-from polarjax.checkpoint.bundle import load_with_tokenizer
 from polarjax.errors import InputError
-from polarjax.evaluation import agreement, perplexity
-from polarjax.evaluation.scoring import Mode, largest_context
-from polarjax.evaluation.text_perplexity import Perplexity
 from polarjax.selection.plans import densities
-from polarjax.selection.selectors import Sparsity
-from polarjax.text.corpus import read_text, text_windows
-from polarjax.text.tokenizer import Tokenizer
+
+if TYPE_CHECKING:
+    from polarjax.evaluation.scoring import Mode
+    from polarjax.evaluation.text_perplexity import Perplexity
+    from polarjax.selection.selectors import Sparsity
+    from polarjax.text.tokenizer import Tokenizer
 
 
 def evaluate(
@@ -31,6 +30,10 @@ def evaluate(
     dtype: Annotated[str | None, typer.Option(help="Of the computation; default: as stored.")] = None,
 ) -> dict[str, Any]:
     """Measure how well the model predicts a text, dense and sparse, masked at every position and as decoded."""
+    from polarjax.checkpoint.bundle import load_with_tokenizer
+    from polarjax.evaluation import agreement, perplexity
+    from polarjax.text.corpus import read_text, text_windows
+
     if dense and head_density is not None:
         raise InputError("--dense and --head-density contradict each other", hint="give one of them")
     texts = [read_text(path) for path in text]
@@ -70,6 +73,8 @@ def evaluate(
 
 def _check_context(context: int, length: int) -> None:
     """Raises `InputError` where decoding, which comes last, would have no token to score."""
+    from polarjax.evaluation.scoring import largest_context
+
     largest = largest_context(length, "decode")
     if not 0 <= context <= largest:
         raise InputError(
@@ -81,12 +86,12 @@ def _check_context(context: int, length: int) -> None:
         )
 
 
-def _scored_bytes(windows: np.ndarray, context: int, tokenizer: Tokenizer) -> int:
+def _scored_bytes(windows: np.ndarray, context: int, tokenizer: "Tokenizer") -> int:
     texts = tokenizer.decode(windows[:, max(context, 1) :])
     return sum(len(text.encode()) for text in texts)
 
 
-def _numbers(measured: Perplexity, num_bytes: int) -> dict[str, float]:
+def _numbers(measured: "Perplexity", num_bytes: int) -> dict[str, float]:
     return measured.to_json() | {"bits_per_byte": measured.bits_per_byte(num_bytes)}
 
 

@@ -6,27 +6,26 @@ import sys
 import time
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
-import jax
 import typer
 
-from polarjax.checkpoint.bundle import Bundle, load_with_tokenizer
 from polarjax.cli.inputs import random_key
-from polarjax.cli.sampling_options import check_options, with_options, with_stops
 from polarjax.configs import ModelConfig
 from polarjax.errors import CheckpointError, InputError
-from polarjax.generation.batch import check_copies
-from polarjax.generation.settings import GenerationSettings
 from polarjax.progress import task
 from polarjax.selection.plans import densities
-from polarjax.selection.selectors import Sparsity
 from polarjax.storage.atomic import atomic_file
-from polarjax.text.assembly import Completion
-from polarjax.text.continuation import Show, continue_rows
-from polarjax.text.prompts import Prompt, read_prompt_file
-from polarjax.text.tokenizer import Tokenizer
-from polarjax.types import Array, Key
+
+if TYPE_CHECKING:
+    from polarjax.checkpoint.bundle import Bundle
+    from polarjax.generation.settings import GenerationSettings
+    from polarjax.selection.selectors import Sparsity
+    from polarjax.text.assembly import Completion
+    from polarjax.text.continuation import Show
+    from polarjax.text.prompts import Prompt
+    from polarjax.text.tokenizer import Tokenizer
+    from polarjax.types import Array, Key
 
 DEFAULT_NEW_TOKENS = 64
 
@@ -73,8 +72,13 @@ def generate(
     """Continue prompts: sparse where the model has routers, dense otherwise.
 
     How tokens are drawn, and at which ids a text ends, is what the model's generation_config.json asks for; the
-    options here go before it.
+    options here override it.
     """
+    from polarjax.checkpoint.bundle import load_with_tokenizer
+    from polarjax.cli.sampling_options import check_options, with_options, with_stops
+    from polarjax.generation.batch import check_copies
+    from polarjax.text.prompts import Prompt
+
     if dense and head_density is not None:
         raise InputError("--dense and --head-density contradict each other", hint="give one of them")
     if system is not None and not chat:
@@ -138,18 +142,22 @@ def generate(
 class _Job:
     """How all prompts are continued, batch by batch."""
 
-    bundle: Bundle
-    tokenizer: Tokenizer
-    settings: GenerationSettings
+    bundle: "Bundle"
+    tokenizer: "Tokenizer"
+    settings: "GenerationSettings"
     max_new_tokens: int
     copies: int
     batch_size: int
     dense: bool
     head_density: float | None
-    key: Key[Array, ""]
+    key: "Key[Array, '']"
 
-    def run(self, rows: Sequence[Sequence[int]], *, show: Show | None = None) -> list[Completion]:
+    def run(self, rows: Sequence[Sequence[int]], *, show: "Show | None" = None) -> "list[Completion]":
         """The completions of all rows in their order, `copies` for each."""
+        import jax
+
+        from polarjax.text.continuation import continue_rows
+
         made = []
         starts = range(0, len(rows), self.batch_size)
         with task("generating", len(rows), "prompts") if len(starts) > 1 else _no_task() as advance:
@@ -169,7 +177,7 @@ class _Job:
                 advance(len(batch))
         return made
 
-    def sparsity(self, batch_size: int) -> Sparsity | None:
+    def sparsity(self, batch_size: int) -> "Sparsity | None":
         """What is skipped in a batch of so many sequences."""
         if self.dense or (self.head_density is None and _why_dense(self.bundle)):
             return None
@@ -182,7 +190,7 @@ class _Job:
         return None if sparsity is None else densities(sparsity.plan, self.bundle.model.config)
 
 
-def _why_dense(bundle: Bundle) -> str | None:
+def _why_dense(bundle: "Bundle") -> str | None:
     """A line about what the model lacks to be sparse; None if it lacks nothing."""
     if bundle.routers is None:
         return "The model has no routers yet, so this is dense; polarjax sparsify learns them."
@@ -196,16 +204,18 @@ def _no_task():
     yield lambda steps: None
 
 
-def _read(file: Path | None) -> list[Prompt]:
+def _read(file: Path | None) -> "list[Prompt]":
+    from polarjax.text.prompts import read_prompt_file
+
     return [] if file is None else read_prompt_file(file)
 
 
 def _room(
-    given: Sequence[Prompt],
+    given: "Sequence[Prompt]",
     rows: Sequence[Sequence[int]],
     config: ModelConfig,
     wanted: int | None,
-    settings: GenerationSettings,
+    settings: "GenerationSettings",
 ) -> int:
     """How many new tokens there are to be; a number that was asked for has to fit every prompt."""
     longest = max(range(len(rows)), key=lambda i: len(rows[i]))
@@ -223,14 +233,14 @@ def _room(
     return wanted
 
 
-def _show(prompt: Prompt, chat: bool) -> Show:
+def _show(prompt: "Prompt", chat: bool) -> "Show":
     """Prints new text at once, behind the prompt if the text goes on from it."""
     if not chat and prompt.messages is None:
         print(prompt.text, end="", flush=True)
     return lambda pieces: print(pieces[0], end="", flush=True)
 
 
-def _check_finite(made: Sequence[Completion], folder: Path) -> None:
+def _check_finite(made: "Sequence[Completion]", folder: Path) -> None:
     failed = [i for i, each in enumerate(made) if each.ending == "failed"]
     if failed:
         raise CheckpointError(
@@ -243,7 +253,7 @@ def _check_finite(made: Sequence[Completion], folder: Path) -> None:
 
 def _result(
     names: list[str],
-    made: Sequence[Completion],
+    made: "Sequence[Completion]",
     seconds: float,
     *,
     timed: bool,
@@ -263,7 +273,7 @@ def _result(
     }
 
 
-def _print_texts(given: Sequence[Prompt], chat: bool, texts: Sequence[str]) -> None:
+def _print_texts(given: "Sequence[Prompt]", chat: bool, texts: Sequence[str]) -> None:
     copies = len(texts) // len(given)
     for i, text in enumerate(texts):
         prompt = given[i // copies]

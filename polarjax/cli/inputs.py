@@ -1,19 +1,23 @@
 """What several verbs read alike: seeds, sizes, a model directory with its tokenizer, texts cut into token windows."""
 
-import jax
+from typing import TYPE_CHECKING
 
 from polarjax.errors import InputError
-from polarjax.types import Array, Key
+
+if TYPE_CHECKING:
+    from polarjax.types import Array, Key
 
 MOST_GIGABYTES = 1e9  # more than any device or disk has
 SEEDS = range(-(2**63), 2**63)  # what JAX takes
 
 
-def random_key(seed: int) -> Key[Array, ""]:
+def random_key(seed: int) -> "Key[Array, '']":
     """The random key of `--seed`; raises `InputError` if JAX has none for it."""
     if seed not in SEEDS:
         expected = f"{SEEDS[0]} to {SEEDS[-1]}"
         raise InputError("no such seed", where="--seed", got=seed, expected=expected, hint="give 0, 1, 2, …")
+    import jax
+
     return jax.random.key(seed)
 
 

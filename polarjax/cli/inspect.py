@@ -4,7 +4,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, Any
 
-import jax.numpy as jnp
+import numpy as np
 import typer
 
 from checkpoints_convert import Description, describe_checkpoint
@@ -94,7 +94,7 @@ def sizes(
     return {
         "config": config.to_json(),
         "dtype": kind,
-        "parameters": costs.weights_bytes(config, kind) // jnp.dtype(kind).itemsize,
+        "parameters": costs.weights_bytes(config, kind) // np.dtype(kind).itemsize,
         "parameter_bytes": costs.weights_bytes(config, kind),
         "cache_bytes_per_token": costs.cache_bytes_per_token(config, kind),
         "memory_bytes": int(memory * 1e9),

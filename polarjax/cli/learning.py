@@ -1,24 +1,30 @@
 """What `collect`, `train-routers`, `calibrate` and `sparsify` share: options, the text, the tables they print."""
 
 from pathlib import Path
-from typing import Annotated, cast
+from typing import TYPE_CHECKING, Annotated, cast
 
 import numpy as np
 import typer
 
-from polarjax.checkpoint.bundle import Bundle, load, load_with_tokenizer
 from polarjax.errors import InputError
 from polarjax.selection.plans import PlanTable
-from polarjax.sparsity import objectives as tasks
-from polarjax.sparsity.activations import Activations, open_activations
-from polarjax.sparsity.calibration import BATCH_SIZES, CalibrateOptions
-from polarjax.sparsity.calibration import DenseAttention as DenseChoice
-from polarjax.sparsity.collection import HELD_OUT, MAX_BYTES, fingerprint
-from polarjax.sparsity.pipeline import CollectOptions, Recording, plan
-from polarjax.sparsity.training import TrainOptions, TrainReport
+from polarjax.sparsity import options as choices
+from polarjax.sparsity.options import (
+    BATCH_SIZES,
+    HELD_OUT,
+    MAX_BYTES,
+    CalibrateOptions,
+    CollectOptions,
+    TrainOptions,
+)
 from polarjax.storage.atomic import check_writable
-from polarjax.text.corpus import read_text, text_windows
 from polarjax.types import Int32
+
+if TYPE_CHECKING:
+    from polarjax.checkpoint.bundle import Bundle
+    from polarjax.sparsity.activations import Activations
+    from polarjax.sparsity.collection import Recording
+    from polarjax.sparsity.training import TrainReport
 
 Folder = Annotated[Path, typer.Argument(help="A model directory.")]
 Texts = Annotated[list[Path], typer.Option(help="A UTF-8 text (.txt, .txt.xz); may be given several times.")]
@@ -59,8 +65,11 @@ DEFAULTS = TrainOptions()
 
 def load_and_cut(
     folder: Path, text: list[Path], window: int | None, max_tokens: int, dtype: str | None
-) -> tuple[Bundle, Int32[np.ndarray, "n T"]]:
+) -> tuple["Bundle", Int32[np.ndarray, "n T"]]:
     """The model directory, and the texts cut into token windows."""
+    from polarjax.checkpoint.bundle import load_with_tokenizer
+    from polarjax.text.corpus import read_text, text_windows
+
     texts = [read_text(path) for path in text]
     bundle, tokenizer = load_with_tokenizer(folder, dtype)
     length = min(512, bundle.model.config.max_positions) if window is None else window
@@ -68,21 +77,27 @@ def load_and_cut(
     return bundle, text_windows(texts, tokenizer, length, most=max_tokens // max(length, 1), source=source)
 
 
-def announce(bundle: Bundle, windows: Int32[np.ndarray, "n T"], options: CollectOptions) -> Recording:
+def announce(bundle: "Bundle", windows: Int32[np.ndarray, "n T"], options: CollectOptions) -> "Recording":
     """Prints how much will be recorded, before it is."""
+    from polarjax.sparsity.pipeline import plan
+
     recording = plan(bundle.model, windows.shape, options)
     count, length = windows.shape
     print(f"{count} windows of {length} tokens; recording {recording}")
     return recording
 
 
-def open_for(folder: Path, activations: Path) -> tuple[Bundle, Activations]:
+def open_for(folder: Path, activations: Path) -> "tuple[Bundle, Activations]":
     """The model directory, to which the result will be written, and activations that were recorded from it.
 
     Raises:
       CheckpointError: the directory can't be read or written.
       SparsityError: the activations were recorded from another model.
     """
+    from polarjax.checkpoint.bundle import load
+    from polarjax.sparsity.activations import open_activations
+    from polarjax.sparsity.collection import fingerprint
+
     recorded = open_activations(activations)
     bundle = load(folder, dtype=recorded.dtype)
     recorded.check(bundle.model.config, fingerprint(bundle.model))
@@ -97,7 +112,7 @@ def train_options(learning_rate: float, batch: int, epochs: int, objective: str)
         neuron_batch=batch,
         group_batch=batch,
         max_epochs=epochs,
-        group_objective=cast(tasks.Objective, objective),
+        group_objective=cast(choices.Objective, objective),
     )
 
 
@@ -111,11 +126,11 @@ def calibrate_options(target_recall: float, max_batch: int, dense_attention: str
     return CalibrateOptions(
         batch_sizes=sizes,
         target_recall=target_recall,
-        dense_attention=cast(DenseChoice, dense_attention),
+        dense_attention=cast(choices.DenseAttention, dense_attention),
     )
 
 
-def print_training(report: TrainReport) -> None:
+def print_training(report: "TrainReport") -> None:
     """Validation quality, a line for each layer."""
     print(f"\nRouters, measured on {report.validation_tokens:,} validation tokens")
     print("layer   neurons: recall  precision     f1   groups: recall  precision     f1   top groups found")

@@ -6,12 +6,10 @@ from typing import Annotated, Any
 
 import typer
 
-from polarjax.checkpoint.bundle import write_plans, write_routers
 from polarjax.cli import learning
 from polarjax.cli.inputs import bytes_of, random_key
 from polarjax.errors import InputError
-from polarjax.sparsity import sparsify as learn
-from polarjax.sparsity.pipeline import CollectOptions
+from polarjax.sparsity.options import CollectOptions
 from polarjax.storage.atomic import absolute, check_writable
 
 
@@ -37,6 +35,9 @@ def sparsify(
     dtype: learning.Dtype = None,
 ) -> dict[str, Any]:
     """Learn from text what a model directory can skip: collect, train-routers and calibrate in one go."""
+    from polarjax import sparsity
+    from polarjax.checkpoint.bundle import write_plans, write_routers
+
     if activations is not None and os.path.lexists(absolute(activations)):
         raise InputError(
             "the output already exists",
@@ -51,7 +52,7 @@ def sparsify(
     bundle, windows = learning.load_and_cut(folder, text, window, max_tokens, dtype)
     check_writable(folder)
     learning.announce(bundle, windows, collecting)
-    routers, plans, report = learn(
+    routers, plans, report = sparsity.sparsify(
         bundle.model,
         windows,
         key,

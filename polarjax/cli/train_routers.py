@@ -2,10 +2,8 @@
 
 from typing import Any
 
-from polarjax.checkpoint.bundle import write_routers
 from polarjax.cli import learning
 from polarjax.cli.inputs import random_key
-from polarjax.sparsity import train_routers as train
 
 
 def train_routers(
@@ -19,10 +17,15 @@ def train_routers(
     seed: learning.Seed = 0,
 ) -> dict[str, Any]:
     """Train the routers of a model directory; earlier routers, and the plans made for them, are replaced."""
+    from polarjax import sparsity
+    from polarjax.checkpoint.bundle import write_routers
+
     key = random_key(seed)
     options = learning.train_options(learning_rate, batch, epochs, head_objective)
     bundle, recorded = learning.open_for(folder, activations)
-    routers, report = train(recorded, bundle.model.config, key, head_density=head_density, options=options)
+    routers, report = sparsity.train_routers(
+        recorded, bundle.model.config, key, head_density=head_density, options=options
+    )
     write_routers(folder, routers)
     learning.print_training(report)
     print(f"\nRouters are in {folder}. Next: polarjax calibrate {folder} --activations {activations}")

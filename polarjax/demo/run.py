@@ -22,8 +22,8 @@ from polarjax.selection.selectors import Oracle, Random, Selector, Sparsity, Sta
 from polarjax.sparsity import collect, sparsify
 from polarjax.sparsity.activations import Activations, open_activations
 from polarjax.sparsity.calibration import measure_recall
-from polarjax.sparsity.pipeline import CollectOptions
-from polarjax.sparsity.training import TrainOptions, train_routers
+from polarjax.sparsity.options import CollectOptions, TrainOptions
+from polarjax.sparsity.training import train_routers
 from polarjax.text.corpus import Split, standard_library_text, text_windows
 from polarjax.text.tokenizer import Tokenizer
 

@@ -6,6 +6,7 @@ from flax import nnx
 
 from pallas_kernels import sparse_decode_attention
 from polarjax.configs import ModelConfig
+from polarjax.model import shapes
 from polarjax.model.cache import write_token
 from polarjax.model.layers import Maker, Norm, add_bias, apply_rope
 from polarjax.types import Array, Bool, Float, Implementation, Int
@@ -15,19 +16,18 @@ class Attention(nnx.Module):
     """Projections of one layer; `wq [D K G H]`, `wk, wv [D K H]`, `wo [K G H D]`."""
 
     def __init__(self, config: ModelConfig, make: Maker):
-        D, K, G, H = config.d_model, config.num_kv_heads, config.q_per_group, config.head_dim
-        q_axes, kv_axes = ("groups", "queries", "head"), ("groups", "head")
-        self.wq = make.normal(D, K, G, H, axes=("embed", *q_axes), fan_in=D)
-        self.wk = make.normal(D, K, H, axes=("embed", *kv_axes), fan_in=D)
-        self.wv = make.normal(D, K, H, axes=("embed", *kv_axes), fan_in=D)
-        self.wo = make.normal(K, G, H, D, axes=(*q_axes, "embed"), fan_in=K * G * H)
+        D, H, axes = config.d_model, config.head_dim, shapes.attention(config)
+        self.wq = make.normal(axes["wq"], fan_in=D)
+        self.wk = make.normal(axes["wk"], fan_in=D)
+        self.wv = make.normal(axes["wv"], fan_in=D)
+        self.wo = make.normal(axes["wo"], fan_in=config.num_heads * H)
         self.bq = self.bk = self.bv = self.bo = self.q_norm = self.k_norm = nnx.data(None)
         if config.qkv_bias:
-            self.bq = make.constant(K, G, H, axes=q_axes)
-            self.bk = make.constant(K, H, axes=kv_axes)
-            self.bv = make.constant(K, H, axes=kv_axes)
+            self.bq = make.constant(axes["bq"])
+            self.bk = make.constant(axes["bk"])
+            self.bv = make.constant(axes["bv"])
         if config.out_bias:
-            self.bo = make.constant(D, axes=("embed",))
+            self.bo = make.constant(axes["bo"])
         if config.qk_norm:
             self.q_norm = Norm(config, make, width=H, axis="head", kind="rms")
             self.k_norm = Norm(config, make, width=H, axis="head", kind="rms")

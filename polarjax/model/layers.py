@@ -7,6 +7,7 @@ import jax.numpy as jnp
 from flax import nnx
 
 from polarjax.configs import ModelConfig, RopeConfig
+from polarjax.model import shapes
 from polarjax.types import Array, Float, Int
 
 
@@ -17,14 +18,15 @@ class Maker:
         self._rngs = rngs
         self._dtype = dtype
 
-    def normal(self, *shape: int, axes: tuple[str, ...], fan_in: int) -> nnx.Param:
+    def normal(self, axes: shapes.Axes, *, fan_in: int) -> nnx.Param:
         """A parameter drawn from a normal distribution with standard deviation `fan_in ** -0.5`."""
+        shape = tuple(axes.values())
         value = jax.random.normal(self._rngs.params(), shape, jnp.float32) * fan_in**-0.5
-        return nnx.Param(value.astype(self._dtype), axes=axes)
+        return nnx.Param(value.astype(self._dtype), axes=tuple(axes))
 
-    def constant(self, *shape: int, axes: tuple[str, ...], value: float = 0.0) -> nnx.Param:
+    def constant(self, axes: shapes.Axes, *, value: float = 0.0) -> nnx.Param:
         """A parameter filled with one value."""
-        return nnx.Param(jnp.full(shape, value, self._dtype), axes=axes)
+        return nnx.Param(jnp.full(tuple(axes.values()), value, self._dtype), axes=tuple(axes))
 
 
 class Norm(nnx.Module):
@@ -35,8 +37,9 @@ class Norm(nnx.Module):
     ):
         self.kind = kind or config.norm
         self.eps = config.norm_eps
-        self.scale = make.constant(width, axes=(axis,), value=1.0)
-        self.bias = make.constant(width, axes=(axis,)) if config.norm_bias and kind is None else None
+        axes = shapes.norm(config, width, axis=axis, kind=kind)
+        self.scale = make.constant(axes["scale"], value=1.0)
+        self.bias = make.constant(axes["bias"]) if "bias" in axes else None
 
     def __call__(self, x: Float[Array, "... D"]) -> Float[Array, "... D"]:
         y = x.astype(jnp.float32)
@@ -54,20 +57,15 @@ class Embedding(nnx.Module):
     """Token (and learned position) embeddings, with the projections of a table narrower than the model."""
 
     def __init__(self, config: ModelConfig, make: Maker):
-        width = config.embed_dim or config.d_model
-        table = "embed" if config.embed_dim is None else "table"
-        self.tokens = make.normal(config.vocab_size, width, axes=("vocab", table), fan_in=width)
+        width, axes = config.embed_dim or config.d_model, shapes.embedding(config)
+        self.tokens = make.normal(axes["tokens"], fan_in=width)
         self.positions = self.project_in = self.project_out = nnx.data(None)
         self.position_offset = config.position_offset
         if config.positions == "learned":
-            rows = config.max_positions + config.position_offset
-            self.positions = make.normal(
-                rows, config.d_model, axes=("positions", "embed"), fan_in=config.d_model
-            )
+            self.positions = make.normal(axes["positions"], fan_in=config.d_model)
         if config.embed_dim is not None:
-            axes = (table, "embed")
-            self.project_in = make.normal(width, config.d_model, axes=axes, fan_in=width)
-            self.project_out = make.normal(config.d_model, width, axes=axes[::-1], fan_in=config.d_model)
+            self.project_in = make.normal(axes["project_in"], fan_in=width)
+            self.project_out = make.normal(axes["project_out"], fan_in=config.d_model)
 
     def __call__(self, tokens: Int[Array, "..."], positions: Int[Array, "..."]) -> Float[Array, "... D"]:
         x = self.tokens[...][tokens]
@@ -82,9 +80,7 @@ class Head(nnx.Module):
     """The output projection of a model whose embeddings are not tied."""
 
     def __init__(self, config: ModelConfig, make: Maker):
-        width = config.embed_dim or config.d_model
-        table = "embed" if config.embed_dim is None else "table"
-        self.w = make.normal(config.vocab_size, width, axes=("vocab", table), fan_in=width)
+        self.w = make.normal(shapes.head(config)["w"], fan_in=config.embed_dim or config.d_model)
 
 
 def add_bias(x: Float[Array, "..."], bias: nnx.Param | None) -> Float[Array, "..."]:

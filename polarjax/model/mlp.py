@@ -6,6 +6,7 @@ from flax import nnx
 
 from pallas_kernels import sparse_mlp
 from polarjax.configs import ModelConfig
+from polarjax.model import shapes
 from polarjax.model.layers import Maker, add_bias
 from polarjax.types import Array, Bool, Float, Implementation, Int
 
@@ -16,16 +17,15 @@ class Mlp(nnx.Module):
     """Neuron-major weights `w_up, w_gate, w_down [F D]`: neuron j is row j of each."""
 
     def __init__(self, config: ModelConfig, make: Maker):
-        D, F = config.d_model, config.d_ff
-        axes = ("neurons", "embed")
-        self.w_up = make.normal(F, D, axes=axes, fan_in=D)
-        self.w_down = make.normal(F, D, axes=axes, fan_in=F)
-        self.w_gate = make.normal(F, D, axes=axes, fan_in=D) if config.gated_mlp else None
+        D, F, axes = config.d_model, config.d_ff, shapes.mlp(config)
+        self.w_up = make.normal(axes["w_up"], fan_in=D)
+        self.w_down = make.normal(axes["w_down"], fan_in=F)
+        self.w_gate = make.normal(axes["w_gate"], fan_in=D) if config.gated_mlp else None
         self.b_up = self.b_gate = self.b_down = nnx.data(None)
         if config.mlp_bias:
-            self.b_up = make.constant(F, axes=axes[:1])
-            self.b_gate = make.constant(F, axes=axes[:1]) if config.gated_mlp else None
-            self.b_down = make.constant(D, axes=axes[1:])
+            self.b_up = make.constant(axes["b_up"])
+            self.b_gate = make.constant(axes["b_gate"]) if config.gated_mlp else None
+            self.b_down = make.constant(axes["b_down"])
 
 
 def neurons(

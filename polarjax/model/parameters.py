@@ -1,8 +1,6 @@
-"""The parameters of a decoder by dotted path: their shapes, and a decoder made of them."""
+"""The parameters of a decoder by dotted path, and a decoder made of them."""
 
-import functools
 from collections.abc import Mapping
-from types import MappingProxyType
 
 import jax
 import jax.numpy as jnp
@@ -23,12 +21,6 @@ def parameters(model: Decoder) -> dict[str, Array]:
     """The parameters by dotted path, for example `layers.0.attn.wq`."""
     leaves, _ = jax.tree_util.tree_flatten_with_path(model)
     return {_dotted(path): leaf for path, leaf in leaves}
-
-
-@functools.cache
-def shapes(config: ModelConfig) -> Mapping[str, tuple[int, ...]]:
-    """The shape of every parameter by dotted path, in the order of `parameters`."""
-    return MappingProxyType({name: leaf.shape for name, leaf in parameters(abstract(config)).items()})
 
 
 def _dotted(path: tuple) -> str:

@@ -1,8 +1,23 @@
 """Contextual sparsity: recording what a model uses, learning to predict it, deciding how much to keep."""
 
-from polarjax.sparsity.calibration import calibrate
-from polarjax.sparsity.collection import collect
-from polarjax.sparsity.pipeline import sparsify
-from polarjax.sparsity.training import train_routers
+from typing import TYPE_CHECKING
+
+from polarjax.lazy import lazy_names
+
+if TYPE_CHECKING:
+    from polarjax.sparsity.calibration import calibrate
+    from polarjax.sparsity.collection import collect
+    from polarjax.sparsity.pipeline import sparsify
+    from polarjax.sparsity.training import train_routers
+else:
+    __getattr__, __dir__ = lazy_names(
+        __name__,
+        {
+            "polarjax.sparsity.calibration": "calibrate",
+            "polarjax.sparsity.collection": "collect",
+            "polarjax.sparsity.pipeline": "sparsify",
+            "polarjax.sparsity.training": "train_routers",
+        },
+    )
 
 __all__ = ["calibrate", "collect", "sparsify", "train_routers"]

@@ -1,8 +1,6 @@
 """How many neurons each layer must keep at each batch size: exact, without a search."""
 
-import dataclasses
 from collections.abc import Callable
-from typing import Literal, get_args
 
 import jax
 import jax.numpy as jnp
@@ -15,51 +13,8 @@ from polarjax.progress import task
 from polarjax.selection.plans import PlanTable, dense_above
 from polarjax.selection.routers import Routers
 from polarjax.sparsity.activations import Activations, Part
+from polarjax.sparsity.options import CalibrateOptions
 from polarjax.types import Array, Bool, Float, Int, Key
-
-DenseAttention = Literal["first", "important"]
-BATCH_SIZES = (1, 2, 4, 8, 16, 32, 64, 128, 256, 512)
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class CalibrateOptions:
-    """How plans are calibrated.
-
-    Attributes:
-      batch_sizes: increasing; those that get a plan.
-      target_recall: of the truly active neurons, on average over batches; the published .99.
-      multiple: k is rounded up to a multiple of this (and never beyond F).
-      num_batches: random batches drawn for each batch size.
-      max_tokens: held-out tokens used, at most.
-      dense_attention: the layer whose attention keeps all groups. "first" is the published choice: there the first
-        layer's attention turns the residual stream by far the most. "important" takes the layer in which it does in
-        this model (`Activations.attention_importance`).
-    """
-
-    batch_sizes: tuple[int, ...] = BATCH_SIZES
-    target_recall: float = 0.99
-    multiple: int = 128
-    num_batches: int = 256
-    max_tokens: int = 8192
-    dense_attention: DenseAttention = "first"
-
-    def __post_init__(self) -> None:
-        sizes = self.batch_sizes
-        if not sizes or list(sizes) != sorted(set(sizes)) or sizes[0] < 1:
-            raise InputError("unusable batch sizes", got=sizes, expected="increasing whole numbers from 1")
-        if not 0 < self.target_recall <= 1:
-            raise InputError("unusable target recall", got=self.target_recall, expected="above 0, at most 1")
-        if self.dense_attention not in get_args(DenseAttention):
-            expected = " | ".join(get_args(DenseAttention))
-            raise InputError(
-                "no such choice of a dense layer",
-                where="dense attention",
-                got=self.dense_attention,
-                expected=expected,
-            )
-        for name in ("multiple", "num_batches", "max_tokens"):
-            if getattr(self, name) < 1:
-                raise InputError(f"{name} is not usable", got=getattr(self, name), expected="at least 1")
 
 
 def calibrate(

@@ -28,11 +28,8 @@ from polarjax.sparsity.activations import (
     row_bytes,
     write_meta,
 )
+from polarjax.sparsity.options import HELD_OUT, MAX_BYTES
 from polarjax.storage.atomic import absolute, atomic_folder
-
-MAX_BYTES = 32 * 10**9
-HELD_OUT = (0.1, 0.05)
-"""Validation and test; plans are calibrated on the validation text, which therefore is twice the published 5 %."""
 
 _GOLDEN = 0.6180339887498949  # multiples of it, modulo 1, spread evenly
 

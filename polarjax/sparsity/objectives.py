@@ -1,7 +1,7 @@
 """What the two kinds of router learn: their weights, scores, labels, loss and measure of success."""
 
 import dataclasses
-from typing import ClassVar, Literal
+from typing import ClassVar
 
 import jax.numpy as jnp
 import optax
@@ -10,11 +10,11 @@ from polarjax.model.taps import unpack
 from polarjax.selection.routers import LayerRouter, score_groups, score_neurons
 from polarjax.selection.selectors import top_mask
 from polarjax.sparsity.activations import Record
+from polarjax.sparsity.options import Objective
 from polarjax.types import Array, Bool, Float, Num, UInt8
 
 type Weights = dict[str, Array]
 type Counts = dict[str, Float[Array, ""]]
-Objective = Literal["top", "norms"]
 
 
 @dataclasses.dataclass(frozen=True)

@@ -19,34 +19,14 @@ from polarjax.model.checks import check_windows
 from polarjax.selection.plans import PlanTable, check_density
 from polarjax.selection.routers import Routers
 from polarjax.sparsity.activations import Activations
-from polarjax.sparsity.calibration import CalibrateOptions, calibrate, measure_recall
+from polarjax.sparsity.calibration import calibrate, measure_recall
 from polarjax.sparsity.collection import (
-    HELD_OUT,
-    MAX_BYTES,
     Recording,
     collect,
     plan_recording,
 )
-from polarjax.sparsity.training import TrainOptions, TrainReport, train_routers
-
-
-@dataclasses.dataclass(frozen=True)
-class CollectOptions:
-    """How activations are collected; see `polarjax.sparsity.collect`.
-
-    Attributes:
-      folder: where they are kept; None discards them when the plans are made.
-      held_out: fractions of the windows for (validation, test).
-      max_bytes: bound on their size.
-      fit: record fewer positions rather than refuse.
-      batch_size: windows a forward pass.
-    """
-
-    folder: types.Path | None = None
-    held_out: tuple[float, float] = HELD_OUT
-    max_bytes: int = MAX_BYTES
-    fit: bool = False
-    batch_size: int = 8
+from polarjax.sparsity.options import CalibrateOptions, CollectOptions, TrainOptions
+from polarjax.sparsity.training import TrainReport, train_routers
 
 
 @dataclasses.dataclass(frozen=True)

@@ -4,7 +4,7 @@ import dataclasses
 import functools
 import math
 from collections.abc import Callable
-from typing import Any, cast, get_args
+from typing import Any, cast
 
 import jax
 import jax.numpy as jnp
@@ -22,55 +22,16 @@ from polarjax.sparsity.minibatches import Feed, read
 from polarjax.sparsity.objectives import (
     GroupTask,
     NeuronTask,
-    Objective,
     Task,
     Weights,
     count,
     loss,
     weights_of,
 )
+from polarjax.sparsity.options import TrainOptions
 from polarjax.types import Array, Float, Int, Key, Num
 
 EVALUATION_ROWS = 512
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class TrainOptions:
-    """How routers are trained; the defaults are the published ones.
-
-    Attributes:
-      learning_rate, weight_decay: of AdamW.
-      neuron_batch, group_batch: tokens a step, for the neuron and the group routers.
-      max_epochs: passes over the training tokens, at most.
-      patience: a layer stops after so many epochs without a gain on the validation tokens.
-      good_enough: a layer stops when its f1 (neurons) or `selected` (groups, objective "top") exceeds this.
-      group_objective: what the group routers learn: "top" or "norms", see `GroupTask`.
-      rank: R of the neuron routers; None takes `router_rank(config)`.
-      memory_bytes: training tokens are kept on the device up to this size, and read from disk beyond it.
-    """
-
-    learning_rate: float = 1e-4
-    weight_decay: float = 0.01
-    neuron_batch: int = 64
-    group_batch: int = 64
-    max_epochs: int = 20
-    patience: int = 5
-    good_enough: float = 0.99
-    group_objective: Objective = "top"
-    rank: int | None = None
-    memory_bytes: int = 4 * 10**9
-
-    def __post_init__(self) -> None:
-        if self.group_objective not in get_args(Objective):
-            expected = " | ".join(get_args(Objective))
-            raise InputError(
-                "no such objective", where="group objective", got=self.group_objective, expected=expected
-            )
-        whole = ("neuron_batch", "group_batch", "max_epochs", "patience", "memory_bytes")
-        for name in (*whole, "learning_rate", *(["rank"] if self.rank is not None else [])):
-            value = getattr(self, name)
-            if not (value > 0 and math.isfinite(value)):
-                raise InputError(f"{name} is not usable", where="TrainOptions", got=value, expected="above 0")
 
 
 @dataclasses.dataclass(frozen=True)

@@ -2,7 +2,8 @@
 
 import pytest
 
-from polarjax.model.parameters import abstract, shapes
+from polarjax.model.parameters import abstract
+from polarjax.model.shapes import shapes
 from polarjax.sharding import logical_axes
 from tests.model import zoo
 

@@ -13,7 +13,8 @@ from pallas_kernels import select_top_k
 from polarjax.selection.routers import LayerRouter, Routers
 from polarjax.sparsity import calibrate
 from polarjax.sparsity.activations import Activations
-from polarjax.sparsity.calibration import CalibrateOptions, HeldOut, choose, measure_recall, random_batches
+from polarjax.sparsity.calibration import HeldOut, choose, measure_recall, random_batches
+from polarjax.sparsity.options import CalibrateOptions
 from tests.sparsity import planted
 
 OPTIONS = CalibrateOptions(batch_sizes=(1, 2, 5, 16), target_recall=0.9, multiple=2, num_batches=40)

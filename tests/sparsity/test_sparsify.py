@@ -17,10 +17,9 @@ from polarjax.cli.main import main
 from polarjax.model import mlp
 from polarjax.model.parameters import parameters, with_parameters
 from polarjax.sparsity import collect, sparsify
-from polarjax.sparsity.calibration import CalibrateOptions, measure_recall
+from polarjax.sparsity.calibration import measure_recall
 from polarjax.sparsity.collection import fingerprint
-from polarjax.sparsity.pipeline import CollectOptions
-from polarjax.sparsity.training import TrainOptions
+from polarjax.sparsity.options import CalibrateOptions, CollectOptions, TrainOptions
 from polarjax.text.corpus import standard_library_text, text_windows
 from tests.convert import hf_models
 from tests.model import zoo

@@ -14,7 +14,8 @@ from polarjax.sparsity import train_routers
 from polarjax.sparsity.early_stopping import Best
 from polarjax.sparsity.minibatches import Feed
 from polarjax.sparsity.objectives import GroupTask, NeuronTask, count, loss, weights_of
-from polarjax.sparsity.training import TrainOptions, fit
+from polarjax.sparsity.options import TrainOptions
+from polarjax.sparsity.training import fit
 from tests.sparsity import planted
 from tests.tolerances import assert_close
 

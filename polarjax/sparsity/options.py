@@ -1,0 +1,115 @@
+"""The options of collecting, training and calibrating; their checks, and no JAX, so that help can show the defaults."""
+
+import dataclasses
+import math
+from typing import Literal, get_args
+
+from polarjax.errors import InputError
+from polarjax.types import Path
+
+MAX_BYTES = 32 * 10**9
+HELD_OUT = (0.1, 0.05)
+"""Validation and test; plans are calibrated on the validation text, which therefore is twice the published 5 %."""
+
+Objective = Literal["top", "norms"]
+DenseAttention = Literal["first", "important"]
+BATCH_SIZES = (1, 2, 4, 8, 16, 32, 64, 128, 256, 512)
+
+
+@dataclasses.dataclass(frozen=True)
+class CollectOptions:
+    """How activations are collected; see `polarjax.sparsity.collect`.
+
+    Attributes:
+      folder: where they are kept; None discards them when the plans are made.
+      held_out: fractions of the windows for (validation, test).
+      max_bytes: bound on their size.
+      fit: record fewer positions rather than refuse.
+      batch_size: windows a forward pass.
+    """
+
+    folder: Path | None = None
+    held_out: tuple[float, float] = HELD_OUT
+    max_bytes: int = MAX_BYTES
+    fit: bool = False
+    batch_size: int = 8
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class TrainOptions:
+    """How routers are trained; the defaults are the published ones.
+
+    Attributes:
+      learning_rate, weight_decay: of AdamW.
+      neuron_batch, group_batch: tokens a step, for the neuron and the group routers.
+      max_epochs: passes over the training tokens, at most.
+      patience: a layer stops after so many epochs without a gain on the validation tokens.
+      good_enough: a layer stops when its f1 (neurons) or `selected` (groups, objective "top") exceeds this.
+      group_objective: what the group routers learn: "top" or "norms", see `GroupTask`.
+      rank: R of the neuron routers; None takes `router_rank(config)`.
+      memory_bytes: training tokens are kept on the device up to this size, and read from disk beyond it.
+    """
+
+    learning_rate: float = 1e-4
+    weight_decay: float = 0.01
+    neuron_batch: int = 64
+    group_batch: int = 64
+    max_epochs: int = 20
+    patience: int = 5
+    good_enough: float = 0.99
+    group_objective: Objective = "top"
+    rank: int | None = None
+    memory_bytes: int = 4 * 10**9
+
+    def __post_init__(self) -> None:
+        if self.group_objective not in get_args(Objective):
+            expected = " | ".join(get_args(Objective))
+            raise InputError(
+                "no such objective", where="group objective", got=self.group_objective, expected=expected
+            )
+        whole = ("neuron_batch", "group_batch", "max_epochs", "patience", "memory_bytes")
+        for name in (*whole, "learning_rate", *(["rank"] if self.rank is not None else [])):
+            value = getattr(self, name)
+            if not (value > 0 and math.isfinite(value)):
+                raise InputError(f"{name} is not usable", where="TrainOptions", got=value, expected="above 0")
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class CalibrateOptions:
+    """How plans are calibrated.
+
+    Attributes:
+      batch_sizes: increasing; those that get a plan.
+      target_recall: of the truly active neurons, on average over batches; the published .99.
+      multiple: k is rounded up to a multiple of this (and never beyond F).
+      num_batches: random batches drawn for each batch size.
+      max_tokens: held-out tokens used, at most.
+      dense_attention: the layer whose attention keeps all groups. "first" is the published choice: there the first
+        layer's attention turns the residual stream by far the most. "important" takes the layer in which it does in
+        this model (`Activations.attention_importance`).
+    """
+
+    batch_sizes: tuple[int, ...] = BATCH_SIZES
+    target_recall: float = 0.99
+    multiple: int = 128
+    num_batches: int = 256
+    max_tokens: int = 8192
+    dense_attention: DenseAttention = "first"
+
+    def __post_init__(self) -> None:
+        sizes = self.batch_sizes
+        if not sizes or list(sizes) != sorted(set(sizes)) or sizes[0] < 1:
+            raise InputError("unusable batch sizes", got=sizes, expected="increasing whole numbers from 1")
+        if not 0 < self.target_recall <= 1:
+            raise InputError("unusable target recall", got=self.target_recall, expected="above 0, at most 1")
+        if self.dense_attention not in get_args(DenseAttention):
+            expected = " | ".join(get_args(DenseAttention))
+            raise InputError(
+                "no such choice of a dense layer",
+                where="dense attention",
+                got=self.dense_attention,
+                expected=expected,
+            )
+        for name in ("multiple", "num_batches", "max_tokens"):
+            if getattr(self, name) < 1:
+                raise InputError(f"{name} is not usable", got=getattr(self, name), expected="at least 1")

@@ -1,0 +1,88 @@
+"""What is imported when: nothing heavy for help, `inspect` and `import polarjax`, each library only where it is used."""
+
+import ast
+import importlib
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from checkpoints_convert import convert_checkpoint
+from polarjax.cli.main import VERBS
+
+ROOT = Path(__file__).parents[1]
+MODEL = ROOT / "polarjax" / "assets" / "opt-6m"
+HEAVY = {"jax", "flax", "optax", "orbax", "tensorstore", "transformers", "torch", "huggingface_hub", "scipy"}
+FACES = ("polarjax", "polarjax.evaluation", "polarjax.sparsity")
+RUN = """
+import io, sys
+from contextlib import redirect_stdout
+from polarjax.cli.main import main
+out = io.StringIO()
+for words in {calls!r}:
+    with redirect_stdout(out):
+        try:
+            main(words)
+        except SystemExit as done:
+            assert not done.code, done.code
+"""
+
+
+@pytest.fixture(scope="module")
+def model_directory(tmp_path_factory):
+    out = tmp_path_factory.mktemp("start") / "model"
+    convert_checkpoint(MODEL, out)
+    return out
+
+
+def loaded_by(code: str) -> set[str]:
+    """All modules in a new process after `code`."""
+    code += "\nimport json, sys\nprint(json.dumps(list(sys.modules)))"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    return set(json.loads(done.stdout.splitlines()[-1]))
+
+
+def heavy(modules: set[str]) -> set[str]:
+    return HEAVY & {name.partition(".")[0] for name in modules}
+
+
+def test_help_of_the_command_and_of_every_verb_imports_nothing_heavy():
+    calls = [["--help"], ["--version"], *([verb, "--help"] for verb in VERBS)]
+    assert heavy(loaded_by(RUN.format(calls=calls))) == set()
+
+
+def test_inspect_imports_nothing_heavy(model_directory):
+    calls = [["inspect", str(MODEL)], ["inspect", str(model_directory), "--memory", "24", "--json"]]
+    assert heavy(loaded_by(RUN.format(calls=calls))) == set()
+
+
+def test_importing_the_packages_imports_nothing_heavy():
+    names = ("polarjax", "polarjax.costs", "polarjax.sparsity", "polarjax.evaluation", "checkpoints_convert")
+    assert heavy(loaded_by(f"import {', '.join(names)}")) == set()
+
+
+def test_a_decoder_is_there_without_what_only_disks_and_training_need():
+    modules = loaded_by("import polarjax as pj; pj.Decoder, pj.generate, pj.stream, pj.TextStream")
+    assert heavy(modules) <= {"jax", "flax", "scipy"} | heavy(loaded_by("import jax, flax.nnx"))
+
+
+@pytest.mark.parametrize("package", FACES)
+def test_analyzers_see_the_names_where_they_are_found(package):
+    """The block for static analysis and what is found at run time are the same objects."""
+    module = importlib.import_module(package)
+    tree = ast.parse(Path(str(module.__file__)).read_text())
+    block = next(node for node in tree.body if isinstance(node, ast.If))
+    imports = [node for node in block.body if isinstance(node, ast.ImportFrom)]
+    seen = {alias.name: node.module for node in imports for alias in node.names}
+    assert sorted(seen) == sorted(module.__all__)
+    for name, home in seen.items():
+        assert getattr(module, name) is getattr(importlib.import_module(str(home)), name)
+    assert set(module.__all__) <= set(dir(module))
+
+
+@pytest.mark.parametrize("package", FACES)
+def test_a_name_that_is_not_there_is_an_attribute_error(package):
+    with pytest.raises(AttributeError, match=f"module '{package}' has no attribute 'nothing'"):
+        importlib.import_module(package).nothing  # noqa: B018
