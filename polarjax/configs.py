@@ -27,6 +27,22 @@ def _check_above_zero(name: str, value: Any) -> None:
     _check(number, name, value, "a positive number")
 
 
+def _check_threshold(value: Any, activation: str) -> None:
+    number = isinstance(value, int | float) and not isinstance(value, bool)
+    _check(
+        number and 0 <= value <= _FLOAT32_MAX,
+        "activation_threshold",
+        value,
+        "a number, zero or more, finite in float32",
+    )
+    _check(
+        value == 0 or activation == "relu",
+        "activation_threshold",
+        value,
+        f"0, because activation = {activation!r}",
+    )
+
+
 def _check_keys(cls: type, data: dict[str, Any]) -> None:
     fields = dataclasses.fields(cls)
     unknown = sorted(set(data) - {field.name for field in fields})
@@ -93,6 +109,8 @@ class ModelConfig:
       norm_position: "pre" (before each block) or "post" (after each residual sum).
       final_norm: whether a norm precedes the head.
       activation: of the MLP ("gelu" is the exact one).
+      activation_threshold: with "relu", a pre-activation passes where it exceeds this, compared in float32, and becomes
+        0 elsewhere. 0 is the plain ReLU; above 0 it is ProSparse's FATReLU.
       gated_mlp: `act(x w_gate) * (x w_up)` instead of `act(x w_up)`.
       mlp_bias, qkv_bias, out_bias: which projections have biases.
       qk_norm: RMS norm of queries and keys over H, before the rotary embedding.
@@ -117,6 +135,7 @@ class ModelConfig:
     norm_position: Literal["pre", "post"] = "pre"
     final_norm: bool = True
     activation: Literal["relu", "silu", "gelu"] = "silu"
+    activation_threshold: float = 0.0
     gated_mlp: bool = True
     mlp_bias: bool = False
     qkv_bias: bool = False
@@ -144,6 +163,7 @@ class ModelConfig:
         for name in _FLAGS:
             _check(type(getattr(self, name)) is bool, name, getattr(self, name), "True or False")
         _check_above_zero("norm_eps", self.norm_eps)
+        _check_threshold(self.activation_threshold, self.activation)
         if self.positions == "learned":
             _check(self.rope is None, "rope", self.rope, "None, because positions = 'learned'")
         else:
@@ -185,8 +205,14 @@ class ModelConfig:
         return self.sliding_window[layer] if isinstance(self.sliding_window, tuple) else self.sliding_window
 
     def to_json(self) -> dict[str, Any]:
-        """A plain dictionary that `from_json` turns back into an equal config."""
-        return dataclasses.asdict(self)
+        """A plain dictionary that `from_json` turns back into an equal config.
+
+        A threshold of 0 is left out: fingerprints of plain models stay what they were before it existed.
+        """
+        data = dataclasses.asdict(self)
+        if not self.activation_threshold:
+            del data["activation_threshold"]
+        return data
 
     @classmethod
     def from_json(cls, data: dict[str, Any]) -> "ModelConfig":
@@ -202,6 +228,7 @@ class ModelConfig:
         return cls(**data)
 
 
+_FLOAT32_MAX = 3.4028234663852886e38
 _FLAGS = tuple(field.name for field in dataclasses.fields(ModelConfig) if field.type is bool)
 _CHOICES: dict[str, tuple[str, ...]] = {
     "norm": ("rms", "layer"),

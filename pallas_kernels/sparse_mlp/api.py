@@ -1,7 +1,10 @@
 """The MLP of one layer over the selected neurons only."""
 
+from typing import NoReturn
+
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jaxtyping import Array, Float, Int
 
 from pallas_kernels._device import Device
@@ -22,6 +25,7 @@ def sparse_mlp(
     b_up: Float[Array, " F"] | None = None,
     b_gate: Float[Array, " F"] | None = None,
     activation: str = "relu",
+    threshold: float = 0.0,
     implementation: str | None = None,
 ) -> Float[Array, "B D"]:
     """Sum over the neurons j in `index` of act(x·w_up[j] + b_up[j]) times w_down[j].
@@ -39,6 +43,8 @@ def sparse_mlp(
       index: any signed integers.
       b_up, b_gate: floating; b_gate goes with w_gate alone.
       activation: "relu", "silu" or "gelu" (the exact one).
+      threshold: static, with "relu" only: act(a) is a where a exceeds it, else 0. The comparison is in float32, before
+        hidden values are rounded. 0 is the plain ReLU.
       implementation: "mosaic" (Pallas, Hopper GPUs; bfloat16 and float16, D in steps of 128, no "gelu", no
         derivative), "xla" (anywhere), or None for the best one that can do the call; `record_backends` tells which
         that was.
@@ -50,12 +56,13 @@ def sparse_mlp(
     x, w_up, w_down, index = (jnp.asarray(a) for a in (x, w_up, w_down, index))
     w_gate, b_up, b_gate = (None if a is None else jnp.asarray(a) for a in (w_gate, b_up, b_gate))
     _validate(x, w_up, w_down, index, (w_gate, b_up, b_gate), activation)
+    threshold = _static_threshold(threshold, activation)
     index = index.astype(jnp.int32)  # a narrow dtype may not hold F
     optional = {"w_gate": w_gate, "b_up": b_up, "b_gate": b_gate}
     weights = {"w_up": w_up, "w_down": w_down} | {n: a for n, a in optional.items() if a is not None}
 
     def hopper(device: Device) -> Array:
-        options = {"activation": activation, "device": device}
+        options = {"activation": activation, "threshold": threshold, "device": device}
 
         def call(x: Array, index: Array, weights: Weights) -> Array:
             batch, d_model = x.shape
@@ -67,7 +74,9 @@ def sparse_mlp(
 
     backends = {
         "mosaic": hopper,
-        "xla": lambda _: xla.sparse_mlp(x, index=index, **weights, activation=activation),
+        "xla": lambda _: xla.sparse_mlp(
+            x, index=index, **weights, activation=activation, threshold=threshold
+        ),
     }
     return dispatch(OP, implementation, backends, x, w_up)
 
@@ -104,5 +113,19 @@ def _validate(
         _fail("unknown activation", repr(activation), ", ".join(map(repr, xla.ACTIVATIONS)))
 
 
-def _fail(what: str, got: object, expected: object) -> None:
+def _static_threshold(threshold: object, activation: str) -> float:
+    """The threshold as a Python float, whatever kind of number it was."""
+    expected = "a number that is static, zero or more, and finite in float32"
+    try:
+        value = float("nan" if isinstance(threshold, str | bool) else threshold)  # pyright: ignore[reportArgumentType]
+    except (TypeError, ValueError):  # traced values raise a TypeError
+        _fail("unusable threshold", repr(threshold), expected)
+    if not 0 <= value <= float(np.finfo(np.float32).max):
+        _fail("unusable threshold", repr(threshold), expected)
+    if value and activation != "relu":
+        _fail("a threshold goes with relu alone", f"{value} with {activation!r}", "threshold 0")
+    return value + 0.0  # -0.0 is 0
+
+
+def _fail(what: str, got: object, expected: object) -> NoReturn:
     raise ValueError(f"{OP}: {what}; got {got}, expected {expected}")

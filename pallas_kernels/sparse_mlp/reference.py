@@ -1,7 +1,10 @@
 """Float32 oracle of the selective MLP: computes every neuron, then masks."""
 
+from collections.abc import Callable
+
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jaxtyping import Array, Float, Int
 
 _ACTIVATIONS = {
@@ -9,6 +12,10 @@ _ACTIVATIONS = {
     "silu": lambda a: a / (1.0 + jnp.exp(-a)),
     "gelu": lambda a: 0.5 * a * (1.0 + jax.lax.erf(a / jnp.sqrt(2.0))),
 }
+
+
+def _thresholded(threshold: float) -> Callable[[jax.Array], jax.Array]:
+    return lambda a: jnp.where(a > np.float32(threshold), a, 0.0)
 
 
 def reference(
@@ -21,6 +28,7 @@ def reference(
     b_up: Float[Array, " F"] | None = None,
     b_gate: Float[Array, " F"] | None = None,
     activation: str,
+    threshold: float = 0.0,
 ) -> Float[Array, "B D"]:
     """Dense MLP in float32 in which neuron j counts as often as `index` names it; returns float32 [B D].
 
@@ -29,7 +37,7 @@ def reference(
     neurons = jnp.arange(w_up.shape[0])
     count = jnp.sum(index[None, :] == neurons[:, None], axis=1)  # [F]
     named = count > 0
-    act = _ACTIVATIONS[activation]
+    act = _thresholded(threshold) if threshold else _ACTIVATIONS[activation]
 
     def project(w, b):
         w = jnp.where(named[:, None], w.astype(jnp.float32), 0.0)

@@ -1,7 +1,10 @@
 """Selective MLP in plain JAX: gathers the named rows, then multiplies. Runs on every device."""
 
+from collections.abc import Callable
+
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import lax
 from jaxtyping import Array, Float, Int
 
@@ -10,6 +13,11 @@ ACTIVATIONS = {
     "silu": jax.nn.silu,
     "gelu": lambda a: jax.nn.gelu(a, approximate=False),
 }
+
+
+def thresholded(threshold: float) -> Callable[[jax.Array], jax.Array]:
+    """float32 -> float32: a where it exceeds the threshold, else 0."""
+    return lambda a: jnp.where(a > np.float32(threshold), a, jnp.float32(0))
 
 
 def sparse_mlp(
@@ -22,12 +30,13 @@ def sparse_mlp(
     b_up: Float[Array, " F"] | None = None,
     b_gate: Float[Array, " F"] | None = None,
     activation: str,
+    threshold: float = 0.0,
 ) -> Float[Array, "B D"]:
     """As `pallas_kernels.sparse_mlp`. Absent entries read row 0 and are replaced by zeros afterwards."""
     num_neurons = w_up.shape[0]
     present = (index >= 0) & (index < num_neurons)
     rows = jnp.where(present, index, 0)
-    act = ACTIVATIONS[activation]
+    act = thresholded(threshold) if threshold else ACTIVATIONS[activation]
     precision = lax.Precision.HIGHEST if x.dtype == jnp.float32 else None
 
     def contract(axes, a, b):

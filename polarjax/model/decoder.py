@@ -149,13 +149,13 @@ def _blocks(model, tokens, lengths, *, sparsity=None, taps=None):
             update = attention.project_out(layer.attn, heads)
             changes += [attention.change(x, update)] if taps is not None and taps.change else []
             x = _residual(layer.attn_norm, x, update, config)
-            pre, hidden = mlp.neurons(layer.mlp, _mlp_input(layer, x, config), config.activation)
+            pre, hidden = mlp.neurons(layer.mlp, _mlp_input(layer, x, config), config)
             mask = None if sparsity is None else sparsity.neuron_mask(i, h, hidden)
             x = _residual(layer.mlp_norm, x, mlp.combine(layer.mlp, hidden, mask), config)
         kv.append((k, v))
         if taps is not None:
             inputs += [h] * taps.inputs
-            activity += [pack(pre > 0)] * taps.activity
+            activity += [pack(mlp.active(pre, config))] * taps.activity
             norms += [norm] * taps.norms
     records = None if taps is None else Taps(*map(tuple, (inputs, activity, norms, changes)))
     return x, records, kv
@@ -228,5 +228,5 @@ def decode_step(
 
 def _mlp(layer: Layer, x, index, config: ModelConfig, implementation: Implementation):
     if index is None:
-        return mlp.combine(layer.mlp, mlp.neurons(layer.mlp, x, config.activation)[1], None)
-    return mlp.selected(layer.mlp, x, index, activation=config.activation, implementation=implementation)
+        return mlp.combine(layer.mlp, mlp.neurons(layer.mlp, x, config)[1], None)
+    return mlp.selected(layer.mlp, x, index, config=config, implementation=implementation)

@@ -13,6 +13,18 @@ from polarjax.types import Array, Bool, Float, Implementation, Int
 _ACTIVATIONS = {"relu": jax.nn.relu, "silu": jax.nn.silu, "gelu": lambda x: jax.nn.gelu(x, approximate=False)}
 
 
+def active(pre: Float[Array, "... F"], config: ModelConfig) -> Bool[Array, "... F"]:
+    """Which pre-activations exceed the threshold; compared in float32, so that rounding the threshold moves none."""
+    return pre.astype(jnp.float32) > jnp.float32(config.activation_threshold)
+
+
+def activate(pre: Float[Array, "... F"], config: ModelConfig) -> Float[Array, "... F"]:
+    """The activation function of the config."""
+    if config.activation_threshold:
+        return jnp.where(active(pre, config), pre, 0)
+    return _ACTIVATIONS[config.activation](pre)
+
+
 class Mlp(nnx.Module):
     """Neuron-major weights `w_up, w_gate, w_down [F D]`: neuron j is row j of each."""
 
@@ -29,14 +41,14 @@ class Mlp(nnx.Module):
 
 
 def neurons(
-    layer: Mlp, x: Float[Array, "... D"], activation: str
+    layer: Mlp, x: Float[Array, "... D"], config: ModelConfig
 ) -> tuple[Float[Array, "... F"], Float[Array, "... F"]]:
     """Pre-activation and output of every neuron; the pre-activation is the gate's in a gated MLP."""
     up = add_bias(x @ layer.w_up[...].T, layer.b_up)
     if layer.w_gate is None:
-        return up, _ACTIVATIONS[activation](up)
+        return up, activate(up, config)
     gate = add_bias(x @ layer.w_gate[...].T, layer.b_gate)
-    return gate, _ACTIVATIONS[activation](gate) * up
+    return gate, activate(gate, config) * up
 
 
 def combine(
@@ -52,7 +64,7 @@ def selected(
     x: Float[Array, "B D"],
     index: Int[Array, "k"],
     *,
-    activation: str,
+    config: ModelConfig,
     implementation: Implementation,
 ) -> Float[Array, "B D"]:
     """The MLP computed from the selected neurons' rows alone."""
@@ -65,7 +77,8 @@ def selected(
         w_gate=value(layer.w_gate),
         b_up=value(layer.b_up),
         b_gate=value(layer.b_gate),
-        activation=activation,
+        activation=config.activation,
+        threshold=config.activation_threshold,
         implementation=implementation,
     )
     return add_bias(y, layer.b_down)

@@ -14,7 +14,7 @@ class TapSpec:
 
     Attributes:
       inputs: the output of each layer's pre-attention norm, which the routers read.
-      activity: which neurons have a positive pre-activation, bit-packed.
+      activity: which neurons have a pre-activation above the threshold (0 for a plain ReLU), bit-packed.
       norms: the L2 norm of each group's attention output before the output projection.
       change: how far attention turns the residual stream.
     """

@@ -36,7 +36,7 @@ class NeuronTask:
         return score_neurons(x, weights["w_in"], weights["w_out"])
 
     def labels(self, packed: UInt8[Array, "b bytes"]) -> Bool[Array, "b F"]:
-        """Whether each neuron's pre-activation was positive."""
+        """Whether each neuron's pre-activation exceeded the activation's threshold."""
         return unpack(packed, self.num_neurons)
 
     def loss(self, scores: Float[Array, "b F"], packed: UInt8[Array, "b bytes"]) -> Float[Array, ""]:

@@ -25,7 +25,7 @@ from pallas_kernels._inline import (
 from pallas_kernels._inline import constant as c
 from pallas_kernels.sparse_mlp.mosaic import gather
 from pallas_kernels.sparse_mlp.mosaic.block import Block
-from pallas_kernels.sparse_mlp.mosaic.call import Plan
+from pallas_kernels.sparse_mlp.mosaic.call import Call
 
 ROW = plgpu.Layout.WGMMA.reduce(1)
 
@@ -39,19 +39,19 @@ class Biases:
         self._sources: list[tuple[int, Any]] = [(i, ref) for i, ref in named if ref is not None]
         if self._sources:
             self._out = block.refs["bias"].at[warpgroup]
-            self._bring(self._out, self._tile(0), block.plan.bias_parts)
+            self._bring(self._out, self._tile(0), block.call.bias_parts)
 
     def _tile(self, part):
         """The part-th tile of this block, going up."""
-        return lax.div(self._block.up[0], jnp.int32(self._block.plan.up.chunks)) + part
+        return lax.div(self._block.up[0], jnp.int32(self._block.call.up.chunks)) + part
 
     def of(self, part) -> Callable[[int], jax.Array] | None:
         """-> f(g), the biases [64 batch] of group g of this block's part-th tile; None without biases."""
-        plan = self._block.plan
+        call = self._block.call
         if not self._sources:
             return None
-        last = plan.bias_parts - 1
-        if plan.up.max_parts > plan.bias_parts:
+        last = call.bias_parts - 1
+        if call.up.max_parts > call.bias_parts:
 
             @pl.when(part > last)
             def _():
@@ -61,7 +61,7 @@ class Biases:
 
         def broadcast(g):
             row = plgpu.load(self._out.at[lax.min(part, jnp.int32(last)), pl.ds(g * 64, 64)], layout=ROW)
-            return lax.broadcast_in_dim(row, (64, plan.tiles.batch), [0])
+            return lax.broadcast_in_dim(row, (64, call.tiles.batch), [0])
 
         return broadcast
 
@@ -71,11 +71,11 @@ class Biases:
             self._bring_interpreted(out, first, count)
             return
         matrices, sources = zip(*self._sources, strict=True)
-        take = _load(self._block.plan, count, matrices)
+        take = _load(self._block.call, count, matrices)
         take(self._block.refs["index"], out, first, self._warpgroup * 64, *sources)
 
     def _bring_interpreted(self, out, first, count: int) -> None:
-        block, tiles, plan = self._block, self._block.tiles, self._block.plan
+        block, tiles, call = self._block, self._block.tiles, self._block.call
 
         @pl.loop(0, count * 64 * tiles.groups)
         def _(i):
@@ -86,22 +86,22 @@ class Biases:
             for matrix, source in self._sources:
                 value = source[lax.max(neuron, jnp.int32(0))].astype(jnp.float32)
 
-                @pl.when(lax.div(tile, jnp.int32(plan.row_tiles)) == matrix)
+                @pl.when(lax.div(tile, jnp.int32(call.row_tiles)) == matrix)
                 def _(value=value):
                     out[part, row] = jnp.where(neuron >= 0, value, 0.0)
 
 
-def _load(plan: Plan, count: int, matrices: tuple[int, ...]) -> Callable:
+def _load(call: Call, count: int, matrices: tuple[int, ...]) -> Callable:
     """-> f(index [k], out float32 [count, 64 groups], first, row, *biases [F]): the biases of some tiles.
 
     Of each stage of a tile's entries of the index 64 are taken, from `row` on, zero where absent. `matrices`: whose
     the biases are. All reads are on their way at once. Ends in a barrier of the warpgroup.
     """
     row_tiles, groups, rows, num_neurons = (
-        plan.row_tiles,
-        plan.tiles.groups,
-        plan.tiles.rows,
-        plan.num_neurons,
+        call.row_tiles,
+        call.tiles.groups,
+        call.tiles.rows,
+        call.num_neurons,
     )
     total = count * 64 * groups
 

@@ -24,12 +24,12 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from pallas_kernels._inline import sync_warpgroup
 from pallas_kernels.sparse_mlp.mosaic import marks, partials
-from pallas_kernels.sparse_mlp.mosaic.call import Plan
+from pallas_kernels.sparse_mlp.mosaic.call import Call
 from pallas_kernels.sparse_mlp.schedule import Split
 from pallas_kernels.sparse_mlp.tiles import HIDDEN_WIDTH
 
 MATRICES = ("w_up", "w_gate", "w_down")
-HIDDEN, MARKS, TILES = range(3)  # what semaphores of a fused kernel count: see `Plan.semaphores`
+HIDDEN, MARKS, TILES = range(3)  # what semaphores of a fused kernel count: see `Call.semaphores`
 RESULT = MARKS  # of kernels without marks
 
 
@@ -47,17 +47,17 @@ REGISTERS = {1: Registers(232, 104, 128), 2: Registers(192, 48, 80)}  # by multi
 class Block:
     """One thread block.
 
-    number: which of all. plan, tiles: what the kernel was made for. refs: its references by name; it multiplies up if
+    number: which of all. call, tiles: what the kernel was made for. refs: its references by name; it multiplies up if
     there is an "x", down if there is a "w_down". up, down: (first unit, end) of its share of each product. stages: in
     all, of which up_stages go up.
     """
 
-    def __init__(self, plan: Plan, refs: dict[str, Any], interpret: bool):
-        self.plan, self.tiles, self.refs, self.interpret = plan, plan.tiles, refs, interpret
+    def __init__(self, call: Call, refs: dict[str, Any], interpret: bool):
+        self.call, self.tiles, self.refs, self.interpret = call, call.tiles, refs, interpret
         self.number = lax.axis_index("block")
-        self.up = self._share(plan.up, "x")
-        self.down = self._share(plan.down, "w_down")
-        self.up_stages = (self.up[1] - self.up[0]) * jnp.int32(plan.tiles.groups)
+        self.up = self._share(call.up, "x")
+        self.down = self._share(call.down, "w_down")
+        self.up_stages = (self.up[1] - self.up[0]) * jnp.int32(call.tiles.groups)
         self.stages = self.up_stages + self.down[1] - self.down[0]
 
     def _share(self, split: Split, needs: str) -> tuple[jax.Array, jax.Array]:
@@ -90,7 +90,7 @@ class Block:
     def await_marks(self) -> None:
         """Until every block has marked its places."""
         if self.tiles.marked:
-            self.wait(MARKS, self.plan.grid)
+            self.wait(MARKS, self.call.grid)
 
     # The ring of weights. Stage t lies in slot t % stages; those of the up-projection come first.
 
@@ -111,16 +111,16 @@ class Block:
     def _locate_up(self, t):
         m = self.tiles.groups
         unit = self.up[0] + lax.div(t, jnp.int32(m))
-        tile, chunk = self.tile_chunk(self.plan.up, unit)
+        tile, chunk = self.tile_chunk(self.call.up, unit)
         entry = self.first_entry(tile) + lax.rem(t, jnp.int32(m)) * self.tiles.rows
-        return lax.div(tile, jnp.int32(self.plan.row_tiles)), entry, chunk * self.tiles.cols
+        return lax.div(tile, jnp.int32(self.call.row_tiles)), entry, chunk * self.tiles.cols
 
     def first_entry(self, tile):
         """First entry of the index of a tile going up."""
-        return lax.rem(tile, jnp.int32(self.plan.row_tiles)) * (self.tiles.groups * self.tiles.rows)
+        return lax.rem(tile, jnp.int32(self.call.row_tiles)) * (self.tiles.groups * self.tiles.rows)
 
     def _locate_down(self, t):
-        tile, chunk = self.tile_chunk(self.plan.down, self.down[0] + t - self.up_stages)
+        tile, chunk = self.tile_chunk(self.call.down, self.down[0] + t - self.up_stages)
         return jnp.int32(MATRICES.index("w_down")), chunk * self.tiles.rows, tile * self.tiles.cols
 
     def tile_chunk(self, split: Split, unit):
@@ -149,8 +149,8 @@ class Block:
 
     def for_each_piece(self, body: Callable[..., Any]) -> None:
         """body(block of 64 neurons, piece) for this block's share of the hidden values."""
-        pieces, grid = self.pieces[0], self.plan.grid
-        count = self.plan.hidden[0] * pieces
+        pieces, grid = self.pieces[0], self.call.grid
+        count = self.call.hidden[0] * pieces
 
         @pl.loop(0, lax.div(jnp.int32(count - 1) - self.number + jnp.int32(grid), jnp.int32(grid)))
         def _(i):
@@ -162,14 +162,14 @@ class Block:
 
         registers: for sums on their way; more makes the compiler spill.
         """
-        plan, tiles = self.plan, self.tiles
+        call, tiles = self.call, self.tiles
         if not tiles.fused:
             return
-        most, workers = plan.down.contributions.shape[1], plan.grid * (tiles.warpgroups + 2)
-        items = plan.d_model // 64 * plan.result_fours
+        most, workers = call.down.contributions.shape[1], call.grid * (tiles.warpgroups + 2)
+        items = call.d_model // 64 * call.result_fours
         ahead = max(1, min(-(-items // workers), registers // (4 * most)))
         take = marks.await_words if tiles.marked else partials.load_words
         if not tiles.marked:
-            self.wait(RESULT, plan.grid * tiles.warpgroups)
-        add_up = partials.add_up(plan.down, tiles.cols, plan.kind, ahead, take, workers, items)
+            self.wait(RESULT, call.grid * tiles.warpgroups)
+        add_up = partials.add_up(call.down, tiles.cols, call.kind, ahead, take, workers, items)
         add_up(self.refs["down_parts"], self.refs["out"], self.number * (tiles.warpgroups + 2) + warpgroup)

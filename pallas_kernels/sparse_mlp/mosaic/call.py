@@ -1,4 +1,4 @@
-"""One call of the Mosaic kernels, all of it static: shapes, tiles, and who computes what."""
+"""One call of the Mosaic kernels: its static shapes, tiles and activation, and which block computes what."""
 
 from dataclasses import dataclass
 from functools import cached_property
@@ -8,8 +8,17 @@ from pallas_kernels.sparse_mlp.tiles import BIAS_PARTS, Tiles
 
 
 @dataclass(frozen=True, kw_only=True)
-class Plan:
-    """batch B, d_model D, num_neurons F, selected k; gated: two matrices in the up-projection; activation: its name."""
+class Call:
+    """The static arguments of one call.
+
+    Attributes:
+      batch, d_model, num_neurons, selected: B, D, F and k.
+      gated: whether the up-projection has two matrices.
+      activation: "relu" or "silu".
+      threshold: with "relu", what a pre-activation must exceed to pass.
+      dtype: of operands and result, "bfloat16" or "float16".
+      tiles: the configuration.
+    """
 
     batch: int
     d_model: int
@@ -17,22 +26,23 @@ class Plan:
     selected: int
     gated: bool
     activation: str
+    threshold: float
     dtype: str
     tiles: Tiles
 
     @cached_property
     def groups(self) -> int:
-        """Stages of rows that hold the selected neurons."""
+        """Number of stages that hold the rows of all selected neurons."""
         return -(-self.selected // self.tiles.rows)
 
     @cached_property
     def row_tiles(self) -> int:
-        """Output tiles of one matrix in the up-projection."""
+        """Number of output tiles for one matrix of the up-projection."""
         return -(-self.groups // self.tiles.groups)
 
     @property
     def padded(self) -> int:
-        """Entries of the index up to the end of the last output tile of the up-projection."""
+        """Length of the index, rounded up to whole output tiles of the up-projection."""
         return self.row_tiles * self.tiles.groups * self.tiles.rows
 
     @cached_property
@@ -46,32 +56,36 @@ class Plan:
 
     @property
     def bias_parts(self) -> int:
-        """Tiles going up of which a block brings the biases at its start."""
+        """Number of up-projection tiles whose biases a block loads when it starts."""
         return min(BIAS_PARTS, self.up.max_parts)
 
     @property
     def grid(self) -> int:
-        """Thread blocks to launch, the same for either product and for both."""
+        """Number of thread blocks to launch, whichever products the kernel computes."""
         return max(self.up.blocks, self.down.blocks)
 
     @property
     def semaphores(self) -> int:
-        """Of a fused kernel: hidden values of a block; then a block's marks, or else a warpgroup's partial sums of the
-        result; one for each tile going up, a warpgroup's partial sums of it; one for each stage of rows, its hidden
-        values.
+        """Number of semaphores in a fused kernel.
+
+        Semaphore 0 counts blocks whose hidden values are complete. With marks, semaphore 1 counts blocks that have
+        placed theirs, and there are no others. Without marks, semaphore 1 counts warpgroups whose partial sums of the
+        result are stored; then follow one semaphore for each up-projection tile (warpgroups that stored their partial
+        sums of it) and one for each stage of rows (pieces of its hidden values).
         """
         return 2 if self.tiles.marked else 2 + self.up.tiles + self.groups
 
     @property
     def kind(self) -> str:
-        """What partial sums of the result are kept as: in a fused kernel bfloat16 for a result of that type, but
-        float32 for float16, for which it would be too coarse.
+        """Dtype of the partial sums of the result: bfloat16 in a fused bfloat16 kernel, otherwise float32.
+
+        float16 results need float32, because bfloat16 would be coarser than the result.
         """
         return "bfloat16" if self.tiles.fused and self.dtype == "bfloat16" else "float32"
 
     @property
     def result_fours(self) -> int:
-        """Times four words of a thread that a fused kernel's partial sum of 64 columns of the result has."""
+        """Number of 4-word stores per thread for one 64-column partial sum of the result, in a fused kernel."""
         return self.tiles.batch // (8 if self.kind == "float32" else 16)
 
     @property
@@ -87,7 +101,7 @@ class Plan:
 
     @property
     def early(self) -> tuple[int, int, int]:
-        """Shape of the marked hidden values, in blocks of 64 neurons, in the order of threads."""
+        """Shape of the marked hidden values, in blocks of 64 neurons, laid out thread by thread."""
         return (self.groups * self.tiles.warpgroups, self.tiles.batch, 64)
 
     @property

@@ -22,23 +22,23 @@ def consume(block: Block, warpgroup) -> None:
     biases = Biases(block, warpgroup)
     if "x" in block.refs:
         up_part = functools.partial(_up_part, block, warpgroup, biases)
-        block.for_each_part(block.plan.up, block.up, up_part)
+        block.for_each_part(block.call.up, block.up, up_part)
         if announces:  # the loader announces all but the last
-            last = lax.div(block.up[1] - 1, jnp.int32(block.plan.up.chunks))
+            last = lax.div(block.up[1] - 1, jnp.int32(block.call.up.chunks))
             pl.when(block.up[1] > block.up[0])(lambda: block.arrive(TILES + last))
     block.await_marks()
     if "w_down" in block.refs:
         down_part = functools.partial(_down_part, block, warpgroup)
-        block.for_each_part(block.plan.down, block.down, down_part)
+        block.for_each_part(block.call.down, block.down, down_part)
     if announces:
         block.arrive(RESULT)
     block.finish(warpgroup)
 
 
 def _up_part(block: Block, warpgroup, biases: Biases, number, tile, start, end) -> None:
-    plan, tiles, refs = block.plan, block.tiles, block.refs
+    call, tiles, refs = block.call, block.tiles, block.refs
     pieces = tiles.cols // tiles.x_cols
-    own = number - block.number * plan.up.max_parts
+    own = number - block.number * call.up.max_parts
     bias = biases.of(own)
     rows = pl.ds(warpgroup * 64, 64)
     depth = min(tiles.x_cols, 128 if tiles.groups * tiles.batch <= 128 else 64)
@@ -60,7 +60,7 @@ def _up_part(block: Block, warpgroup, biases: Biases, number, tile, start, end) 
         plgpu.barrier_arrive(refs["x_empty"].at[slots[-1]])
 
     total = _accumulate(block, tiles.groups, start, end, unit)
-    begins = lax.rem(start, jnp.int32(plan.up.chunks)) == 0
+    begins = lax.rem(start, jnp.int32(call.up.chunks)) == 0
     if tiles.marked:
         pl.when(own == 0)(lambda: plgpu.barrier_wait(refs["marked"].at[0]))
     for g in range(tiles.groups):
@@ -76,7 +76,7 @@ def _up_part(block: Block, warpgroup, biases: Biases, number, tile, start, end) 
 
 
 def _down_part(block: Block, warpgroup, number, tile, start, end) -> None:
-    plan, tiles, refs = block.plan, block.tiles, block.refs
+    call, tiles, refs = block.call, block.tiles, block.refs
     share = tiles.cols // tiles.warpgroups
 
     def unit(v, multiply):
@@ -93,12 +93,12 @@ def _down_part(block: Block, warpgroup, number, tile, start, end) -> None:
         plgpu.barrier_arrive(refs["h_empty"].at[slot])
 
     total = _accumulate(block, share // 64, start, end, unit)
-    store = marks.store(plan.kind) if tiles.marked else partials.store(plan.kind)
+    store = marks.store(call.kind) if tiles.marked else partials.store(call.kind)
     for p in range(share // 64):
         place = warpgroup * (share // 64) + p
         part = total[p * 64 : (p + 1) * 64]
         if tiles.fused:
-            store(part, refs["down_parts"], (number * (tiles.cols // 64) + place) * plan.result_fours)
+            store(part, refs["down_parts"], (number * (tiles.cols // 64) + place) * call.result_fours)
         elif block.interpret:
             refs["down_parts"].at[number, place][...] = part.T
         else:

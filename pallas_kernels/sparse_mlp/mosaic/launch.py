@@ -18,9 +18,9 @@ from jaxtyping import Array, Float, Int
 from pallas_kernels import _device
 from pallas_kernels.sparse_mlp.mosaic import gather
 from pallas_kernels.sparse_mlp.mosaic.block import Block
-from pallas_kernels.sparse_mlp.mosaic.call import Plan
+from pallas_kernels.sparse_mlp.mosaic.call import Call
 from pallas_kernels.sparse_mlp.mosaic.consumer import consume
-from pallas_kernels.sparse_mlp.mosaic.hidden import ACTIVATIONS
+from pallas_kernels.sparse_mlp.mosaic.hidden import ACTIVATIONS, activation
 from pallas_kernels.sparse_mlp.mosaic.loader import load
 from pallas_kernels.sparse_mlp.mosaic.producer import produce
 from pallas_kernels.sparse_mlp.schedule import Split
@@ -34,7 +34,7 @@ COMPILER = plgpu.CompilerParams(
 
 
 # Jitted, so that the layers of a model share one trace, one lowering and one binary.
-@functools.partial(jax.jit, static_argnames=("activation", "device", "tiles", "interpret"))
+@functools.partial(jax.jit, static_argnames=("activation", "threshold", "device", "tiles", "interpret"))
 def sparse_mlp(
     x: Float[Array, "B D"],
     w_up: Float[Array, "F D"],
@@ -45,6 +45,7 @@ def sparse_mlp(
     b_up: Float[Array, " F"] | None = None,
     b_gate: Float[Array, " F"] | None = None,
     activation: str,
+    threshold: float = 0.0,
     device: _device.Device,
     tiles: Tiles | None = None,
     interpret: bool = False,
@@ -60,24 +61,25 @@ def sparse_mlp(
         _device.require_hopper(device)
     _require(x, w_up, activation)
     if x.shape[0] > BATCHES[-1]:
-        call = {"w_gate": w_gate, "b_up": b_up, "b_gate": b_gate, "activation": activation}
-        call |= {"device": device, "tiles": tiles, "interpret": interpret}
-        return _in_pieces(x, lambda piece: sparse_mlp(piece, w_up, w_down, index, **call))
+        options = {"w_gate": w_gate, "b_up": b_up, "b_gate": b_gate, "activation": activation}
+        options |= {"threshold": threshold, "device": device, "tiles": tiles, "interpret": interpret}
+        return _in_pieces(x, lambda piece: sparse_mlp(piece, w_up, w_down, index, **options))
     if tiles is None:
         gated = w_gate is not None
         tiles = heuristic(x.shape[0], x.shape[1], device, selected=index.shape[0], gated=gated)
     num_neurons, d_model = w_up.shape
     sizes = {"batch": x.shape[0], "d_model": d_model, "num_neurons": num_neurons, "selected": index.shape[0]}
-    plan = Plan(**sizes, gated=w_gate is not None, activation=activation, dtype=x.dtype.name, tiles=tiles)
+    sizes |= {"gated": w_gate is not None, "activation": activation, "threshold": threshold}
+    call = Call(**sizes, dtype=x.dtype.name, tiles=tiles)
     operands = {"x": jnp.pad(x, ((0, tiles.batch - x.shape[0]), (0, 0))), "index": index.astype(jnp.int32)}
     optional = {"w_gate": w_gate, "b_up": b_up, "b_gate": b_gate}
     operands |= {"w_up": w_up, "w_down": w_down} | {n: a for n, a in optional.items() if a is not None}
     if tiles.copy == "rows":
-        operands |= _for_rows(plan, operands["index"])
-    return _run(plan, operands, interpret)
+        operands |= _for_rows(call, operands["index"])
+    return _run(call, operands, interpret)
 
 
-def _in_pieces(x: jax.Array, call: Callable[[jax.Array], jax.Array]) -> jax.Array:
+def _in_pieces(x: jax.Array, run: Callable[[jax.Array], jax.Array]) -> jax.Array:
     """[B D] -> [B D], by the largest batch at a time.
 
     In a loop, so that no two run at once: the thread blocks of a fused kernel wait for each other, and two kernels
@@ -85,7 +87,7 @@ def _in_pieces(x: jax.Array, call: Callable[[jax.Array], jax.Array]) -> jax.Arra
     """
     batch, width = x.shape
     pieces = jnp.pad(x, ((0, -batch % BATCHES[-1]), (0, 0))).reshape(-1, BATCHES[-1], width)
-    return lax.map(call, pieces).reshape(-1, width)[:batch]
+    return lax.map(run, pieces).reshape(-1, width)[:batch]
 
 
 def _require(x: jax.Array, w_up: jax.Array, activation: str) -> None:
@@ -97,15 +99,15 @@ def _require(x: jax.Array, w_up: jax.Array, activation: str) -> None:
         raise NotImplementedError(f"knows the activations {', '.join(ACTIVATIONS)}; got {activation}")
 
 
-def _for_rows(plan: Plan, index: jax.Array) -> dict[str, jax.Array]:
+def _for_rows(call: Call, index: jax.Array) -> dict[str, jax.Array]:
     """What Pallas's own copies need: entries up to the last tile, absent ones -1, and zeros to copy for them."""
-    index = jnp.where((index >= 0) & (index < plan.num_neurons), index, -1)
-    index = jnp.pad(index, (0, plan.padded - index.shape[0]), constant_values=-1)
-    return {"index": index, "zeros": jnp.zeros((plan.tiles.cols,), plan.dtype)}
+    index = jnp.where((index >= 0) & (index < call.num_neurons), index, -1)
+    index = jnp.pad(index, (0, call.padded - index.shape[0]), constant_values=-1)
+    return {"index": index, "zeros": jnp.zeros((call.tiles.cols,), call.dtype)}
 
 
-def _scratch(plan: Plan, has_up: bool, has_down: bool) -> dict[str, Any]:
-    tiles, dtype = plan.tiles, plan.dtype
+def _scratch(call: Call, has_up: bool, has_down: bool) -> dict[str, Any]:
+    tiles, dtype = call.tiles, call.dtype
     tiling, swizzled = (cast(Any, kind) for kind in (plgpu.TilingTransform, plgpu.SwizzleTransform))
     swizzle = min(128, 2 * tiles.batch)
     ring = plgpu.SMEM((tiles.stages, tiles.rows, tiles.cols + PADDING), dtype)
@@ -135,39 +137,39 @@ def _scratch(plan: Plan, has_up: bool, has_down: bool) -> dict[str, Any]:
     scratch["operand"] = plgpu.RefUnion(*operands)
     if has_up:
         scratch |= {"x_full": barriers(tiles.x_slots), "x_empty": barriers(tiles.x_slots, tiles.warpgroups)}
-        scratch["bias"] = plgpu.SMEM((tiles.warpgroups, plan.bias_parts, 64 * tiles.groups), jnp.float32)
+        scratch["bias"] = plgpu.SMEM((tiles.warpgroups, call.bias_parts, 64 * tiles.groups), jnp.float32)
     if has_down:
         count = tiles.hidden_slots
         scratch |= {"h_full": barriers(count), "h_empty": barriers(count, tiles.warpgroups)}
     return scratch
 
 
-def products(plan: Plan, operands: dict[str, jax.Array], interpret: bool = False) -> dict[str, jax.Array]:
+def products(call: Call, operands: dict[str, jax.Array], interpret: bool = False) -> dict[str, jax.Array]:
     """Runs the products that the operands allow; returns their partial sums by name."""
-    tiles = plan.tiles
+    tiles = call.tiles
     has_up, has_down = "x" in operands, "w_down" in operands
     outputs = {}
     if has_up:
-        outputs["up_parts"] = jax.ShapeDtypeStruct(plan.up_parts, jnp.float32)
+        outputs["up_parts"] = jax.ShapeDtypeStruct(call.up_parts, jnp.float32)
     if has_up and has_down:
-        outputs["hidden"] = jax.ShapeDtypeStruct(plan.hidden, jnp.dtype(plan.dtype))
+        outputs["hidden"] = jax.ShapeDtypeStruct(call.hidden, jnp.dtype(call.dtype))
     if has_down:
-        outputs["down_parts"] = jax.ShapeDtypeStruct(plan.down_parts, jnp.dtype(plan.kind))
+        outputs["down_parts"] = jax.ShapeDtypeStruct(call.down_parts, jnp.dtype(call.kind))
     if has_up and has_down:
-        outputs["out"] = jax.ShapeDtypeStruct((plan.batch, plan.d_model), jnp.dtype(plan.dtype))
+        outputs["out"] = jax.ShapeDtypeStruct((call.batch, call.d_model), jnp.dtype(call.dtype))
         if tiles.marked:
-            outputs["early"] = jax.ShapeDtypeStruct(plan.early, jnp.dtype(plan.dtype))
-    scratch = _scratch(plan, has_up, has_down)
+            outputs["early"] = jax.ShapeDtypeStruct(call.early, jnp.dtype(call.dtype))
+    scratch = _scratch(call, has_up, has_down)
     names = [*operands, *outputs, *scratch]
 
     def body(*references):
         refs = dict(zip(names, references, strict=True))
         refs |= dict(zip(("x_ring", "h_ring", "h_stage"), refs.pop("operand"), strict=False))
         if has_up and has_down:
-            refs["arrived"] = pl.get_global(plgpu.SemaphoreType.REGULAR((plan.semaphores,)))
+            refs["arrived"] = pl.get_global(plgpu.SemaphoreType.REGULAR((call.semaphores,)))
         if tiles.copy != "rows":
             gather.init_barriers(tiles.stages)(refs["full"])
-        block = Block(plan, refs, interpret)
+        block = Block(call, refs, interpret)
         warpgroup = lax.axis_index("warpgroup")
 
         pl.when(warpgroup < tiles.warpgroups)(lambda: consume(block, warpgroup))
@@ -177,7 +179,7 @@ def products(plan: Plan, operands: dict[str, jax.Array], interpret: bool = False
     kernel = plgpu.kernel(
         body,
         out_type=list(outputs.values()),
-        grid=(plan.grid,),
+        grid=(call.grid,),
         grid_names=("block",),
         num_threads=tiles.warpgroups + 2,
         thread_name="warpgroup",
@@ -200,23 +202,23 @@ def _sum_parts(parts: jax.Array, split: Split) -> jax.Array:
     return functools.reduce(lambda total, numbers: total + pick(numbers), others, pick(first))
 
 
-def _hidden(plan: Plan, up_parts: jax.Array) -> jax.Array:
+def _hidden(call: Call, up_parts: jax.Array) -> jax.Array:
     """Hidden values [blocks of 64 neurons, 64, batch] from the partial sums of the up-projection."""
-    total = _sum_parts(up_parts, plan.up)  # [matrices · row_tiles, groups, 64, batch]
-    total = total.reshape((2 if plan.gated else 1, -1, 64, plan.tiles.batch))
-    act = ACTIVATIONS[plan.activation]
-    hidden = act(total[1]) * total[0] if plan.gated else act(total[0])
-    return hidden[: plan.hidden[0]].astype(plan.dtype)
+    total = _sum_parts(up_parts, call.up)  # [matrices · row_tiles, groups, 64, batch]
+    total = total.reshape((2 if call.gated else 1, -1, 64, call.tiles.batch))
+    act = activation(call)
+    hidden = act(total[1]) * total[0] if call.gated else act(total[0])
+    return hidden[: call.hidden[0]].astype(call.dtype)
 
 
-def _run(plan: Plan, operands: dict[str, jax.Array], interpret: bool = False) -> jax.Array:
+def _run(call: Call, operands: dict[str, jax.Array], interpret: bool = False) -> jax.Array:
     """[B D] from x [batch D], index [k], w_up, w_down [F D] and the optional w_gate, b_up, b_gate."""
-    if plan.tiles.fused:
-        return products(plan, operands)["out"]
+    if call.tiles.fused:
+        return products(call, operands)["out"]
     up = {name: array for name, array in operands.items() if name != "w_down"}
     down = {name: operands[name] for name in ("index", "w_down", "zeros") if name in operands}
-    up_parts = products(plan, up, interpret)["up_parts"]
-    parts = products(plan, {**down, "hidden": _hidden(plan, up_parts)}, interpret)["down_parts"]
-    total = _sum_parts(parts, plan.down).reshape(-1, plan.tiles.batch, 64)
-    total = total.transpose(1, 0, 2).reshape(plan.tiles.batch, plan.d_model)
-    return total[: plan.batch].astype(plan.dtype)
+    up_parts = products(call, up, interpret)["up_parts"]
+    parts = products(call, {**down, "hidden": _hidden(call, up_parts)}, interpret)["down_parts"]
+    total = _sum_parts(parts, call.down).reshape(-1, call.tiles.batch, 64)
+    total = total.transpose(1, 0, 2).reshape(call.tiles.batch, call.d_model)
+    return total[: call.batch].astype(call.dtype)

@@ -32,7 +32,7 @@ def _load_input(block: Block) -> None:
         plgpu.barrier_wait(refs["x_empty"].at[lax.rem(i, jnp.int32(tiles.x_slots))])
 
     def bring(i):
-        _, chunk = block.tile_chunk(block.plan.up, block.up[0] + lax.div(i, jnp.int32(pieces)))
+        _, chunk = block.tile_chunk(block.call.up, block.up[0] + lax.div(i, jnp.int32(pieces)))
         column = chunk * tiles.cols + lax.rem(i, jnp.int32(pieces)) * tiles.x_cols
         slot = lax.rem(i, jnp.int32(tiles.x_slots))
         source, target = refs["x"].at[:, pl.ds(column, tiles.x_cols)], refs["x_ring"].at[slot]
@@ -57,10 +57,10 @@ def _load_input(block: Block) -> None:
 
 def _mark_places(block: Block) -> None:
     """Marks what this block will store and tells its consumers, then all blocks."""
-    plan, tiles, refs = block.plan, block.tiles, block.refs
-    _mark_parts(block, refs["up_parts"], plan.up, block.up, tiles.groups * (tiles.batch // 8))
+    call, tiles, refs = block.call, block.tiles, block.refs
+    _mark_parts(block, refs["up_parts"], call.up, block.up, tiles.groups * (tiles.batch // 8))
     plgpu.barrier_arrive(refs["marked"].at[0])  # what goes down they store after all blocks' marks
-    _mark_parts(block, refs["down_parts"], plan.down, block.down, tiles.cols // 64 * plan.result_fours)
+    _mark_parts(block, refs["down_parts"], call.down, block.down, tiles.cols // 64 * call.result_fours)
     pieces, width = block.pieces
     mark = marks.fill(width // 16)
     block.for_each_piece(lambda neurons, piece: mark(refs["early"], neurons * pieces + piece))
@@ -81,7 +81,7 @@ def _announce_part(block: Block, piece, pieces: int) -> None:
     if not block.tiles.fused or block.tiles.marked:
         return
     unit = block.up[0] + lax.div(piece, jnp.int32(pieces))
-    tile, chunk = block.tile_chunk(block.plan.up, unit)
+    tile, chunk = block.tile_chunk(block.call.up, unit)
     begins = (lax.rem(piece, jnp.int32(pieces)) == 0) & (chunk == 0) & (unit > block.up[0])
     pl.when(begins)(lambda: block.arrive(TILES + tile - 1, block.tiles.warpgroups))
 
@@ -102,9 +102,9 @@ def _load_hidden(block: Block) -> None:
     @pl.loop(first, count)
     def _(i):
         pl.when(i >= slots)(lambda: wait(i))
-        _, group = block.tile_chunk(block.plan.down, block.down[0] + i)
+        _, group = block.tile_chunk(block.call.down, block.down[0] + i)
         if early:
-            pl.when(i == slots)(lambda: block.wait(HIDDEN, block.plan.grid))
+            pl.when(i == slots)(lambda: block.wait(HIDDEN, block.call.grid))
         elif block.tiles.fused:
             _await_hidden(block, i, group)
         slot, per = lax.rem(i, jnp.int32(slots)), block.tiles.warpgroups
@@ -116,19 +116,19 @@ def _load_hidden(block: Block) -> None:
 
 def _await_hidden(block: Block, i, group) -> None:
     """Before the i-th hidden values, those of `group`, are loaded: the first few one by one, the others at once."""
-    plan, slots = block.plan, block.tiles.hidden_slots
-    own = TILES + plan.up.tiles + group
+    call, slots = block.call, block.tiles.hidden_slots
+    own = TILES + call.up.tiles + group
     pl.when(i < slots)(lambda: block.wait(own, block.pieces[0] * block.tiles.warpgroups))
-    pl.when(i == slots)(lambda: block.wait(HIDDEN, plan.grid))
+    pl.when(i == slots)(lambda: block.wait(HIDDEN, call.grid))
 
 
 def _take_early(block: Block, first, end) -> None:
     """Fills some of the first slots of the ring with marked hidden values as soon as they are there."""
-    take = marks.take(block.plan.dtype, block.tiles.batch)
+    take = marks.take(block.call.dtype, block.tiles.batch)
 
     @pl.loop(first, end)
     def _(i):
-        _, group = block.tile_chunk(block.plan.down, block.down[0] + i)
+        _, group = block.tile_chunk(block.call.down, block.down[0] + i)
         block.refs["h_ring"].at[i, 0][...] = take(block.refs["early"], group)
         plgpu.commit_smem()
         plgpu.barrier_arrive(block.refs["h_full"].at[i])

@@ -32,7 +32,7 @@ def _await_empty(block: Block, t) -> None:
 def _fill_inline(block: Block, matrices) -> None:
     """Entries of the index are loaded a ring ahead of the rows that they name."""
     tiles, refs = block.tiles, block.refs
-    load = gather.load_ids(tiles.rows, block.plan.num_neurons)
+    load = gather.load_ids(tiles.rows, block.call.num_neurons)
     issue = gather.issue_rows(tiles.rows, tiles.cols)
 
     def ids(t):
