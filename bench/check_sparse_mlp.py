@@ -51,6 +51,7 @@ class Check:
     selected: int = 256
     absent: int = 5
     activation: str = "relu"
+    threshold: float = 0.0
     gated: bool = False
     bias: bool = True
     gate_bias: bool = True
@@ -72,6 +73,7 @@ def checks(which: str) -> list[Check]:
         Check(batch=100, selected=384, bias=False, **gated),
         Check(batch=1, d_model=640, selected=100, dtype="float16"),
         Check(absent=256),
+        Check(selected=384, gated=True, bias=False, threshold=0.5),
         Check(num_neurons=20000, selected=12800, d_model=2048, batch=64),
     ]
     many = [
@@ -85,6 +87,9 @@ def checks(which: str) -> list[Check]:
         Check(batch=64, selected=384, **gated),
         Check(batch=200, selected=384, dtype="float16"),
         Check(batch=200, selected=384, gated=True),
+        Check(selected=384, gated=True, threshold=0.01),
+        Check(batch=64, selected=384, gated=True, threshold=0.5, dtype="float16"),
+        Check(batch=100, selected=384, threshold=0.5),
         Check(d_model=128, selected=100),
         Check(d_model=2560, selected=100),
         Check(selected=1, absent=0, batch=128),
@@ -146,7 +151,8 @@ def run_checks(which: str, share: int, shares: int) -> bool:
         started = time.perf_counter()
         operands = poisoned(check)
         tiles = check.tiles(which)
-        options = {"activation": check.activation, "tiles": tiles, "device": _device.current()}
+        act = {"activation": check.activation, "threshold": check.threshold}
+        options = act | {"tiles": tiles, "device": _device.current()}
 
         @jax.jit
         def run(x, operands, options=options):
@@ -154,7 +160,7 @@ def run_checks(which: str, share: int, shares: int) -> bool:
             return first, mosaic.sparse_mlp(first, **operands, **options)
 
         with jax.default_device(jax.devices("cpu")[0]):
-            oracle = jax.jit(functools.partial(reference.reference, activation=check.activation))
+            oracle = jax.jit(functools.partial(reference.reference, **act))
             host = jax.tree.map(np.asarray, operands)
             x = host.pop("x")
             wants: dict[bytes, np.ndarray] = {}

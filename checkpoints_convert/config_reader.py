@@ -50,7 +50,9 @@ _MEND = {
     "quantization_config": "quantised checkpoints are unsupported; take the original weights",
     "partial_rotary_factor": "only full rotary embedding is supported",
 }
-PROSPARSE = "the thresholded ReLU of the ProSparse models is unsupported; a ReLU-LLaMA has a plain one"
+FATRELU = "fatrelu"
+"""ReLU with a threshold, in ProSparse's spelling; transformers itself does not know it."""
+_PROSPARSE = "if these are the weights of a ProSparse model, set model_type to sparsellama"
 _ROPE_KEYS = {
     "default": {"rope_theta"},
     "linear": {"rope_theta", "factor"},
@@ -149,9 +151,21 @@ class ConfigReader:
         value = self.get(key, default, str, "a name")
         if value not in _ACTIVATIONS:
             expected = ", ".join(sorted(_ACTIVATIONS))
-            hint = PROSPARSE if value == "fatrelu" else "take a model with one of these"
+            hint = _PROSPARSE if value == FATRELU else "take a model with one of these"
             raise self.refuse(key, "an unsupported activation", value, expected, hint)
         return _ACTIVATIONS[value]
+
+    def threshold(self, key: str) -> float:
+        """What a pre-activation must exceed: a number, 0 or more; 0 where the key is absent."""
+        value = self.get(key, 0.0, (int, float), "a number, zero or more")
+        if not 0 <= value <= MOST_NUMBER:
+            expected = f"a number from 0 to {MOST_NUMBER:g}"
+            raise self.refuse(key, "a value out of range", value, expected, "correct config.json")
+        return float(value)
+
+    def ignore(self, key: str) -> None:
+        """Counts `key` as read: the model's own code does nothing with it."""
+        self._used.add(key)
 
     def rope(self, max_positions: int) -> RopeConfig:
         """The rotary embedding, in the old spelling (rope_theta, rope_scaling) or the new (rope_parameters)."""

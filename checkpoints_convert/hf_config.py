@@ -4,7 +4,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from checkpoints_convert.config_reader import PROSPARSE, ConfigReader
+from checkpoints_convert.config_reader import ConfigReader
 from checkpoints_convert.families import FAMILIES
 from checkpoints_convert.json_files import read_json
 from checkpoints_convert.rules import Family
@@ -47,7 +47,7 @@ def _interpret(data: Mapping[str, Any], where: object) -> tuple[Family, ModelCon
             where=where,
             got=repr(model_type),
             expected=" or ".join(FAMILIES),
-            hint=PROSPARSE if model_type == "sparsellama" else "take a model of one of these families",
+            hint="take a model of one of these families",
         )
     family = FAMILIES[model_type]
     reader = ConfigReader(data, where)

@@ -97,7 +97,7 @@ def test_opt_tokens_named_only_in_special_tokens_map(tmp_path):
     )
 
 
-@pytest.mark.parametrize("model_type", ["llama", "mistral"])
+@pytest.mark.parametrize("model_type", ["llama", "sparsellama", "mistral"])
 @pytest.mark.parametrize("settings", [None, {"tokenizer_class": "LlamaTokenizer"}], ids=["bare", "class"])
 def test_a_bare_sentencepiece_model_is_mended(tmp_path, settings, model_type):
     right = small.write_sentencepiece(tmp_path / "right", small.LLAMA_SETTINGS)
@@ -113,7 +113,7 @@ def test_a_bare_sentencepiece_model_is_mended(tmp_path, settings, model_type):
     assert "add_bos_token True, bos_token <s>, eos_token </s>" in note
 
 
-@pytest.mark.parametrize("model_type", ["llama", "mistral"])
+@pytest.mark.parametrize("model_type", ["llama", "sparsellama", "mistral"])
 def test_a_sentencepiece_model_with_full_settings_becomes_a_tokenizer_json(tmp_path, model_type):
     """So that the model directory is read without the extra, and for Mistral as transformers reads LLaMA."""
     source = small.write_sentencepiece(tmp_path / "hf", small.LLAMA_SETTINGS)

@@ -3,7 +3,7 @@
 import re
 from typing import Any
 
-from checkpoints_convert.config_reader import ConfigReader
+from checkpoints_convert.config_reader import FATRELU, Activation, ConfigReader
 from checkpoints_convert.rules import HEAD, HEAD_TARGET, TABLE_TARGET, Family, rules
 from polarjax.configs import ModelConfig, RopeConfig
 
@@ -13,9 +13,25 @@ LAYER = BODY + "layers.{i}."
 
 def read_llama(reader: ConfigReader) -> ModelConfig:
     """LLaMA-2, LLaMA-3.x and the ReLU-fied LLaMAs."""
+    return _llama(reader)
+
+
+def read_sparsellama(reader: ConfigReader) -> ModelConfig:
+    """ProSparse: LLaMA with a thresholded ReLU, `hidden_act` "fatrelu", whose threshold is `hidden_act_param`.
+
+    Other activations ignore the parameter, as in ProSparse's own code.
+    """
+    if reader.get("hidden_act", "silu", str, "a name") == FATRELU:
+        threshold = reader.threshold("hidden_act_param")
+        return _llama(reader, activation="relu", activation_threshold=threshold)
+    reader.ignore("hidden_act_param")
+    return _llama(reader)
+
+
+def _llama(reader: ConfigReader, **fields: Any) -> ModelConfig:
     biases = reader.flag("attention_bias", False)
     mlp_bias = reader.flag("mlp_bias", False)
-    return _common(reader, max_positions=2048, qkv_bias=biases, out_bias=biases, mlp_bias=mlp_bias)
+    return _common(reader, max_positions=2048, qkv_bias=biases, out_bias=biases, mlp_bias=mlp_bias, **fields)
 
 
 def read_mistral(reader: ConfigReader) -> ModelConfig:
@@ -72,6 +88,7 @@ def _common(
     max_positions: int,
     kv_heads: int | None = None,
     head_dim: int | None = None,
+    activation: Activation | None = None,
     **fields: Any,
 ) -> ModelConfig:
     """What the kin share; the arguments are the defaults of keys that are absent, and the fields that differ."""
@@ -94,7 +111,7 @@ def _common(
         max_positions=max_positions,
         norm="rms",
         norm_eps=reader.number("rms_norm_eps", 1e-6),
-        activation=reader.activation("hidden_act", "silu"),
+        activation=activation or reader.activation("hidden_act", "silu"),
         gated_mlp=True,
         positions="rope",
         rope=reader.rope(max_positions),
@@ -106,6 +123,14 @@ def _common(
 def write_llama(config: ModelConfig) -> dict[str, Any]:
     """The keys from which `read_llama` makes `config`."""
     return {**_write_common(config), "attention_bias": config.out_bias, "mlp_bias": config.mlp_bias}
+
+
+def write_sparsellama(config: ModelConfig) -> dict[str, Any]:
+    """The keys from which `read_sparsellama` makes `config`, where ProSparse can say it."""
+    keys = write_llama(config)
+    if config.activation_threshold:
+        keys |= {"hidden_act": FATRELU, "hidden_act_param": config.activation_threshold}
+    return keys
 
 
 def write_mistral(config: ModelConfig) -> dict[str, Any]:
@@ -215,3 +240,10 @@ QWEN2 = _family(
     "qwen2", "Qwen2, Qwen2.5", architecture="Qwen2ForCausalLM", read=read_qwen2, write=write_qwen2
 )
 QWEN3 = _family("qwen3", "Qwen3, dense", architecture="Qwen3ForCausalLM", read=read_qwen3, write=write_qwen3)
+SPARSELLAMA = _family(
+    "sparsellama",
+    "ProSparse LLaMA-2",
+    architecture="SparseLlamaForCausalLM",
+    read=read_sparsellama,
+    write=write_sparsellama,
+)

@@ -177,8 +177,9 @@ def _shape(config: ModelConfig) -> str:
     gate = "gated " if config.gated_mlp else ""
     windows = {config.window(layer) for layer in range(config.num_layers)} - {None}
     window = f", window {'/'.join(map(str, sorted(filter(None, windows))))}" if windows else ""
+    above = f" above {config.activation_threshold:g}" * bool(config.activation_threshold)
     return (
         f"{config.num_layers} layers of width {config.d_model}; {config.num_heads} query and "
         f"{config.num_kv_heads} KV heads of width {config.head_dim}; {config.d_ff} neurons, {gate}"
-        f"{config.activation}; {config.vocab_size} tokens; {config.max_positions} positions{window}"
+        f"{config.activation}{above}; {config.vocab_size} tokens; {config.max_positions} positions{window}"
     )

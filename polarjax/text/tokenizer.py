@@ -194,6 +194,7 @@ def _from_transformers(folder: Path, model_type: str | None) -> Any:
     import transformers
 
     kinds = transformers.CONFIG_MAPPING
+    model_type = "llama" if model_type == "sparsellama" else model_type  # which transformers does not know
     config = kinds[model_type]() if model_type is not None and model_type in kinds else None
     try:
         return transformers.AutoTokenizer.from_pretrained(

@@ -30,6 +30,7 @@ SETTINGS = "tokenizer_config.json"
 IDS = {
     "opt": {"bos_token": 2, "eos_token": 2, "pad_token": 1},
     "llama": {"bos_token": 1},
+    "sparsellama": {"bos_token": 1},
     "mistral": {"bos_token": 1},
 }
 """Families that begin a text with BOS, and the ids of special tokens where config.json does not tell."""
@@ -38,6 +39,7 @@ _LLAMA_BOS = ("<s>", "<|begin_of_text|>")
 _BOS_NAMES = {
     "opt": ("</s>",),
     "llama": _LLAMA_BOS,
+    "sparsellama": _LLAMA_BOS,
     "mistral": _LLAMA_BOS,
 }  # others of a family do without BOS
 _SENTENCEPIECE = {0: "<unk>", 1: "<s>", 2: "</s>"}
@@ -122,7 +124,7 @@ def _missing(
     """What tokenizer_config.json has to say besides: the class, and the special tokens by config.json's ids."""
     added: dict[str, Any] = {}
     said = settings.keys() | _read(folder / "special_tokens_map.json").keys()
-    if bare and model_type in ("llama", "mistral"):
+    if bare and model_type in ("llama", "sparsellama", "mistral"):
         meant = {"tokenizer_class": "LlamaTokenizer", "add_bos_token": True}
         added = {key: value for key, value in meant.items() if key not in settings}
     elif "tokenizer_class" not in settings and isinstance(config.get("tokenizer_class"), str):

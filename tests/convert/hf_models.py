@@ -1,11 +1,48 @@
 """Tiny HuggingFace models in torch, random in every parameter, and their folders."""
 
+import copy
 from pathlib import Path
+from typing import Any
 
 import torch
 import transformers
 
 torch.set_num_threads(1)  # these models are too small to share out
+
+
+class SparseLlamaConfig(transformers.LlamaConfig):
+    """config.json of the published ProSparse models: `hidden_act_param` is the threshold of `hidden_act` "fatrelu"."""
+
+    model_type = "sparsellama"
+
+
+class FatRelu(torch.nn.Module):
+    """A value passes where it is not below the threshold, as in the code that came with those models."""
+
+    def __init__(self, threshold: float):
+        super().__init__()
+        self.threshold = threshold
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return x * torch.ge(x, self.threshold)
+
+
+class SparseLlamaForCausalLM(transformers.LlamaForCausalLM):
+    """Transformers' LLaMA with that activation, which transformers does not have."""
+
+    config_class = SparseLlamaConfig
+
+    def __init__(self, config: SparseLlamaConfig):
+        known = copy.copy(config)
+        known.hidden_act = "relu"
+        super().__init__(known)
+        self.config = config
+        for layer in self.model.layers:
+            layer.mlp.act_fn = FatRelu(config.hidden_act_param)
+
+
+transformers.AutoConfig.register("sparsellama", SparseLlamaConfig)
+transformers.AutoModelForCausalLM.register(SparseLlamaConfig, SparseLlamaForCausalLM)
 
 VOCAB = 61
 POSITIONS = 96
@@ -51,6 +88,7 @@ MODELS: dict[str, tuple[str, dict]] = MATRIX | {
     "opt-no-final-norm": ("OPT", {**_OPT, "_remove_final_layer_norm": True}),
     "opt-350m": ("OPT", _OPT_350M),
     "opt-350m-untied": ("OPT", {**_OPT_350M, "tie_word_embeddings": False}),
+    "prosparse": ("SparseLlama", {**_LLAMA, **_GQA, "hidden_act": "fatrelu", "hidden_act_param": 0.5}),
     "llama-gqa": ("Llama", {**_LLAMA, **_GQA, **_THREE_LAYERS}),
     "llama-biases": ("Llama", {**_LLAMA, **_GQA, "attention_bias": True, "mlp_bias": True}),
     "llama-relu-biases": ("Llama", {**_LLAMA, **_GQA, "hidden_act": "relu", "mlp_bias": True}),
@@ -61,11 +99,16 @@ MODELS: dict[str, tuple[str, dict]] = MATRIX | {
 }
 
 
+def named(name: str) -> Any:
+    """A class of transformers, or of this file."""
+    return getattr(transformers, name, None) or globals()[name]
+
+
 def make(name: str, dtype: torch.dtype = torch.float32, seed: int = 0) -> torch.nn.Module:
     """The model called `name`, with attention computed plainly."""
     family, fields = MODELS[name]
-    config = getattr(transformers, f"{family}Config")(**fields, attn_implementation="eager", pad_token_id=0)
-    model = getattr(transformers, f"{family}ForCausalLM")(config)
+    config = named(f"{family}Config")(**fields, attn_implementation="eager", pad_token_id=0)
+    model = named(f"{family}ForCausalLM")(config)
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
         for key, parameter in model.named_parameters():

@@ -41,10 +41,6 @@ _REFUSED: dict[str, dict[str, Any]] = {
         for kind in ("yarn", "longrope", "dynamic")
     },
     "partial rotary embedding": {"partial_rotary_factor": 0.5},
-    "the thresholded ReLU of ProSparse (`sparsellama`, fatrelu)": {
-        "hidden_act": "fatrelu",
-        "activation_function": "fatrelu",
-    },
     "keys of config.json that are not known": {"logit_scale": 2.0},
 }
 _NAMES = ("relu", "silu", "gelu", "gelu_new", "gelu_pytorch_tanh", "fatrelu")
@@ -69,8 +65,8 @@ def row(family: str) -> list[str]:
     if plain is None:
         raise AssertionError(f"the plain config of {family} is refused")
     act = "activation_function" if family == "opt" else "hidden_act"
-    activations = [name for name in _NAMES if read(family, **{act: name}) is not None]
-    relu = read(family, **{act: "relu"})
+    found = {name: config for name in _NAMES if (config := read(family, **{act: name}, **more(name)))}
+    exact = [name for name, config in found.items() if "neurons" in skippable(config)]
     windows = read(family, **_WINDOW) or read(family, sliding_window=3)
     ropes = [kind for kind, more in _ROPES.items() if read(family, rope_scaling={"rope_type": kind, **more})]
     queries = [kind for kind, heads in (("MHA", 4), ("GQA", 2), ("MQA", 1)) if grouped(family, heads)]
@@ -78,7 +74,7 @@ def row(family: str) -> list[str]:
         name for name, tied in (("tied", True), ("own", False)) if read(family, tie_word_embeddings=tied)
     ]
     skips = {name for kv in (4, 2) if (one := grouped(family, kv)) for name in skippable(one)}
-    neurons = "yes, with relu" if relu is not None and "neurons" in skippable(relu) else "no"
+    neurons = f"yes, with {' or '.join(exact)}" if exact else "no"
     return [
         f"`{family}`",
         FAMILIES[family].covers,
@@ -86,10 +82,15 @@ def row(family: str) -> list[str]:
         positions(plain, ropes),
         window(windows),
         ", ".join(heads),
-        ", ".join(activations) + (" (gated)" if plain.gated_mlp else ""),
+        ", ".join(found) + (" (gated)" if plain.gated_mlp else ""),
         " or ".join(name for name in ("heads", "groups") if name in skips),
         neurons,
     ]
+
+
+def more(activation: str) -> dict[str, Any]:
+    """The keys that go with an activation's name."""
+    return {"hidden_act_param": 0.01} if activation == "fatrelu" else {}
 
 
 def grouped(family: str, kv_heads: int) -> ModelConfig | None:

@@ -29,7 +29,7 @@ from tests.one_line import refuses
 
 NAMES = (
     "opt", "opt-untied", "opt-no-bias", "opt-no-final-norm", "opt-350m", "llama-biases", "llama3-gqa-tied",
-    "llama-relu-mqa", "llama-linear-rope", "mistral-gqa", "mistral-no-window", "qwen2-window", "qwen3-window",
+    "llama-relu-mqa", "prosparse", "llama-linear-rope", "mistral-gqa", "mistral-no-window", "qwen2-window", "qwen3-window",
 )  # fmt: skip
 TOKENS = torch.arange(3, 23)[None]
 
@@ -85,14 +85,14 @@ def test_a_config_made_anew_says_the_same_to_transformers_and_to_us(name):
     assert config_from_hf(data) == config
     theirs = transformers.AutoConfig.for_model(**json.loads(json.dumps(data)))
     assert config_from_hf(theirs.to_dict()) == config
-    assert hasattr(transformers, data["architectures"][0])
+    assert hf_models.named(data["architectures"][0])
 
 
 @pytest.mark.parametrize(
     ("name", "model_type"),
     [
         ("llama-gqa", "llama"),
-        ("relu-gated", "llama"),
+        ("fatrelu-gated", "sparsellama"),
         ("qk-norm", "qwen3"),
         ("window", "qwen2"),
     ],

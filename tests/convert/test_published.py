@@ -41,7 +41,18 @@ def qwen(shape: tuple[int, int, int, int, int, int], kind: str, **more: Any) -> 
 
 
 _7B, _8B = (32000, 4096, 11008, 32, 32, 32), (128256, 4096, 14336, 32, 32, 8)
+_13B = {"hidden_size": 5120, "intermediate_size": 13824, "num_hidden_layers": 40} | dict.fromkeys(
+    ("num_attention_heads", "num_key_value_heads"), 40
+)
 _LLAMA_2 = kin(_7B, max_position_embeddings=4096, pretraining_tp=1, rope_scaling=None)
+_PROSPARSE = _LLAMA_2 | {
+    "architectures": ["SparseLlamaForCausalLM"], "hidden_act": "fatrelu", "hidden_act_param": 0.01,
+    "model_type": "sparsellama", "auto_map": {
+        "AutoConfig": "configuration_sparsellama.SparseLlamaConfig",
+        "AutoModel": "modeling_sparsellama.SparseLlamaModel",
+        "AutoModelForCausalLM": "modeling_sparsellama.SparseLlamaForCausalLM",
+    },
+}  # fmt: skip
 _HEADS = {"attention_bias": False, "head_dim": 128, "sliding_window": None}
 
 PUBLISHED: dict[str, tuple[int, dict[str, Any]]] = {
@@ -95,20 +106,18 @@ PUBLISHED: dict[str, tuple[int, dict[str, Any]]] = {
     ),
     "Qwen3-8B": (8_190_735_360, qwen((151936, 4096, 12288, 36, 32, 8), "qwen3", **_HEADS)),
     "ReluLLaMA-7B": (6_738_415_616, {**_LLAMA_2, "hidden_act": "relu"}),
+    "prosparse-llama-2-7b": (6_738_415_616, _PROSPARSE),
+    "prosparse-llama-2-13b": (13_015_864_320, _PROSPARSE | _13B),
 }
 """The number of parameters that is told of each, and its config.json."""
 
-_SPARSE = {
-    **_LLAMA_2,
-    "architectures": ["SparseLlamaForCausalLM"],
-    "auto_map": {"AutoModelForCausalLM": "modeling_sparsellama.SparseLlamaForCausalLM"},
-    "hidden_act": "fatrelu",
-    "hidden_act_param": 0.01,
-}
 _QWEN = PUBLISHED["Qwen2.5-14B"][1]
 REFUSED: dict[str, tuple[str, dict[str, Any]]] = {
-    "prosparse-llama-2-7b": ("'sparsellama'.*thresholded ReLU", {**_SPARSE, "model_type": "sparsellama"}),
-    "the same, called llama": ("hidden_act = 'fatrelu'.*thresholded ReLU", _SPARSE),
+    "ProSparse, called llama": (
+        "hidden_act = 'fatrelu'.*set model_type to sparsellama",
+        {**_LLAMA_2, "hidden_act": "fatrelu"},
+    ),
+    "ProSparse, shifted": ("hidden_act = 'shiftrelu'", {**_PROSPARSE, "hidden_act": "shiftrelu"}),
     "Llama-2-7B-GPTQ": (
         "quantization_config.*take the original weights",
         {**_LLAMA_2, "quantization_config": {"bits": 4, "quant_method": "gptq"}},
@@ -155,9 +164,15 @@ def test_what_their_sizes_do_not_tell():
     }
     assert {name for name, config in read.items() if config.sliding_window} == {"Mistral-7B-v0.1"}
     assert {name for name, config in read.items() if config.neuron_sparsity} == {
-        name for name in PUBLISHED if name.startswith("opt") or name == "ReluLLaMA-7B"
+        name for name in PUBLISHED if name.startswith(("opt", "prosparse")) or name == "ReluLLaMA-7B"
     }
-    assert read["ReluLLaMA-7B"].gated_mlp
+    assert read["ReluLLaMA-7B"].gated_mlp and read["prosparse-llama-2-7b"].gated_mlp
+    assert {
+        name: config.activation_threshold for name, config in read.items() if config.activation_threshold
+    } == {
+        "prosparse-llama-2-7b": 0.01,
+        "prosparse-llama-2-13b": 0.01,
+    }
     assert {name for name, config in read.items() if config.norm_position == "post"} == {"opt-350m"}
     assert read["Llama-3.2-1B"].rope == pj.RopeConfig(
         theta=500000.0, scaling="llama3", factor=32.0, original_max_positions=8192

@@ -53,13 +53,14 @@ def operands(check: Check) -> dict[str, jax.Array]:
 def assert_right(check: Check, out: jax.Array) -> None:
     given = operands(check)
     assert out.dtype == given["x"].dtype
-    want = reference.reference(**given, activation=check.activation)
+    want = reference.reference(**given, activation=check.activation, threshold=check.threshold)
     assert np.isfinite(want).all()
     assert_close(out.astype(jnp.float32), want, "kernel", check.dtype)
 
 
 def case_name(check: Check) -> str:
-    kind = f"{check.activation}{'-gated' * check.gated}{'-bias' * check.bias}"
+    above = f"-above-{check.threshold}" * (check.threshold > 0)
+    kind = f"{check.activation}{above}{'-gated' * check.gated}{'-bias' * check.bias}"
     return f"{check.dtype}-{kind}-B{check.batch}-D{check.d_model}-k{check.selected}-absent{check.absent}"
 
 
@@ -68,9 +69,9 @@ CHECKS = [
     Check(**SMALL, **SILU, dtype="float16"),
     Check(**(SMALL | {"absent": 70})),
     Check(**(SMALL | {"batch": 1, "selected": 1, "absent": 0}), bias=False),
-    Check(**(SMALL | {"batch": 16, "d_model": 256, "selected": 90}), gated=True, bias=False),
+    Check(**(SMALL | {"batch": 16, "d_model": 256, "selected": 90}), gated=True, threshold=0.5, bias=False),
     Check(**(SMALL | {"batch": 128, "selected": 64}), **SILU, bias=False),
-    Check(**(SMALL | {"batch": 200, "selected": 65}), dtype="float16"),
+    Check(**(SMALL | {"batch": 200, "selected": 65}), threshold=0.5, dtype="float16"),
 ]
 
 
@@ -78,7 +79,8 @@ def hand(check: Check) -> np.ndarray:
     """Neuron by neuron in float64, in the order of the index."""
     given = {name: np.asarray(value, np.float64) for name, value in operands(check).items()}
     out = np.zeros(given["x"].shape)
-    act = {"relu": lambda a: np.maximum(a, 0), "silu": lambda a: a / (1 + np.exp(-a))}[check.activation]
+    relu = lambda a: np.where(a > check.threshold, a, 0)
+    act = {"relu": relu, "silu": lambda a: a / (1 + np.exp(-a))}[check.activation]
     for j in operands(check)["index"].tolist():
         if 0 <= j < check.num_neurons:
             up = given["x"] @ given["w_up"][j] + (given["b_up"][j] if check.bias else 0)
@@ -90,19 +92,19 @@ def hand(check: Check) -> np.ndarray:
     return out
 
 
-@pytest.mark.parametrize("check", CHECKS[:4], ids=case_name)
+@pytest.mark.parametrize("check", CHECKS[:5], ids=case_name)
 def test_oracle_is_the_sum_over_the_index(check):
     check = dataclasses.replace(check, dtype="float32")
-    assert_close(
-        reference.reference(**operands(check), activation=check.activation), hand(check), "kernel", "float32"
-    )
+    found = reference.reference(**operands(check), activation=check.activation, threshold=check.threshold)
+    assert_close(found, hand(check), "kernel", "float32")
 
 
 @pytest.mark.parametrize("dtype", ["float32", None])
 @pytest.mark.parametrize("check", CHECKS, ids=case_name)
 def test_xla(check, dtype):
     check = dataclasses.replace(check, dtype=dtype or check.dtype)
-    call = functools.partial(sparse_mlp, activation=check.activation, implementation="xla")
+    act = {"activation": check.activation, "threshold": check.threshold}
+    call = functools.partial(sparse_mlp, **act, implementation="xla")
     assert_right(check, jax.jit(call)(**operands(check)))
 
 
@@ -121,10 +123,37 @@ def test_indices_of_any_width_and_numpy_arrays(dtype):
 def test_kernel_interpreted(check):
     interpreter.reset_gpu_interpret_mode_state()
     tiles = dataclasses.replace(ROWS, batch=padded(check.batch))
-    options = {"activation": check.activation, "device": HOPPER, "tiles": tiles, "interpret": True}
+    act = {"activation": check.activation, "threshold": check.threshold}
+    options = act | {"device": HOPPER, "tiles": tiles, "interpret": True}
     out = jax.block_until_ready(mosaic.sparse_mlp(**operands(check), **options))
     assert not interpreter.get_races().races_found
     assert_right(check, out)
+
+
+@pytest.mark.parametrize(("threshold", "gated"), [(0.25, False), (0.01, True)])
+def test_a_pre_activation_passes_only_above_the_threshold(threshold, gated):
+    """Exact sums at the threshold and one step of float32 either side: each is a 16-bit value plus a bias."""
+    edge = np.float32(threshold)
+    steps = [np.nextafter(edge, np.float32(0)), edge, np.nextafter(edge, np.float32(1))]
+    values = np.array([*steps, -edge, -1.0, 0.0, 1.0], np.float32)
+    k, width = len(values), 128
+    zeros = jnp.zeros((k, width), jnp.bfloat16)
+    x = jnp.zeros((1, width), jnp.bfloat16).at[0, 0].set(1)
+    down = jnp.zeros((k, width), jnp.bfloat16).at[jnp.arange(k), jnp.arange(k)].set(1)
+    given = {"x": x, "w_up": zeros, "w_down": down, "b_up": jnp.asarray(values)}
+    given["index"] = jnp.arange(k, dtype=jnp.int32)
+    if gated:
+        given |= {"w_gate": zeros, "b_gate": given["b_up"], "b_up": jnp.ones((k,), jnp.float32)}
+    act = {"activation": "relu", "threshold": threshold}
+    want = np.where(values > edge, values, 0)
+    assert np.count_nonzero(want) == 2
+    np.testing.assert_array_equal(reference.reference(**given, **act)[0, :k], want)
+    found = {"xla": sparse_mlp(**given, **act, implementation="xla")}
+    interpreter.reset_gpu_interpret_mode_state()
+    found["mosaic"] = mosaic.sparse_mlp(**given, **act, device=HOPPER, tiles=ROWS, interpret=True)
+    for out in found.values():
+        assert_close(out[0, :k].astype(jnp.float32), want, "kernel", "bfloat16")
+        np.testing.assert_array_equal(np.asarray(out[0, :k]) != 0, want != 0)
 
 
 # ---- tiles
@@ -225,6 +254,11 @@ def test_named_mosaic_says_what_it_cannot_do(changes, activation, match):
         ({"index": jnp.zeros((0,), jnp.int32)}, "index must be"),
         ({"index": jnp.zeros((3,), jnp.uint32)}, "index must be"),
         ({"activation": "tanh"}, "unknown activation"),
+        ({"threshold": -0.01}, "unusable threshold"),
+        ({"threshold": float("nan")}, "unusable threshold"),
+        ({"threshold": float("inf")}, "unusable threshold"),
+        ({"threshold": "0.01"}, "unusable threshold"),
+        ({"threshold": 0.01, "activation": "silu"}, "a threshold goes with relu alone"),
         ({"implementation": "triton"}, "unknown implementation"),
     ],
 )

@@ -46,10 +46,10 @@ def normalise(x: np.ndarray, kind: str, eps: float, scale: np.ndarray, bias: np.
     return x if bias is None else x + bias
 
 
-def activate(x: np.ndarray, kind: str) -> np.ndarray:
+def activate(x: np.ndarray, kind: str, threshold: float = 0.0) -> np.ndarray:
     """The activation function, from its definition."""
     if kind == "relu":
-        return np.where(x > 0, x, 0)
+        return np.where(x > threshold, x, 0)
     if kind == "silu":
         return x / (1 + np.exp(-x))
     return np.array([value * 0.5 * (1 + math.erf(value / math.sqrt(2))) for value in x])
@@ -154,8 +154,10 @@ class Oracle:
             gate = up
             if config.gated_mlp:
                 gate = self.p[f"{path}.w_gate"] @ x + (self.p[f"{path}.b_gate"] if config.mlp_bias else 0)
-            hidden = activate(gate, config.activation) * (up if config.gated_mlp else 1)
-            active.append(gate > 0)
+            hidden = activate(gate, config.activation, config.activation_threshold) * (
+                up if config.gated_mlp else 1
+            )
+            active.append(gate > config.activation_threshold)
             updates.append(
                 hidden @ self.p[f"{path}.w_down"] + (self.p[f"{path}.b_down"] if config.mlp_bias else 0)
             )

@@ -46,7 +46,8 @@ def configs(draw) -> pj.ModelConfig:
         norm=draw(st.sampled_from(["rms", "layer"])),
         norm_eps=draw(number),
         norm_position=draw(st.sampled_from(["pre", "post"])),
-        activation=draw(st.sampled_from(["relu", "silu", "gelu"])),
+        activation=(activation := draw(st.sampled_from(["relu", "silu", "gelu"]))),
+        activation_threshold=draw(st.floats(0, 9, width=32)) if activation == "relu" else 0.0,
         positions=positions,
         position_offset=draw(st.integers(0, 4)),
         rope=draw(ropes) if positions == "rope" else None,
@@ -58,8 +59,10 @@ def configs(draw) -> pj.ModelConfig:
 
 @given(configs())
 def test_json_gives_back_an_equal_and_hashable_config(config: pj.ModelConfig):
-    again = pj.ModelConfig.from_json(json.loads(json.dumps(config.to_json())))
+    data = config.to_json()
+    again = pj.ModelConfig.from_json(json.loads(json.dumps(data)))
     assert again == config
+    assert ("activation_threshold" in data) == (config.activation_threshold > 0)  # as before there was one
     assert hash(again) == hash(config)
 
 
@@ -76,6 +79,12 @@ def test_json_gives_back_an_equal_and_hashable_config(config: pj.ModelConfig):
         (OPT, {"norm": "batch"}, "norm.*'rms' or 'layer'"),
         (OPT, {"norm_position": "sandwich"}, "norm_position"),
         (OPT, {"activation": "swish"}, "activation"),
+        (OPT, {"activation_threshold": -0.01}, "activation_threshold.*zero or more"),
+        (OPT, {"activation_threshold": float("nan")}, "activation_threshold"),
+        (OPT, {"activation_threshold": 1e39}, "activation_threshold.*finite in float32"),
+        (OPT, {"activation_threshold": True}, "activation_threshold"),
+        (OPT, {"activation_threshold": "0.01"}, "activation_threshold"),
+        (LLAMA, {"activation_threshold": 0.01}, "activation_threshold.*0, because activation = 'silu'"),
         (OPT, {"positions": "alibi"}, "positions"),
         (OPT, {"norm_eps": 0.0}, "norm_eps"),
         (OPT, {"norm_eps": float("nan")}, "norm_eps"),

@@ -38,7 +38,7 @@ def test_decoding_with_everything_selected_is_dense(name, dtype):
         assert (sparse.argmax(-1) == dense.argmax(-1)).all()
 
 
-@pytest.mark.parametrize("name", ["opt-350m", "llama-mqa", "relu-gated"])
+@pytest.mark.parametrize("name", ["opt-350m", "llama-mqa", "fatrelu-gated"])
 def test_masking_nothing_is_dense(name):
     model, (tokens, lengths) = zoo.model(name), zoo.batch()
     sparsity = pj.Sparsity(zoo.routers(name), zoo.everything(model.config))
@@ -47,7 +47,7 @@ def test_masking_nothing_is_dense(name):
     assert_close(masked, dense, "rounding")
 
 
-@pytest.mark.parametrize("name", ["opt", "llama-gqa", "relu-gated"])
+@pytest.mark.parametrize("name", ["opt", "llama-gqa", "fatrelu-gated"])
 def test_generation_with_everything_selected_is_dense(name):
     model, (tokens, lengths) = zoo.model(name), zoo.batch()
     sparsity = pj.Sparsity(zoo.routers(name), zoo.everything(model.config))

@@ -8,10 +8,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+import torch
 from flax import nnx
 from hypothesis import given
 
 import polarjax as pj
+from polarjax.model import mlp
 from polarjax.model.layers import Maker, Norm, add_bias, apply_rope, rope_frequencies
 from tests.model import oracle, zoo
 from tests.tolerances import assert_close
@@ -112,10 +114,21 @@ def test_biases_are_added_over_the_trailing_axes():
     assert add_bias(x, None) is x
 
 
-@pytest.mark.parametrize("kind", ["relu", "silu", "gelu"])
-def test_activations(kind):
-    from polarjax.model.mlp import _ACTIVATIONS
+@pytest.mark.parametrize(("kind", "threshold"), [("relu", 0.0), ("relu", 0.25), ("silu", 0.0), ("gelu", 0.0)])
+def test_activations(kind, threshold):
+    changes = {"activation": kind, "activation_threshold": threshold}
+    config = dataclasses.replace(zoo.CONFIGS["opt"], **changes)
+    x = np.linspace(-6, 6, 49)  # holds the threshold itself
+    found = mlp.activate(jnp.asarray(x, jnp.float32), config)
+    assert_close(found, oracle.activate(x, kind, threshold), "rounding")
+    for at in (0.0, threshold):
+        assert jnp.isfinite(jax.grad(lambda x: mlp.activate(x, config))(at))
 
-    x = np.linspace(-6, 6, 49)
-    assert_close(_ACTIVATIONS[kind](jnp.asarray(x, jnp.float32)), oracle.activate(x, kind), "rounding")
-    assert jnp.isfinite(jax.grad(_ACTIVATIONS[kind])(0.0))
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
+def test_a_16_bit_value_is_active_where_the_published_model_says_so(dtype):
+    """ProSparse asks for `x >= 0.01` with 0.01 rounded to 16 bits, which is above 0.01. NaN and infinity included."""
+    every = torch.arange(2**16, dtype=torch.int32).to(torch.int16).view(getattr(torch, dtype))
+    config = dataclasses.replace(zoo.CONFIGS["opt"], activation_threshold=0.01)
+    ours = mlp.active(jnp.asarray(every.view(torch.int16).numpy().view(jnp.dtype(dtype))), config)
+    np.testing.assert_array_equal(ours, torch.ge(every, 0.01).numpy())

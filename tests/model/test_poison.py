@@ -9,7 +9,7 @@ from polarjax.selection.selectors import top_mask
 from tests.model import zoo
 
 NAN = float("nan")
-SPARSE = ("opt", "opt-350m", "relu-gated", "qk-norm", "window")
+SPARSE = ("opt", "opt-350m", "fatrelu-gated", "qk-norm", "window")
 
 
 def _filled(name: str):

@@ -12,7 +12,7 @@ from tests.model import zoo
 from tests.tolerances import assert_close
 
 NAN = float("nan")
-SPARSE = ("opt", "relu-gated", "qk-norm")
+SPARSE = ("opt", "fatrelu-gated", "qk-norm")
 
 
 def _pairs():

@@ -30,7 +30,7 @@ def _check(model, tokens, sparsity):
 
 
 @pytest.mark.parametrize(
-    "name", ["opt", "opt-350m", "llama-mha", "llama-mqa", "relu-gated", "qk-norm", "window"]
+    "name", ["opt", "opt-350m", "llama-mha", "llama-mqa", "fatrelu-gated", "qk-norm", "window"]
 )
 def test_one_sequence_agrees_with_the_masked_forward(name):
     """At B = 1 the batch's neurons are the token's neurons, so routers select the same in both."""
@@ -45,7 +45,7 @@ def test_groups_of_each_sequence_agree_with_the_masked_forward(name):
     _check(model, tokens, pj.Sparsity(zoo.routers(name), plan))
 
 
-@pytest.mark.parametrize("name", ["opt-350m", "relu-gated"])
+@pytest.mark.parametrize("name", ["opt-350m", "fatrelu-gated"])
 def test_fixed_neurons_of_a_batch_agree_with_the_masked_forward(name):
     model, (tokens, _) = zoo.model(name), zoo.batch()
     _check(model, tokens, pj.Sparsity(zoo.static(name), zoo.half(model.config)))

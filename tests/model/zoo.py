@@ -52,7 +52,9 @@ CONFIGS: dict[str, pj.ModelConfig] = {
     "llama-mha": _LLAMA,
     "llama-gqa": dataclasses.replace(_LLAMA, num_kv_heads=2, rope=_LLAMA3),
     "llama-mqa": dataclasses.replace(_LLAMA, num_kv_heads=1, tie_embeddings=True),
-    "relu-gated": dataclasses.replace(_LLAMA, num_kv_heads=2, activation="relu", mlp_bias=True),
+    "fatrelu-gated": dataclasses.replace(
+        _LLAMA, num_kv_heads=2, activation="relu", activation_threshold=0.02, mlp_bias=True
+    ),
     "qkv-bias": dataclasses.replace(
         _LLAMA, num_kv_heads=2, qkv_bias=True, rope=pj.RopeConfig(scaling="linear", factor=3.0)
     ),

@@ -59,13 +59,16 @@ def test_the_same_key_gives_the_same_plans():
     assert tables[0] == tables[1]
 
 
-def test_a_gated_relu_model_from_its_checkpoint_to_sparse_tokens(tmp_path, monkeypatch):
-    """Of 40 neurons 12 ever speak: the plans find that out, and the tokens made without the others are the same."""
-    theirs = hf_models.make("llama-relu-biases")
+def test_prosparse_from_its_checkpoint_to_sparse_tokens(tmp_path, monkeypatch):
+    """Of 40 neurons 12 ever exceed the threshold: the plans find that out, and leaving the others out changes no token.
+
+    The others do exceed 0, so that nothing may be skipped if the threshold is forgotten anywhere.
+    """
+    theirs = hf_models.make("prosparse")
     with torch.no_grad():
         for name, value in theirs.named_parameters():
-            if name.endswith("mlp.gate_proj.bias"):
-                value[6:-6] = -100.0
+            if name.endswith("mlp.gate_proj.weight"):
+                value[6:-6] *= 0.02
         theirs.get_input_embeddings().weight[:, 0] = 4.0  # lets a router without bias have a threshold
     theirs.save_pretrained(tmp_path / "hf")
     model = pj.load(convert_checkpoint(tmp_path / "hf", tmp_path / "model").path).model
@@ -76,7 +79,7 @@ def test_a_gated_relu_model_from_its_checkpoint_to_sparse_tokens(tmp_path, monke
     seen = []
 
     def watched(x, w_up, w_down, index, **options):
-        seen.append((index.shape[0], options["w_gate"].shape, options["b_gate"].shape))
+        seen.append((index.shape[0], options["w_gate"].shape, options["threshold"]))
         return original(x, w_up, w_down, index, **options)
 
     original = mlp.sparse_mlp
@@ -92,7 +95,7 @@ def test_a_gated_relu_model_from_its_checkpoint_to_sparse_tokens(tmp_path, monke
         max_new_tokens=33,
         sparsity=pj.Sparsity(routers, plans.for_batch(4, model.config)),
     )
-    assert {(12, (40, 24), (40,)), (16, (40, 24), (40,))} >= set(seen) and len(seen) == 2
+    assert {(12, (40, 24), 0.5), (16, (40, 24), 0.5)} >= set(seen) and len(seen) == 2
     np.testing.assert_array_equal(sparse.tokens, dense.tokens)
     assert len(set(np.asarray(dense.tokens).ravel().tolist())) > 4
 

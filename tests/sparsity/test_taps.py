@@ -20,7 +20,7 @@ def test_packing_and_back(activity):
     np.testing.assert_array_equal(unpack(packed, activity.shape[-1]), activity)
 
 
-@pytest.mark.parametrize("name", ["opt", "relu-gated", "qk-norm"])
+@pytest.mark.parametrize("name", ["opt", "fatrelu-gated", "qk-norm"])
 def test_activity_follows_from_the_inputs_of_the_mlp(name):
     """With the attention of a layer cut off, the MLP's input is its norm of the residual stream."""
     model, (tokens, lengths) = zoo.model(name), zoo.batch()
@@ -37,6 +37,7 @@ def test_activity_follows_from_the_inputs_of_the_mlp(name):
     bias = first.mlp.b_up if first.mlp.w_gate is None else first.mlp.b_gate
     before = jnp.einsum("btd,fd->btf", first.mlp_norm(x), gate[...])
     before = before if bias is None else before + bias[...][None, None]
+    before = before - model.config.activation_threshold
     active = unpack(taps.activity[0], model.config.d_ff)[:, : tokens.shape[1]]
     for row, length in enumerate(np.asarray(lengths)):
         clear = np.abs(before[row, :length]) > 1e-5
