@@ -29,7 +29,8 @@ from tests.one_line import refuses
 
 NAMES = (
     "opt", "opt-untied", "opt-no-bias", "opt-no-final-norm", "opt-350m", "llama-biases", "llama3-gqa-tied",
-    "llama-relu-mqa", "prosparse", "llama-linear-rope", "mistral-gqa", "mistral-no-window", "qwen2-window", "qwen3-window",
+    "llama-relu-mqa", "prosparse", "llama-linear-rope", "mistral-gqa", "mistral-no-window", "qwen2-window",
+    "qwen3-window",
 )  # fmt: skip
 TOKENS = torch.arange(3, 23)[None]
 

@@ -1,5 +1,6 @@
 """Reading config.json: both spellings, and refusals by name."""
 
+import dataclasses
 import json
 
 import pytest
@@ -71,6 +72,8 @@ LLAMA = {
     "vocab_size": 128256,
 }
 
+
+PROSPARSE = LLAMA | {"model_type": "sparsellama", "hidden_act": "fatrelu", "hidden_act_param": 0.01}
 
 MISTRAL = {
     "architectures": ["MistralForCausalLM"],
@@ -215,6 +218,27 @@ def test_defaults_are_those_of_transformers(name):
     assert config_from_hf(bare) == config_from_hf(theirs.to_dict())
 
 
+@pytest.mark.parametrize(
+    ("change", "activation", "threshold"),
+    [
+        ({}, "relu", 0.01),
+        ({"hidden_act_param": 1}, "relu", 1.0),
+        ({"hidden_act_param": 0}, "relu", 0.0),
+        ({"hidden_act_param": None}, "relu", 0.0),
+        ({"hidden_act": "relu"}, "relu", 0.0),
+        ({"hidden_act": None}, "silu", 0.0),
+        ({"hidden_act": "silu", "hidden_act_param": "unread"}, "silu", 0.0),
+    ],
+)
+def test_thresholds_of_prosparse(change, activation, threshold):
+    """Only fatrelu has one, and without a parameter it is a plain ReLU."""
+    config = config_from_hf(PROSPARSE | change)
+    assert (config.activation, config.activation_threshold) == (activation, threshold)
+    assert config == dataclasses.replace(
+        config_from_hf(LLAMA), activation=activation, activation_threshold=threshold
+    )
+
+
 @pytest.mark.parametrize("name", hf_models.MODELS)
 def test_what_transformers_writes_is_read(name):
     written = hf_models.make(name).config
@@ -245,7 +269,13 @@ def test_what_transformers_writes_is_read(name):
         (LLAMA, {"rope_scaling": {"type": "linear", "factor": 2, "beta": 1}}, ["an unknown key", "beta"]),
         (LLAMA, {"rope_parameters": {"rope_type": "default"}}, ["contradicts rope_parameters"]),
         (LLAMA, {"hidden_act": "gelu_new"}, ["an unsupported activation", "gelu_new"]),
-        (LLAMA, {"hidden_act": "fatrelu"}, ["an unsupported activation", "fatrelu"]),
+        (LLAMA, {"hidden_act": "fatrelu"}, ["an unsupported activation", "fatrelu", "sparsellama"]),
+        (PROSPARSE, {"hidden_act": "shiftrelu"}, ["an unsupported activation", "shiftrelu"]),
+        (PROSPARSE, {"hidden_act_param": -0.01}, ["a value out of range", "hidden_act_param"]),
+        (PROSPARSE, {"hidden_act_param": float("nan")}, ["a value out of range", "hidden_act_param"]),
+        (PROSPARSE, {"hidden_act_param": 10**400}, ["a value out of range", "hidden_act_param"]),
+        (PROSPARSE, {"hidden_act_param": "0.01"}, ["a value of the wrong kind", "hidden_act_param"]),
+        (PROSPARSE, {"hidden_act_param": True}, ["a value of the wrong kind", "hidden_act_param"]),
         (LLAMA, {"hidden_size": "4096"}, ["a value of the wrong kind", "hidden_size"]),
         (LLAMA, {"hidden_size": True}, ["a value of the wrong kind", "hidden_size"]),
         (LLAMA, {"hidden_size": 4097}, ["the heads do not divide it", "4097"]),

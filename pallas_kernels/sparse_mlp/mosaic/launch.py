@@ -64,13 +64,14 @@ def sparse_mlp(
         options = {"w_gate": w_gate, "b_up": b_up, "b_gate": b_gate, "activation": activation}
         options |= {"threshold": threshold, "device": device, "tiles": tiles, "interpret": interpret}
         return _in_pieces(x, lambda piece: sparse_mlp(piece, w_up, w_down, index, **options))
+    gated = w_gate is not None
     if tiles is None:
-        gated = w_gate is not None
         tiles = heuristic(x.shape[0], x.shape[1], device, selected=index.shape[0], gated=gated)
     num_neurons, d_model = w_up.shape
     sizes = {"batch": x.shape[0], "d_model": d_model, "num_neurons": num_neurons, "selected": index.shape[0]}
-    sizes |= {"gated": w_gate is not None, "activation": activation, "threshold": threshold}
-    call = Call(**sizes, dtype=x.dtype.name, tiles=tiles)
+    call = Call(
+        **sizes, gated=gated, activation=activation, threshold=threshold, dtype=x.dtype.name, tiles=tiles
+    )
     operands = {"x": jnp.pad(x, ((0, tiles.batch - x.shape[0]), (0, 0))), "index": index.astype(jnp.int32)}
     optional = {"w_gate": w_gate, "b_up": b_up, "b_gate": b_gate}
     operands |= {"w_up": w_up, "w_down": w_down} | {n: a for n, a in optional.items() if a is not None}
