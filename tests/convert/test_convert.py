@@ -24,8 +24,8 @@ from polarjax.cli.convert import convert as verb
 from polarjax.model.parameters import parameters
 from polarjax.storage import atomic as storage
 from tests.convert import hf_models
-from tests.hf_tokenizers import byte_fallback
 from tests.one_line import refuses
+from tests.text.hf_tokenizers import byte_fallback
 
 
 @pytest.fixture(scope="module")

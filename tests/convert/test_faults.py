@@ -103,7 +103,7 @@ FAULTS = {
     "19 NaN and infinity": [
         "convert/test_convert.py::test_nonfinite_weights",
         "convert/test_convert.py::test_overflow_of_a_narrower_dtype",
-        "model/test_stream.py::test_fault_19_a_row_that_fails_is_marked",
+        "generation/test_stream.py::test_fault_19_a_row_that_fails_is_marked",
     ],
     "25 interruptions and full disks": [
         "convert/test_convert.py::test_interrupted",
@@ -121,9 +121,9 @@ FAULTS = {
         "convert/test_convert.py::test_output_cannot_be_written",
     ],
     "27 damage to a model directory": [
-        "test_checkpoint.py::test_every_damaged_file_is_found",
-        "test_checkpoint.py::test_missing_parts",
-        "test_checkpoint.py::test_another_format_is_refused",
+        "checkpoint/test_checkpoint.py::test_every_damaged_file_is_found",
+        "checkpoint/test_checkpoint.py::test_missing_parts",
+        "checkpoint/test_checkpoint.py::test_another_format_is_refused",
         "convert/test_faults.py::test_fault_27_a_byte_of_a_converted_model_flips",
     ],
     "28 little memory": [
@@ -133,12 +133,12 @@ FAULTS = {
     ],
     "32 tokenizers without settings": [
         "convert/test_convert.py::test_a_silent_tokenizer_is_mended_and_told",
-        "test_tokenizer_files.py::test_a_silent_opt_folder_is_mended",
-        "test_tokenizer_files.py::test_a_bare_sentencepiece_model_is_mended",
-        "test_tokenizer_files.py::test_a_mended_sentencepiece_model_reads_as_sentencepiece_does",
-        "test_tokenizer_files.py::test_without_sentencepiece_the_files_are_mended_and_loading_says_what_to_install",
-        "test_tokenizer_files.py::test_a_llama_tokenizer_json_without_settings_gets_its_token_names",
-        "test_tokenizer_files.py::test_ids_beyond_the_model_are_told",
+        "text/test_tokenizer_files.py::test_a_silent_opt_folder_is_mended",
+        "text/test_tokenizer_files.py::test_a_bare_sentencepiece_model_is_mended",
+        "text/test_tokenizer_files.py::test_a_mended_sentencepiece_model_reads_as_sentencepiece_does",
+        "text/test_tokenizer_files.py::test_without_sentencepiece_the_files_are_mended_and_loading_says_what_to_install",
+        "text/test_tokenizer_files.py::test_a_llama_tokenizer_json_without_settings_gets_its_token_names",
+        "text/test_tokenizer_files.py::test_ids_beyond_the_model_are_told",
     ],
     "33 remote code": [
         "convert/test_convert.py::test_remote_code_is_never_run",

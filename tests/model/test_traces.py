@@ -10,8 +10,7 @@ import pytest
 
 import polarjax as pj
 from polarjax.model.parameters import parameters
-
-from . import zoo
+from tests.model import zoo
 
 MODEL = "llama-gqa"
 SPARSITIES = {"dense": None, "sparse": pj.Sparsity(zoo.routers(MODEL), zoo.half(zoo.CONFIGS[MODEL]))}

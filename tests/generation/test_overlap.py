@@ -8,8 +8,7 @@ import pytest
 import polarjax as pj
 from polarjax.generation.overlap import overlapping_jit
 from tests.kernels import aot
-
-from . import zoo
+from tests.model import zoo
 
 MODEL = "opt"
 

@@ -14,8 +14,8 @@ import polarjax as pj
 from polarjax.text import tokenizer, tokenizer_files
 from polarjax.text.tokenizer import Tokenizer
 from polarjax.text.tokenizer_files import copy_tokenizer
-from tests import hf_tokenizers as small
 from tests.one_line import refuses
+from tests.text import hf_tokenizers as small
 
 TEXTS = ["Hello world, this is it", "x", "日本 é", "def main(x):\n  return 1"]
 

@@ -9,8 +9,8 @@ from hypothesis import given
 import polarjax as pj
 from polarjax.text.assembly import Assembler, check_stop_strings
 from polarjax.text.tokenizer import Tokenizer
-from tests import hf_tokenizers as small
 from tests.one_line import refuses
+from tests.text import hf_tokenizers as small
 
 TEXTS = ["def f(x):\n    return x", "Grüße, 日本 ☃ 🙂🙂", "a  b   c", "é", " leading", "🙂", "తెలుగు లో తె"]
 KINDS = ["byte_level", "byte_fallback", "sentencepiece"]
