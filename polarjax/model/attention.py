@@ -8,7 +8,7 @@ from pallas_kernels import sparse_decode_attention
 from polarjax.configs import ModelConfig
 from polarjax.model import shapes
 from polarjax.model.cache import write_token
-from polarjax.model.layers import Maker, Norm, add_bias, apply_rope
+from polarjax.model.layers import Maker, Norm, Rotation, add_bias, apply_rope
 from polarjax.types import Array, Bool, Float, Implementation, Int
 
 
@@ -34,16 +34,16 @@ class Attention(nnx.Module):
 
 
 def project_qkv(
-    layer: Attention, x: Float[Array, "B T D"], positions: Int[Array, "B T"], config: ModelConfig
+    layer: Attention, x: Float[Array, "B T D"], rotation: Rotation | None
 ) -> tuple[Float[Array, "B T K G H"], Float[Array, "B T K H"], Float[Array, "B T K H"]]:
-    """Queries, keys and values of `x`, normalised and turned to their positions where the model does so."""
+    """Queries, keys and values of `x`, normalized and rotated to their positions if the model does so."""
     q = add_bias(jnp.einsum("btd,dkgh->btkgh", x, layer.wq[...]), layer.bq)
     k = add_bias(jnp.einsum("btd,dkh->btkh", x, layer.wk[...]), layer.bk)
     v = add_bias(jnp.einsum("btd,dkh->btkh", x, layer.wv[...]), layer.bv)
     if layer.q_norm is not None and layer.k_norm is not None:
         q, k = layer.q_norm(q), layer.k_norm(k)
-    if config.rope is not None:
-        q, k = apply_rope(q, positions, config.rope), apply_rope(k, positions, config.rope)
+    if rotation is not None:
+        q, k = apply_rope(q, rotation), apply_rope(k, rotation)
     return q, k, v
 
 
@@ -85,7 +85,7 @@ def attend(
 
 def group_norms(heads: Float[Array, "... K G H"]) -> Float[Array, "... K"]:
     """L2 norm of each group's attention output before the output projection, float32: the group's importance."""
-    return jnp.sqrt(jnp.sum(jnp.square(heads.astype(jnp.float32)), (-2, -1)))
+    return _root(jnp.sum(jnp.square(heads.astype(jnp.float32)), (-2, -1)))
 
 
 def change(before: Float[Array, "... D"], update: Float[Array, "... D"]) -> Float[Array, "..."]:
@@ -93,8 +93,13 @@ def change(before: Float[Array, "... D"], update: Float[Array, "... D"]) -> Floa
     needs it (0: not at all)."""
     before, update = before.astype(jnp.float32), update.astype(jnp.float32)
     after = before + update
-    lengths = jnp.linalg.norm(before, axis=-1) * jnp.linalg.norm(after, axis=-1)
-    return 1 - jnp.sum(before * after, -1) / jnp.maximum(lengths, jnp.finfo(jnp.float32).tiny)
+    lengths = _root(jnp.sum(before * before, -1)) * _root(jnp.sum(after * after, -1))
+    return 1 - jnp.sum(before * after, -1) / jnp.where(lengths > 0, lengths, 1)
+
+
+def _root(x: Float[Array, "..."]) -> Float[Array, "..."]:
+    """Square root whose gradient at 0 is 0: padding is all zeros."""
+    return jnp.where(x > 0, jnp.sqrt(jnp.where(x > 0, x, 1)), 0)
 
 
 def mask_groups(
@@ -110,6 +115,7 @@ def attend_cached(
     cache: tuple[Float[Array, "B K S H"], Float[Array, "B K S H"]],
     length: Int[Array, "B"],
     *,
+    rotation: Rotation | None,
     group_index: Int[Array, "B k"] | None,
     live: Bool[Array, "B"] | None,
     config: ModelConfig,
@@ -120,7 +126,7 @@ def attend_cached(
 
     Rows that are not `live` attend to nothing.
     """
-    q, k, v = (a[:, 0] for a in project_qkv(layer, x[:, None], length[:, None], config))
+    q, k, v = (a[:, 0] for a in project_qkv(layer, x[:, None], rotation))
     k_cache, v_cache = write_token(cache[0], k, length), write_token(cache[1], v, length)
     readable = jnp.minimum(length + 1, k_cache.shape[2])  # a full cache has dropped the new token
     heads = sparse_decode_attention(

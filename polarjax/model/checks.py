@@ -1,10 +1,15 @@
-"""What a model's tokens must be, said once: inside the vocabulary, and no longer than its positions."""
+"""What a model's tokens and cache must be, said once."""
 
+import contextlib
+from typing import Any
+
+import jax.numpy as jnp
 import numpy as np
 
 from polarjax.configs import ModelConfig
 from polarjax.errors import InputError
-from polarjax.types import Bool, Int, Int32
+from polarjax.model.cache import KVCache
+from polarjax.types import Array, Bool, DTypeLike, Int, Int32
 
 
 def check_vocabulary(
@@ -72,3 +77,99 @@ def check_room(
             expected=f"at most {config.max_positions} before the last one",
             hint=f"shorten the prompt or lower {option}",
         )
+
+
+def as_prompts(
+    config: ModelConfig, tokens: Any, lengths: Any, *, where: str
+) -> tuple[Int[Array, "B T"], Int[Array, "B"]]:
+    """Tokens and lengths as arrays; raises `InputError` unless they are whole numbers [B T] and [B] that fit.
+
+    T is known while a program is traced, so a learned position table is never read past its end.
+    """
+    tokens, lengths = _whole_numbers("tokens", tokens, where), _whole_numbers("lengths", lengths, where)
+    if tokens.ndim != 2 or lengths.shape != tokens.shape[:1] or 0 in tokens.shape:
+        raise InputError(
+            "prompts have the wrong shape",
+            where=where,
+            got=f"tokens {list(tokens.shape)}, lengths {list(lengths.shape)}",
+            expected="tokens [B T] and lengths [B], neither empty",
+            hint="pad the prompts on the right to one width and pass their lengths",
+        )
+    T = tokens.shape[1]
+    if config.positions == "learned" and isinstance(T, int) and config.max_positions < T:
+        raise InputError(
+            "the tokens are longer than the model's positions",
+            where=where,
+            got=f"{T} tokens",
+            expected=f"at most {config.max_positions}",
+            hint="cut the tokens, or pad them less",
+        )
+    return tokens, lengths
+
+
+def as_step(token: Any) -> Int[Array, "B"]:
+    """The tokens of a decoding step as an array; raises `InputError` unless they are whole numbers [B]."""
+    token = _whole_numbers("token", token, "decode_step")
+    if token.ndim != 1:
+        raise InputError(
+            "token has the wrong shape",
+            where="decode_step",
+            got=list(token.shape),
+            expected="[B]: one token for each sequence",
+            hint="pass tokens[:, i], or jnp.argmax(logits, -1)",
+        )
+    return token
+
+
+def check_cache(
+    config: ModelConfig, dtype: DTypeLike, cache: KVCache, batch_size: int, *, where: str
+) -> None:
+    """Raises `InputError` unless a cache is for this model, its dtype, and so many sequences."""
+    if not isinstance(cache, KVCache):
+        hint = "pass the KVCache that init_cache or prefill returned"
+        raise InputError("not a cache", where=where, got=type(cache).__name__, hint=hint)
+    first = cache.k[0]
+    got = (len(cache.k), first.shape[0], first.shape[1], first.shape[3])
+    K, H = config.num_kv_heads, config.head_dim
+    if got != (config.num_layers, batch_size, K, H):
+        raise InputError(
+            "the cache is for another batch or model",
+            where=where,
+            got="{} layers of [{} {} S {}]".format(*got),
+            expected=f"{config.num_layers} layers of [{batch_size} {K} S {H}]",
+            hint="make it with init_cache for this config and batch size",
+        )
+    if first.dtype != dtype:
+        raise InputError(
+            "the cache has another dtype than the model",
+            where=where,
+            got=first.dtype,
+            expected=dtype,
+            hint="make it with init_cache(..., dtype=model.dtype)",
+        )
+
+
+def check_capacity(cache: KVCache, length: int) -> None:
+    """Raises `InputError` unless prompts of `length` tokens fit into a cache."""
+    if isinstance(length, int) and length > cache.capacity:
+        raise InputError(
+            "the prompts do not fit into the cache",
+            where="prefill",
+            got=f"{length} tokens",
+            expected=f"at most the cache's capacity of {cache.capacity}",
+            hint="pass a larger capacity to init_cache",
+        )
+
+
+def _whole_numbers(name: str, value: Any, where: str) -> Array:
+    with contextlib.suppress(TypeError, ValueError):
+        array = jnp.asarray(value)
+        if jnp.issubdtype(array.dtype, jnp.integer):
+            return array
+    raise InputError(
+        f"{name} are not whole numbers",
+        where=where,
+        got=getattr(value, "dtype", type(value).__name__),
+        expected="int32",
+        hint="pass token ids as a tokenizer gives them, and lengths as integers",
+    )

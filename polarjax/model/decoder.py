@@ -1,17 +1,23 @@
 """The one decoder: `forward` over whole sequences, `prefill` of a cache, `decode_step` of one token a sequence."""
 
+from collections.abc import Callable
+from typing import Any
+
 import jax
 import jax.numpy as jnp
 from flax import nnx
 
 from polarjax.configs import ModelConfig
-from polarjax.errors import InputError
 from polarjax.model import attention, mlp
 from polarjax.model.cache import KVCache, write_prompt
-from polarjax.model.layers import Embedding, Head, Maker, Norm
+from polarjax.model.checks import as_prompts, as_step, check_cache, check_capacity
+from polarjax.model.layers import Embedding, Head, Maker, Norm, Rotation, rope_rotation
 from polarjax.model.taps import Taps, TapSpec, pack
 from polarjax.selection.selectors import Sparsity
 from polarjax.types import Array, Bool, Float, Implementation, Int
+
+type Block = Callable[[Float[Array, "... D"]], tuple[Float[Array, "... D"], Any]]
+"""Half a layer: its input -> what it adds to the residual stream, and anything else that is needed later."""
 
 
 class Layer(nnx.Module):
@@ -80,8 +86,10 @@ def forward(
       float32 logits [B T V], and the records (None without `taps`).
 
     Raises:
+      InputError: tokens or lengths have the wrong shape or dtype, or T exceeds a learned position table.
       SparsityError: routers or plan are for another model.
     """
+    tokens, lengths = as_prompts(model.config, tokens, lengths, where="forward")
     x, records, _ = _blocks(model, tokens, lengths, sparsity=sparsity, taps=taps)
     return logits(model, x), records
 
@@ -101,26 +109,12 @@ def prefill(
       float32 logits [B V] after each row's last token, and the filled cache.
 
     Raises:
-      InputError: T exceeds the cache's capacity, or the cache is for another batch or model.
+      InputError: T exceeds the cache's capacity or a learned position table, or the cache is for another batch,
+        model or dtype.
     """
-    B, K, H = tokens.shape[0], model.config.num_kv_heads, model.config.head_dim
-    got = (len(cache.k), cache.k[0].shape[0], cache.k[0].shape[1], cache.k[0].shape[3])
-    if got != (model.config.num_layers, B, K, H):
-        raise InputError(
-            "the cache is for another batch or model",
-            where="prefill",
-            got="{} layers of [{} {} S {}]".format(*got),
-            expected=f"{model.config.num_layers} layers of [{B} {K} S {H}]",
-            hint="make it with init_cache for this config and batch size",
-        )
-    if tokens.shape[1] > cache.capacity:
-        raise InputError(
-            "the prompts do not fit into the cache",
-            where="prefill",
-            got=f"{tokens.shape[1]} tokens",
-            expected=f"at most the cache's capacity of {cache.capacity}",
-            hint="pass a larger capacity to init_cache",
-        )
+    tokens, lengths = as_prompts(model.config, tokens, lengths, where="prefill")
+    check_cache(model.config, model.dtype, cache, tokens.shape[0], where="prefill")
+    check_capacity(cache, tokens.shape[1])
     x, _, kv = _blocks(model, tokens, lengths)
     last = jnp.take_along_axis(x, (lengths - 1)[:, None, None], 1)[:, 0]
     k = tuple(write_prompt(old, new) for old, (new, _) in zip(cache.k, kv, strict=True))
@@ -133,40 +127,52 @@ def _blocks(model, tokens, lengths, *, sparsity=None, taps=None):
     config = model.config
     if sparsity is not None:
         sparsity.check(config)
-    positions = jnp.broadcast_to(jnp.arange(tokens.shape[1])[None], tokens.shape)
+    positions = jnp.broadcast_to(jnp.arange(tokens.shape[1], dtype=jnp.int32)[None], tokens.shape)
     valid = positions < lengths[:, None]
     x = model.embed(tokens, positions)
     x = jnp.where(valid[..., None], x, 0)  # padding is read as zeros, whatever it holds
-    inputs, activity, norms, changes, kv = [], [], [], [], []
+    rotation = _rotation(config, positions)
+    records, kv = [], []
     for i, layer in enumerate(model.layers):
         with jax.named_scope(f"layer_{i}"):
-            h = layer.attn_norm(x) if config.norm_position == "pre" else x
-            q, k, v = attention.project_qkv(layer.attn, h, positions, config)
-            heads = attention.attend(q, k, v, lengths, window=config.window(i))
-            norm = attention.group_norms(heads)
-            if sparsity is not None:
-                heads = attention.mask_groups(heads, sparsity.group_mask(i, h, norm))
-            update = attention.project_out(layer.attn, heads)
-            changes += [attention.change(x, update)] if taps is not None and taps.change else []
-            x = _residual(layer.attn_norm, x, update, config)
-            pre, hidden = mlp.neurons(layer.mlp, _mlp_input(layer, x, config), config)
-            mask = None if sparsity is None else sparsity.neuron_mask(i, h, hidden)
-            x = _residual(layer.mlp_norm, x, mlp.combine(layer.mlp, hidden, mask), config)
-        kv.append((k, v))
-        if taps is not None:
-            inputs += [h] * taps.inputs
-            activity += [pack(mlp.active(pre, config))] * taps.activity
-            norms += [norm] * taps.norms
-    records = None if taps is None else Taps(*map(tuple, (inputs, activity, norms, changes)))
-    return x, records, kv
+            x, record, pair = _prompt_layer(layer, i, x, lengths, rotation, config, sparsity)
+        records.append(record)
+        kv.append(pair)
+    return x, None if taps is None else Taps.of(taps, records), kv
 
 
-def _mlp_input(layer: Layer, x: Float[Array, "... D"], config: ModelConfig) -> Float[Array, "... D"]:
-    return layer.mlp_norm(x) if config.norm_position == "pre" else x
+def _prompt_layer(layer: Layer, i: int, x, lengths, rotation, config: ModelConfig, sparsity):
+    """Layer `i` over [B T]: the hidden state, everything that can be recorded, and the keys and values."""
+
+    def attend(h):
+        q, k, v = attention.project_qkv(layer.attn, h, rotation)
+        heads = attention.attend(q, k, v, lengths, window=config.window(i))
+        norm = attention.group_norms(heads)
+        if sparsity is not None:
+            heads = attention.mask_groups(heads, sparsity.group_mask(i, h, norm))
+        update = attention.project_out(layer.attn, heads)
+        return update, (h, norm, attention.change(x, update), (k, v))
+
+    def feed(y):
+        pre, hidden = mlp.neurons(layer.mlp, y, config)
+        mask = None if sparsity is None else sparsity.neuron_mask(i, h, hidden)
+        return mlp.combine(layer.mlp, hidden, mask), pack(mlp.active(pre, config))
+
+    after, (h, norm, change, pair) = _residual(layer.attn_norm, x, attend, config)
+    after, activity = _residual(layer.mlp_norm, after, feed, config)
+    return after, (h, activity, norm, change), pair
 
 
-def _residual(norm: Norm, x: Float[Array, "... D"], update: Float[Array, "... D"], config: ModelConfig):
-    return x + update if config.norm_position == "pre" else norm(x + update)
+def _rotation(config: ModelConfig, positions: Int[Array, "B T"]) -> Rotation | None:
+    return None if config.rope is None else rope_rotation(positions, config.rope, config.head_dim)
+
+
+def _residual(norm: Norm, x: Float[Array, "... D"], block: Block, config: ModelConfig):
+    """The stream after a block, normalized before the block or after the sum, and what else the block returns."""
+    before = config.norm_position == "pre"
+    update, more = block(norm(x) if before else x)
+    x = x + update
+    return (x if before else norm(x)), more
 
 
 def decode_step(
@@ -196,37 +202,50 @@ def decode_step(
       longer.
 
     Raises:
+      InputError: the cache is for another batch, model or dtype.
       SparsityError: routers or plan are for another model, or the selector cannot skip work.
     """
     config = model.config
+    token = as_step(token)
+    check_cache(config, model.dtype, cache, token.shape[0], where="decode_step")
     if sparsity is not None:
         sparsity.check(config)
     x = model.embed(token, cache.length)
-    new_k, new_v = [], []
+    rotation = _rotation(config, cache.length[:, None])
+    pairs = []
     for i, layer in enumerate(model.layers):
         with jax.named_scope(f"layer_{i}"):
-            h = layer.attn_norm(x) if config.norm_position == "pre" else x
-            update, (k, v) = attention.attend_cached(
-                layer.attn,
-                h,
-                (cache.k[i], cache.v[i]),
-                cache.length,
-                group_index=None if sparsity is None else sparsity.group_index(i, h),
-                live=live,
-                config=config,
-                window=config.window(i),
-                implementation=implementation,
-            )
-            x = _residual(layer.attn_norm, x, update, config)
-            index = None if sparsity is None else sparsity.neuron_index(i, h, live)
-            update = _mlp(layer, _mlp_input(layer, x, config), index, config, implementation)
-            x = _residual(layer.mlp_norm, x, update, config)
-        new_k.append(k)
-        new_v.append(v)
-    return logits(model, x), KVCache(tuple(new_k), tuple(new_v), cache.length + 1)
+            x, pair = _step_layer(layer, i, x, cache, rotation, config, sparsity, live, implementation)
+        pairs.append(pair)
+    k, v = zip(*pairs, strict=True)
+    return logits(model, x), KVCache(k, v, cache.length + 1)
 
 
-def _mlp(layer: Layer, x, index, config: ModelConfig, implementation: Implementation):
-    if index is None:
-        return mlp.combine(layer.mlp, mlp.neurons(layer.mlp, x, config)[1], None)
-    return mlp.selected(layer.mlp, x, index, config=config, implementation=implementation)
+def _step_layer(
+    layer: Layer, i: int, x, cache: KVCache, rotation, config: ModelConfig, sparsity, live, implementation
+):
+    """Layer `i` for one new token a sequence: the hidden state, and the cache's keys and values."""
+
+    def attend(h):
+        update, pair = attention.attend_cached(
+            layer.attn,
+            h,
+            (cache.k[i], cache.v[i]),
+            cache.length,
+            rotation=rotation,
+            group_index=None if sparsity is None else sparsity.group_index(i, h, config),
+            live=live,
+            config=config,
+            window=config.window(i),
+            implementation=implementation,
+        )
+        return update, (h, pair)
+
+    def feed(y):
+        index = None if sparsity is None else sparsity.neuron_index(i, h, config, live)
+        if index is None:
+            return mlp.combine(layer.mlp, mlp.neurons(layer.mlp, y, config)[1], None), None
+        return mlp.selected(layer.mlp, y, index, config=config, implementation=implementation), None
+
+    x, (h, pair) = _residual(layer.attn_norm, x, attend, config)
+    return _residual(layer.mlp_norm, x, feed, config)[0], pair

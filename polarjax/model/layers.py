@@ -106,14 +106,20 @@ def rope_frequencies(rope: RopeConfig, head_dim: int) -> Float[Array, "half"]:
     return (1 - kept) * frequency / rope.factor + kept * frequency
 
 
-def apply_rope(
-    x: Float[Array, "B T *heads H"], positions: Int[Array, "B T"], rope: RopeConfig
-) -> Float[Array, "B T *heads H"]:
-    """Turns the pair (i, i + H/2) of each head by `position * frequency[i]` (the half-split convention of HF)."""
+type Rotation = tuple[Float[Array, "B T half"], Float[Array, "B T half"]]
+"""Cosine and sine of the angle by which each pair of a head is rotated; the same in all layers."""
+
+
+def rope_rotation(positions: Int[Array, "B T"], rope: RopeConfig, head_dim: int) -> Rotation:
+    """The rotation at each position, float32."""
+    angle = positions[..., None].astype(jnp.float32) * rope_frequencies(rope, head_dim)[None, None]
+    return jnp.cos(angle), jnp.sin(angle)
+
+
+def apply_rope(x: Float[Array, "B T *heads H"], rotation: Rotation) -> Float[Array, "B T *heads H"]:
+    """Rotates the pair (i, i + H/2) of each head by `position * frequency[i]` (the half-split convention of HF)."""
     half = x.shape[-1] // 2
-    angle = positions[..., None].astype(jnp.float32) * rope_frequencies(rope, x.shape[-1])[None, None]
-    angle = jnp.expand_dims(angle, range(2, x.ndim - 1))
-    cos, sin = jnp.cos(angle), jnp.sin(angle)
+    cos, sin = (jnp.expand_dims(part, range(2, x.ndim - 1)) for part in rotation)
     first, second = x[..., :half].astype(jnp.float32), x[..., half:].astype(jnp.float32)
     turned = jnp.concatenate([first * cos - second * sin, second * cos + first * sin], -1)
     return turned.astype(x.dtype)

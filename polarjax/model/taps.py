@@ -1,6 +1,7 @@
 """What a forward pass records for learning: router inputs, neuron activity, group norms."""
 
 import dataclasses
+from collections.abc import Sequence
 
 import jax
 import jax.numpy as jnp
@@ -41,6 +42,13 @@ class Taps:
     activity: tuple[UInt8[Array, "B T bytes"], ...] = ()
     norms: tuple[Float[Array, "B T K"], ...] = ()
     change: tuple[Float[Array, "B T"], ...] = ()
+
+    @classmethod
+    def of(cls, spec: TapSpec, records: Sequence[tuple[Array, Array, Array, Array]]) -> "Taps":
+        """What `spec` asks for of each layer's (inputs, activity, norms, change)."""
+        wanted = (spec.inputs, spec.activity, spec.norms, spec.change)
+        columns = zip(wanted, zip(*records, strict=True), strict=True)
+        return cls(*(column if keep else () for keep, column in columns))
 
 
 def pack(activity: Bool[Array, "... F"]) -> UInt8[Array, "... bytes"]:

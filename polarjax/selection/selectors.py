@@ -10,6 +10,7 @@ from pallas_kernels import select_top_k
 from polarjax.configs import ModelConfig
 from polarjax.errors import SparsityError
 from polarjax.selection.plans import SparsityPlan
+from polarjax.selection.routers import Routers
 from polarjax.types import Array, Bool, Float, Int, Key
 
 
@@ -137,6 +138,26 @@ class Static:
                 )
 
 
+def check_scores(name: str, scores: Float[Array, "..."], expected: tuple[int, ...]) -> Float[Array, "..."]:
+    """The scores; raises `SparsityError` unless a selector gave one for every group (or neuron) of every row."""
+    if scores.shape != expected:
+        raise SparsityError(
+            f"the selector scores another number of {name}",
+            where="selector",
+            got=list(scores.shape),
+            expected=list(expected),
+            hint=f"return one score for each of the model's {expected[-1]} {name}",
+        )
+    return scores
+
+
+def _from_zero(scores: Float[Array, "B n"]) -> Float[Array, "B n"]:
+    """Each row less its smallest finite score, which leaves the order of sums over the rows as it is."""
+    finite = jnp.isfinite(scores)
+    least = jnp.min(jnp.where(finite, scores, jnp.inf), -1, keepdims=True)
+    return jnp.where(finite, scores - least, 0)
+
+
 def top_mask(scores: Float[Array, "... n"], k: int) -> Bool[Array, "... n"]:
     """True at the k largest scores of each row; ties go to the lower index, as in the gathered path."""
     rows = scores.reshape(-1, scores.shape[-1])
@@ -168,12 +189,22 @@ class Sparsity:
     ) -> Bool[Array, "... K"] | None:
         """The groups kept at each token, or None where the layer is dense."""
         k = self.plan.groups[layer]
-        return None if k is None else top_mask(self.routers.group_scores(layer, x, norms=norms), k)
+        if k is None:
+            return None
+        scores = self.routers.group_scores(layer, x, norms=norms)
+        return top_mask(check_scores("groups", scores, norms.shape), k)
 
-    def group_index(self, layer: int, x: Float[Array, "B D"]) -> Int[Array, "B k"] | None:
+    def group_index(
+        self, layer: int, x: Float[Array, "B D"], config: ModelConfig
+    ) -> Int[Array, "B k"] | None:
         """The groups kept for each sequence of a decoding step, ascending, or None where the layer is dense."""
         k = self.plan.groups[layer]
-        return None if k is None else select_top_k(self.routers.group_scores(layer, x), k, shared=False)
+        if k is None:
+            return None
+        scores = self.routers.group_scores(layer, x)
+        return select_top_k(
+            check_scores("groups", scores, (x.shape[0], config.num_kv_heads)), k, shared=False
+        )
 
     def neuron_mask(
         self, layer: int, x: Float[Array, "... D"], activity: Float[Array, "... F"]
@@ -182,15 +213,22 @@ class Sparsity:
         k = self.plan.neurons[layer]
         if k is None:
             return None
-        return top_mask(jnp.maximum(self.routers.neuron_scores(layer, x, activity=activity), 0), k)
+        scores = self.routers.neuron_scores(layer, x, activity=activity)
+        return top_mask(check_scores("neurons", scores, activity.shape), k)
 
     def neuron_index(
-        self, layer: int, x: Float[Array, "B D"], live: Bool[Array, "B"] | None = None
+        self, layer: int, x: Float[Array, "B D"], config: ModelConfig, live: Bool[Array, "B"] | None = None
     ) -> Int[Array, "k"] | None:
-        """The neurons kept for the `live` rows of a decoding step, ascending, or None where the layer is dense."""
+        """The neurons kept for the `live` rows of a decoding step, ascending, or None where the layer is dense.
+
+        They are those with the largest sums of scores over these rows. NaN and infinite scores count for nothing.
+        """
         k = self.plan.neurons[layer]
         if k is None:
             return None
         scores = self.routers.neuron_scores(layer, x)
+        scores = check_scores("neurons", scores, (x.shape[0], config.d_ff))
+        if not isinstance(self.routers, Routers):  # whose scores are above 0, as `shared=True` wants them
+            scores = _from_zero(scores)
         counted = scores > 0 if live is None else (scores > 0) & live[:, None]  # false for NaN too
         return select_top_k(jnp.where(counted, scores, 0), k, shared=True)

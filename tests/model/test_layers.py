@@ -14,7 +14,7 @@ from hypothesis import given
 
 import polarjax as pj
 from polarjax.model import mlp
-from polarjax.model.layers import Maker, Norm, add_bias, apply_rope, rope_frequencies
+from polarjax.model.layers import Maker, Norm, add_bias, apply_rope, rope_frequencies, rope_rotation
 from tests.model import oracle, zoo
 from tests.tolerances import assert_close
 
@@ -50,12 +50,16 @@ def test_llama3_scaling_keeps_the_high_stretches_the_low_and_blends_between():
     assert ((scaled < plain) & (scaled > plain / 8))[band].all()
 
 
+def rotated(x, positions, rope):
+    return apply_rope(x, rope_rotation(positions, rope, x.shape[-1]))
+
+
 @pytest.mark.parametrize("kind", ROPES)
 def test_rotation_is_multiplication_by_a_complex_number(kind):
     random = np.random.default_rng(0)
     x = random.normal(size=(2, 3, 2, 2, 8)).astype(np.float32)  # [B T K G H]
     positions = np.array([[0, 1, 2], [5, 40, 41]], np.int32)
-    turned = np.asarray(apply_rope(jnp.asarray(x), jnp.asarray(positions), ROPES[kind]))
+    turned = np.asarray(rotated(jnp.asarray(x), jnp.asarray(positions), ROPES[kind]))
     for b, t, k, g in np.ndindex(2, 3, 2, 2):
         expected = oracle.rotate(x[b, t, k, g].astype(np.float64), int(positions[b, t]), ROPES[kind])
         np.testing.assert_allclose(turned[b, t, k, g], expected, atol=1e-5)
@@ -65,7 +69,7 @@ def test_rotation_is_multiplication_by_a_complex_number(kind):
 def test_scores_depend_on_the_distance_alone(shift, distance, seed):
     random = np.random.default_rng(seed)
     q, k = (jnp.asarray(random.normal(size=(1, 1, 1, 16)), jnp.float32) for _ in range(2))
-    at = lambda x, position: apply_rope(x, jnp.full((1, 1), position, jnp.int32), ROPES["plain"])
+    at = lambda x, position: rotated(x, jnp.full((1, 1), position, jnp.int32), ROPES["plain"])
     here = jnp.vdot(at(q, distance), at(k, 0))
     there = jnp.vdot(at(q, shift + distance), at(k, shift))
     assert abs(float(here - there)) < 2e-3
@@ -75,7 +79,7 @@ def test_scores_depend_on_the_distance_alone(shift, distance, seed):
 def test_rotation_keeps_the_dtype_and_computes_in_float32(dtype):
     """At position 40,000 the angle itself has no digits left in bfloat16."""
     x = jnp.ones((1, 1, 1, 4), dtype)
-    turned = apply_rope(x, jnp.full((1, 1), 40_000, jnp.int32), ROPES["plain"])
+    turned = rotated(x, jnp.full((1, 1), 40_000, jnp.int32), ROPES["plain"])
     assert turned.dtype == x.dtype
     assert_close(turned[0, 0, 0], oracle.rotate(np.ones(4), 40_000, ROPES["plain"]), "kernel", "bfloat16")
 

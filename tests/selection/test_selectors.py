@@ -47,7 +47,7 @@ def test_the_mask_is_that_of_a_stable_sort(scores, data):
 def test_groups_by_index_are_those_of_the_mask(selector):
     sparsity = pj.Sparsity(selector, PLAN)
     for layer, k in enumerate(PLAN.groups):
-        index, mask = sparsity.group_index(layer, X), sparsity.group_mask(layer, X, NORMS)
+        index, mask = sparsity.group_index(layer, X, CONFIG), sparsity.group_mask(layer, X, NORMS)
         if k is None:
             assert index is None and mask is None
             continue
@@ -59,15 +59,15 @@ def test_groups_by_index_are_those_of_the_mask(selector):
 def test_neurons_of_one_token_are_those_of_the_mask(selector):
     sparsity = pj.Sparsity(selector, PLAN)
     for row in range(5):
-        index = sparsity.neuron_index(0, X[row : row + 1])
+        index = sparsity.neuron_index(0, X[row : row + 1], CONFIG)
         mask = sparsity.neuron_mask(0, X[row : row + 1], ACTIVITY[row : row + 1])
         assert index is not None and mask is not None
         np.testing.assert_array_equal(index, np.flatnonzero(mask[0]))
-    assert sparsity.neuron_index(1, X) is None and sparsity.neuron_mask(1, X, ACTIVITY) is None
+    assert sparsity.neuron_index(1, X, CONFIG) is None and sparsity.neuron_mask(1, X, ACTIVITY) is None
 
 
 def test_the_neurons_of_a_batch_are_those_with_the_largest_sum():
-    index = pj.Sparsity(ROUTERS, PLAN).neuron_index(0, X)
+    index = pj.Sparsity(ROUTERS, PLAN).neuron_index(0, X, CONFIG)
     total = np.asarray(ROUTERS.neuron_scores(0, X)).sum(0)
     np.testing.assert_array_equal(index, np.sort(np.argsort(-total, kind="stable")[:7]))
 
@@ -92,9 +92,9 @@ def test_random_selection_follows_its_key_and_differs_by_layer_and_token():
 def test_selectors_for_studies_cannot_decode(selector):
     sparsity = pj.Sparsity(selector, PLAN)
     with refuses(pj.SparsityError, "cannot skip work"):
-        sparsity.group_index(1, X)
+        sparsity.group_index(1, X, CONFIG)
     with refuses(pj.SparsityError, "cannot skip work"):
-        sparsity.neuron_index(0, X)
+        sparsity.neuron_index(0, X, CONFIG)
 
 
 def test_static_selectors_know_their_model_and_may_lack_neurons():
@@ -104,7 +104,7 @@ def test_static_selectors_know_their_model_and_may_lack_neurons():
     with refuses(pj.SparsityError, "neurons are for another model"):
         Static(STATIC.groups, jnp.zeros((L + 1, F))).check(CONFIG)
     with refuses(pj.SparsityError, "no scores of neurons"):
-        pj.Sparsity(Static(STATIC.groups), PLAN).neuron_index(0, X)
+        pj.Sparsity(Static(STATIC.groups), PLAN).neuron_index(0, X, CONFIG)
 
 
 @pytest.mark.parametrize("selector", [ROUTERS, STATIC, Oracle(), Random(jax.random.key(0))])
