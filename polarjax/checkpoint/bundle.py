@@ -13,9 +13,9 @@ import contextlib
 import dataclasses
 import os
 import shutil
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import jax.numpy as jnp
 import numpy as np
@@ -32,6 +32,8 @@ from polarjax.checkpoint.manifest import (
 from polarjax.checkpoint.writer import new_model
 from polarjax.configs import ModelConfig
 from polarjax.errors import CheckpointError, InputError, SparsityError
+from polarjax.generation.batch import random_key
+from polarjax.generation.sampling import Sampler
 from polarjax.generation.settings import GenerationSettings
 from polarjax.model.decoder import Decoder
 from polarjax.model.parameters import parameters, with_parameters
@@ -41,8 +43,11 @@ from polarjax.selection.selectors import Sparsity
 from polarjax.storage.arrays import ArrayWriter, read_arrays
 from polarjax.storage.atomic import absolute, atomic_file, atomic_folder, dump_json, write_json
 from polarjax.storage.record import Record, check_record
+from polarjax.text.assembly import Completion
+from polarjax.text.continuation import ContinueOptions, Skip, continue_all, count_new_tokens
+from polarjax.text.prompts import Message, as_prompts
 from polarjax.text.tokenizer import Tokenizer, has_tokenizer
-from polarjax.types import DTYPES, Array, DTypeLike
+from polarjax.types import DTYPES, Array, DTypeLike, Key
 
 _SPARSIFY = "run polarjax sparsify again"
 _CALIBRATE = "run polarjax calibrate or polarjax sparsify again"
@@ -72,6 +77,80 @@ class Bundle:
     def generation(self) -> GenerationSettings:
         """Stop ids, stop strings and sampling defaults that the model asks for; empty without a tokenizer."""
         return GenerationSettings() if self.tokenizer is None else self.tokenizer.generation
+
+    def complete(
+        self,
+        prompts: str | Sequence[str | Sequence[Message]],
+        *,
+        max_new_tokens: int | None = None,
+        sampler: Sampler | None = None,
+        stop_strings: Sequence[str] | None = None,
+        stop_ids: Sequence[int] | None = None,
+        repetition_penalty: float | None = None,
+        sparsity: Sparsity | Literal["auto"] | None = "auto",
+        batch_size: int | None = None,
+        key: Key[Array, ""] | int = 0,
+    ) -> list[Completion]:
+        """The texts that follow prompts, as `polarjax generate` makes them.
+
+        What is not given is what the model's generation_config.json asks for (`generation`).
+
+        Args:
+          prompts: texts, and conversations for the chat template: lists of messages such as
+            `{"role": "user", "content": "Hi"}`. One text, or one conversation, is a list of one.
+          max_new_tokens: the most tokens of a text; None is what the model asks for, or 64, or what there is room for.
+          sampler: `Greedy()`, `Categorical(...)`, or any `Sampler`; None is the model's.
+          stop_strings: texts that end a text and are cut off it; None is the model's, () is none.
+          stop_ids: ids that end a text, 0 to 2**31 - 1; None is the model's, () is none.
+          repetition_penalty: above 1, makes ids less likely that a text holds already; None is the model's, 1 is none.
+          sparsity: "auto" skips what routers and plans say, if the bundle has both, with the plan of each batch; None
+            is the dense model; a `Sparsity` (see `Bundle.sparsity`) is used for every batch.
+          batch_size: prompts at a time; None takes all at once.
+          key: random key, or a seed; only a sampler that draws uses it. The same key draws the same texts.
+
+        Returns:
+          one `Completion` for each prompt, in the order of the prompts; its `ending` is "failed" where the model
+          computed NaN or infinity.
+
+        Raises:
+          CheckpointError: the bundle has no tokenizer.
+          InputError: a prompt is no text and no conversation, has no tokens, does not fit the model's positions or its
+            chat template, or an option is out of its range.
+          SparsityError: `sparsity` is for another model.
+        """
+        tokenizer = _tokenizer(self, "Bundle.complete")
+        asked = as_prompts(prompts)
+        skip = self._skip(sparsity)
+        rows = [each.ids(tokenizer) for each in asked]
+        options = ContinueOptions.of(
+            self.generation,
+            max_new_tokens=count_new_tokens(max_new_tokens, asked, rows, self.model, self.generation),
+            sampler=sampler,
+            stop_strings=stop_strings,
+            stop_ids=stop_ids,
+            repetition_penalty=repetition_penalty,
+            batch_size=batch_size,
+        )
+        return continue_all(self.model, tokenizer, rows, random_key(key), options, skip=skip)
+
+    @property
+    def missing(self) -> Literal["routers", "plans"] | None:
+        """The first part without which decoding can't be sparse; None if there are both."""
+        return "routers" if self.routers is None else "plans" if self.plans is None else None
+
+    def _skip(self, sparsity: Sparsity | Literal["auto"] | None) -> Skip:
+        """The sparsity of each batch, as `complete` was asked for it."""
+        if isinstance(sparsity, str) and sparsity == "auto":
+            return (lambda _: None) if self.missing else self.sparsity
+        if sparsity is None or isinstance(sparsity, Sparsity):
+            return lambda _: sparsity
+        raise InputError(
+            "no such sparsity",
+            where="sparsity",
+            got=type(sparsity).__name__ if not isinstance(sparsity, str) else repr(sparsity),
+            expected='"auto", None for the dense model, or a Sparsity',
+            hint="pass bundle.sparsity(batch_size, head_density)",
+        )
 
     def sparsity(self, batch_size: int, head_density: float | None = None) -> Sparsity:
         """What to skip when decoding `batch_size` sequences.
@@ -244,10 +323,14 @@ def load_with_tokenizer(folder: Path, dtype: str | None = None) -> tuple[Bundle,
     if dtype is not None and dtype not in DTYPES:
         raise InputError("no such dtype", where="--dtype", got=dtype, expected=" | ".join(DTYPES))
     bundle = load(folder, dtype=dtype)
+    return bundle, _tokenizer(bundle, folder / "tokenizer")
+
+
+def _tokenizer(bundle: Bundle, where: object) -> Tokenizer:
     if bundle.tokenizer is None:
         raise CheckpointError(
             "the model directory has no tokenizer, and text needs one",
-            where=folder / "tokenizer",
-            hint="put the tokenizer's HuggingFace files there",
+            where=where,
+            hint="put the tokenizer's HuggingFace files into its folder tokenizer",
         )
-    return bundle, bundle.tokenizer
+    return bundle.tokenizer

@@ -1,4 +1,4 @@
-"""How `generate` draws tokens and ends texts: its options go before what the model asks for."""
+"""How `generate` draws tokens and ends texts: its options override what the model asks for."""
 
 import dataclasses
 from typing import Any
@@ -19,7 +19,7 @@ def check_options(**options: Any) -> None:
             GenerationSettings().with_flags(**{name: value})
         except InputError as error:
             hint = "correct the value or leave it out; --greedy takes the most likely tokens"
-            raise _told(error, where="--" + name.replace("_", "-"), hint=hint) from error
+            raise _reworded(error, where="--" + name.replace("_", "-"), hint=hint) from error
 
 
 def with_options(settings: GenerationSettings, *, greedy: bool, **options: Any) -> GenerationSettings:
@@ -34,7 +34,7 @@ def with_options(settings: GenerationSettings, *, greedy: bool, **options: Any) 
         if error.where is None:  # greedy and sampling
             raise
         hint = "give an option for it too, or --greedy alone"
-        raise _told(error, where=f"the model's {GENERATION_CONFIG}", hint=hint) from error
+        raise _reworded(error, where=f"the model's {GENERATION_CONFIG}", hint=hint) from error
 
 
 def with_stops(
@@ -50,9 +50,9 @@ def with_stops(
     try:
         return dataclasses.replace(settings, stop_ids=tuple(ids)) if ids else settings
     except InputError as error:
-        raise _told(error, where="--stop-id", hint="give ids of the model's tokenizer") from error
+        raise _reworded(error, where="--stop-id", hint="give ids of the model's tokenizer") from error
 
 
-def _told(error: InputError, *, where: str, hint: str) -> InputError:
+def _reworded(error: InputError, *, where: str, hint: str) -> InputError:
     """The error in the words of the command line."""
     return InputError(error.what, where=where, got=error.got, expected=error.expected, hint=hint)

@@ -16,7 +16,7 @@ from polarjax.generation.sampling import Greedy, Sampler
 from polarjax.generation.token_loop import LARGEST_ID, is_token_id
 from polarjax.model.checks import check_room, check_vocabulary
 from polarjax.numeric import plain
-from polarjax.types import Array, Bool, Int
+from polarjax.types import Array, Bool, Int, Key
 
 SMALLEST_BUCKET = 16
 
@@ -111,6 +111,22 @@ def check_stop_ids(ids: Iterable[int]) -> tuple[int, ...]:
                 hint="pass ids of the model's tokenizer",
             )
     return ids
+
+
+SEEDS = range(-(2**63), 2**63)  # what JAX takes
+
+
+def random_key(key: Key[Array, ""] | int, where: str = "key") -> Key[Array, ""]:
+    """`key` itself, or the random key of a seed; raises `InputError` if there is none for it."""
+    if isinstance(key, jax.Array) and (key.ndim or jnp.issubdtype(key.dtype, jax.dtypes.prng_key)):
+        return key
+    seed = plain(key)
+    if type(seed) is not int or seed not in SEEDS:
+        expected = f"{SEEDS[0]} to {SEEDS[-1]}"
+        raise InputError(
+            "no such seed", where=where, got=repr(seed), expected=expected, hint="give 0, 1, 2, …"
+        )
+    return jax.random.key(seed)
 
 
 def check_copies(count: int, sampler: Sampler) -> int:

@@ -1,78 +1,204 @@
-"""Texts out of token rows, as a model's settings ask for: what the command and a script both want."""
+"""From prompts to texts, batch by batch: what the command and `Bundle.complete` do."""
 
+import dataclasses
 from collections.abc import Callable, Sequence
+from contextlib import nullcontext
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from polarjax.generation.batch import positions
+from polarjax.errors import InputError
+from polarjax.generation.batch import check_new_tokens, positions
 from polarjax.generation.generate import generate
+from polarjax.generation.sampling import Sampler
 from polarjax.generation.settings import GenerationSettings
 from polarjax.generation.stream import CONTEXT, stream
 from polarjax.memory import explained_out_of_memory
+from polarjax.model.checks import check_room
 from polarjax.model.decoder import Decoder
+from polarjax.numeric import plain
+from polarjax.progress import task
 from polarjax.selection.selectors import Sparsity
-from polarjax.text.assembly import Completion, TextStream, complete
+from polarjax.text.assembly import Completion, TextStream, check_stop_strings, complete
+from polarjax.text.prompts import Prompt
 from polarjax.text.tokenizer import Tokenizer
 from polarjax.types import Array, Key
 
+DEFAULT_NEW_TOKENS = 64
+
+type Row = Sequence[int]
 type Show = Callable[[tuple[str, ...]], None]
+type Skip = Callable[[int], Sparsity | None]
+"""What to skip when decoding a batch of so many sequences; None is the dense model."""
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class ContinueOptions:
+    """How prompts are continued.
+
+    Attributes:
+      sampler: draws the tokens.
+      max_new_tokens: M, the most tokens of a sequence.
+      stop_ids: ids that end a sequence.
+      stop_strings: texts that end a sequence and are cut off it; one that is a special token counts as a stop id.
+      repetition_penalty: 1 is none.
+      copies: sequences of each prompt, which follow one another.
+      batch_size: prompts at a time; None takes all.
+    """
+
+    sampler: Sampler
+    max_new_tokens: int
+    stop_ids: tuple[int, ...] = ()
+    stop_strings: tuple[str, ...] = ()
+    repetition_penalty: float = 1.0
+    copies: int = 1
+    batch_size: int | None = None
+
+    @classmethod
+    def of(cls, settings: GenerationSettings, **given: Any) -> "ContinueOptions":
+        """What a model asks for; `given` fields that are not None override it.
+
+        Raises:
+          InputError: a batch size or stop strings that cannot be used.
+        """
+        names = ("sampler", "stop_ids", "stop_strings", "repetition_penalty")
+        asked = {name: getattr(settings, name) for name in names}
+        made = cls(**asked | {name: value for name, value in given.items() if value is not None})
+        check_batch_size(made.batch_size)
+        return dataclasses.replace(made, stop_strings=check_stop_strings(made.stop_strings))
+
+
+def check_batch_size(count: int | None, where: str = "batch_size") -> None:
+    """Raises `InputError` unless so many prompts can be continued at a time."""
+    if count is not None and (type(plain(count)) is not int or count < 1):
+        raise InputError("no prompts in a batch", where=where, got=repr(count), hint="give 1 or more")
+
+
+def count_new_tokens(
+    wanted: int | None,
+    prompts: Sequence[Prompt],
+    rows: Sequence[Row],
+    model: Decoder,
+    settings: GenerationSettings,
+    *,
+    option: str = "max_new_tokens",
+) -> int:
+    """How many tokens to make: those wanted, or what the model asks for, or `DEFAULT_NEW_TOKENS` if there is room.
+
+    Args:
+      wanted: M; None leaves it to the model.
+      prompts: B prompts, which errors name.
+      rows: their token ids.
+      model: the decoder.
+      settings: what the model asks for.
+      option: what an error calls M.
+
+    Raises:
+      InputError: no token is wanted, or more than fit after the longest prompt.
+    """
+    config, longest = model.config, max(range(len(rows)), key=lambda i: len(rows[i]))
+    if wanted is None:
+        room = config.max_positions + 1 - len(rows[longest])  # the last new token is never read
+        wanted = min(settings.max_new_tokens or DEFAULT_NEW_TOKENS, max(room, 1))
+    wanted = check_new_tokens(wanted)
+    check_room(config, len(rows[longest]), wanted, where=prompts[longest].name, option=option)
+    return wanted
+
+
+def continue_all(
+    model: Decoder,
+    tokenizer: Tokenizer,
+    rows: Sequence[Row],
+    key: Key[Array, ""],
+    options: ContinueOptions,
+    *,
+    skip: Skip,
+    show: Show | None = None,
+) -> list[Completion]:
+    """Continues any number of prompts in batches; `copies` completions for each, in the order of the prompts.
+
+    A last batch that is smaller is filled up with repeats while it is dense, as it would compile a program of its own
+    otherwise; neurons are chosen for a batch as a whole, so repeats would change what a sparse one computes.
+
+    Args:
+      model: the decoder.
+      tokenizer: of the model.
+      rows: prompts as token ids.
+      key: random key; the first batch draws with it, the others with keys folded from it.
+      options: how they are continued.
+      skip: what to skip, by the number of sequences in a batch.
+      show: called with the new text of each row of a batch while it is made.
+
+    Raises:
+      InputError: a prompt is empty or too long, an option does not fit, or the device's memory runs out.
+    """
+    size = min(options.batch_size or len(rows), len(rows))
+    made: list[Completion] = []
+    compiled: set[int] = set()
+    several = task("generating", len(rows), "prompts") if size < len(rows) else nullcontext(lambda _: None)
+    with several as advance:
+        for i, start in enumerate(range(0, len(rows), size)):
+            batch = list(rows[start : start + size])
+            count, needed = len(batch), _positions(model, batch, options)
+            sparsity = skip(count * options.copies)
+            if sparsity is None and needed in compiled:
+                batch += batch[-1:] * (size - count)
+            compiled.add(needed)
+            batch_key = jax.random.fold_in(key, i) if i else key
+            done = continue_rows(model, tokenizer, batch, batch_key, options, sparsity=sparsity, show=show)
+            made += done[: count * options.copies]
+            advance(count)
+    return made
 
 
 def continue_rows(
     model: Decoder,
     tokenizer: Tokenizer,
-    rows: Sequence[Sequence[int]],
+    rows: Sequence[Row],
     key: Key[Array, ""],
+    options: ContinueOptions,
     *,
-    settings: GenerationSettings,
-    max_new_tokens: int,
-    copies: int = 1,
     sparsity: Sparsity | None = None,
     show: Show | None = None,
 ) -> tuple[Completion, ...]:
     """Continues a batch of prompts; the tokens come in one go, or in chunks if `show` or stop strings ask for it.
 
-    Args:
-      model: the decoder.
-      tokenizer: of the model.
-      rows: B prompts as token ids.
-      key: random key.
-      settings: sampler, stop ids and stop strings; a stop string that is a special token counts as a stop id.
-      max_new_tokens: M.
-      copies: sequences of each prompt, which follow one another.
-      sparsity: for a batch of B · copies; None is the dense model.
-      show: called with the new text of each row while it is made.
-
-    Raises:
-      InputError: a prompt is empty or too long, an option does not fit, or the device's memory runs out.
+    See `continue_all`, whose batches these are.
     """
-    special = {each: tokenizer.special_id(each) for each in settings.stop_strings}
+    special = {each: tokenizer.special_id(each) for each in options.stop_strings}
     stop_strings = [each for each, token in special.items() if token is None]
-    stop_ids = settings.stop_ids + tuple(token for token in special.values() if token is not None)
-    lengths = np.array([len(row) for row in rows], np.int32)
-    tokens = np.zeros((len(rows), lengths.max(initial=0)), np.int32)
-    for i, row in enumerate(rows):
-        tokens[i, : len(row)] = row
-    batch = (model, jnp.asarray(tokens), jnp.asarray(lengths), key)
-    options = {
-        "sampler": settings.sampler,
-        "max_new_tokens": max_new_tokens,
+    stop_ids = *options.stop_ids, *(token for token in special.values() if token is not None)
+    arguments = {
+        "sampler": options.sampler,
+        "max_new_tokens": options.max_new_tokens,
         "stop_ids": stop_ids,
-        "repetition_penalty": settings.repetition_penalty,
-        "num_return_sequences": copies,
+        "repetition_penalty": options.repetition_penalty,
+        "num_return_sequences": options.copies,
         "sparsity": sparsity,
     }
-    config = model.config
-    room = positions(config, tokens.shape[1], max_new_tokens)
-    dtype = model.dtype
-    with explained_out_of_memory(config, batch_size=len(rows) * copies, cache_length=room, dtype=dtype):
+    batch = (model, *_padded(rows), key)
+    sizes = {"batch_size": len(rows) * options.copies, "cache_length": _positions(model, rows, options)}
+    with explained_out_of_memory(model.config, **sizes, dtype=model.dtype):
         if show is None and not stop_strings:
-            made = jax.block_until_ready(generate(*batch, **options))
-            return complete(made, tokenizer, [row[-CONTEXT:] for row in rows for _ in range(copies)])
-        texts = TextStream(stream(*batch, **options), tokenizer, stop_strings=stop_strings)
+            made = jax.block_until_ready(generate(*batch, **arguments))
+            return complete(made, tokenizer, [row[-CONTEXT:] for row in rows for _ in range(options.copies)])
+        texts = TextStream(stream(*batch, **arguments), tokenizer, stop_strings=stop_strings)
         for pieces in texts:
             if show is not None:
                 show(pieces)
         return texts.completions
+
+
+def _positions(model: Decoder, rows: Sequence[Row], options: ContinueOptions) -> int:
+    return positions(model.config, max(map(len, rows)), options.max_new_tokens)
+
+
+def _padded(rows: Sequence[Row]) -> tuple[Array, Array]:
+    """Tokens int32 [B T], padded on the right, and lengths int32 [B]."""
+    lengths = np.array([len(row) for row in rows], np.int32)
+    tokens = np.zeros((len(rows), lengths.max(initial=0)), np.int32)
+    for i, row in enumerate(rows):
+        tokens[i, : len(row)] = row
+    return jnp.asarray(tokens), jnp.asarray(lengths)

@@ -22,16 +22,15 @@ SKIPPED_NAMES = frozenset(
 
 
 def read_text(path: str | Path) -> str:
-    """The text of a UTF-8 file; a name ending in `.xz` is unpacked. Documents may be parted by form feeds.
+    """The text of a UTF-8 file or pipe; a name ending in `.xz` is unpacked. Form feeds separate documents.
 
-    Raises InputError for a file that is missing, no plain file, not UTF-8, damaged or empty.
+    Raises InputError for a file that is missing, a directory or device, not UTF-8, damaged or empty.
     """
     path = Path(path)
     hint = "give a UTF-8 text file (.txt or .txt.xz)"
-    if not path.is_file():
-        got = "a directory" if path.is_dir() else "no such file"
-        raise InputError("cannot read the text", where=str(path), got=got, hint=hint)
     try:
+        if (got := _unreadable(path)) is not None:
+            raise InputError("cannot read the text", where=str(path), got=got, hint=hint)
         raw = lzma.decompress(path.read_bytes()) if path.suffix == ".xz" else path.read_bytes()
         text = raw.decode("utf-8").removeprefix("\ufeff")
     except lzma.LZMAError as error:
@@ -45,6 +44,22 @@ def read_text(path: str | Path) -> str:
     if not text.strip():
         raise InputError("the text is empty", where=str(path), got=f"{len(raw)} bytes", hint=hint)
     return text
+
+
+def _unreadable(path: Path) -> str | None:
+    """What stands at `path` if no text can be read from it; a terminal is read to its end, like a pipe."""
+    if path.is_dir():
+        return "a directory"
+    if not path.exists():
+        return "no such file"
+    if path.is_block_device() or (path.is_char_device() and not _is_terminal(path)):
+        return "a device"
+    return None
+
+
+def _is_terminal(path: Path) -> bool:
+    with path.open("rb") as stream:
+        return stream.isatty()
 
 
 def split_of(module: str) -> Split:
@@ -81,7 +96,7 @@ def standard_library_documents(split: Split, library: str | Path | None = None) 
 
 
 def standard_library_text(split: Split) -> str:
-    """The sources of `split` (see `standard_library_documents`) as one text, parted by form feeds."""
+    """The sources of `split` (see `standard_library_documents`) as one text, separated by form feeds."""
     documents = standard_library_documents(split).values()
     return DOCUMENT_SEPARATOR.join(text.replace(DOCUMENT_SEPARATOR, "") for text in documents)
 
@@ -145,7 +160,7 @@ def text_windows(
     """Windows of `length` tokens of all `texts`, each begun by BOS where the tokenizer has one.
 
     Args:
-      texts: documents, or several parted by form feeds.
+      texts: documents, or several separated by form feeds.
       tokenizer: of the model.
       length: T, BOS included.
       most: at most so many windows, evenly spread over the text; None takes all.

@@ -1,8 +1,8 @@
-"""Prompts in files: a prompt on each line of a text file, or JSON lines with a prompt or the messages of a chat."""
+"""Prompts as programs and files have them: texts, and conversations in the form of messages."""
 
 import dataclasses
 import json
-from collections.abc import Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +14,7 @@ from polarjax.text.tokenizer import Tokenizer
 SHAPES = '{"prompt": "…"} or {"messages": [{"role": "user", "content": "…"}]}'
 _MOST_NAMED = 10
 
-type Message = dict[str, str]
+type Message = Mapping[str, str]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -23,7 +23,7 @@ class Prompt:
 
     Attributes:
       name: what an error calls it: its line, or its number.
-      text: a text to go on with, or what the user says in a chat.
+      text: a text to continue, or what the user says in a chat.
       messages: of a chat; None for a text.
       entry: the object it came from; what is written in the end is this, completed.
     """
@@ -39,7 +39,7 @@ class Prompt:
         return cls(name, text, None, {"prompt": text})
 
     def ids(self, tokenizer: Tokenizer, *, chat: bool = False, system: str | None = None) -> list[int]:
-        """Its tokens; `chat`: what a user says, through the chat template, behind what `system` says.
+        """Its tokens. With `chat`, the text is a user message, after the `system` message if there is one.
 
         Raises:
           InputError: there is no chat template or it refuses the messages, or nothing is left to continue.
@@ -66,55 +66,129 @@ class Prompt:
         return line.encode("utf-8", "backslashreplace").decode()  # which writes \ud800 as JSON does
 
 
-def read_prompt_file(path: Path) -> list[Prompt]:
-    """The prompts of a file in their order: `.jsonl` holds an object on each line, any other name a text.
+def as_prompts(given: Any) -> list[Prompt]:
+    """Prompts as a program has them: texts, and conversations, which are lists of messages with `role` and `content`.
 
-    The name may be in capitals and end in `.xz`. Empty lines are passed over.
+    Args:
+      given: a sequence of prompts, or one prompt alone.
+
+    Raises:
+      InputError: there is no prompt, or a value is none; it is named by its number.
+    """
+    alone = isinstance(given, str | bytes | Mapping) or (_is_sequence(given) and all(map(_is_mapping, given)))
+    hint = "pass texts, or lists of messages with the texts role and content"
+    if not isinstance(given, Iterable) or (alone and not given):
+        raise InputError("no prompt", where="prompts", got=repr(given), hint=hint)
+    made = []
+    for i, each in enumerate([given] if alone else given, 1):
+        try:
+            made.append(_prompt(_as_entry(each), f"prompt {i}"))
+        except ValueError as error:
+            raise InputError("not a prompt", where=f"prompt {i}", got=str(error), hint=hint) from error
+    return made
+
+
+def read_prompt_file(path: Path) -> list[Prompt]:
+    """The prompts of a file in their order, by its name.
+
+    `.jsonl` holds an object on each line; `.json` one array of texts, objects and conversations; any other name a
+    text with a prompt on each line. The name may be in capitals and end in `.xz`. A pipe, whose name says nothing,
+    holds objects if its first line is one. Empty lines are skipped.
 
     Raises:
       InputError: the file cannot be read or is empty, or lines are no prompts; they are named by their numbers.
     """
-    lines = [(i, line) for i, line in enumerate(read_text(path).split("\n"), 1) if line.strip()]
-    if not path.name.lower().removesuffix(".xz").endswith(".jsonl"):
-        return [Prompt.of(line.rstrip("\r"), f"{path}, line {i}") for i, line in lines]
+    text, name = read_text(path), path.name.lower().removesuffix(".xz")
+    if name.endswith(".json"):
+        return _prompts(path, "entry", enumerate(_array(path, text), 1), _as_entry)
+    lines = [(i, line) for i, line in enumerate(text.split("\n"), 1) if line.strip()]
+    if name.endswith(".jsonl") or (not path.is_file() and _starts_with_object(lines)):
+        return _prompts(path, "line", lines, _object)
+    return [Prompt.of(line.rstrip("\r"), f"{path}, line {i}") for i, line in lines]
+
+
+def _prompts(
+    path: Path, unit: str, items: Iterable[tuple[int, Any]], read: Callable[[Any], Any]
+) -> list[Prompt]:
+    """The prompts in numbered items; all those that are none are named at once."""
     found, bad = [], []
-    for i, line in lines:
+    for i, item in items:
         try:
-            entry = _entry(line)
+            found.append(_prompt(read(item), f"{path}, {unit} {i}"))
         except ValueError as error:
-            bad.append(f"line {i} ({error})")
-            continue
-        messages = tuple(entry["messages"]) if "messages" in entry else None
-        found.append(Prompt(f"{path}, line {i}", entry.get("prompt", ""), messages, entry))
+            bad.append(f"{unit} {i} ({error})")
     if bad:
         rest = f" and {len(bad) - _MOST_NAMED} more" if len(bad) > _MOST_NAMED else ""
         raise InputError(
-            "lines that are no prompts",
+            "lines that are no prompts" if unit == "line" else "entries that are no prompts",
             where=path,
             got=", ".join(bad[:_MOST_NAMED]) + rest,
             expected=SHAPES,
-            hint="correct these lines; nothing was generated",
+            hint="correct them; nothing was generated",
         )
     return found
 
 
-def _entry(line: str) -> dict[str, Any]:
-    """The object on a line; raises `ValueError` that says why there is no prompt in it."""
+def _array(path: Path, text: str) -> list[Any]:
+    """The entries of a `.json` file."""
     try:
-        entry = json.loads(line)
+        data = json.loads(text)
+    except (ValueError, RecursionError) as error:
+        hint = "correct the file; if each line is an object of its own, name it .jsonl"
+        raise InputError("not JSON", where=path, got=str(error), hint=hint) from error
+    entries = [data] if isinstance(data, dict) else data
+    if not isinstance(entries, list) or not entries:
+        hint = "write an array of prompts, or one on each line of a .jsonl or .txt file"
+        got = "an empty array" if entries == [] else type(data).__name__
+        raise InputError("no prompts in the file", where=path, got=got, expected="an array", hint=hint)
+    return entries
+
+
+def _starts_with_object(lines: Sequence[tuple[int, str]]) -> bool:
+    try:
+        return isinstance(json.loads(lines[0][1]), dict)
+    except (ValueError, RecursionError):
+        return False
+
+
+def _object(line: str) -> Any:
+    """What a line of JSON holds; raises `ValueError` that says why it can't be read."""
+    try:
+        return json.loads(line)
     except (ValueError, RecursionError) as error:
         raise ValueError(f"not JSON: {error}") from error
+
+
+def _as_entry(value: Any) -> Any:
+    """A text or a conversation as the object that a line of a prompt file would hold."""
+    if isinstance(value, str):
+        return {"prompt": str(value)}
+    return {"messages": list(value)} if _is_sequence(value) else value
+
+
+def _prompt(entry: Any, name: str) -> Prompt:
+    """The prompt in an object; raises `ValueError` that says why there is none."""
     if not isinstance(entry, dict):
         raise ValueError(f"not an object: {type(entry).__name__}")
     if ("prompt" in entry) == ("messages" in entry):
         raise ValueError("both prompt and messages" if "prompt" in entry else "neither prompt nor messages")
     if not isinstance(entry.get("prompt", ""), str):
         raise ValueError("prompt is no text")
-    messages = entry.get("messages", [{"role": "", "content": ""}])
+    if "prompt" in entry:
+        return Prompt(name, entry["prompt"], None, entry)
+    messages = entry["messages"]
     if not isinstance(messages, list) or not messages or not all(map(_is_message, messages)):
         raise ValueError("messages is no list of objects with the texts role and content")
-    return entry
+    return Prompt(name, "", tuple(messages), entry)
 
 
 def _is_message(value: Any) -> bool:
-    return isinstance(value, dict) and all(isinstance(value.get(key), str) for key in ("role", "content"))
+    return _is_mapping(value) and all(isinstance(value.get(key), str) for key in ("role", "content"))
+
+
+def _is_mapping(value: Any) -> bool:
+    return isinstance(value, Mapping)
+
+
+def _is_sequence(value: Any) -> bool:
+    return isinstance(value, list | tuple)

@@ -1,0 +1,217 @@
+"""The work of `polarjax generate`: read the prompts, prepare the model, run, write and print."""
+
+import contextlib
+import dataclasses
+import sys
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from polarjax.checkpoint import bundle as bundles
+from polarjax.cli.generate import GenerateOptions
+from polarjax.cli.inputs import random_key
+from polarjax.cli.sampling_options import check_options, with_options, with_stops
+from polarjax.errors import CheckpointError, InputError
+from polarjax.generation.batch import check_copies
+from polarjax.generation.settings import GenerationSettings
+from polarjax.selection.plans import densities
+from polarjax.selection.selectors import Sparsity
+from polarjax.storage.atomic import atomic_file
+from polarjax.text.assembly import Completion
+from polarjax.text.continuation import (
+    ContinueOptions,
+    Row,
+    Show,
+    check_batch_size,
+    continue_all,
+    count_new_tokens,
+)
+from polarjax.text.prompts import Prompt, read_prompt_file
+from polarjax.text.tokenizer import Tokenizer
+from polarjax.types import Array, Key
+
+_LACKS = {
+    "routers": "The model has no routers yet, so this is dense; polarjax sparsify learns them.",
+    "plans": "The model has no plans yet, so this is dense; polarjax calibrate makes them.",
+}
+
+
+def run(options: GenerateOptions) -> dict[str, Any]:
+    """Continues the prompts; prints what people read, writes `--output` whole or not at all, returns the numbers."""
+    check(options)
+    key = random_key(options.seed)
+    given = read(options)
+    with contextlib.ExitStack() as stack:
+        file = None
+        if options.output is not None:
+            file = stack.enter_context(atomic_file(options.output, overwrite=options.overwrite))
+        job = prepare(options, given, key)
+        if options.timed:
+            job.run()
+        started = time.perf_counter()
+        made = job.run(_show(given[0], options.chat) if options.stream else None)
+        seconds = time.perf_counter() - started
+        _check_finite(made, options.folder)
+        if file is not None:
+            file.writelines(job.completed(i, made) + "\n" for i in range(len(given)))
+    result = _result(job, made, seconds, timed=options.timed)
+    if not options.stream and options.output is None:
+        _print_texts(given, options.chat, result["texts"])
+    _print_summary(result, options.output)
+    return result
+
+
+def check(options: GenerateOptions) -> None:
+    """Raises `InputError` for options that contradict each other, or values that no model can be asked for."""
+    if options.dense and options.head_density is not None:
+        raise InputError("--dense and --head-density contradict each other", hint="give one of them")
+    if options.system is not None and not options.chat:
+        raise InputError("--system is part of a chat", hint="give --chat too, or leave it out")
+    check_batch_size(options.batch_size, where="--batch-size")
+    check_options(**options.drawing)
+
+
+def read(options: GenerateOptions) -> list[Prompt]:
+    """The prompts of the command line, then those of the file; raises `InputError` if there is none."""
+    given = [Prompt.of(text, f"prompt {i}") for i, text in enumerate(options.prompt or [], 1)]
+    if options.prompts is not None:
+        given += read_prompt_file(options.prompts)
+    if not given:
+        raise InputError("no prompt", hint="give --prompt TEXT or --prompts FILE")
+    several = len(given) > 1 or options.num_return_sequences > 1
+    if options.stream and (several or options.output is not None or options.timed):
+        raise InputError(
+            "--stream shows one sequence", hint="give one --prompt, without --output and --timed"
+        )
+    return given
+
+
+def prepare(options: GenerateOptions, given: Sequence[Prompt], key: Key[Array, ""]) -> "Job":
+    """Loads the model and tokenizes the prompts; prints which settings are ignored and why decoding is dense."""
+    bundle, tokenizer = bundles.load_with_tokenizer(options.folder, options.dtype)
+    settings = _settings(bundle.generation, options)
+    check_copies(options.num_return_sequences, settings.sampler)
+    for note in settings.notes:
+        print(note, file=sys.stderr)
+    dense = options.dense or (options.head_density is None and bundle.missing is not None)
+    if dense and not options.dense:
+        print(_LACKS[str(bundle.missing)])
+    rows = [each.ids(tokenizer, chat=options.chat, system=options.system) for each in given]
+    count = count_new_tokens(
+        options.max_new_tokens, given, rows, bundle.model, settings, option="--max-new-tokens"
+    )
+    how = ContinueOptions.of(
+        settings,
+        max_new_tokens=count,
+        copies=options.num_return_sequences,
+        batch_size=min(options.batch_size or len(rows), len(rows)),
+    )
+    return Job(bundle, tokenizer, given, rows, key, how, dense, options.head_density)
+
+
+def _settings(asked: GenerationSettings, options: GenerateOptions) -> GenerationSettings:
+    """What the model asks for, overridden by options."""
+    return with_stops(
+        with_options(asked, greedy=options.greedy, **options.drawing), options.stop, options.stop_id
+    )
+
+
+@dataclasses.dataclass(frozen=True)
+class Job:
+    """All prompts, and how they are continued.
+
+    Attributes:
+      bundle: the model directory.
+      tokenizer: its tokenizer.
+      given: the prompts.
+      rows: their token ids.
+      key: random key.
+      how: sampler, limits and sizes.
+      dense: whether nothing is skipped.
+      head_density: fraction of groups to keep; None takes the calibrated default.
+    """
+
+    bundle: bundles.Bundle
+    tokenizer: Tokenizer
+    given: Sequence[Prompt]
+    rows: Sequence[Row]
+    key: Key[Array, ""]
+    how: ContinueOptions
+    dense: bool
+    head_density: float | None
+
+    def run(self, show: Show | None = None) -> list[Completion]:
+        """The completions of all prompts in their order, `copies` for each."""
+        return continue_all(
+            self.bundle.model, self.tokenizer, self.rows, self.key, self.how, skip=self.skip, show=show
+        )
+
+    def skip(self, batch_size: int) -> Sparsity | None:
+        """What is skipped in a batch of so many sequences."""
+        return None if self.dense else self.bundle.sparsity(batch_size, self.head_density)
+
+    @property
+    def density(self) -> dict[str, float] | None:
+        """What the first batch keeps; None: everything."""
+        sparsity = self.skip((self.how.batch_size or len(self.rows)) * self.how.copies)
+        return None if sparsity is None else densities(sparsity.plan, self.bundle.model.config)
+
+    def completed(self, i: int, made: Sequence[Completion]) -> str:
+        """Prompt `i` with its completions as a line of JSON."""
+        copies = self.how.copies
+        return self.given[i].completed(made[i * copies : (i + 1) * copies])
+
+
+def _show(prompt: Prompt, chat: bool) -> Show:
+    """Prints new text at once, after the prompt if the text continues it."""
+    if not chat and prompt.messages is None:
+        print(prompt.text, end="", flush=True)
+    return lambda pieces: print(pieces[0], end="", flush=True)
+
+
+def _check_finite(made: Sequence[Completion], folder: Path) -> None:
+    failed = [i for i, each in enumerate(made) if each.ending == "failed"]
+    if failed:
+        raise CheckpointError(
+            f"the model computes NaN or infinity in {len(failed)} of {len(made)} sequences",
+            where=folder,
+            got=f"sequence {failed[0] + 1} after {len(made[failed[0]].tokens)} tokens",
+            hint="compute with --dtype float32, or convert an undamaged checkpoint",
+        )
+
+
+def _result(job: Job, made: Sequence[Completion], seconds: float, *, timed: bool) -> dict[str, Any]:
+    counts = [len(each.tokens) for each in made]
+    return {
+        "prompts": [each.text or each.name for each in job.given for _ in range(job.how.copies)],
+        "texts": [each.text for each in made],
+        "tokens": counts,
+        "stopped": [each.ending != "length" for each in made],
+        "endings": [each.ending for each in made],
+        "seconds": seconds,
+        "tokens_per_second": sum(counts) / seconds,
+        "compilation_included": not timed,
+        "density": job.density,
+    }
+
+
+def _print_texts(given: Sequence[Prompt], chat: bool, texts: Sequence[str]) -> None:
+    copies = len(texts) // len(given)
+    for i, text in enumerate(texts):
+        prompt = given[i // copies]
+        before = "" if chat or prompt.messages is not None else prompt.text
+        print(f"\n--- {prompt.text or prompt.name}\n{before}{text}")
+
+
+def _print_summary(result: dict[str, Any], written: Path | None) -> None:
+    density = result["density"]
+    kept = (
+        "dense"
+        if density is None
+        else "keeping {neurons:.0%} of neurons, {groups:.0%} of heads".format(**density)
+    )
+    note = ", compilation included" if result["compilation_included"] else ""
+    total, seconds, rate = sum(result["tokens"]), result["seconds"], result["tokens_per_second"]
+    where = "" if written is None else f" -> {written}"
+    print(f"\n{total} tokens in {seconds:.2f} s, {rate:.0f} tokens/s{note}; {kept}{where}")
