@@ -13,7 +13,7 @@ import contextlib
 import dataclasses
 import os
 import shutil
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
@@ -80,7 +80,7 @@ class Bundle:
 
     def complete(
         self,
-        prompts: str | Sequence[str | Sequence[Message]],
+        prompts: str | Iterable[str | Message | Sequence[Message]],
         *,
         max_new_tokens: int | None = None,
         sampler: Sampler | None = None,

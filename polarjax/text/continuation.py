@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from polarjax.errors import InputError
-from polarjax.generation.batch import check_new_tokens, positions
+from polarjax.generation.batch import check_new_tokens, check_stop_ids, positions
 from polarjax.generation.generate import generate
 from polarjax.generation.sampling import Sampler
 from polarjax.generation.settings import GenerationSettings
@@ -61,13 +61,17 @@ class ContinueOptions:
         """What a model asks for; `given` fields that are not None override it.
 
         Raises:
-          InputError: a batch size or stop strings that cannot be used.
+          InputError: a batch size, stop ids or stop strings that cannot be used.
         """
         names = ("sampler", "stop_ids", "stop_strings", "repetition_penalty")
         asked = {name: getattr(settings, name) for name in names}
         made = cls(**asked | {name: value for name, value in given.items() if value is not None})
         check_batch_size(made.batch_size)
-        return dataclasses.replace(made, stop_strings=check_stop_strings(made.stop_strings))
+        stops = {
+            "stop_ids": check_stop_ids(made.stop_ids),
+            "stop_strings": check_stop_strings(made.stop_strings),
+        }
+        return dataclasses.replace(made, **stops)
 
 
 def check_batch_size(count: int | None, where: str = "batch_size") -> None:

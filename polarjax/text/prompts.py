@@ -75,16 +75,21 @@ def as_prompts(given: Any) -> list[Prompt]:
     Raises:
       InputError: there is no prompt, or a value is none; it is named by its number.
     """
-    alone = isinstance(given, str | bytes | Mapping) or (_is_sequence(given) and all(map(_is_mapping, given)))
     hint = "pass texts, or lists of messages with the texts role and content"
-    if not isinstance(given, Iterable) or (alone and not given):
-        raise InputError("no prompt", where="prompts", got=repr(given), hint=hint)
+    alone = isinstance(given, str) or _is_conversation(given)
+    if not alone and (not isinstance(given, Iterable) or isinstance(given, Mapping | bytes)):
+        raise InputError("not prompts", where="prompts", got=type(given).__name__, hint=hint)
     made = []
     for i, each in enumerate([given] if alone else given, 1):
+        name = f"prompt {i}"
+        if not isinstance(each, str | list | tuple):
+            raise InputError("not a prompt", where=name, got=type(each).__name__, hint=hint)
         try:
-            made.append(_prompt(_as_entry(each), f"prompt {i}"))
+            made.append(_prompt(_as_entry(each), name))
         except ValueError as error:
-            raise InputError("not a prompt", where=f"prompt {i}", got=str(error), hint=hint) from error
+            raise InputError(str(error), where=name, hint=hint) from error
+    if not made:
+        raise InputError("no prompt", where="prompts", got=repr(given), hint=hint)
     return made
 
 
@@ -163,7 +168,7 @@ def _as_entry(value: Any) -> Any:
     """A text or a conversation as the object that a line of a prompt file would hold."""
     if isinstance(value, str):
         return {"prompt": str(value)}
-    return {"messages": list(value)} if _is_sequence(value) else value
+    return {"messages": list(value)} if isinstance(value, list | tuple) else value
 
 
 def _prompt(entry: Any, name: str) -> Prompt:
@@ -190,5 +195,5 @@ def _is_mapping(value: Any) -> bool:
     return isinstance(value, Mapping)
 
 
-def _is_sequence(value: Any) -> bool:
-    return isinstance(value, list | tuple)
+def _is_conversation(value: Any) -> bool:
+    return isinstance(value, list | tuple) and bool(value) and all(map(_is_mapping, value))

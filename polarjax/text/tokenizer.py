@@ -141,7 +141,7 @@ class Tokenizer:
           InputError: the tokenizer has no chat template, or its template refuses the messages.
         """
         if not self.hf.chat_template:
-            hint = "leave out --chat and write the prompt as the model wants it, or take a chat model"
+            hint = "write the prompt as one text (without --chat), or take a chat model"
             raise InputError("the tokenizer has no chat template", where=self.folder, hint=hint)
         if not _installed("jinja2"):
             raise InputError(

@@ -15,9 +15,11 @@ from polarjax.checkpoint.bundle import write_plans, write_routers
 from polarjax.cli import main as command
 from polarjax.model.parameters import abstract, parameters, with_parameters
 from polarjax.selection.routers import init_routers
+from polarjax.text import continuation
 from polarjax.text.prompts import read_prompt_file
 from polarjax.text.tokenizer import Tokenizer
 from tests.model import zoo
+from tests.one_line import refuses
 
 ASSET = Path(pj.__file__).parent / "assets" / "opt-6m"
 TEMPLATE = (
@@ -71,6 +73,18 @@ def _with_settings(home: Path, target: Path, **settings) -> Path:
     return target
 
 
+def _recorded(monkeypatch) -> list[dict]:
+    """The arguments of every call of `generate` from here on."""
+    calls, original = [], continuation.generate
+
+    def record(model, tokens, *rest, **options):
+        calls.append(options | {"tokens": tokens})
+        return original(model, tokens, *rest, **options)
+
+    monkeypatch.setattr(continuation, "generate", record)
+    return calls
+
+
 def _line(answer: tuple[int, str, str]) -> str:
     """The one line of a refusal."""
     code, out, err = answer
@@ -90,6 +104,9 @@ def test_the_models_settings_apply_and_flags_go_before_them(home, run, tmp_path)
     assert "left out: min_p 0.1" in one[2]
     drawn = _result(one)
     assert drawn["texts"] != plain["texts"]
+    complete = lambda **options: pj.load(model).complete("def f", max_new_tokens=12, **options)
+    assert [each.text for each in complete()] == drawn["texts"]
+    assert [each.text for each in complete(sampler=pj.Greedy(), stop_ids=())] == plain["texts"]
     greedy = _result(run("--prompt", "def f", *SHORT, "--greedy", "--json", model=model))
     assert greedy["endings"] == ["stop_id"]
     assert plain["texts"][0].startswith(greedy["texts"][0])
@@ -119,13 +136,9 @@ def test_a_stop_string_cuts_the_text_streamed_or_not(run):
 
 
 def test_a_special_token_as_a_stop_string_is_a_stop_id(home, run, monkeypatch):
-    seen = {}
-    from polarjax.text import continuation
-
-    original = continuation.generate
-    monkeypatch.setattr(continuation, "generate", lambda *a, **k: seen.update(k) or original(*a, **k))
+    calls = _recorded(monkeypatch)
     _result(run("--prompt", "def f", *SHORT, "--stop", "<|pad|>", "--json"))
-    assert seen["stop_ids"] == (1, 0)
+    assert calls[0]["stop_ids"] == (1, 0)
 
 
 def test_several_sequences_of_a_prompt(run):
@@ -136,7 +149,7 @@ def test_several_sequences_of_a_prompt(run):
     assert made["texts"] == _result(run(*words, "--json"))["texts"]
 
 
-def test_files_in_and_out_keep_their_order_and_fields(run, tmp_path):
+def test_files_in_and_out_keep_their_order_and_fields(home, run, tmp_path, monkeypatch):
     entries = [{"id": i, "prompt": "x = " * (1 + i % 3)} for i in range(5)]
     entries[3] = {"messages": [{"role": "user", "content": "hi"}], "note": "日本"}
     source, out = tmp_path / "in.jsonl", tmp_path / "sub" / "out.jsonl"
@@ -147,6 +160,13 @@ def test_files_in_and_out_keep_their_order_and_fields(run, tmp_path):
     assert [line["completions"][0]["text"] for line in lines] == made["texts"]
     assert [line["completions"][0]["tokens"] for line in lines] == made["tokens"] == [12] * 5
     assert [each.name for each in out.parent.iterdir()] == ["out.jsonl"]
+    calls = _recorded(monkeypatch)
+    prompts = [entry.get("prompt", entry.get("messages")) for entry in entries]
+    completed = pj.load(home).complete(prompts, max_new_tokens=12, batch_size=2)
+    assert [each.text for each in completed] == made["texts"]
+    assert [len(call["tokens"]) for call in calls] == [2, 2, 2], (
+        "a smaller batch compiles a program of its own"
+    )
     alone = _result(run("--prompt", "x = ", *SHORT, "--json"))
     assert alone["texts"][0] == made["texts"][0]
     assert "already exists" in _line(run("--prompts", source, "--output", out, *SHORT))
@@ -193,7 +213,9 @@ def test_a_chat_goes_through_the_template(home, run):
     )
 
 
-def test_the_missing_part_is_named_and_the_density_is_that_of_the_batch_that_ran(home, run, tmp_path):
+def test_the_missing_part_is_named_and_the_density_is_that_of_the_batch_that_ran(
+    home, run, tmp_path, monkeypatch
+):
     model = shutil.copytree(home, tmp_path / "m")
     config = pj.load(home).model.config
     write_routers(model, init_routers(config, jax.random.key(0)))
@@ -208,6 +230,63 @@ def test_the_missing_part_is_named_and_the_density_is_that_of_the_batch_that_ran
     assert kept("--batch-size", "100")["neurons"] == 0.25
     drawn = ("--temperature", "1", "--num-return-sequences", "2")
     assert kept("--batch-size", "100", *drawn)["neurons"] == 0.5
+    bundle, calls = pj.load(model), _recorded(monkeypatch)
+    for sparsity in ("auto", None, bundle.sparsity(2)):
+        bundle.complete(["a", "b", "c"], max_new_tokens=12, batch_size=2, sparsity=sparsity)
+    two, one = (bundle.sparsity(n).plan for n in (2, 1))
+    plans = [call["sparsity"] and call["sparsity"].plan for call in calls]
+    assert plans == [two, one, None, None, two, two]
+    assert [len(call["tokens"]) for call in calls] == [2, 1, 2, 2, 2, 1], "repeats would vote for neurons"
+
+
+def test_one_prompt_alone_is_a_list_of_one(home):
+    bundle = pj.load(home)
+    text, chat = "def f", [{"role": "user", "content": "hi"}]
+    both = bundle.complete([text, tuple(chat)], max_new_tokens=12)
+    assert bundle.complete(text, max_new_tokens=12) == both[:1]
+    assert bundle.complete(chat, max_new_tokens=12) == both[1:]
+    assert bundle.complete((each for each in [text]), max_new_tokens=12, key=jax.random.key(5)) == both[:1]
+    long = bundle.complete("a " * 50, stop_ids=())
+    assert len(long[0].tokens) == 64 + 1 - len(bundle.tokenizer.encode(["a " * 50])[0][0]), "as many as fit"
+
+
+NOT_COMPLETED = {
+    "nothing": ([], {}, "prompts: no prompt"),
+    "no list": (3, {}, "prompts: not prompts; got int"),
+    "bytes": (b"a", {}, "prompts: not prompts; got bytes"),
+    "a message": ({"role": "user", "content": "a"}, {}, "prompts: not prompts; got dict"),
+    "token ids": ([[1, 2]], {}, "prompt 1: messages is no list of objects"),
+    "a message without content": (["a", [{"role": "user"}]], {}, "prompt 2: messages is no list of objects"),
+    "an empty conversation": ([[]], {}, "prompt 1: messages is no list of objects"),
+    "a number": (["a", 3], {}, "prompt 2: not a prompt; got int"),
+    "half a character": (["a", "\ud800"], {}, "prompt 2: .*not a text"),
+    "too long": (["a", "a " * 70], {}, "prompt 2: the sequence would outgrow"),
+    "no new token": ("a", {"max_new_tokens": 0}, "max_new_tokens: nothing to generate"),
+    "no batch": ("a", {"batch_size": 0}, "batch_size: no prompts in a batch"),
+    "a text as stop strings": ("a", {"stop_strings": "b"}, "stop_strings: unusable"),
+    "a plan": (
+        "a",
+        {"sparsity": pj.SparsityPlan((None,), (None,))},
+        "sparsity: no such sparsity; got SparsityPlan",
+    ),
+    "a word": ("a", {"sparsity": "dense"}, "sparsity: no such sparsity; got 'dense'"),
+    "no seed": ("a", {"key": 1.5}, "key: no such seed"),
+}
+
+
+@pytest.mark.parametrize("case", NOT_COMPLETED)
+def test_complete_refuses_in_one_line(home, case):
+    prompts, options, named = NOT_COMPLETED[case]
+    with refuses(pj.InputError, named):
+        pj.load(home).complete(prompts, **options)
+
+
+def test_without_a_tokenizer_there_is_no_text(home):
+    bundle = dataclasses.replace(pj.load(home), tokenizer=None)
+    with refuses(
+        pj.CheckpointError, "Bundle.complete: the model directory has no tokenizer, and text needs one"
+    ):
+        bundle.complete("a")
 
 
 def test_all_positions_can_be_used(run, home):
