@@ -12,7 +12,7 @@ from jax.errors import JaxRuntimeError
 
 import polarjax as pj
 from polarjax import memory
-from polarjax.cli import generate as verb
+from polarjax.checkpoint import bundle
 from polarjax.model.parameters import abstract, parameters, with_parameters
 from polarjax.storage import arrays
 from polarjax.text import continuation
@@ -81,7 +81,7 @@ def test_fault_28_the_largest_batch_that_fits_is_told(home, capsys, monkeypatch,
 
 
 def test_every_verb_tells_it_in_one_line(home, capsys, monkeypatch):
-    monkeypatch.setattr(verb, "load_with_tokenizer", fail)
+    monkeypatch.setattr(bundle, "load_with_tokenizer", fail)
     code, out, err = run(capsys, "generate", home, "--prompt", "a")
     assert (code, out, err.count("\n")) == (2, "", 1)
     assert err.startswith("polarjax: the memory of the device ran out. Hint: ")
