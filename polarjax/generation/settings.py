@@ -27,7 +27,7 @@ _TOP_K = 50  # what transformers samples with where the file does not tell
 _SILENT = frozenset(
     (
         "transformers_version _from_model_config _commit_hash _name_or_path bos_token_id pad_token_id "
-        "decoder_start_token_id max_length use_cache cache_implementation cache_config return_dict_in_generate "
+        "decoder_start_token_id use_cache cache_implementation cache_config return_dict_in_generate "
         "output_attentions output_hidden_states output_scores output_logits trust_remote_code chat_format"
     ).split()
 )
@@ -45,6 +45,7 @@ _WITHOUT_EFFECT = {
     "no_repeat_ngram_size": 0,
     "encoder_no_repeat_ngram_size": 0,
     "min_length": 0,
+    "max_length": 20,  # the default of transformers
     "num_assistant_tokens": 20,
     "num_assistant_tokens_schedule": "constant",
     "assistant_confidence_threshold": 0.4,
@@ -156,7 +157,7 @@ class GenerationSettings:
         default = {} if eos_id is None else {"eos_token_id": eos_id}
         data = read_json(file, hint=_MEND) if file.is_file() else {}
         try:
-            return cls.from_json(default | data)
+            return cls.from_json(default | {key: value for key, value in data.items() if value is not None})
         except InputError as error:
             what = error.what.replace("stop_ids", "eos_token_id")  # its name in the file
             raise CheckpointError(

@@ -13,9 +13,11 @@ import numpy as np
 from polarjax.errors import CheckpointError, InputError
 from polarjax.generation.settings import GenerationSettings
 from polarjax.text import decoding
+from polarjax.text.sentencepiece_model import is_tiktoken, use_sentencepiece_rules
 from polarjax.types import Int32
 
-VOCABULARY_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json")
+SENTENCEPIECE = "tokenizer.model"
+VOCABULARY_FILES = ("tokenizer.json", SENTENCEPIECE, "vocab.json")
 """A folder with one of these has a tokenizer."""
 
 
@@ -26,7 +28,7 @@ def has_tokenizer(folder: Path) -> bool:
 
 def only_sentencepiece(folder: Path) -> bool:
     """Whether the only vocabulary in `folder` is a SentencePiece model."""
-    return [name for name in VOCABULARY_FILES if (folder / name).is_file()] == ["tokenizer.model"]
+    return [name for name in VOCABULARY_FILES if (folder / name).is_file()] == [SENTENCEPIECE]
 
 
 def can_read_sentencepiece() -> bool:
@@ -64,6 +66,12 @@ class Tokenizer:
             expected = f"one of {', '.join(VOCABULARY_FILES)}"
             hint = "copy the tokenizer's files there"
             raise CheckpointError("no tokenizer", where=path, expected=expected, hint=hint)
+        if only_sentencepiece(path) and is_tiktoken(path / SENTENCEPIECE):
+            raise CheckpointError(
+                "this is a tiktoken vocabulary, not a SentencePiece model",
+                where=path / SENTENCEPIECE,
+                hint="take tokenizer.json too, from a copy of this model that has it",
+            )
         if only_sentencepiece(path) and not can_read_sentencepiece():
             raise CheckpointError(
                 "tokenizer.model needs the libraries sentencepiece and protobuf",
@@ -72,6 +80,8 @@ class Tokenizer:
             )
         with _quiet():
             hf = _from_transformers(path, model_type)
+        if only_sentencepiece(path):
+            use_sentencepiece_rules(hf, path / SENTENCEPIECE)
         return cls(path, hf, GenerationSettings.read(path, eos_id=hf.eos_token_id))
 
     @property
@@ -147,6 +157,7 @@ class Tokenizer:
             raise InputError(
                 "a chat template needs the library jinja2", where=self.folder, hint="pip install jinja2"
             )
+        self._check_chat_templates()
         text = "".join(each["role"] + each["content"] for each in messages)
         if not _is_unicode(text):
             raise InputError("not a text", where="Tokenizer.encode_chat", hint="pass Unicode texts")
@@ -164,6 +175,17 @@ class Tokenizer:
                 "the chat template makes nothing of the messages", hint="write at least one message"
             )
         return list(ids)
+
+    def _check_chat_templates(self) -> None:
+        templates = self.hf.chat_template
+        if isinstance(templates, Mapping) and "default" not in templates:
+            raise InputError(
+                "the tokenizer has several chat templates and none is called default",
+                where=self.folder,
+                got=", ".join(map(str, templates)) or "an empty list",
+                hint="call the one to use default: in chat_template of tokenizer_config.json, or as "
+                "chat_template.jinja",
+            )
 
     def special_id(self, text: str) -> int | None:
         """The id of a special token that reads `text`; None if there is none."""

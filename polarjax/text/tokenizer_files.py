@@ -87,7 +87,7 @@ def repair(folder: Path, model_type: str, config: Mapping[str, Any]) -> tuple[st
         write_json(folder / GENERATION_CONFIG, {key: config[key] for key in KNOWN if key in config})
     if not has_tokenizer(folder):
         return ()
-    settings = _read(folder / SETTINGS)
+    settings = _without_null(_read(folder / SETTINGS), "add_bos_token")
     if not isinstance(settings.get("add_bos_token", False), bool):
         got = repr(settings["add_bos_token"])
         raise CheckpointError(
@@ -109,6 +109,8 @@ def repair(folder: Path, model_type: str, config: Mapping[str, Any]) -> tuple[st
         tokenizer.hf.add_bos_token = True
     if bare or bos is not None:
         tokenizer.hf.save_pretrained(folder)
+    if bare:  # transformers would build LLaMA's own class anew and read only the merges of tokenizer.json
+        write_json(folder / SETTINGS, _read(folder / SETTINGS) | {"tokenizer_class": "PreTrainedTokenizerFast"})
     notes += _told(model_type, added, bos)
     size = config.get("vocab_size")
     if isinstance(size, int) and tokenizer.vocab_size > size:
@@ -184,6 +186,10 @@ def _names_by_id(folder: Path) -> dict[int, str]:
 def _inverted(vocabulary: Any) -> dict[int, str]:
     pairs = vocabulary.items() if isinstance(vocabulary, dict) else ()
     return {index: name for name, index in pairs if isinstance(index, int)}
+
+
+def _without_null(data: dict[str, Any], name: str) -> dict[str, Any]:
+    return {key: value for key, value in data.items() if key != name or value is not None}
 
 
 def _read(file: Path) -> dict[str, Any]:

@@ -1,0 +1,126 @@
+"""tokenizer.model as SentencePiece reads it: transformers orders its merges by id and leaves out its normalization."""
+
+import base64
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from polarjax.errors import CheckpointError
+
+_UNIGRAM, _BPE = 1, 2  # of TrainerSpec.ModelType
+_NORMAL = 1  # of ModelProto.SentencePiece.Type
+_SPACE = "▁"
+
+
+def use_sentencepiece_rules(hf: Any, file: Path) -> None:
+    """Gives a tokenizer that transformers made from `file` the ids of SentencePiece, spaces included.
+
+    Its special tokens and its post-processor stay. Models of whole words or characters stay as they are.
+
+    Args:
+      hf: the tokenizer of transformers; changed.
+      file: the SentencePiece model.
+
+    Raises:
+      CheckpointError: the file is not a SentencePiece model.
+    """
+    proto = _read(file)
+    model = _model(proto)
+    if model is None:
+        return
+    backend = hf.backend_tokenizer
+    state = json.loads(backend.to_str())
+    prefix = proto.normalizer_spec.add_dummy_prefix
+    state |= {"model": model, "normalizer": _normalizer(proto.normalizer_spec), "decoder": _decoder(prefix)}
+    state["pre_tokenizer"] = _pre_tokenizer(proto.normalizer_spec)
+    hf._tokenizer = type(backend).from_str(json.dumps(state))
+
+
+def is_tiktoken(file: Path) -> bool:
+    """Whether the file is a tiktoken vocabulary: in each line a token in base64 and its rank."""
+    with open(file, "rb") as stream:
+        words = stream.readline(10_000).split()
+    try:
+        return len(words) == 2 and words[1].isdigit() and bool(base64.b64decode(words[0], validate=True))
+    except ValueError:
+        return False
+
+
+def _read(file: Path) -> Any:
+    from google.protobuf.message import DecodeError
+    from sentencepiece import sentencepiece_model_pb2 as schema
+
+    proto = schema.ModelProto()  # pyright: ignore[reportAttributeAccessIssue]
+    try:
+        proto.ParseFromString(file.read_bytes())
+    except DecodeError as error:
+        hint = "take the file from the model's source again"
+        raise CheckpointError("not a SentencePiece model", where=file, got=str(error), hint=hint) from error
+    return proto
+
+
+def _model(proto: Any) -> dict[str, Any] | None:
+    """The model in the words of the tokenizers library; None for a kind that it does not have."""
+    spec = proto.trainer_spec
+    common = {"byte_fallback": spec.byte_fallback}
+    if spec.model_type == _UNIGRAM:
+        vocab = [[each.piece, each.score] for each in proto.pieces]
+        return {"type": "Unigram", "unk_id": spec.unk_id, "vocab": vocab, **common}
+    if spec.model_type == _BPE:
+        vocab = {each.piece: i for i, each in enumerate(proto.pieces)}
+        unknown = proto.pieces[spec.unk_id].piece
+        merges = sorted(_merges(proto), key=lambda each: (-each[0], -len(each[1]), -len(each[2])))
+        pairs = [[left, right] for _, left, right in merges]
+        return {
+            "type": "BPE", "unk_token": unknown, "fuse_unk": True, "vocab": vocab, "merges": pairs, **common
+        }  # fmt: skip
+    return None
+
+
+def _merges(proto: Any) -> Iterator[tuple[float, str, str]]:
+    """Score and halves of every merge. SentencePiece takes the best score first, and of equal ones the leftmost.
+
+    The tokenizers library knows an order of merges only; equal scores are those of runs of spaces, which grow from the
+    left where longer runs come first.
+    """
+    scores = {each.piece: each.score for each in proto.pieces if each.type == _NORMAL}
+    for piece, score in scores.items():
+        for i in range(1, len(piece)):
+            if piece[:i] in scores and piece[i:] in scores:
+                yield score, piece[:i], piece[i:]
+
+
+def _normalizer(spec: Any) -> dict[str, Any]:
+    steps: list[dict[str, Any]] = []
+    if spec.precompiled_charsmap:
+        charsmap = base64.b64encode(spec.precompiled_charsmap).decode()
+        steps.append({"type": "Precompiled", "precompiled_charsmap": charsmap})
+    if spec.remove_extra_whitespaces:
+        steps.append({"type": "Replace", "pattern": {"Regex": r"\A +| +\z"}, "content": ""})
+        steps.append({"type": "Replace", "pattern": {"Regex": " {2,}"}, "content": " "})
+    steps.append({"type": "Replace", "pattern": {"String": " "}, "content": _SPACE})
+    return {"type": "Sequence", "normalizers": steps}
+
+
+def _pre_tokenizer(spec: Any) -> dict[str, Any] | None:
+    """Puts a space before a text, even before one that begins with a space; not after a special token.
+
+    `Metaspace` puts none before a text that begins with its own sign, so the first step has another sign. Where spaces
+    at the beginning were removed, it no longer knows which text is the first, and every one gets its space.
+    """
+    if not spec.add_dummy_prefix:
+        return None
+    scheme = "always" if spec.remove_extra_whitespaces else "first"
+    common = {"type": "Metaspace", "split": False}
+    before = {**common, "replacement": " ", "prepend_scheme": scheme}
+    after = {**common, "replacement": _SPACE, "prepend_scheme": "never"}
+    return {"type": "Sequence", "pretokenizers": [before, after]}
+
+
+def _decoder(prefix: bool) -> dict[str, Any]:
+    replace = {"type": "Replace", "pattern": {"String": _SPACE}, "content": " "}
+    steps = [replace, {"type": "ByteFallback"}, {"type": "Fuse"}]
+    if prefix:
+        steps.append({"type": "Strip", "content": " ", "start": 1, "stop": 0})
+    return {"type": "Sequence", "decoders": steps}
