@@ -12,11 +12,13 @@ import numpy as np
 
 from polarjax.errors import CheckpointError, InputError
 from polarjax.generation.settings import GenerationSettings
+from polarjax.storage.atomic import read_json
 from polarjax.text import decoding
 from polarjax.text.sentencepiece_model import is_tiktoken, use_sentencepiece_rules
 from polarjax.types import Int32
 
 SENTENCEPIECE = "tokenizer.model"
+SETTINGS = "tokenizer_config.json"
 VOCABULARY_FILES = ("tokenizer.json", SENTENCEPIECE, "vocab.json")
 """A folder with one of these has a tokenizer."""
 
@@ -219,15 +221,28 @@ def _from_transformers(folder: Path, model_type: str | None) -> Any:
     model_type = "llama" if model_type == "sparsellama" else model_type  # which transformers does not know
     config = kinds[model_type]() if model_type is not None and model_type in kinds else None
     try:
-        return transformers.AutoTokenizer.from_pretrained(
+        hf = transformers.AutoTokenizer.from_pretrained(
             folder, config=config, local_files_only=True, trust_remote_code=False
         )
+        _ = hf.eos_token_id  # looks the special tokens up
+        return hf
     except Exception as error:  # the tokenizers library raises no narrower one
         what, got, hint = "unreadable tokenizer", _first(error), "copy the tokenizer's files again"
         if "trust_remote_code" in str(error):
             what, got = "the tokenizer asks for code of its own (auto_map), which polarjax never runs", None
             hint = "take a model whose tokenizer transformers knows"
+        if isinstance(error, RecursionError):
+            what, got = "special tokens that are empty or unknown", _special_tokens(folder)
+            hint = f"remove those that are empty from {SETTINGS} and special_tokens_map.json"
         raise CheckpointError(what, where=folder, got=got, hint=hint) from error
+
+
+def _special_tokens(folder: Path) -> str:
+    """What the settings call the special tokens."""
+    files = [folder / name for name in ("special_tokens_map.json", SETTINGS)]
+    data = [read_json(file, hint="take the file again") for file in files if file.is_file()]
+    tokens = {key: value for each in data for key, value in each.items() if key.endswith("_token")}
+    return ", ".join(f"{key} {value!r:.40}" for key, value in tokens.items() if not key.startswith("add_"))
 
 
 def _is_unicode(text: str) -> bool:

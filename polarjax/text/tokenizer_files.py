@@ -12,7 +12,13 @@ from typing import Any
 from polarjax.errors import CheckpointError
 from polarjax.generation.settings import GENERATION_CONFIG, KNOWN, GenerationSettings
 from polarjax.storage.atomic import read_json, write_json
-from polarjax.text.tokenizer import Tokenizer, can_read_sentencepiece, has_tokenizer, only_sentencepiece
+from polarjax.text.tokenizer import (
+    SETTINGS,
+    Tokenizer,
+    can_read_sentencepiece,
+    has_tokenizer,
+    only_sentencepiece,
+)
 
 FILES = (
     "tokenizer.json",
@@ -26,7 +32,6 @@ FILES = (
     "chat_template.json",
     GENERATION_CONFIG,
 )
-SETTINGS = "tokenizer_config.json"
 IDS = {
     "opt": {"bos_token": 2, "eos_token": 2, "pad_token": 1},
     "llama": {"bos_token": 1},
@@ -70,11 +75,16 @@ def copy_tokenizer(
         notes = repair(target, model_type, config)
         settings = GenerationSettings.read(target)
     except CheckpointError as error:
-        where = str(error.where).replace(str(target), str(source))
-        raise CheckpointError(
-            error.what, where=where, got=error.got, expected=error.expected, hint=error.hint
-        ) from error
+        raise _about_the_source(error, source, target) from error
     return names, notes + settings.notes
+
+
+def _about_the_source(error: CheckpointError, source: Path, target: Path) -> CheckpointError:
+    """The same error with the file of `source` that is at fault, which may be config.json."""
+    where, hint = Path(str(error.where).replace(str(target), str(source))), error.hint
+    if where.name == GENERATION_CONFIG and not where.is_file():
+        where, hint = where.with_name("config.json"), "correct the value or leave it out"
+    return CheckpointError(error.what, where=where, got=error.got, expected=error.expected, hint=hint)
 
 
 def repair(folder: Path, model_type: str, config: Mapping[str, Any]) -> tuple[str, ...]:
@@ -110,7 +120,9 @@ def repair(folder: Path, model_type: str, config: Mapping[str, Any]) -> tuple[st
     if bare or bos is not None:
         tokenizer.hf.save_pretrained(folder)
     if bare:  # transformers would build LLaMA's own class anew and read only the merges of tokenizer.json
-        write_json(folder / SETTINGS, _read(folder / SETTINGS) | {"tokenizer_class": "PreTrainedTokenizerFast"})
+        write_json(
+            folder / SETTINGS, _read(folder / SETTINGS) | {"tokenizer_class": "PreTrainedTokenizerFast"}
+        )
     notes += _told(model_type, added, bos)
     size = config.get("vocab_size")
     if isinstance(size, int) and tokenizer.vocab_size > size:

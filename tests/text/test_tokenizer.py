@@ -52,7 +52,7 @@ def test_ids(tokenizer):
     assert tokenizer.stop_ids == (tokenizer.eos_id,)
 
 
-@pytest.mark.parametrize(("eos", "expected"), [(7, (7,)), ([7, 9], (7, 9)), (None, ())])
+@pytest.mark.parametrize(("eos", "expected"), [(7, (7,)), ([7, 9], (7, 9)), ([], ()), (None, (1,))])
 def test_stop_ids_come_from_the_generation_config(tmp_path, eos, expected):
     folder = shutil.copytree(FOLDER, tmp_path / "t")
     (folder / "generation_config.json").write_text(json.dumps({"eos_token_id": eos}))
@@ -75,6 +75,21 @@ def test_damaged_files(tmp_path, file, text):
     with pytest.raises(pj.CheckpointError) as error:
         Tokenizer.load(folder)
     assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize("names", [["rag"], ["rag", "tool_use"], ["rag", "default"]])
+def test_named_chat_templates(tmp_path, names):
+    folder = shutil.copytree(FOLDER, tmp_path / "t")
+    config = json.loads((folder / "tokenizer_config.json").read_text())
+    config["chat_template"] = [{"name": name, "template": "{{ messages[0].content }}"} for name in names]
+    (folder / "tokenizer_config.json").write_text(json.dumps(config))
+    loaded = Tokenizer.load(folder)
+    messages = [{"role": "user", "content": "hello"}]
+    if "default" in names:
+        assert loaded.encode_chat(messages)
+    else:
+        with pytest.raises(pj.InputError, match=f"none is called default; got {', '.join(names)}"):
+            loaded.encode_chat(messages)
 
 
 def test_code_in_the_folder_is_not_run(tmp_path):

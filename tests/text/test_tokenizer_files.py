@@ -234,6 +234,12 @@ def test_remote_code_is_named_and_never_run(tmp_path):
         ("tokenizer.json", "[]", "hf/tokenizer.json: not a JSON object"),
         ("tokenizer_config.json", "{", "hf/tokenizer_config.json: not readable as JSON"),
         ("generation_config.json", '{"eos_token_id": "x"}', "hf/generation_config.json: eos_token_id"),
+        ("tokenizer_config.json", '{"add_bos_token": 1}', "hf/tokenizer_config.json: add_bos_token"),
+        (
+            "tokenizer_config.json",
+            '{"tokenizer_class": "LLaMATokenizer", "bos_token": "", "eos_token": "", "unk_token": ""}',
+            "special tokens that are empty.*bos_token ''.*remove those that are empty",
+        ),
     ],
 )
 def test_damaged_files_are_named_in_the_source(tmp_path, file, text, named):
@@ -241,6 +247,24 @@ def test_damaged_files_are_named_in_the_source(tmp_path, file, text, named):
     (source / file).write_text(text)
     with refuses(pj.CheckpointError, named):
         _taken(source, tmp_path / "out")
+
+
+@pytest.mark.parametrize("eos", [-1, "x", [2, -1]])
+def test_a_bad_stop_id_is_named_where_it_stands(tmp_path, eos):
+    source = small.write_llama(tmp_path / "hf")
+    with refuses(pj.CheckpointError, "hf/config.json: eos_token_id is not usable"):
+        _taken(source, tmp_path / "out", eos_token_id=eos)
+
+
+def test_null_is_the_same_as_leaving_a_key_out(tmp_path):
+    source = small.write_llama(tmp_path / "hf", small.LLAMA_SETTINGS | {"add_bos_token": None})
+    (source / "generation_config.json").write_text('{"eos_token_id": null, "max_length": 4096}')
+    loaded, notes = _taken(source, tmp_path / "out")
+    assert loaded.stop_ids == (2,)
+    assert [row[0] for row in _ids(loaded)] == [1] * len(TEXTS)
+    assert notes == (
+        "generation_config.json asks for what polarjax does not have; left out: max_length 4096",
+    )
 
 
 def test_sampling_settings_of_an_old_config_json_are_kept(tmp_path):
