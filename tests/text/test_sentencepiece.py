@@ -39,7 +39,7 @@ def model(pieces: list[tuple[str, float]], *, unigram: bool = False, **normalize
 MODELS = {
     "spaces last": model(_SPACES + _LETTERS),
     "spaces last, long ones first": model(_SPACES[::-1] + _LETTERS),
-    "scores against ids": model(_LETTERS[::-1] + [("▁ab", 0.0), ("bab", -0.5), ("ba", -0.7)]),
+    "scores against ids": model([*_LETTERS[::-1], ("▁ab", 0.0), ("bab", -0.5), ("ba", -0.7)]),
     "no space at the beginning": model(_SPACES + _LETTERS, add_dummy_prefix=False),
     "single spaces only": model(_SPACES + _LETTERS, remove_extra_whitespaces=True),
     "unigram": model([(piece, score / 4) for piece, score in _LETTERS if score > LAST] + [
