@@ -15,6 +15,7 @@ from polarjax.generation.settings import GenerationSettings
 from polarjax.storage.atomic import read_json
 from polarjax.text import decoding
 from polarjax.text.sentencepiece_model import is_tiktoken, use_sentencepiece_rules
+from polarjax.text.torch_on_use import torch_on_use
 from polarjax.types import Int32
 
 SENTENCEPIECE = "tokenizer.model"
@@ -80,7 +81,7 @@ class Tokenizer:
                 where=path,
                 hint="pip install 'polarjax[sentencepiece]'",
             )
-        with _quiet():
+        with _quiet(), torch_on_use():
             hf = _from_transformers(path, model_type)
         if only_sentencepiece(path):
             use_sentencepiece_rules(hf, path / SENTENCEPIECE)
@@ -217,12 +218,10 @@ class Tokenizer:
 def _from_transformers(folder: Path, model_type: str | None) -> Any:
     import transformers
 
-    kinds = transformers.CONFIG_MAPPING
     model_type = "llama" if model_type == "sparsellama" else model_type  # which transformers does not know
-    config = kinds[model_type]() if model_type is not None and model_type in kinds else None
     try:
         hf = transformers.AutoTokenizer.from_pretrained(
-            folder, config=config, local_files_only=True, trust_remote_code=False
+            folder, config=_bare_config(model_type), local_files_only=True, trust_remote_code=False
         )
         _ = hf.eos_token_id  # looks the special tokens up
         return hf
@@ -243,6 +242,16 @@ def _special_tokens(folder: Path) -> str:
     data = [read_json(file, hint="take the file again") for file in files if file.is_file()]
     tokens = {key: value for each in data for key, value in each.items() if key.endswith("_token")}
     return ", ".join(f"{key} {value!r:.40}" for key, value in tokens.items() if not key.startswith("add_"))
+
+
+def _bare_config(model_type: str | None) -> Any:
+    """A config that names its family, which is all that a tokenizer is chosen by; the family's own imports PyTorch."""
+    from transformers import PreTrainedConfig
+    from transformers.models.auto.configuration_auto import CONFIG_MAPPING_NAMES
+
+    if model_type not in CONFIG_MAPPING_NAMES:
+        return None
+    return type(CONFIG_MAPPING_NAMES[model_type], (PreTrainedConfig,), {"model_type": model_type})()
 
 
 def _is_unicode(text: str) -> bool:

@@ -1,0 +1,46 @@
+"""Keeps transformers from importing PyTorch, which takes seconds and which tokenizers never use.
+
+Where PyTorch is installed, some modules of transformers import it as they are imported themselves.
+"""
+
+import contextlib
+import importlib
+import importlib.util
+import sys
+from collections.abc import Iterator
+from types import ModuleType
+from typing import Any
+
+
+@contextlib.contextmanager
+def torch_on_use() -> Iterator[None]:
+    """In the block, `import torch` gives a stand-in that becomes the real module on its first use, also later.
+
+    Nothing changes where PyTorch was imported before or is not installed. After the block, `import torch` gives the
+    real module to everybody.
+    """
+    spec = None if "torch" in sys.modules else importlib.util.find_spec("torch")
+    if spec is None:
+        yield
+        return
+    stand_in = _StandIn("torch")
+    stand_in.__spec__ = spec  # transformers looks whether there is one
+    sys.modules["torch"] = stand_in
+    try:
+        yield
+    finally:
+        if sys.modules.get("torch") is stand_in:
+            del sys.modules["torch"]
+
+
+class _StandIn(ModuleType):
+    """The module `torch` until an attribute is asked for; then the real one takes its place."""
+
+    def __getattr__(self, name: str) -> Any:
+        if sys.modules.get("torch") is self:
+            del sys.modules["torch"]
+        torch = importlib.import_module("torch")
+        for holder in [each for key, each in sys.modules.items() if key.startswith("transformers.")]:
+            if getattr(holder, "__dict__", {}).get("torch") is self:
+                holder.__dict__["torch"] = torch
+        return getattr(torch, name)
