@@ -3,8 +3,9 @@
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
+from pallas_kernels._device import Device, require_hopper
 from pallas_kernels._dispatch import dispatch
-from pallas_kernels.decode_attention import mosaic, xla
+from pallas_kernels.decode_attention import xla
 from pallas_kernels.decode_attention.tiles import OP
 
 
@@ -48,8 +49,15 @@ def sparse_decode_attention(
     lengths = lengths.astype(jnp.int32)  # a narrow dtype may not hold S
     group_index = None if group_index is None else group_index.astype(jnp.int32)
     operands = (q, k, v, lengths, group_index)
+
+    def hopper(device: Device) -> Array:
+        require_hopper(device)
+        from pallas_kernels.decode_attention import mosaic  # half a second, which CPUs need not spend
+
+        return mosaic.sparse_decode_attention(*operands, device=device, **call)
+
     backends = {
-        "mosaic": lambda device: mosaic.sparse_decode_attention(*operands, device=device, **call),
+        "mosaic": hopper,
         "xla": lambda _: xla.sparse_decode_attention(*operands, **call),
     }
     return dispatch(OP, implementation, backends, q, k)

@@ -4,8 +4,9 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
+from pallas_kernels._device import Device, require_hopper
 from pallas_kernels._dispatch import dispatch
-from pallas_kernels.selection import mosaic, xla
+from pallas_kernels.selection import xla
 
 OP = "select_top_k"
 
@@ -32,8 +33,15 @@ def select_top_k(
     """
     scores = jnp.asarray(scores)
     _validate(scores, k, shared)
+
+    def hopper(device: Device) -> Array:
+        require_hopper(device)
+        from pallas_kernels.selection import mosaic  # half a second, which CPUs need not spend
+
+        return mosaic.select_top_k(scores, k, shared=shared, device=device)
+
     backends = {
-        "mosaic": lambda device: mosaic.select_top_k(scores, k, shared=shared, device=device),
+        "mosaic": hopper,
         "xla": lambda device: xla.select_top_k(scores, k, shared=shared),
     }
     return dispatch(OP, implementation, backends, scores)

@@ -7,12 +7,11 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Int
 
-from pallas_kernels._device import Device
+from pallas_kernels._device import Device, require_hopper
 from pallas_kernels._dispatch import dispatch
 from pallas_kernels.sparse_mlp import xla
 from pallas_kernels.sparse_mlp.batching import Weights, batchable
 from pallas_kernels.sparse_mlp.choice import OP, measured
-from pallas_kernels.sparse_mlp.mosaic import launch
 
 
 def sparse_mlp(
@@ -62,6 +61,9 @@ def sparse_mlp(
     weights = {"w_up": w_up, "w_down": w_down} | {n: a for n, a in optional.items() if a is not None}
 
     def hopper(device: Device) -> Array:
+        require_hopper(device)
+        from pallas_kernels.sparse_mlp.mosaic import launch  # half a second, which CPUs need not spend
+
         options = {"activation": activation, "threshold": threshold, "device": device}
 
         def call(x: Array, index: Array, weights: Weights) -> Array:
