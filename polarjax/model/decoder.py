@@ -35,11 +35,11 @@ class Decoder(nnx.Module):
 
     Args:
       config: shapes and the choices that make the family.
-      rngs: random streams; `params` initialises the weights.
+      rngs: random streams; `params` initialises the weights. None gives shapes and dtypes without memory.
       dtype: of parameters and activations; logits, softmax, norms and router scores are float32.
     """
 
-    def __init__(self, config: ModelConfig, *, rngs: nnx.Rngs, dtype: jnp.dtype = jnp.float32):
+    def __init__(self, config: ModelConfig, *, rngs: nnx.Rngs | None, dtype: jnp.dtype = jnp.float32):
         make = Maker(rngs, jnp.dtype(dtype))
         self.config = config
         self.embed = Embedding(config, make)

@@ -12,21 +12,31 @@ from polarjax.types import Array, Float, Int
 
 
 class Maker:
-    """Makes initialised parameters; holds the random stream and the dtype while a decoder is built."""
+    """Makes initialised parameters; holds the random stream and the dtype while a decoder is built.
 
-    def __init__(self, rngs: nnx.Rngs, dtype: jnp.dtype):
+    Without a random stream a parameter is a `jax.ShapeDtypeStruct`.
+    """
+
+    def __init__(self, rngs: nnx.Rngs | None, dtype: jnp.dtype):
         self._rngs = rngs
         self._dtype = dtype
 
     def normal(self, axes: shapes.Axes, *, fan_in: int) -> nnx.Param:
         """A parameter drawn from a normal distribution with standard deviation `fan_in ** -0.5`."""
+        if self._rngs is None:
+            return self._abstract(axes)
         shape = tuple(axes.values())
         value = jax.random.normal(self._rngs.params(), shape, jnp.float32) * fan_in**-0.5
         return nnx.Param(value.astype(self._dtype), axes=tuple(axes))
 
     def constant(self, axes: shapes.Axes, *, value: float = 0.0) -> nnx.Param:
         """A parameter filled with one value."""
+        if self._rngs is None:
+            return self._abstract(axes)
         return nnx.Param(jnp.full(tuple(axes.values()), value, self._dtype), axes=tuple(axes))
+
+    def _abstract(self, axes: shapes.Axes) -> nnx.Param:
+        return nnx.Param(jax.ShapeDtypeStruct(tuple(axes.values()), self._dtype), axes=tuple(axes))
 
 
 class Norm(nnx.Module):

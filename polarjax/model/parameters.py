@@ -4,7 +4,6 @@ from collections.abc import Mapping
 
 import jax
 import jax.numpy as jnp
-from flax import nnx
 
 from polarjax.configs import ModelConfig
 from polarjax.errors import CheckpointError
@@ -14,7 +13,7 @@ from polarjax.types import Array
 
 def abstract(config: ModelConfig, dtype: jnp.dtype = jnp.float32) -> Decoder:
     """A decoder of `jax.ShapeDtypeStruct`s: the shapes of all parameters, without memory."""
-    return nnx.eval_shape(lambda: Decoder(config, rngs=nnx.Rngs(0), dtype=dtype))
+    return Decoder(config, rngs=None, dtype=dtype)
 
 
 def parameters(model: Decoder) -> dict[str, Array]:
