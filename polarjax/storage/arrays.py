@@ -7,8 +7,6 @@ import contextlib
 import glob
 import os
 import re
-import sys
-import threading
 from collections.abc import Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor, wait
 from pathlib import Path
@@ -50,7 +48,7 @@ class ArrayWriter:
         self._arrays: dict[str, dict[str, Any]] = {}
         self._digests: dict[tuple[int, ...], Future[dict[str, Any]]] = {}
         self._opened = contextlib.ExitStack()
-        self._writer, self._hasher = ThreadPoolExecutor(1), ThreadPoolExecutor(1, initializer=_give_way)
+        self._writer, self._hasher = ThreadPoolExecutor(1), ThreadPoolExecutor(1)
         self._written: Future[None] | None = None
 
     def __enter__(self) -> Self:
@@ -194,13 +192,6 @@ def read_array(folder: Path, name: str, record: Record, *, hint: str) -> np.ndar
     context.pytree_options.loading.partial_load = True
     with orbax_errors("the array cannot be read", folder, hint), plain_path(folder) as path, context:
         return np.asarray(ocp.load(path, {name: target})[name])
-
-
-def _give_way() -> None:
-    """Lets other threads go before the calling one, where threads have priorities of their own."""
-    if sys.platform == "linux":
-        thread = threading.get_native_id()
-        os.setpriority(os.PRIO_PROCESS, thread, max(15, os.getpriority(os.PRIO_PROCESS, thread)))
 
 
 def _host() -> Any:
