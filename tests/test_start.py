@@ -68,6 +68,47 @@ def test_a_decoder_is_there_without_what_only_disks_and_training_need():
     assert heavy(modules) <= {"jax", "flax", "scipy"} | heavy(loaded_by("import jax, flax.nnx"))
 
 
+def test_text_and_files_need_no_torch(model_directory, tmp_path):
+    """Nor do loading and decoding on a CPU need Mosaic."""
+    code = f"""
+import polarjax as pj
+from checkpoints_convert import convert_checkpoint, export_checkpoint
+convert_checkpoint({str(MODEL)!r}, {str(tmp_path / "model")!r})
+export_checkpoint({str(tmp_path / "model")!r}, {str(tmp_path / "hf")!r})
+bundle = pj.load({str(model_directory)!r})
+tokens, lengths = bundle.tokenizer.encode(["a text"])
+pj.generate(bundle.model, tokens, lengths, max_new_tokens=1)
+"""
+    modules = loaded_by(code)
+    assert "torch" not in modules
+    assert not {name for name in modules if name.startswith("jax.experimental.pallas")}
+
+
+def test_torch_is_whole_after_a_tokenizer_was_loaded(model_directory):
+    """Modules of transformers that were imported without it have the real one, and so has the program."""
+    code = f"""
+from polarjax.text.tokenizer import Tokenizer
+Tokenizer.load({str(model_directory / "tokenizer")!r}, model_type="opt")
+from transformers import modeling_rope_utils as before
+assert before.torch.arange(3).tolist() == [0, 1, 2]
+import torch
+from torch import nn
+assert before.torch is torch and nn.Linear(2, 3)
+"""
+    assert "torch" in loaded_by(code)
+
+
+def test_torch_imported_before_stays_as_it_is(model_directory):
+    code = f"""
+import torch
+from polarjax.text.tokenizer import Tokenizer
+Tokenizer.load({str(model_directory / "tokenizer")!r}, model_type="opt")
+import sys, transformers.modeling_rope_utils as module
+assert sys.modules["torch"] is torch is module.torch
+"""
+    loaded_by(code)
+
+
 @pytest.mark.parametrize("package", FACES)
 def test_analyzers_see_the_names_where_they_are_found(package):
     """The block for static analysis and what is found at run time are the same objects."""

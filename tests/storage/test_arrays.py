@@ -2,10 +2,8 @@
 
 import contextlib
 import os
-import sys
 import threading
 import time
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
@@ -53,7 +51,7 @@ def test_lent_memory(tmp_path):
 
 def test_few_files_wait_open_for_their_hash(tmp_path, monkeypatch):
     """A slow hash must not let them grow beyond what a process may hold."""
-    digest, most = module._digest, 0
+    digest, most = module.digest, 0
 
     def slow(stream):
         nonlocal most
@@ -65,7 +63,7 @@ def test_few_files_wait_open_for_their_hash(tmp_path, monkeypatch):
         time.sleep(0.05)
         return digest(stream)
 
-    monkeypatch.setattr(module, "_digest", slow)
+    monkeypatch.setattr(module, "digest", slow)
     monkeypatch.setattr(module, "_LARGE", 1)
     monkeypatch.setattr(module, "_OPEN", 2)
     writer = ArrayWriter(tmp_path / "arrays", batch_bytes=100)
@@ -108,17 +106,3 @@ def test_odd_names(tmp_path, name):
     assert [path.name for path in tmp_path.iterdir()] == [name]
     found = read_arrays(tmp_path / name / "arrays", record, hint="")
     np.testing.assert_array_equal(found["array"], np.arange(4))
-
-
-@pytest.mark.skipif(sys.platform != "linux", reason="threads have no priorities of their own")
-@pytest.mark.parametrize(("before", "after"), [(0, 15), (19, 19)])
-def test_no_thread_takes_precedence_that_it_may_not_have(before, after):
-    """Only a privileged process may lower a thread's number again."""
-
-    def run() -> int:
-        os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), before)
-        module._give_way()
-        return os.getpriority(os.PRIO_PROCESS, threading.get_native_id())
-
-    with ThreadPoolExecutor(1) as pool:
-        assert pool.submit(run).result() == after
