@@ -247,11 +247,12 @@ def _special_tokens(folder: Path) -> str:
 def _bare_config(model_type: str | None) -> Any:
     """A config that names its family, which is all that a tokenizer is chosen by; the family's own imports PyTorch."""
     from transformers import PreTrainedConfig
-    from transformers.models.auto.configuration_auto import CONFIG_MAPPING_NAMES
+    from transformers.models.auto import configuration_auto
 
-    if model_type not in CONFIG_MAPPING_NAMES:
+    names = configuration_auto.CONFIG_MAPPING_NAMES  # pyright: ignore[reportPrivateImportUsage]
+    if model_type not in names:
         return None
-    return type(CONFIG_MAPPING_NAMES[model_type], (PreTrainedConfig,), {"model_type": model_type})()
+    return type(names[model_type], (PreTrainedConfig,), {"model_type": model_type})()
 
 
 def _is_unicode(text: str) -> bool:
