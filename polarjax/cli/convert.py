@@ -8,7 +8,7 @@ from typing import Annotated, Any
 import typer
 
 from checkpoints_convert import Conversion, convert_checkpoint, describe_checkpoint
-from polarjax.cli.inspect import dry_run as tell
+from polarjax.cli import inspect
 from polarjax.progress import task
 
 
@@ -41,7 +41,7 @@ def convert(
     """Turn a HuggingFace checkpoint into a model directory."""
     chosen = None if dtype is Dtype.KEEP else dtype.value
     if dry_run:
-        return tell(describe_checkpoint(source, revision=revision, dtype=chosen), chosen)
+        return inspect.dry_run(describe_checkpoint(source, revision=revision, dtype=chosen), chosen)
     done = convert_checkpoint(
         source,
         out,

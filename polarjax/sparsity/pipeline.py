@@ -13,7 +13,7 @@ import numpy as np
 
 from polarjax import types
 from polarjax.configs import ModelConfig
-from polarjax.errors import InputError
+from polarjax.errors import CheckpointError, InputError
 from polarjax.model import decoder
 from polarjax.model.checks import check_windows
 from polarjax.selection.plans import PlanTable, check_density
@@ -27,6 +27,11 @@ from polarjax.sparsity.collection import (
 )
 from polarjax.sparsity.options import CalibrateOptions, CollectOptions, TrainOptions
 from polarjax.sparsity.training import TrainReport, train_routers
+
+_ELSEWHERE = (
+    "make room in the folder for temporary files, set TMPDIR to another one, or keep the activations in a folder of "
+    "your choice (--activations)"
+)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -149,9 +154,17 @@ def _collect(
 def _folder(options: CollectOptions) -> Iterator[types.Path]:
     if options.folder is not None:
         yield options.folder
-    else:
-        with tempfile.TemporaryDirectory(prefix="polarjax-") as folder:
+        return
+    try:
+        temporary = tempfile.TemporaryDirectory(prefix="polarjax-")
+    except OSError as error:
+        got = error.strerror or str(error)
+        raise CheckpointError("no temporary folder can be made", got=got, hint=_ELSEWHERE) from error
+    with temporary as folder:
+        try:
             yield Path(folder, "activations")
+        except CheckpointError as error:
+            raise CheckpointError(error.what, where=error.where, got=error.got, hint=_ELSEWHERE) from error
 
 
 @contextmanager

@@ -97,6 +97,7 @@ def absolute(path: str | os.PathLike[str]) -> Path:
 
 def check_writable(folder: Path) -> None:
     """Raises `CheckpointError` unless files can be made in a folder: before long work whose result belongs there."""
+    folder = absolute(folder)
     with _refusals(folder), _claimed(folder / "probe"):
         pass
 

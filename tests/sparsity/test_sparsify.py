@@ -1,8 +1,11 @@
 """The three stages in one go, by function and by command, on tiny models and on the bundled one."""
 
 import dataclasses
+import errno
 import json
+import os
 import shutil
+import tempfile
 from pathlib import Path
 
 import jax
@@ -23,6 +26,7 @@ from polarjax.sparsity.options import CalibrateOptions, CollectOptions, TrainOpt
 from polarjax.text.corpus import standard_library_text, text_windows
 from tests.convert import hf_models
 from tests.model import zoo
+from tests.one_line import refuses
 
 ASSETS = Path(pj.__file__).parent / "assets"
 FAST = TrainOptions(learning_rate=1e-2, neuron_batch=256, group_batch=256, max_epochs=2)
@@ -49,6 +53,23 @@ def test_everything_fits_the_model_and_itself(tmp_path, name):
     assert set(report.seconds) == {"collect", "train", "calibrate", "measure"}
     assert json.loads(json.dumps(report.to_json()))["tokens"] == 480
     assert (tmp_path / "acts" / "meta.json").exists()
+
+
+@pytest.mark.parametrize("full", [True, False])
+def test_a_full_or_missing_folder_for_temporary_files_is_named(tmp_path, monkeypatch, full):
+    def no_space(*_):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path if full else tmp_path / "none"))
+    monkeypatch.setattr(os, "posix_fallocate", no_space)
+    got = (
+        f"{tmp_path}.*cannot write here; got No space left"
+        if full
+        else "no temporary folder.*got No such file"
+    )
+    with refuses(pj.CheckpointError, rf"{got}.*TMPDIR.*\(--activations\)"):
+        sparsify(zoo.model("opt"), tiny_windows(), jax.random.key(0), calibration=SMALL)
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_the_same_key_gives_the_same_plans():

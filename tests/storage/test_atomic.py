@@ -10,6 +10,7 @@ import pytest
 from polarjax.errors import CheckpointError
 from polarjax.storage import atomic as storage
 from polarjax.storage.atomic import atomic_file, atomic_folder, check_writable, remove_stale
+from tests.one_line import refuses
 
 
 def names(folder: Path) -> list[str]:
@@ -138,6 +139,19 @@ def test_whether_a_folder_can_be_written(tmp_path):
     (tmp_path / "file").touch()
     with pytest.raises(CheckpointError, match="file: cannot write here"):
         check_writable(tmp_path / "file")
+
+
+def test_a_read_only_folder_is_named_by_its_whole_path(tmp_path, monkeypatch):
+    """And not by a file that is made in it to find out; also where its name is relative."""
+    monkeypatch.chdir(tmp_path)
+
+    def refuse(path, *_):
+        raise PermissionError(errno.EACCES, os.strerror(errno.EACCES), os.fspath(path))
+
+    monkeypatch.setattr(os, "open", refuse)
+    for name in ("folder", "./folder/../folder"):
+        with refuses(CheckpointError, f"^{tmp_path}/folder: cannot write here; got Permission denied"):
+            check_writable(Path(name))
 
 
 def test_a_reader_that_is_gone_is_no_fault_of_the_file(tmp_path):
