@@ -10,6 +10,10 @@ os.environ["JAX_PLATFORMS"] = os.environ.get("POLARJAX_TEST_PLATFORM", "cpu")
 # Pallas's GPU interpreter runs a kernel's threads side by side on JAX's CPU threads, and they wait for each other: with
 # as few as a small machine's processors they would wait forever.
 os.environ["NPROC"] = "16"
+if (
+    "JAX_COMPILATION_CACHE_DIR" not in os.environ
+):  # no test writes into the user's cache folder, or compiles less
+    os.environ["JAX_ENABLE_COMPILATION_CACHE"] = "false"
 os.environ |= {"HF_HUB_OFFLINE": "1", "TRANSFORMERS_NO_ADVISORY_WARNINGS": "1", "MPLBACKEND": "agg"}
 
 _aot = str(Path(sys.prefix, "aot"))  # where `make test` puts the GPU compiler

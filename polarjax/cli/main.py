@@ -21,6 +21,7 @@ from typing import Annotated, Any, NamedTuple
 
 import typer
 
+from polarjax.cli.compile_cache import OFF, compile_cache
 from polarjax.errors import PolarjaxError
 
 BAD_INPUT = 2  # exit code; typer uses the same for a wrong option
@@ -29,23 +30,32 @@ INTERRUPTED = 128 + signal.SIGINT
 
 
 class Verb(NamedTuple):
-    """Where a verb's function is (`module:function`) and the line that `polarjax --help` shows for it."""
+    """Where a verb's function is (`module:function`), the line that `polarjax --help` shows, and if it compiles."""
 
     function: str
     summary: str
+    compiles: bool = True
 
 
 VERBS = {
-    "convert": Verb("polarjax.cli.convert:convert", "Turn a HuggingFace checkpoint into a model directory."),
+    "convert": Verb(
+        "polarjax.cli.convert:convert",
+        "Turn a HuggingFace checkpoint into a model directory.",
+        compiles=False,
+    ),
     "sparsify": Verb("polarjax.cli.sparsify:sparsify", "Collect, train routers and calibrate in one go."),
     "collect": Verb("polarjax.cli.collect:collect", "Record which neurons and heads a text makes active."),
     "train-routers": Verb("polarjax.cli.train_routers:train_routers", "Learn to predict that activity."),
     "calibrate": Verb("polarjax.cli.calibrate:calibrate", "Find how many neurons each batch size needs."),
     "generate": Verb("polarjax.cli.generate:generate", "Continue prompts, dense or sparse."),
     "eval": Verb("polarjax.cli.evaluate:evaluate", "Measure the quality of sparse decoding against dense."),
-    "export": Verb("polarjax.cli.export:export", "Write a model directory as a HuggingFace folder."),
+    "export": Verb(
+        "polarjax.cli.export:export", "Write a model directory as a HuggingFace folder.", compiles=False
+    ),
     "inspect": Verb(
-        "polarjax.cli.inspect:inspect", "Tell what a checkpoint is, what fits and what is supported."
+        "polarjax.cli.inspect:inspect",
+        "Tell what a checkpoint is, what fits and what is supported.",
+        compiles=False,
     ),
     "demo": Verb("polarjax.cli.demo:demo", "All of it on the small model that comes with polarjax."),
 }
@@ -84,7 +94,7 @@ def _app(called: str | None) -> typer.Typer:
     )
     app.callback()(_options)
     for name, verb in VERBS.items():
-        function = _command(verb.function) if name == called else _not_called
+        function = _command(verb) if name == called else _not_called
         app.command(name, short_help=verb.summary)(function)
     return app
 
@@ -106,19 +116,20 @@ def _options(
 def _not_called() -> None: ...
 
 
-def _command(target: str) -> Callable[..., None]:
-    """Loads `module:function` and gives it `--json`, progress lines and one-line errors."""
-    module, _, name = target.partition(":")
+def _command(verb: Verb) -> Callable[..., None]:
+    """Loads a verb's function and gives it `--json`, the compile cache, progress lines and one-line errors."""
+    module, _, name = verb.function.partition(":")
     function = getattr(importlib.import_module(module), name)
 
     @functools.wraps(function)
-    def command(*args: Any, as_json: bool, **kwargs: Any) -> None:
-        from polarjax.progress import show_lines  # imports JAX
+    def command(*args: Any, as_json: bool, no_cache: bool = False, **kwargs: Any) -> None:
+        from polarjax.progress import show_lines
 
         try:
             with (
                 unwound_by_sigterm(),
                 show_lines(),
+                compile_cache(not no_cache) if verb.compiles else contextlib.nullcontext(),
                 contextlib.redirect_stdout(sys.stderr if as_json else sys.stdout),
             ):
                 result = function(*args, **kwargs)
@@ -136,16 +147,29 @@ def _command(target: str) -> Callable[..., None]:
         if as_json:
             print(json.dumps(_plain(result)))
 
-    option = typer.Option("--json", help="Print the result as JSON, and nothing else, on standard output.")
-    signature = inspect.signature(function)
-    parameter = inspect.Parameter(
-        "as_json", inspect.Parameter.KEYWORD_ONLY, default=False, annotation=Annotated[bool, option]
-    )
-    command.__signature__ = signature.replace(  # pyright: ignore[reportAttributeAccessIssue]
-        parameters=[*signature.parameters.values(), parameter], return_annotation=None
-    )
-    command.__annotations__ = function.__annotations__ | {"as_json": parameter.annotation}
+    _add_flags(command, function, _FLAGS if verb.compiles else {"as_json": _FLAGS["as_json"]})
     return command
+
+
+_FLAGS = {
+    "as_json": typer.Option("--json", help="Print the result as JSON, and nothing else, on standard output."),
+    "no_cache": typer.Option(OFF, help="Don't keep compiled programs in the user's cache folder."),
+}
+"""What verbs get besides their own options."""
+
+
+def _add_flags(command: Any, function: Callable[..., Any], flags: Mapping[str, Any]) -> None:
+    """Makes `command` look as `function` with more options, which are False unless they are given."""
+    signature = inspect.signature(function)
+    kinds = {name: Annotated[bool, option] for name, option in flags.items()}
+    added = [
+        inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=False, annotation=kind)
+        for name, kind in kinds.items()
+    ]
+    command.__signature__ = signature.replace(
+        parameters=[*signature.parameters.values(), *added], return_annotation=None
+    )
+    command.__annotations__ = function.__annotations__ | kinds
 
 
 @contextlib.contextmanager

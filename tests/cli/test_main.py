@@ -52,7 +52,7 @@ def test_help_lists_every_verb(polarjax):
     code, out, _ = polarjax("--help")
     assert code == 0
     assert [
-        line for verb, (_, summary) in command.VERBS.items() for line in (verb, summary) if line not in out
+        line for name, verb in command.VERBS.items() for line in (name, verb.summary) if line not in out
     ] == []
 
 

@@ -1,0 +1,69 @@
+"""JAX's persistent cache of compiled programs, in the user's cache folder: the second start need not compile again."""
+
+import contextlib
+import os
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+OFF = "--no-compile-cache"
+
+
+@contextlib.contextmanager
+def compile_cache(wanted: bool = True) -> Iterator[None]:
+    """Turns the cache on for the block, unless the user has configured JAX's own.
+
+    Prints one line to standard error when it makes the folder, or when the folder can't be used; work then goes on
+    without.
+
+    Args:
+      wanted: False does nothing.
+    """
+    import jax
+
+    config = jax.config
+    if not wanted or not config.jax_enable_compilation_cache or config.jax_compilation_cache_dir is not None:
+        yield
+        return
+    folder = _usable()
+    if folder is None:
+        yield
+        return
+    from jax.experimental.compilation_cache import compilation_cache as cache
+
+    config.update("jax_compilation_cache_dir", str(folder))
+    try:
+        yield
+    finally:
+        config.update("jax_compilation_cache_dir", None)
+        cache.reset_cache()
+
+
+def cache_folder() -> Path:
+    """Where compiled programs are kept: below XDG_CACHE_HOME, or the platform's cache folder of the user."""
+    base = Path(os.environ.get("XDG_CACHE_HOME", ""))
+    if not base.is_absolute():  # a relative one is to be ignored, says the XDG specification
+        base = Path.home() / ("Library/Caches" if sys.platform == "darwin" else ".cache")
+    return base / "polarjax" / "compiled"
+
+
+def _usable() -> Path | None:
+    """The folder, made if need be; None where it can't be written."""
+    try:
+        folder = cache_folder()
+        new = not folder.is_dir()
+        folder.mkdir(parents=True, exist_ok=True)
+        if not os.access(folder, os.W_OK | os.X_OK):
+            raise PermissionError(f"{folder} can't be written")
+    except (OSError, RuntimeError) as error:  # RuntimeError: the user has no home folder
+        print(
+            f"polarjax: compiled programs are not kept: {error}. Hint: set XDG_CACHE_HOME, or {OFF}",
+            file=sys.stderr,
+        )
+        return None
+    if new:
+        print(
+            f"polarjax: compiled programs are kept in {folder} for the next start ({OFF}: don't)",
+            file=sys.stderr,
+        )
+    return folder
