@@ -16,7 +16,7 @@ from collections.abc import Iterator, Sequence
 from bench import report
 from bench.check_sparse_mlp import KINDS, check_kinds
 from bench.mlp_runs import Bench, MlpCase, Run, choices, dense, gathered, selective, weights
-from bench.workloads import BATCHES, DENSITIES, MODELS, ModelShape
+from bench.workloads import BATCHES, DENSITIES, MLP_MODELS, MODELS, ModelShape
 
 COLUMNS = ("case", "kernel", "time_us", "spread_us", "bytes", "gbps", "pct_peak", "speedup_vs_dense", "error")
 TABLE_MODELS = (
@@ -72,7 +72,8 @@ def sweep(bench: Bench) -> None:
 def table(bench: Bench, models: Sequence[str]) -> None:
     """The named workloads with the heuristic's tiles, beside plain XLA; models of one shape are measured once."""
     shapes = {
-        (m.d_model, m.d_ff, m.gated, m.activation): m for m in map(MODELS.__getitem__, reversed(models))
+        (m.d_model, m.d_ff, m.gated, m.activation, m.threshold): m
+        for m in map(MLP_MODELS.__getitem__, reversed(models))
     }
     for batches in (IMPORTANT, [batch for batch in BATCHES if batch not in IMPORTANT]):
         for model in reversed(shapes.values()):
@@ -94,7 +95,7 @@ def main() -> int:
     )
     parser.add_argument("verbs", nargs="+", choices=("check", "trace", "sweep", "table"))
     parser.add_argument("--kinds", nargs="+", default=tuple(KINDS), choices=tuple(KINDS))
-    parser.add_argument("--models", nargs="+", default=TABLE_MODELS, choices=tuple(MODELS))
+    parser.add_argument("--models", nargs="+", default=TABLE_MODELS, choices=tuple(MLP_MODELS))
     parser.add_argument("--seconds", type=float, default=150, help="for measuring, after the checks")
     parser.add_argument("--check-seconds", type=float, default=100, help="for the checks of all kinds")
     args = parser.parse_args()

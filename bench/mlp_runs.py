@@ -115,7 +115,7 @@ class Run:
         x = jax.ShapeDtypeStruct((case.batch, case.model.d_model), jnp.bfloat16)
         index = jax.ShapeDtypeStruct((case.selected,), jnp.int32)
         sets = [(params,)] if self.dense else [(params, index)] * case.sets
-        oracle = jax.jit(functools.partial(reference.reference, activation=case.model.activation))
+        oracle = jax.jit(functools.partial(reference.reference, **_act(case.model)))
         chain = timing.chained(self.call, CALLS)
         return chain.lower(x, sets).compile(), oracle.lower(x=x, index=index, **params).compile(UNTUNED)
 
@@ -132,6 +132,10 @@ class Run:
         return {"error": found} | timing.speed(case.bytes, taken, peak)
 
 
+def _act(model: ModelShape) -> dict[str, Any]:
+    return {"activation": model.activation, "threshold": model.threshold}
+
+
 def dense(model: ModelShape, batch: int) -> Run:
     """XLA's products with all neurons."""
     return Run(MlpCase(model, batch, 1.0), "dense", functools.partial(_dense, model), dense=True)
@@ -139,19 +143,18 @@ def dense(model: ModelShape, batch: int) -> Run:
 
 def gathered(case: MlpCase) -> Run:
     """XLA's take and dot."""
-    call = functools.partial(xla.sparse_mlp, activation=case.model.activation)
+    call = functools.partial(xla.sparse_mlp, **_act(case.model))
     return Run(case, "take+dot", lambda x, params, index: call(x, index=index, **params))
 
 
 def selective(case: MlpCase, tiles: Tiles) -> Run:
     """Our kernel with a configuration."""
-    options = {"activation": case.model.activation, "tiles": tiles, "device": _device.current()}
-    call = functools.partial(mosaic.sparse_mlp, **options)
+    call = functools.partial(mosaic.sparse_mlp, **_act(case.model), tiles=tiles, device=_device.current())
     return Run(case, brief(tiles), lambda x, params, index: call(x, index=index, **params), tiles)
 
 
 def _dense(model: ModelShape, x: jax.Array, params: dict[str, jax.Array]) -> jax.Array:
-    act = xla.ACTIVATIONS[model.activation]
+    act = xla.thresholded(model.threshold) if model.threshold else xla.ACTIVATIONS[model.activation]
     up = x @ params["w_up"].T + params.get("b_up", jnp.zeros((), x.dtype))
     hidden = act(x @ params["w_gate"].T) * up if model.gated else act(up)
     return hidden @ params["w_down"]

@@ -5,7 +5,10 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True)
 class ModelShape:
-    """What a layer of a published model looks like to the kernels; `critical` is its published head density."""
+    """What a layer of a published model looks like to the kernels.
+
+    `critical` is its published head density, `threshold` what a pre-activation of its ReLU must exceed.
+    """
 
     name: str
     d_model: int
@@ -16,6 +19,7 @@ class ModelShape:
     activation: str
     gated: bool
     critical: float
+    threshold: float = 0.0
 
     @property
     def queries(self) -> int:
@@ -36,6 +40,14 @@ MODELS = {
         ModelShape("qwen2.5-14b", 5120, 13824, 40, 8, 128, "silu", True, 0.625),
     )
 }
+MLP_MODELS = MODELS | {
+    model.name: model
+    for model in (
+        ModelShape("relu-llama-2-7b", 4096, 11008, 32, 32, 128, "relu", True, 0.5),
+        ModelShape("prosparse-llama-2-7b", 4096, 11008, 32, 32, 128, "relu", True, 0.5, 0.01),
+    )
+}
+"""Those, and two that differ from llama-2-7b in the activation alone."""
 BATCHES = (1, 8, 16, 64, 256)
 DENSITIES = (0.1, 0.3, 0.5, 0.625, 1.0)
 CACHES = (1920, 3968, 8192)

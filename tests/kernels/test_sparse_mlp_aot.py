@@ -10,7 +10,7 @@ import pytest
 
 from bench.check_sparse_mlp import brief
 from bench.mlp_runs import MlpCase
-from bench.workloads import BATCHES, DENSITIES, MODELS
+from bench.workloads import BATCHES, DENSITIES, MLP_MODELS, MODELS
 from pallas_kernels import sparse_mlp
 from pallas_kernels._device import HOPPER
 from pallas_kernels.sparse_mlp.tiles import BATCHES as PADDED
@@ -47,7 +47,8 @@ def test_compiles_for_h200(case):
     optional = (
         {"w_gate": weight} if model.gated else {"b_up": jax.ShapeDtypeStruct(weight.shape[:1], x.dtype)}
     )
-    call = functools.partial(sparse_mlp, activation=model.activation, implementation="mosaic")
+    act = {"activation": model.activation, "threshold": model.threshold}
+    call = functools.partial(sparse_mlp, **act, implementation="mosaic")
     program = aot.compile_for_h200(
         lambda x, up, down, index, optional: call(x, up, down, index, **optional),
         *(x, weight, weight, index, optional),
@@ -57,6 +58,9 @@ def test_compiles_for_h200(case):
     assert "wgmma.mma_async" in kernel.ptx
     assert "cp.async.bulk.shared::cta.global" in kernel.ptx
     assert kernel.smem <= chosen(case).smem_bytes
+    assert ("0f3C23D70A" in kernel.ptx) == (
+        model.threshold == 0.01
+    )  # its bits, as a constant of the comparison
     aot.assert_fit(program)
 
 
@@ -84,6 +88,10 @@ def test_widths_fit(batch, d_model, selected):
 def test_few_gated_neurons_fit(name, batch):
     """So few that several blocks share a tile."""
     test_compiles_for_h200(MlpCase(MODELS[name], batch, 0.1))
+
+
+def test_a_threshold_fits():
+    test_compiles_for_h200(MlpCase(MLP_MODELS["prosparse-llama-2-7b"], 64, 0.3))
 
 
 def test_large_batches_run_one_piece_after_the_other():
