@@ -154,7 +154,7 @@ def selective(case: MlpCase, tiles: Tiles) -> Run:
 
 
 def _dense(model: ModelShape, x: jax.Array, params: dict[str, jax.Array]) -> jax.Array:
-    act = xla.thresholded(model.threshold) if model.threshold else xla.ACTIVATIONS[model.activation]
+    act = xla.activation_function(**_act(model))
     up = x @ params["w_up"].T + params.get("b_up", jnp.zeros((), x.dtype))
     hidden = act(x @ params["w_gate"].T) * up if model.gated else act(up)
     return hidden @ params["w_down"]

@@ -1,8 +1,8 @@
-"""Files of tuned configurations, and the one to take for a call.
+"""Reads files of tuned tiles and finds the entry for a call.
 
 A file is JSON: {"format": 1, "entries": [{op, device, dtype, shapes, tiles, time_us, jax, commit}, ...]}, where `shapes`
-and `tiles` map names to positive integers. Those in this folder ship with the package; the file that the variable
-PALLAS_KERNELS_TUNED names goes before them. Files are read once a process.
+and `tiles` map names to positive integers. The files in this folder ship with the package; the file named by the
+environment variable PALLAS_KERNELS_TUNED overrides them. Each process reads the files once.
 """
 
 import functools
@@ -21,7 +21,14 @@ VARIABLE = "PALLAS_KERNELS_TUNED"
 
 @dataclass(frozen=True, kw_only=True)
 class Entry:
-    """A configuration that was the best one measured: for what, on what device, how long a call took, with what."""
+    """The fastest tiles measured for one call.
+
+    Attributes:
+      op, device, dtype, shapes: the call; see `key`.
+      tiles: the configuration.
+      time_us: how long a call took, in microseconds.
+      jax, commit: the versions of JAX and of this package that were measured.
+    """
 
     op: str
     device: str
@@ -47,27 +54,25 @@ class Entry:
 
     @property
     def key(self) -> tuple[str, str, str, tuple[tuple[str, int], ...]]:
-        """What a call must have in common with it."""
+        """The key of the calls that it is for."""
         return key(self.op, self.device, self.dtype, self.shapes)
 
 
 def key(
     op: str, device: str, dtype: str, shapes: Mapping[str, int]
 ) -> tuple[str, str, str, tuple[tuple[str, int], ...]]:
-    """What tells one call from another: two are the same when all of this is."""
+    """Identifies a call: two calls with equal keys use the same tiles."""
     return op, device, dtype, tuple(sorted(shapes.items()))
 
 
 def load(path: Path) -> tuple[Entry, ...]:
-    """The entries of a file. Raises ValueError, in one line, for a file that is not what it should be."""
+    """The entries of a file; raises a one-line ValueError if the file is unreadable or invalid."""
     try:
         document = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
         raise ValueError(f"tuned tiles: {path} can't be read; got {type(error).__name__}: {error}") from error
     if not isinstance(document, dict) or document.get("format") != FORMAT:
-        raise ValueError(
-            f"tuned tiles: {path} is not of this format; expected an object with format {FORMAT}"
-        )
+        raise ValueError(f"tuned tiles: {path} has another format; expected an object with format {FORMAT}")
     entries = document.get("entries")
     if not isinstance(entries, list):
         raise ValueError(f"tuned tiles: {path} has no list of entries; got {type(entries).__name__}")
@@ -83,13 +88,13 @@ def load(path: Path) -> tuple[Entry, ...]:
         except ValueError as error:
             raise ValueError(f"{where}: {error}") from error
         if entry.key in found:
-            raise ValueError(f"{where}: repeats an earlier one; got {entry.key}")
+            raise ValueError(f"{where}: repeats an earlier entry; got {entry.key}")
         found[entry.key] = entry
     return tuple(found.values())
 
 
 def write(path: Path, entries: Sequence[Entry]) -> None:
-    """Adds `entries` to a file, in place of those for the same calls; the file is there whole or not at all."""
+    """Adds `entries` to a file, replacing those for the same calls; the file is written completely or not at all."""
     before = load(path) if path.exists() else ()
     merged = {entry.key: asdict(entry) for entry in (*before, *entries)}
     text = json.dumps({"format": FORMAT, "entries": list(merged.values())}, indent=1) + "\n"
@@ -103,7 +108,7 @@ def write(path: Path, entries: Sequence[Entry]) -> None:
 
 
 def lookup(op: str, device: str, dtype: str, shapes: Mapping[str, int]) -> Entry | None:
-    """The entry for exactly this call on exactly this device, or None."""
+    """The entry for exactly this call on exactly this device, or None if there is none."""
     return _known(os.environ.get(VARIABLE)).get(key(op, device, dtype, shapes))
 
 

@@ -1,11 +1,11 @@
-"""Measures the tiles of an operation on this machine's GPU and writes the best ones as JSON.
+"""Measures the tiles of an operation on this machine's GPU and writes the fastest ones as JSON.
 
     python3 -m pallas_kernels.autotune sparse_decode_attention \\
         --batch 16 --groups 8 --queries 4 --width 128 --capacity 8192 --selected 2 --output tuned.json
     python3 -m pallas_kernels.autotune sparse_mlp \\
         --batch 16 --d-model 9216 --neurons 36864 --selected 3712 --output tuned.json
 
-Set PALLAS_KERNELS_TUNED=tuned.json to have calls of these shapes take what was found. Selection has no tiles to tune.
+Set PALLAS_KERNELS_TUNED=tuned.json to use them in calls of these shapes. Selection has no tiles to tune.
 """
 
 import argparse
@@ -31,7 +31,7 @@ def tune(
     *,
     timer: Callable[[Callable[[], Any]], tuple[float, float]] = measure.host_timer,
 ) -> tuned.Entry:
-    """The entry of a file for one call, measured on its device. Prints a line a candidate."""
+    """Measures one call on its device and returns its file entry. Prints one line per candidate."""
     best = measure.search(
         subject.candidates(),
         subject.run,
@@ -72,19 +72,19 @@ def _parser() -> argparse.ArgumentParser:
         subject.add_arguments(own)
         own.add_argument("--dtype", default="bfloat16", choices=("bfloat16", "float16"))
         own.add_argument(
-            "--output", type=Path, required=True, help="JSON; entries for other calls stay in it"
+            "--output", type=Path, required=True, help="JSON file; entries for other calls are kept"
         )
     return parser
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """The command: 0 when a file was written, 1 with one line on stderr where that can't be."""
+    """The command; returns 0 if the file was written, else 1 after one line on stderr."""
     args = _parser().parse_args(arguments)
     try:
         device = _device.current()
         _device.require_hopper(device)
         if args.output.exists():
-            tuned.load(args.output)  # refuses a file that is something else before the long work, not after
+            tuned.load(args.output)  # refuses an invalid file before the long measurement
         entry = tune(SUBJECTS[args.op].of(args, device))
         tuned.write(args.output, [entry])
     except (NotImplementedError, ValueError, OSError) as error:

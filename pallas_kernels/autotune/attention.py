@@ -1,4 +1,4 @@
-"""Decode attention for the search: its operands on the device, its candidates, how one runs, what is right."""
+"""Decode attention as a tuning subject: operands, candidates, how to run one and how to check its result."""
 
 import argparse
 import functools
@@ -22,7 +22,7 @@ SIZES = ("batch", "groups", "queries", "width", "capacity")
 
 @dataclass(frozen=True)
 class Attention:
-    """One call: its problem, "bfloat16" or "float16", the device that it is measured on."""
+    """One call: its problem, dtype ("bfloat16" or "float16") and the device to measure it on."""
 
     problem: Problem
     dtype: str
@@ -33,11 +33,11 @@ class Attention:
     def add_arguments(parser: argparse.ArgumentParser) -> None:
         for name in SIZES:
             parser.add_argument(f"--{name}", type=int, required=True)
-        parser.add_argument("--selected", type=int, help="groups a sequence; without it, all (dense)")
+        parser.add_argument("--selected", type=int, help="groups per sequence; default: all (dense)")
 
     @classmethod
     def of(cls, args: argparse.Namespace, device: _device.Device) -> "Attention":
-        """Raises NotImplementedError or ValueError for what the kernel can't do."""
+        """The call of a command line; raises NotImplementedError or ValueError if the kernel cannot do it."""
         selected = args.groups if args.selected is None else args.selected
         problem = Problem(**{name: getattr(args, name) for name in SIZES}, selected=selected)
         if problem.selected > problem.groups:
@@ -53,14 +53,14 @@ class Attention:
         return dict(vars(tiles))
 
     def candidates(self) -> Iterator[Tiles]:
-        """The heuristic's configuration, then the rest of the search space."""
+        """The heuristic's configuration first, then the rest of the search space."""
         first = heuristic(self.problem, self.device)
         yield first
         yield from (tiles for tiles in search_space(self.problem, self.device) if tiles != first)
 
     @cached_property
     def operands(self) -> tuple[jax.Array, list[tuple[Any, ...]]]:
-        """q, and (k, v, lengths, index) as often as it takes to miss the L2."""
+        """q, and enough sets of (k, v, lengths, index) that calls taking them in turn miss the L2 cache."""
         p, rng = self.problem, np.random.default_rng(0)
         touched = p.batch * p.selected * p.capacity * p.width * 4
         shape = (p.batch, p.groups, p.capacity, p.width)
@@ -77,7 +77,7 @@ class Attention:
 
     @cached_property
     def want(self) -> np.ndarray:
-        """What the first of the calls should give."""
+        """The expected result of the first call."""
         q, sets = self.operands
         oracle = jax.jit(functools.partial(reference.sparse_decode_attention, scale=self._scale))
         return np.asarray(oracle(q, *sets[0]), np.float64)

@@ -1,4 +1,4 @@
-"""Measures configurations on the device, the heuristic's first, and tells the one to take."""
+"""Measures configurations on the device, the heuristic's first, and picks the fastest."""
 
 import functools
 import statistics
@@ -11,14 +11,14 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-CALLS = 8  # chained in a program
-LIMIT = 8e-3  # |out - oracle| / |oracle|, both as vectors
+CALLS = 8  # chained in one program
+LIMIT = 8e-3  # largest |out - oracle| / |oracle|, as norms of vectors
 L2_BYTES = 60 * 2**20
 
 
 @dataclass(frozen=True)
 class Trial:
-    """One configuration: seconds a call, median and spread of repeats; or why there are none."""
+    """One measured configuration: median and spread of its seconds per call, or why it has none (`failure`)."""
 
     tiles: Any
     seconds: float = float("inf")
@@ -37,11 +37,20 @@ def search(
     timer: Callable[[Callable[[], Any]], tuple[float, float]],
     report: Callable[[Trial], None] = lambda trial: None,
 ) -> Trial:
-    """The best trial. `run(tiles)` gives a function of a call; `right(result)` whether its result is; `timer` times it.
+    """Measures all candidates and returns the best trial.
 
-    The first candidate stands for what would be taken without a search: another replaces it, or its successor,
-    only where it is faster by more than the spreads of both. A candidate that is wrong or raises is never taken.
-    Raises ValueError where none is left.
+    The first candidate is what would be used without a search. Another one replaces the best so far only if it is
+    faster by more than both spreads together. A candidate that is wrong or raises is never taken.
+
+    Args:
+      candidates: configurations.
+      run: returns a function that makes one call with a configuration.
+      right: whether a result is correct.
+      timer: measures a function: (seconds, spread).
+      report: called with every trial.
+
+    Raises:
+      ValueError: no candidate gave a correct result.
     """
     best: Trial | None = None
     for tiles in candidates:
@@ -62,20 +71,20 @@ def _try(tiles: Any, run, right, timer) -> Trial:
         if not right(call()):
             return Trial(tiles, failure="wrong result")
         seconds, spread = timer(call)
-    except Exception as error:  # a configuration that can't run is told and left out
+    except Exception as error:  # reported and left out: a configuration that cannot run
         text = next(iter(str(error).splitlines()), "")[:120]
         return Trial(tiles, failure=f"{type(error).__name__}: {text}")
     return Trial(tiles, seconds, spread)
 
 
 def near(found: jax.Array, want: np.ndarray) -> bool:
-    """Whether a result is what the oracle says, both as vectors."""
+    """Whether a result is within `LIMIT` of the oracle's."""
     got = np.asarray(found.astype(jnp.float32), np.float64)
     return bool(np.linalg.norm(got - want) <= LIMIT * np.linalg.norm(want))
 
 
 def chained(call: Callable[..., jax.Array], x: jax.Array, sets: Sequence[Any]) -> Callable[[], Any]:
-    """-> f(): the first and the last of CALLS results, each call taking the one before as `x`, and the next set."""
+    """-> f(): the first and the last of CALLS results; each call takes the previous result as `x`, and the next set."""
 
     @jax.jit
     def run(x: jax.Array, sets: Sequence[Any]) -> tuple[jax.Array, jax.Array]:
@@ -88,12 +97,12 @@ def chained(call: Callable[..., jax.Array], x: jax.Array, sets: Sequence[Any]) -
 
 
 def sets_needed(touched_bytes: int) -> int:
-    """How many sets of operands a chain of calls takes in turn, so that none finds its own in the L2."""
+    """How many sets of operands a chain of calls must cycle through so that none is still in the L2 cache."""
     return max(1, min(64, -(-4 * L2_BYTES // touched_bytes)))
 
 
 def host_timer(run: Callable[[], Any], *, calls: int = CALLS, repeats: int = 5) -> tuple[float, float]:
-    """Seconds of one of the `calls` that `run` enqueues, by the host's clock: median and spread (max - min)."""
+    """Seconds per call, by the host's clock, for a `run` that enqueues `calls`: median and spread (max - min)."""
     jax.block_until_ready(run())
     times = []
     for _ in range(repeats + 1):

@@ -1,4 +1,4 @@
-"""The selective MLP for the search: its operands on the device, its candidates, how one runs, what is right."""
+"""The selective MLP as a tuning subject: operands, candidates, how to run one and how to check its result."""
 
 import argparse
 import functools
@@ -22,7 +22,14 @@ SIZES = ("batch", "d_model", "neurons", "selected")
 
 @dataclass(frozen=True, kw_only=True)
 class Mlp:
-    """One call: B, D, F and k; gated: SiLU-gated, else ReLU with a bias; "bfloat16" or "float16"; where it runs."""
+    """One call.
+
+    Attributes:
+      batch, d_model, neurons, selected: B, D, F and k.
+      gated: SiLU with a gate; False: ReLU with a bias. Neither the activation nor its threshold changes the tiles.
+      dtype: "bfloat16" or "float16".
+      device: to measure it on.
+    """
 
     batch: int
     d_model: int
@@ -38,7 +45,9 @@ class Mlp:
             sizes = ", ".join(f"{name} {getattr(self, name)}" for name in SIZES)
             raise ValueError(f"every size must be positive; got {sizes}")
         if self.batch > BATCHES[-1]:
-            raise ValueError(f"batch must be at most {BATCHES[-1]}, larger ones are cut up; got {self.batch}")
+            raise ValueError(
+                f"batch must be at most {BATCHES[-1]}, larger ones run in pieces; got {self.batch}"
+            )
         if self.selected > self.neurons:
             raise ValueError(
                 f"selected must be at most neurons; got {self.selected}, expected 1..{self.neurons}"
@@ -54,7 +63,7 @@ class Mlp:
 
     @classmethod
     def of(cls, args: argparse.Namespace, device: _device.Device) -> "Mlp":
-        """Raises NotImplementedError or ValueError for what the kernel can't do."""
+        """The call of a command line; raises NotImplementedError or ValueError if the kernel cannot do it."""
         sizes = {name: getattr(args, name) for name in SIZES}
         return cls(**sizes, gated=args.gated, dtype=args.dtype, device=device)
 
@@ -66,7 +75,7 @@ class Mlp:
         return choice.stored(tiles)
 
     def candidates(self) -> list[Tiles]:
-        """The heuristic's configuration, then the others worth measuring."""
+        """The heuristic's configuration first, then the others worth measuring."""
         return candidates(self.batch, self.d_model, self.device, selected=self.selected, gated=self.gated)
 
     @property
@@ -75,7 +84,7 @@ class Mlp:
 
     @cached_property
     def weights(self) -> dict[str, jax.Array]:
-        """Random ones, through which values of order one do not grow; those of gated calls shrink."""
+        """Random weights, scaled so that results are no larger than inputs of order one."""
         keys, shape = iter(jax.random.split(jax.random.key(1), 3)), (self.neurons, self.d_model)
 
         def normal(shape: tuple[int, ...], scale: float) -> jax.Array:
@@ -91,7 +100,7 @@ class Mlp:
 
     @cached_property
     def operands(self) -> tuple[jax.Array, list[tuple[jax.Array]]]:
-        """x, and sorted selections, disjoint as far as the neurons go, as many as it takes to miss the L2."""
+        """x, and enough sorted selections that calls taking them in turn miss the L2 cache; disjoint where possible."""
         rows = 3 if self.gated else 2
         count = measure.sets_needed(2 * rows * self.selected * self.d_model)
         rng, starts = np.random.default_rng(0), range(0, self.neurons - self.selected + 1, self.selected)
@@ -104,7 +113,7 @@ class Mlp:
 
     @cached_property
     def want(self) -> np.ndarray:
-        """What the first of the calls should give."""
+        """The expected result of the first call."""
         x, sets = self.operands
         oracle = jax.jit(functools.partial(reference.reference, activation=self._activation))
         return np.asarray(oracle(x=x, index=sets[0][0], **self.weights), np.float64)

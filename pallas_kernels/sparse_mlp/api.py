@@ -29,28 +29,28 @@ def sparse_mlp(
 ) -> Float[Array, "B D"]:
     """Sum over the neurons j in `index` of act(x·w_up[j] + b_up[j]) times w_down[j].
 
-    With `w_gate` the hidden value is act(x·w_gate[j] + b_gate[j]) · (x·w_up[j] + b_up[j]). The bias of the
-    down-projection is the caller's. `index` may be in any order; an entry outside [0, F), -1 by convention,
-    is absent and contributes exact zeros; a neuron counts as often as it is named. Rows that are not named
-    have no influence, whatever they hold; therefore no density falls through to the dense products, where
-    0 · NaN of a row of w_down would: to compute a layer densely is the caller's choice.
+    With `w_gate` the hidden value is act(x·w_gate[j] + b_gate[j]) · (x·w_up[j] + b_up[j]). The caller adds the bias
+    of the down-projection. `index` may be in any order. An entry outside [0, F), -1 by convention, is absent and
+    contributes exact zeros; a neuron counts as many times as it is named. Rows that are not named have no influence,
+    whatever they hold. That is why even full density does not switch to dense products, where NaN in a row of w_down
+    would spread as 0 · NaN: computing a layer densely is up to the caller.
 
     Args:
-      x: any floating dtype, which the result has. Products are accumulated in float32, hidden values are rounded
-        to x's dtype; "mosaic" adds the result up in float32 from a few parts that, for bfloat16, are rounded to it.
-      w_up, w_down, w_gate: neuron-major, row j is neuron j's, in one floating dtype.
-      index: any signed integers.
-      b_up, b_gate: floating; b_gate goes with w_gate alone.
+      x: any floating dtype; the result has the same. Products accumulate in float32; hidden values are rounded to
+        x's dtype. For bfloat16, "mosaic" also rounds the few partial sums that it adds up, in float32, to the result.
+      w_up, w_down, w_gate: neuron-major (row j belongs to neuron j), all of one floating dtype.
+      index: any signed integer dtype.
+      b_up, b_gate: floating; b_gate only together with w_gate.
       activation: "relu", "silu" or "gelu" (the exact one).
       threshold: static, with "relu" only: act(a) is a where a exceeds it, else 0. The comparison is in float32, before
         hidden values are rounded. 0 is the plain ReLU.
-      implementation: "mosaic" (Pallas, Hopper GPUs; bfloat16 and float16, D in steps of 128, no "gelu", no
-        derivative), "xla" (anywhere), or None for the best one that can do the call; `record_backends` tells which
-        that was.
+      implementation: "mosaic" (Pallas on Hopper GPUs; bfloat16 and float16, D a multiple of 128, no "gelu", no
+        derivative), "xla" (anywhere), or None for the best one that can do the call; `record_backends` shows which
+        one ran.
 
     Raises:
-      ValueError: shapes, dtypes or names that don't fit.
-      NotImplementedError: the named implementation can't do the call.
+      ValueError: a shape, dtype, name or threshold does not fit.
+      NotImplementedError: the named implementation cannot do the call.
     """
     x, w_up, w_down, index = (jnp.asarray(a) for a in (x, w_up, w_down, index))
     w_gate, b_up, b_gate = (None if a is None else jnp.asarray(a) for a in (w_gate, b_up, b_gate))
@@ -125,7 +125,7 @@ def _static_threshold(threshold: object, activation: str) -> float:
     if not 0 <= value <= float(np.finfo(np.float32).max):
         _fail("unusable threshold", repr(threshold), expected)
     if value and activation != "relu":
-        _fail("a threshold goes with relu alone", f"{value} with {activation!r}", "threshold 0")
+        _fail("a threshold needs activation relu", f"{value} with {activation!r}", "threshold 0")
     return value + 0.0  # -0.0 is 0
 
 

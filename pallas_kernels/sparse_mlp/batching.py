@@ -1,4 +1,4 @@
-"""`jax.vmap` of a call whose thread blocks wait for one another, and so must not share a launch with other calls."""
+"""`jax.vmap` of a call whose thread blocks wait for one another, so that no two calls may run at the same time."""
 
 from collections.abc import Callable, Mapping
 
@@ -7,13 +7,13 @@ from jax import lax
 from jax.custom_batching import custom_vmap
 
 type Weights = Mapping[str, jax.Array]
-type Call = Callable[[jax.Array, jax.Array, Weights], jax.Array]
+type Mlp = Callable[[jax.Array, jax.Array, Weights], jax.Array]
 
 
-def batchable(call: Call) -> Call:
-    """`call(x [B D], index [k], weights) -> [B D]`, that `jax.vmap` may map over any of its arrays.
+def batchable(call: Mlp) -> Mlp:
+    """Lets `jax.vmap` map `call(x [B D], index [k], weights) -> [B D]` over any of its arrays.
 
-    Mapped over x alone it stays one call, of as many rows more; otherwise the calls run one after the other.
+    Mapped over x alone, it stays one call with more rows; otherwise the calls run one after the other.
     """
     mappable = custom_vmap(call)
 

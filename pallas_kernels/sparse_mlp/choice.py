@@ -1,4 +1,4 @@
-"""The configuration that was measured best for a call on such a device; where none was, the heuristic decides."""
+"""Looks up the tiles that were measured fastest for a call on a device."""
 
 from typing import Any
 
@@ -10,7 +10,7 @@ OP = "sparse_mlp"
 
 
 def shapes(batch: int, d_model: int, *, selected: int, gated: bool) -> dict[str, int]:
-    """What a call must have in common with a tuned one; batches of the same padded size are alike."""
+    """The key by which tuned tiles are stored; batches with the same padded size share one."""
     return {
         "batch": padded(batch),
         "d_model": d_model,
@@ -20,7 +20,7 @@ def shapes(batch: int, d_model: int, *, selected: int, gated: bool) -> dict[str,
 
 
 def stored(tiles: Tiles) -> dict[str, int]:
-    """A configuration as a file of tuned ones holds it: its whole numbers, and how many kernels compute the call."""
+    """Tiles as a tuned file stores them: their whole numbers, and how many kernels compute the call."""
     return {name: n for name, n in vars(tiles).items() if type(n) is int} | {
         "kernels": 1 if tiles.fused else 2
     }
@@ -29,9 +29,10 @@ def stored(tiles: Tiles) -> dict[str, int]:
 def measured(
     batch: int, d_model: int, device: Device, *, selected: int, gated: bool = False, dtype: str
 ) -> Tiles | None:
-    """What a file of tuned configurations holds for exactly this call, or None.
+    """The tuned tiles for exactly this call, or None if nothing was measured for it.
 
-    Raises ValueError where that is not valid or does not fit the call.
+    Raises:
+      ValueError: the stored tiles are invalid or do not fit the call.
     """
     entry = tuned.lookup(OP, device.kind, dtype, shapes(batch, d_model, selected=selected, gated=gated))
     if entry is None:
@@ -41,9 +42,9 @@ def measured(
         tiles = Tiles(fused={1: True, 2: False}[sizes.pop("kernels")], **sizes)
     except (TypeError, KeyError) as error:
         raise ValueError(
-            f"{OP} tiles: not a configuration in a file of tuned ones; got {dict(entry.tiles)}"
+            f"{OP} tiles: a tuned file holds an invalid configuration; got {dict(entry.tiles)}"
         ) from error
     if tiles.batch != padded(batch) or d_model % tiles.cols or tiles.blocks > device.num_sms:
         wanted = f"batch {padded(batch)}, cols that divide {d_model}, at most {device.num_sms} blocks"
-        raise ValueError(f"{OP} tiles: a tuned one does not fit the call; got {tiles}, expected {wanted}")
+        raise ValueError(f"{OP} tiles: tuned tiles do not fit the call; got {tiles}, expected {wanted}")
     return tiles

@@ -30,9 +30,9 @@ def reference(
     activation: str,
     threshold: float = 0.0,
 ) -> Float[Array, "B D"]:
-    """Dense MLP in float32 in which neuron j counts as often as `index` names it; returns float32 [B D].
+    """Dense MLP in float32 in which neuron j counts as many times as `index` names it; returns float32 [B D].
 
-    Rows that `index` doesn't name are replaced by zeros before use, so NaN in them has no effect.
+    Rows that `index` does not name are replaced by zeros before use, so NaN in them has no effect.
     """
     neurons = jnp.arange(w_up.shape[0])
     count = jnp.sum(index[None, :] == neurons[:, None], axis=1)  # [F]

@@ -1,9 +1,9 @@
-"""Who computes what: an even split of the units of a product over the thread blocks.
+"""Divides the units of a product evenly among the thread blocks.
 
-A product consists of `tiles` output tiles, each of `chunks` steps along the contraction; unit u is chunk
-u % chunks of tile u // chunks. Block i takes the units [i·U//P, (i+1)·U//P), which touch a few tiles; of each it
-writes a partial sum, its part number being tile - (first tile of block i).
-All formulae work on Python ints and on traced int32 alike.
+A product has `tiles` output tiles, each of `chunks` steps along the contraction; unit u is chunk u % chunks of tile
+u // chunks. Block i of P computes units [i·U//P, (i+1)·U//P), which touch a few tiles. It writes one partial sum for
+each tile that it touches, numbered tile - (first tile of block i).
+All formulas work on Python ints and on traced int32.
 """
 
 import itertools
@@ -22,7 +22,12 @@ def _div(a: Int, b: int) -> Int:
 
 @dataclass(frozen=True)
 class Split:
-    """tiles, chunks: the product's units. available: thread blocks; no more of them work than there are units."""
+    """One product's division.
+
+    Attributes:
+      tiles, chunks: output tiles, and steps of the contraction in each.
+      available: thread blocks that could run; at most one per unit does work.
+    """
 
     tiles: int
     chunks: int
@@ -37,12 +42,12 @@ class Split:
         return min(self.available, self.units)
 
     def start(self, block: Int) -> Int:
-        """First unit of a block; `start(block + 1)` is the end of its range, empty from `blocks` on."""
+        """The first unit of a block. Its range ends at `start(block + 1)`; ranges from `blocks` on are empty."""
         block = min(block, self.blocks) if isinstance(block, int) else lax.min(block, np.int32(self.blocks))
         return _div(block * self.units, self.blocks)
 
     def owner(self, unit: Int) -> Int:
-        """The block that computes a unit."""
+        """The block that computes `unit`."""
         return _div((unit + 1) * self.blocks - 1, self.units)
 
     def first_tile(self, block: Int) -> Int:
@@ -55,17 +60,17 @@ class Split:
 
     @property
     def max_units(self) -> int:
-        """Units of the busiest block."""
+        """Number of units of the busiest block."""
         return max(end - begin for begin, end in self._ranges)
 
     @cached_property
     def max_parts(self) -> int:
-        """Tiles that one block touches, at most."""
+        """The most tiles that one block touches."""
         return max((e - 1) // self.chunks - b // self.chunks + 1 for b, e in self._ranges)
 
     @cached_property
     def contributions(self) -> np.ndarray:
-        """int32 [tiles, n]: flat numbers block · max_parts + part of the partial sums of a tile, -1 after the last."""
+        """int32 [tiles, n]: for each tile the numbers (block · max_parts + part) of its partial sums, padded with -1."""
         rows = []
         for tile in range(self.tiles):
             owners = range(self.owner(tile * self.chunks), self.owner((tile + 1) * self.chunks - 1) + 1)

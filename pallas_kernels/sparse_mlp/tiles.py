@@ -1,4 +1,4 @@
-"""How the Hopper kernel cuts its work: a configuration, its limits, the choice by shape, which are worth trying."""
+"""Tile configurations of the Hopper kernel: their limits, the heuristic choice by shape, and candidates to measure."""
 
 import contextlib
 from collections.abc import Iterable
@@ -8,24 +8,29 @@ from typing import Any
 from pallas_kernels._device import Device
 from pallas_kernels.sparse_mlp.schedule import Split
 
-PADDING = 8  # elements after each row in shared memory: eight rows meet eight different groups of banks
-BATCHES = (16, 32, 64, 128)  # padded batch; a larger one is cut into pieces of the last
+PADDING = 8  # elements after each row in shared memory: puts eight consecutive rows in different banks
+BATCHES = (16, 32, 64, 128)  # padded batch sizes; a larger batch is computed in pieces of 128
 COPIES = ("bulk", "rows")
-BIAS_PARTS = 3  # tiles going up whose biases a block holds from its start on
-HIDDEN_WIDTH = 32  # columns of hidden values that are completed at once in a fused kernel
+BIAS_PARTS = 3  # up-projection tiles whose biases a block loads when it starts
+HIDDEN_WIDTH = 32  # columns of hidden values that a fused kernel completes at a time
 SMEM_RESERVE = 2048  # bytes for barriers and for the compiler
 
 
 @dataclass(frozen=True, kw_only=True)
 class Tiles:
-    """batch: padded batch, the N of the products. warpgroups: that multiply, each owning 64 of a stage's rows.
-    groups: stages of rows whose sums are held together going up, so that the input is read once for all of them.
-    cols: columns of a stage: of the contraction going up, of the output going down.
-    stages: depth of the ring of weights. x_cols, x_slots: columns and depth of the input's ring.
-    blocks: thread blocks at most. fused: one kernel whose blocks wait for each other and must therefore run at the
-    same time, else one kernel a projection.
-    copy: how rows are gathered: "bulk" (one cp.async.bulk each, in inline PTX) or "rows" (Pallas's own copy, slow,
-    but the interpreter knows it).
+    """A configuration.
+
+    Attributes:
+      batch: padded batch size, N of the matrix products.
+      warpgroups: how many multiply; each owns 64 rows of a stage.
+      groups: stages of rows that the up-projection accumulates together, so that it reads the input once for all.
+      cols: columns of a stage: contraction columns in the up-projection, output columns in the down-projection.
+      stages: depth of the weight ring buffer.
+      x_cols, x_slots: columns and depth of the input's ring buffer.
+      blocks: the most thread blocks to launch.
+      fused: one kernel whose blocks wait for each other, and so must all run at once; False for one per projection.
+      copy: how rows are gathered: "bulk" (one cp.async.bulk per row, in inline PTX), or "rows" (Pallas's own copy:
+        slow, but the interpreter can run it).
     """
 
     batch: int
@@ -62,22 +67,22 @@ class Tiles:
 
     @property
     def rows(self) -> int:
-        """Rows of a stage."""
+        """Number of weight rows in a stage."""
         return 64 * self.warpgroups
 
     @property
     def marked(self) -> bool:
-        """Whether marks tell blocks what others have stored, instead of semaphores: two warpgroups would spill."""
+        """Whether blocks wait on marks instead of semaphores; two warpgroups would spill registers with marks."""
         return self.fused and self.warpgroups == 1
 
     @property
     def hidden_slots(self) -> int:
-        """Stages of hidden values that fit where the input was."""
+        """Number of stages of hidden values that fit in the memory of the input's ring."""
         return min(4, self.x_cols * self.x_slots // self.rows)
 
     @property
     def smem_bytes(self) -> int:
-        """Shared memory of the fused kernel, the larger one."""
+        """Bytes of shared memory of the fused kernel, which needs the most."""
         ring = self.stages * self.rows * (self.cols + PADDING) * 2
         arrays = (
             ring,
@@ -90,26 +95,31 @@ class Tiles:
 
 
 def padded(batch: int) -> int:
-    """The smallest supported batch that holds `batch`, at most the largest."""
+    """The smallest supported batch size that is at least `batch`, or else the largest."""
     return next((size for size in BATCHES if size >= batch), BATCHES[-1])
 
 
-_CHOICE = {  # by padded batch, for wide rows
+_CHOICE = {  # by padded batch size, for wide rows
     16: Tiles(batch=16, groups=2, cols=256, stages=6, x_cols=128, x_slots=5, blocks=132),
     32: Tiles(batch=32, groups=2, cols=256, stages=5, x_cols=128, x_slots=4, blocks=132),
     64: Tiles(batch=64, groups=2, cols=256, stages=5, x_cols=64, x_slots=6, blocks=132),
     128: Tiles(batch=128, warpgroups=2, groups=2, cols=256, stages=2, x_cols=64, x_slots=5, blocks=132),
 }
-# Fitted to bench/results/sparse_mlp.jsonl (OPT-66B, batch 16 and 64, density .1, .3, 1 on an H200), where one stage
-# of rows a group is fastest at batch 64 and density .1, two at batch 16 and .1, four beyond:
-INPUT_COST = 0.25  # of a byte of the input, which lies in the L2, in bytes of weights
-SUM_COST = 256 / 48  # times batch²: of one more partial sum a tile, in elements of weights
+# Fitted to bench/results/sparse_mlp.jsonl (OPT-66B, batch 16 and 64, density .1, .3, 1 on an H200): one group is fastest
+# at batch 64 and density .1, two at batch 16 and density .1, four at higher densities.
+INPUT_COST = 0.25  # cost of an input element (from L2), in weight elements (from device memory)
+SUM_COST = 256 / 48  # times batch²: cost of one more partial sum per tile, in weight elements
 
 
 def heuristic(batch: int, d_model: int, device: Device, *, selected: int, gated: bool = False) -> Tiles:
-    """Tiles for a batch of at most 128 and rows of d_model columns, which must be a multiple of 128.
+    """The tiles for a call: of the valid ones, those whose busiest block reads the least.
 
-    `selected`: entries of the index. Taken is the configuration that leaves the busiest block least to read.
+    Args:
+      batch: at most 128; a larger batch is computed in pieces.
+      d_model: a multiple of 128.
+      device: for its number of multiprocessors.
+      selected: length of the index.
+      gated: whether the up-projection has two matrices.
     """
 
     def cost(tiles: Tiles) -> float:
@@ -133,7 +143,7 @@ def _narrower(tiles: Tiles) -> Tiles:
 
 
 def _variants(tiles: Tiles, changes: Iterable[dict[str, Any]]) -> list[Tiles]:
-    """Those of the changed configurations that are valid, without repetitions."""
+    """`tiles` with each of the changes, without invalid configurations and repetitions."""
     found: dict[Tiles, None] = {}
     for change in changes:
         with contextlib.suppress(ValueError):
@@ -144,7 +154,7 @@ def _variants(tiles: Tiles, changes: Iterable[dict[str, Any]]) -> list[Tiles]:
 def candidates(
     batch: int, d_model: int, device: Device, *, selected: int, gated: bool = False
 ) -> list[Tiles]:
-    """Configurations worth measuring for a shape: the heuristic's first."""
+    """Configurations worth measuring for a shape; the first is the heuristic's."""
     best = heuristic(batch, d_model, device, selected=selected, gated=gated)
     halved = {"cols": best.cols // 2, "x_cols": max(64, best.x_cols // 2)}
     doubled = {"cols": best.cols * 2, "x_cols": best.x_cols * 2}

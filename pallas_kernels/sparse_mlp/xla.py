@@ -15,6 +15,11 @@ ACTIVATIONS = {
 }
 
 
+def activation_function(activation: str, threshold: float) -> Callable[[jax.Array], jax.Array]:
+    """The function of that name; with a threshold above 0, "relu" is `thresholded`."""
+    return thresholded(threshold) if threshold else ACTIVATIONS[activation]
+
+
 def thresholded(threshold: float) -> Callable[[jax.Array], jax.Array]:
     """float32 -> float32: a where it exceeds the threshold, else 0."""
     return lambda a: jnp.where(a > np.float32(threshold), a, jnp.float32(0))
@@ -32,11 +37,11 @@ def sparse_mlp(
     activation: str,
     threshold: float = 0.0,
 ) -> Float[Array, "B D"]:
-    """As `pallas_kernels.sparse_mlp`. Absent entries read row 0 and are replaced by zeros afterwards."""
+    """See `pallas_kernels.sparse_mlp`. Absent entries read row 0, which is then replaced by zeros."""
     num_neurons = w_up.shape[0]
     present = (index >= 0) & (index < num_neurons)
     rows = jnp.where(present, index, 0)
-    act = thresholded(threshold) if threshold else ACTIVATIONS[activation]
+    act = activation_function(activation, threshold)
     precision = lax.Precision.HIGHEST if x.dtype == jnp.float32 else None
 
     def contract(axes, a, b):

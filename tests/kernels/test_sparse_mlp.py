@@ -258,7 +258,7 @@ def test_named_mosaic_says_what_it_cannot_do(changes, activation, match):
         ({"threshold": float("nan")}, "unusable threshold"),
         ({"threshold": float("inf")}, "unusable threshold"),
         ({"threshold": "0.01"}, "unusable threshold"),
-        ({"threshold": 0.01, "activation": "silu"}, "a threshold goes with relu alone"),
+        ({"threshold": 0.01, "activation": "silu"}, "a threshold needs activation relu"),
         ({"implementation": "triton"}, "unknown implementation"),
     ],
 )

@@ -1,4 +1,4 @@
-"""Biases going up: brought to shared memory at a block's start, added to the sums of its tiles."""
+"""Biases of the up-projection: loaded to shared memory when a block starts, then added to the sums of its tiles."""
 
 from collections.abc import Callable
 from typing import Any
@@ -31,7 +31,7 @@ ROW = plgpu.Layout.WGMMA.reduce(1)
 
 
 class Biases:
-    """Of the rows of one consumer. Those of the block's first tiles are brought before any weights are there."""
+    """The biases of one consumer's rows. Those of the block's first tiles are loaded before any weights arrive."""
 
     def __init__(self, block: Block, warpgroup):
         self._block, self._warpgroup = block, warpgroup
@@ -42,11 +42,11 @@ class Biases:
             self._bring(self._out, self._tile(0), block.call.bias_parts)
 
     def _tile(self, part):
-        """The part-th tile of this block, going up."""
+        """The `part`-th up-projection tile of this block."""
         return lax.div(self._block.up[0], jnp.int32(self._block.call.up.chunks)) + part
 
     def of(self, part) -> Callable[[int], jax.Array] | None:
-        """-> f(g), the biases [64 batch] of group g of this block's part-th tile; None without biases."""
+        """-> f(g): float32 [64 batch], the biases of group g of the block's `part`-th tile. None without biases."""
         call = self._block.call
         if not self._sources:
             return None
@@ -56,7 +56,7 @@ class Biases:
             @pl.when(part > last)
             def _():
                 if not self._block.interpret:
-                    sync_warpgroup()  # the tile before may have used the same place
+                    sync_warpgroup()  # the previous tile may have used the same slot
                 self._bring(self._out.at[pl.ds(last, 1)], self._tile(part), 1)
 
         def broadcast(g):
@@ -66,7 +66,7 @@ class Biases:
         return broadcast
 
     def _bring(self, out, first, count: int) -> None:
-        """Brings the biases of `count` tiles to out [count, 64 groups]."""
+        """Loads the biases of `count` tiles into out [count, 64 groups]."""
         if self._block.interpret:
             self._bring_interpreted(out, first, count)
             return
@@ -92,10 +92,11 @@ class Biases:
 
 
 def _load(call: Call, count: int, matrices: tuple[int, ...]) -> Callable:
-    """-> f(index [k], out float32 [count, 64 groups], first, row, *biases [F]): the biases of some tiles.
+    """-> f(index [k], out float32 [count, 64 groups], first, row, *biases [F]): loads the biases of `count` tiles.
 
-    Of each stage of a tile's entries of the index 64 are taken, from `row` on, zero where absent. `matrices`: whose
-    the biases are. All reads are on their way at once. Ends in a barrier of the warpgroup.
+    For each stage of a tile it loads 64 biases, those of the index entries from `row` on; absent entries get 0.
+    `matrices` says which matrix each of `biases` belongs to. All loads are in flight at once; ends in a barrier of the
+    warpgroup.
     """
     row_tiles, groups, rows, num_neurons = (
         call.row_tiles,

@@ -1,16 +1,16 @@
-"""What the warpgroups of a thread block have in common: their share of the work, the ring of weights, signals.
+"""What the warpgroups of a thread block share: their part of the work, the weight ring, and signals to other blocks.
 
-A thread block streams stages of `rows` gathered weight rows times `cols` columns through a ring in shared memory.
-One warpgroup fills the ring (`producer`), one (the `loader`) brings the other operand, the rest multiply (`consumer`):
-weights from shared memory to registers as wgmma's left operand, the batch as its N.
+A thread block streams stages of `rows` gathered weight rows by `cols` columns through a ring buffer in shared memory.
+One warpgroup fills the ring (`producer`), one loads the other operand (`loader`), and the rest multiply (`consumer`):
+weights go from shared memory to registers as wgmma's left operand, and the batch is its N.
   up:   part[tile, 64 neurons, batch] += W[rows, cols] · x[cols, batch]
   down: part[tile, 64 columns, batch] += W[rows, cols]ᵀ · hidden[rows, batch]
-`schedule.Split` deals the units of a product evenly to the blocks; the partial sums of a tile are added afterwards,
-in a fixed order: by XLA, or by the same kernel. There, loaders turn each 64 neurons' sums into hidden values as soon as
-they can (`hidden`); a block's first hidden values are taken one by one, the others once all blocks have completed
-theirs; at last, all warpgroups add up the result (`Block.finish`).
-What a fused kernel waits for is announced by semaphores; with one multiplying warpgroup, by marks (`marks`), and the
-semaphores tell no more than that all blocks have made their marks, and have completed their hidden values.
+`schedule.Split` divides the units of a product evenly among the blocks. The partial sums of a tile are added later, in
+a fixed order, by XLA or by the same kernel. In the fused kernel, loaders turn the sums of each 64 neurons into hidden
+values as soon as they can (`hidden`). A block takes its first hidden values one by one, and the others once all blocks
+have completed theirs. At the end, all warpgroups add up the result (`Block.finish`).
+A fused kernel waits on semaphores. With one multiplying warpgroup it waits on marks instead (`marks`), and its two
+semaphores only count the blocks that have placed their marks and those whose hidden values are complete.
 """
 
 from collections.abc import Callable
@@ -29,27 +29,30 @@ from pallas_kernels.sparse_mlp.schedule import Split
 from pallas_kernels.sparse_mlp.tiles import HIDDEN_WIDTH
 
 MATRICES = ("w_up", "w_gate", "w_down")
-HIDDEN, MARKS, TILES = range(3)  # what semaphores of a fused kernel count: see `Call.semaphores`
-RESULT = MARKS  # of kernels without marks
+HIDDEN, MARKS, TILES = range(3)  # numbers of the first semaphores of a fused kernel: see `Call.semaphores`
+RESULT = MARKS  # its meaning in kernels without marks
 
 
 class Registers(NamedTuple):
-    """Of a lane, by role; the roles of a thread block have 512 together at most."""
+    """Registers per lane, by role; at most 512 when added up over a thread block's warpgroups."""
 
     consumer: int
     producer: int
     loader: int
 
 
-REGISTERS = {1: Registers(232, 104, 128), 2: Registers(192, 48, 80)}  # by multiplying warpgroups
+REGISTERS = {1: Registers(232, 104, 128), 2: Registers(192, 48, 80)}  # by number of multiplying warpgroups
 
 
 class Block:
     """One thread block.
 
-    number: which of all. call, tiles: what the kernel was made for. refs: its references by name; it multiplies up if
-    there is an "x", down if there is a "w_down". up, down: (first unit, end) of its share of each product. stages: in
-    all, of which up_stages go up.
+    Attributes:
+      number: its index in the grid.
+      call, tiles: what the kernel was compiled for.
+      refs: the kernel's references by name; "x" is there if it computes the up-projection, "w_down" if the other.
+      up, down: (first unit, end) of its share of each product.
+      stages, up_stages: number of stages in all, and of the up-projection.
     """
 
     def __init__(self, call: Call, refs: dict[str, Any], interpret: bool):
@@ -67,39 +70,39 @@ class Block:
 
     @property
     def registers(self) -> Registers:
-        """Of each role's lanes."""
+        """Registers of each role's lanes."""
         return REGISTERS[self.tiles.warpgroups]
 
-    # What blocks tell each other
+    # Signals between blocks
 
     def wait(self, semaphore, value) -> None:
-        """Until a semaphore has counted to `value`."""
+        """Waits until a semaphore has counted to `value`."""
         arrived = self.refs["arrived"].at[semaphore]
         plgpu.semaphore_wait(arrived, value, decrement=False, memory_scope="gpu")
 
     def arrive(self, semaphore, count: int = 1) -> None:
-        """Tells all blocks that what the calling warpgroup stored, or knows to be stored, is there."""
+        """Signals all blocks that everything the calling warpgroup stored, or has waited for, is visible."""
         sync_warpgroup()
         plgpu.semaphore_signal(self.refs["arrived"].at[semaphore], count, memory_scope="gpu")
 
     def signal(self, semaphore) -> None:
-        """Tells all blocks that what the calling warpgroup copied to device memory is there."""
+        """Signals all blocks that the calling warpgroup's copies to device memory are complete."""
         plgpu.wait_smem_to_gmem(0)
         plgpu.semaphore_signal(self.refs["arrived"].at[semaphore], memory_scope="gpu")
 
     def await_marks(self) -> None:
-        """Until every block has marked its places."""
+        """Waits until every block has placed its marks."""
         if self.tiles.marked:
             self.wait(MARKS, self.call.grid)
 
     # The ring of weights. Stage t lies in slot t % stages; those of the up-projection come first.
 
     def slot(self, t):
-        """Where stage t lies."""
+        """The ring slot of stage t."""
         return lax.rem(t, jnp.int32(self.tiles.stages))
 
     def locate(self, t) -> tuple[jax.Array, ...]:
-        """(which of `MATRICES`, first entry of the index, first column) of a stage."""
+        """(position in `MATRICES`, first index entry, first column) of a stage."""
         if "w_down" not in self.refs:
             return self._locate_up(t)
         if "x" not in self.refs:
@@ -116,7 +119,7 @@ class Block:
         return lax.div(tile, jnp.int32(self.call.row_tiles)), entry, chunk * self.tiles.cols
 
     def first_entry(self, tile):
-        """First entry of the index of a tile going up."""
+        """The first index entry of an up-projection tile."""
         return lax.rem(tile, jnp.int32(self.call.row_tiles)) * (self.tiles.groups * self.tiles.rows)
 
     def _locate_down(self, t):
@@ -130,7 +133,7 @@ class Block:
     # Its share of a product, of the hidden values and of the result
 
     def for_each_part(self, split: Split, units, body: Callable[..., Any]) -> None:
-        """body(number of the partial sum, its tile, first unit, end) for each tile that this block touches."""
+        """Runs body(number of the partial sum, tile, first unit, end) for each tile that this block touches."""
         first = lax.div(units[0], jnp.int32(split.chunks))
         last = lax.div(lax.max(units[1] - 1, units[0]), jnp.int32(split.chunks))
 
@@ -143,12 +146,12 @@ class Block:
 
     @property
     def pieces(self) -> tuple[int, int]:
-        """(pieces in which 64 neurons' hidden values are completed, columns of each)."""
+        """(pieces, columns of a piece) in which the hidden values of 64 neurons are completed."""
         width = min(self.tiles.batch, HIDDEN_WIDTH)
         return self.tiles.batch // width, width
 
     def for_each_piece(self, body: Callable[..., Any]) -> None:
-        """body(block of 64 neurons, piece) for this block's share of the hidden values."""
+        """Runs body(block of 64 neurons, piece) for this block's share of the hidden values."""
         pieces, grid = self.pieces[0], self.call.grid
         count = self.call.hidden[0] * pieces
 
@@ -158,9 +161,9 @@ class Block:
             body(lax.div(piece, jnp.int32(pieces)), lax.rem(piece, jnp.int32(pieces)))
 
     def finish(self, warpgroup, registers: int = 48) -> None:
-        """In a fused kernel, once partial sums of the result are there: adds up this warpgroup's share.
+        """In a fused kernel, adds up this warpgroup's share of the result as its partial sums arrive.
 
-        registers: for sums on their way; more makes the compiler spill.
+        registers: how many a lane may use for loads in flight; more makes the compiler spill.
         """
         call, tiles = self.call, self.tiles
         if not tiles.fused:

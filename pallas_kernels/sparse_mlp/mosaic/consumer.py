@@ -1,4 +1,4 @@
-"""The warpgroups that multiply."""
+"""The consumers: the warpgroups that multiply."""
 
 import functools
 
@@ -15,7 +15,7 @@ from pallas_kernels.sparse_mlp.mosaic.block import RESULT, TILES, Block
 
 
 def consume(block: Block, warpgroup) -> None:
-    """Multiplies; `warpgroup` owns 64 rows of each stage going up, a share of its columns going down."""
+    """Multiplies; `warpgroup` owns 64 rows of each up-projection stage and a share of the down-projection's columns."""
     tiles = block.tiles
     announces = tiles.fused and not tiles.marked
     plgpu.set_max_registers(block.registers.consumer, action="increase")
@@ -23,7 +23,7 @@ def consume(block: Block, warpgroup) -> None:
     if "x" in block.refs:
         up_part = functools.partial(_up_part, block, warpgroup, biases)
         block.for_each_part(block.call.up, block.up, up_part)
-        if announces:  # the loader announces all but the last
+        if announces:  # the last tile; the loader announces the others
             last = lax.div(block.up[1] - 1, jnp.int32(block.call.up.chunks))
             pl.when(block.up[1] > block.up[0])(lambda: block.arrive(TILES + last))
     block.await_marks()
@@ -114,27 +114,27 @@ def _await_full(block: Block, t) -> None:
 
 
 def _release(block: Block, t) -> None:
-    """Frees a slot of weights, all of which was read."""
-    _await_products(block, 0)  # no fence for the copies that will overwrite it: only reads went before
+    """Frees a weight slot once all products have read it."""
+    _await_products(block, 0)  # the copies that overwrite it need no fence: it was only read
     plgpu.barrier_arrive(block.refs["empty"].at[block.slot(t)])
 
 
 def _release_input(block: Block, slot, pending: int) -> None:
-    """Frees a slot of the input that all products but the last `pending` have read."""
+    """Frees an input slot once all products but the last `pending` have finished."""
     _await_products(block, pending)
     plgpu.barrier_arrive(block.refs["x_empty"].at[slot])
 
 
 def _await_products(block: Block, pending: int) -> None:
-    """Until all products but the last `pending` are done."""
+    """Waits until all products but the last `pending` have finished."""
     if block.interpret:
-        plgpu.commit_smem()  # it loads what wgmma reads
+        plgpu.commit_smem()  # the interpreter loads wgmma's operands itself
     else:
         plgpu.wgmma_wait(pending)
 
 
 def _accumulate(block: Block, pieces: int, start, end, unit) -> jax.Array:
-    """Sum over units of what `unit(u, multiply)` multiplies; multiply(i, a, b) adds a · b to rows 64 i."""
+    """float32 [64 pieces, batch]: `unit(u, multiply)` over all units; multiply(i, a, b) adds a · b to rows 64 i on."""
     shape = (64 * pieces, block.tiles.batch)
     if block.interpret:  # the interpreter's wgmma takes no operand from registers
         return lax.fori_loop(start, end, _interpreted(unit, pieces, shape), jnp.zeros(shape, jnp.float32))

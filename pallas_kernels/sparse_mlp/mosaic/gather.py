@@ -1,10 +1,10 @@
-"""Row gather from device memory into shared memory, in inline PTX: what Pallas has no primitive for.
+"""Gathers rows from device memory into shared memory, in inline PTX, because Pallas has no primitive for it.
 
-Pallas's own copy arrives on a barrier with every thread once per row. Here a stage of rows costs one arrival a
-warp, and a `cp.async.bulk` per row, each issued by one lane. Rows of absent neurons are filled with zeros and
-nothing is read for them. Not interpretable.
+With Pallas's own copy, every thread arrives on a barrier once per row. Here a stage costs one arrival per warp and one
+`cp.async.bulk` per row, each issued by a single lane. Rows of absent neurons are filled with zeros, and nothing is
+read for them. The interpreter cannot run this.
 
-Barriers here are raw `mbarrier` words in an int64 array, as inline code can't be handed a Pallas `Barrier`.
+Barriers are raw `mbarrier` words in an int64 array, because inline code cannot take a Pallas `Barrier`.
 """
 
 import functools
@@ -21,19 +21,19 @@ from pallas_kernels._inline import REF, SPLAT, as_index, asm, i32, i64, inline, 
 from pallas_kernels._inline import constant as c
 from pallas_kernels.sparse_mlp.tiles import PADDING
 
-ARRIVALS = 4  # on the barrier of a stage: one a warp
+ARRIVALS = 4  # on the barrier of a stage: one per warp
 IDS = plgpu.Layout.WG_STRIDED((128,), vec_size=1)
 
 
 def _place(rows: int) -> tuple[ir.Value, ir.Value, ir.Value]:
-    """(first row of the warp, lane, whether the lane has a row): a warp serves a quarter of the rows."""
+    """(the warp's first row, lane, whether the lane has a row): each warp copies a quarter of the rows."""
     lane = arith.remui(thread(), c(32))
     first = arith.muli(arith.divui(thread(), c(32)), c(rows // 4))
     return first, lane, less(lane, c(rows // 4))
 
 
 def neuron_at(index: ir.Value, entry: ir.Value, valid: ir.Value, num_neurons: int) -> ir.Value:
-    """index[entry], or -1 where the entry isn't `valid`, lies beyond the end or names no neuron."""
+    """index[entry], or -1 if the entry is not `valid`, is past the end or names no neuron."""
     (k,) = ir.MemRefType(index.type).shape
     valid = arith.andi(valid, less(entry, c(k)))
     neuron = memref.load(index, [as_index(arith.select(valid, entry, c(0)))])
@@ -42,7 +42,7 @@ def neuron_at(index: ir.Value, entry: ir.Value, valid: ir.Value, num_neurons: in
 
 
 def init_barriers(count: int) -> Callable:
-    """-> f(barriers int64 [count] in SMEM): initialises them. Every thread of the block must call it."""
+    """-> f(barriers int64 [count] in SMEM): initializes them. Every thread of the block must call it."""
 
     @inline(arg_types=(REF,))
     def run(ctx, barriers):
@@ -62,7 +62,7 @@ def _barrier_pointer(barriers: ir.Value, slot: mgpu.FragmentedArray) -> ir.Value
 
 @inline(arg_types=(REF, SPLAT, SPLAT))
 def wait(ctx, barriers, slot, parity):
-    """Blocks until the phase of that parity of barrier `slot` has completed."""
+    """Waits until barrier `slot` has completed its phase of that parity."""
     nvvm.mbarrier_try_wait_parity(_barrier_pointer(barriers, slot), parity.registers.item(), c(10_000_000))
 
 
@@ -82,9 +82,9 @@ def load_ids(rows: int, num_neurons: int) -> Callable:
 
 
 def issue_rows(rows: int, cols: int) -> Callable:
-    """-> f(w [F D], ids, out [stages rows cols+PADDING], barriers, slot, column): starts one stage of copies.
+    """-> f(w [F D], ids, out [stages rows cols+PADDING], barriers, slot, column): starts copying one stage.
 
-    Columns column:column+cols of the rows `ids` go to out[slot]; barrier `slot` completes when they are there.
+    Copies columns column:column+cols of the rows `ids` to out[slot]; barrier `slot` completes when they have arrived.
     """
 
     @inline(arg_types=(REF, IDS, REF, REF, SPLAT, SPLAT))
@@ -104,7 +104,7 @@ def _own(ids: mgpu.FragmentedArray) -> ir.Value:
 
 
 def _address(w: ir.Value, column: mgpu.FragmentedArray, row: ir.Value) -> ir.Value:
-    """Of w[row, column]."""
+    """The address of w[row, column]."""
     w_type = ir.MemRefType(w.type)
     offset = arith.muli(arith.extsi(i64(), row), utils.c(w_type.shape[1], i64()))
     offset = arith.addi(offset, arith.extsi(i64(), column.registers.item()))

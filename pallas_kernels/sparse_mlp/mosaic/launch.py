@@ -1,6 +1,6 @@
 """Selective MLP on Hopper (Pallas Mosaic GPU): two products over gathered rows, in one kernel or two.
 
-Prepares the operands, launches what `block` describes and, of separate kernels, adds up the partial sums.
+Prepares the operands, launches the kernels that `block` describes and, with two kernels, adds up the partial sums.
 """
 
 import functools
@@ -27,13 +27,13 @@ from pallas_kernels.sparse_mlp.schedule import Split
 from pallas_kernels.sparse_mlp.tiles import BATCHES, HIDDEN_WIDTH, PADDING, Tiles, heuristic
 
 COMPILER = plgpu.CompilerParams(
-    lowering_semantics=plgpu.LoweringSemantics.Lane,  # the other one can't slice padded rows
+    lowering_semantics=plgpu.LoweringSemantics.Lane,  # Warpgroup semantics cannot slice padded rows
     unsafe_no_auto_barriers=True,
     approx_math=True,
 )
 
 
-# Jitted, so that the layers of a model share one trace, one lowering and one binary.
+# Jitted so that all layers of a model share one trace, one lowering and one binary.
 @functools.partial(jax.jit, static_argnames=("activation", "threshold", "device", "tiles", "interpret"))
 def sparse_mlp(
     x: Float[Array, "B D"],
@@ -50,12 +50,14 @@ def sparse_mlp(
     tiles: Tiles | None = None,
     interpret: bool = False,
 ) -> Float[Array, "B D"]:
-    """As `pallas_kernels.sparse_mlp`, for bfloat16 or float16 and D a multiple of 128.
+    """See `pallas_kernels.sparse_mlp`; bfloat16 or float16 only, and D a multiple of 128.
 
-    tiles: a configuration to use, its batch not below the (padded) batch; None for the heuristic's.
-    interpret: run in Pallas's GPU interpreter on the CPU, which takes `tiles.copy == "rows"`.
+    Args:
+      tiles: the configuration, whose batch is at least B; None takes the heuristic's.
+      interpret: run in Pallas's GPU interpreter on the CPU; requires `tiles.copy == "rows"`.
 
-    Raises NotImplementedError for what these kernels can't do.
+    Raises:
+      NotImplementedError: the kernels cannot do this call.
     """
     if not interpret:
         _device.require_hopper(device)
@@ -81,10 +83,10 @@ def sparse_mlp(
 
 
 def _in_pieces(x: jax.Array, run: Callable[[jax.Array], jax.Array]) -> jax.Array:
-    """[B D] -> [B D], by the largest batch at a time.
+    """[B D] -> [B D], in pieces of the largest supported batch.
 
-    In a loop, so that no two run at once: the thread blocks of a fused kernel wait for each other, and two kernels
-    that each have a part of the card would wait forever.
+    A loop, so that no two pieces run at once: the thread blocks of a fused kernel wait for each other, so two kernels
+    that each occupied a part of the GPU would wait forever.
     """
     batch, width = x.shape
     pieces = jnp.pad(x, ((0, -batch % BATCHES[-1]), (0, 0))).reshape(-1, BATCHES[-1], width)
@@ -101,7 +103,7 @@ def _require(x: jax.Array, w_up: jax.Array, activation: str) -> None:
 
 
 def _for_rows(call: Call, index: jax.Array) -> dict[str, jax.Array]:
-    """What Pallas's own copies need: entries up to the last tile, absent ones -1, and zeros to copy for them."""
+    """Operands for Pallas's own copies: the index padded to whole tiles, -1 where absent, and zeros to copy there."""
     index = jnp.where((index >= 0) & (index < call.num_neurons), index, -1)
     index = jnp.pad(index, (0, call.padded - index.shape[0]), constant_values=-1)
     return {"index": index, "zeros": jnp.zeros((call.tiles.cols,), call.dtype)}
@@ -129,7 +131,7 @@ def _scratch(call: Call, has_up: bool, has_down: bool) -> dict[str, Any]:
         width = min(tiles.batch, HIDDEN_WIDTH)
         transforms = (tiling((8, width)), swizzled(2 * width))
         stage = plgpu.SMEM((64, width), dtype, transforms=transforms)
-        if tiles.marked:  # the first hidden values arrive while those of this block are on their way
+        if tiles.marked:  # not shared: the first hidden values arrive while this block still computes its own
             scratch["h_stage"] = stage
         else:
             operands.append(stage)
@@ -146,7 +148,7 @@ def _scratch(call: Call, has_up: bool, has_down: bool) -> dict[str, Any]:
 
 
 def products(call: Call, operands: dict[str, jax.Array], interpret: bool = False) -> dict[str, jax.Array]:
-    """Runs the products that the operands allow; returns their partial sums by name."""
+    """Runs the products whose operands are given; returns their partial sums by name."""
     tiles = call.tiles
     has_up, has_down = "x" in operands, "w_down" in operands
     outputs = {}
@@ -193,7 +195,7 @@ def products(call: Call, operands: dict[str, jax.Array], interpret: bool = False
 
 
 def _sum_parts(parts: jax.Array, split: Split) -> jax.Array:
-    """[tiles ...]: the partial sums of each tile, added in order."""
+    """[tiles ...]: adds up the partial sums of each tile, in order."""
 
     def pick(numbers):
         chosen = parts.at[np.maximum(numbers, 0)].get(mode="promise_in_bounds")

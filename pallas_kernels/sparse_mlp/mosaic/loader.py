@@ -1,4 +1,4 @@
-"""The warpgroup that brings what weights are multiplied by: the input going up, the hidden values going down."""
+"""The loader: the warpgroup that loads what the weights are multiplied by, first the input, then the hidden values."""
 
 import jax.numpy as jnp
 from jax import lax
@@ -11,7 +11,7 @@ from pallas_kernels.sparse_mlp.schedule import Split
 
 
 def load(block: Block) -> None:
-    """Brings the input, then the hidden values; in a fused kernel it helps to compute these in between."""
+    """Loads the input and then the hidden values; in a fused kernel, computes its share of them in between."""
     plgpu.set_max_registers(block.registers.loader, action="decrease")
     if "x" in block.refs:
         _load_input(block)
@@ -56,10 +56,12 @@ def _load_input(block: Block) -> None:
 
 
 def _mark_places(block: Block) -> None:
-    """Marks what this block will store and tells its consumers, then all blocks."""
+    """Places marks wherever this block will store values; signals its consumers, then all blocks."""
     call, tiles, refs = block.call, block.tiles, block.refs
     _mark_parts(block, refs["up_parts"], call.up, block.up, tiles.groups * (tiles.batch // 8))
-    plgpu.barrier_arrive(refs["marked"].at[0])  # what goes down they store after all blocks' marks
+    plgpu.barrier_arrive(
+        refs["marked"].at[0]
+    )  # consumers store the down-projection's sums after all blocks' marks
     _mark_parts(block, refs["down_parts"], call.down, block.down, tiles.cols // 64 * call.result_fours)
     pieces, width = block.pieces
     mark = marks.fill(width // 16)
@@ -68,15 +70,15 @@ def _mark_places(block: Block) -> None:
 
 
 def _mark_parts(block: Block, parts, split: Split, units, fours: int) -> None:
-    """Marks the places of this block's partial sums of a product, each of so many times four words a thread."""
+    """Places marks for this block's partial sums of a product, each `fours` 4-word stores per thread."""
     mark = marks.fill(fours)
     block.for_each_part(split, units, lambda number, *_: mark(parts, number))
 
 
 def _announce_part(block: Block, piece, pieces: int) -> None:
-    """Once consumers have read that piece of the input: if it began a tile, the sums of the one before are stored.
+    """Announces the previous tile's partial sums when the consumers have read a tile's first piece of input.
 
-    They need not wait then until all blocks can see what they stored.
+    By then those sums are stored. The consumers do not have to wait until the stores are visible to all blocks.
     """
     if not block.tiles.fused or block.tiles.marked:
         return
@@ -93,7 +95,7 @@ def _load_hidden(block: Block) -> None:
     if early:
         once = lax.min(first, jnp.int32(1))
         _take_early(block, jnp.int32(0), once)
-        block.signal(HIDDEN)  # before more is taken: others wait for all blocks' soon
+        block.signal(HIDDEN)  # as early as possible, because other blocks wait for it
         _take_early(block, once, first)
 
     def wait(i):
@@ -115,7 +117,7 @@ def _load_hidden(block: Block) -> None:
 
 
 def _await_hidden(block: Block, i, group) -> None:
-    """Before the i-th hidden values, those of `group`, are loaded: the first few one by one, the others at once."""
+    """Waits for the i-th hidden values, those of `group`: the first few one by one, the rest all at once."""
     call, slots = block.call, block.tiles.hidden_slots
     own = TILES + call.up.tiles + group
     pl.when(i < slots)(lambda: block.wait(own, block.pieces[0] * block.tiles.warpgroups))
@@ -123,7 +125,7 @@ def _await_hidden(block: Block, i, group) -> None:
 
 
 def _take_early(block: Block, first, end) -> None:
-    """Fills some of the first slots of the ring with marked hidden values as soon as they are there."""
+    """Fills ring slots first:end with marked hidden values as soon as they arrive."""
     take = marks.take(block.call.dtype, block.tiles.batch)
 
     @pl.loop(first, end)

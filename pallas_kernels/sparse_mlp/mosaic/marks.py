@@ -1,9 +1,9 @@
-"""Numbers in device memory that tell by themselves that they are there: their place was filled with marks before.
+"""Values in device memory that are pre-filled with a sentinel, the mark; readers spin until it is overwritten.
 
-What another thread block waits for needs then no fence and no semaphore: each word is looked at until it is no mark.
-A block's loader makes its marks while the first weights are on their way. That is safe as long as (1) a word is stored
-after its mark: the consumers wait for the loader's; (2) a block looks only after all blocks have announced their marks;
-and (3) no number is a mark, which `_unlike_marks` and the rounding to 16 bits see to.
+Thread blocks then need no fence and no semaphore to pass values on. A block's loader places its marks while the first
+weights are in flight. This is safe because (1) a value is stored after its mark: consumers wait for their loader;
+(2) a block reads only after all blocks have announced their marks; and (3) no value equals the mark: `_unlike_marks`
+and the rounding to 16 bits make sure of that.
 """
 
 import functools
@@ -22,14 +22,14 @@ from pallas_kernels.sparse_mlp.mosaic import partials
 from pallas_kernels.sparse_mlp.mosaic.partials import FOUR_BYTES, Places, Words, address, element
 from pallas_kernels.sparse_mlp.schedule import Split
 
-MARK = -1  # all bits set: a NaN that no conversion makes
+MARK = -1  # all bits set: a NaN that no conversion produces
 WGMMA = plgpu.Layout.WGMMA
-REGISTERS = 64  # of a thread, for partial sums on their way
-PLACES = {False: 8, True: 3}  # of partial sums awaited together, by whether it is gated; more would spill
+REGISTERS = 64  # of a thread, for partial sums in flight
+PLACES = {False: 8, True: 3}  # partial sums awaited together, by whether the MLP is gated; more would spill
 
 
 def fill(fours: int) -> Callable:
-    """-> f(ref, block): marks the block-th `fours` times four words a thread."""
+    """-> f(ref, block): places marks in the `block`-th run of `fours` 4-word slots per thread."""
 
     @inline(arg_types=(REF, SPLAT))
     def run(ctx, ref, block):
@@ -42,20 +42,20 @@ def fill(fours: int) -> Callable:
 
 
 def store(kind: str) -> Callable:
-    """`partials.store`, of what is no mark."""
+    """`partials.store` that never stores a mark."""
     change = _unlike_marks if kind == "float32" else None
     return partials.store(kind, how="st.relaxed.gpu.global", change=change)
 
 
 def _unlike_marks(word: ir.Value) -> ir.Value:
-    """The word, or another NaN for a mark."""
+    """The word; a different NaN if it equals the mark."""
     return arith.minui(word, c(MARK - 1))
 
 
 def await_words(wanted: Places, fours: Iterable[int] = (0,)) -> list[Words]:
-    """Four words of each, zeros where nothing is to come; waits until all are there. For all threads of a warp alike.
+    """Waits for and loads four words from each place, zeros where nothing will be stored. All threads of a warp call it.
 
-    fours: which four words, counted from each address on.
+    fours: which 4-word slots to load, counted from each address.
     """
     each = [(there, source, i) for there, source in wanted for i in fours]
     types = [i32()] * (4 * len(each))
@@ -80,16 +80,16 @@ def _any_mark(words: Words) -> ir.Value:
 
 
 def _load_missing(words: Words, source: ir.Value, four: int) -> list[ir.Value]:
-    """Loads all four words anew if any is a mark."""
+    """Loads all four words again if any is still a mark."""
     text = f"@$8 ld.relaxed.gpu.global.v4.b32 {{$0, $1, $2, $3}}, [$9 + {four * FOUR_BYTES}];"
     return partials.load_four(text, [*words, _any_mark(words), source], "=r,=r,=r,=r,0,1,2,3,b,l")
 
 
 def sum_up(split: Split, blocks: int, batch: int, width: int, gated: bool) -> Callable:
-    """-> f(parts, tile, block, column) -> float32 [64 width]: the sum of the partial sums of 64 neurons of a tile.
+    """-> f(parts, tile, block, column) -> float32 [64 width]: adds up the partial sums of 64 neurons of a tile.
 
-    gated: other sums lie in registers meanwhile, or their addresses.
-    parts: of float32, as `store` stored them: `blocks` of 64 neurons a partial sum, of `batch` columns.
+    `parts` holds float32, as `store` leaves them: `blocks` times 64 neurons in each partial sum, and `batch` columns.
+    With `gated`, fewer loads are in flight, because the other matrix's sums or addresses occupy registers too.
     """
     most = split.contributions.shape[1]
     together = min(most, PLACES[gated])
@@ -128,7 +128,7 @@ def sum_up(split: Split, blocks: int, batch: int, width: int, gated: bool) -> Ca
 
 
 def _added(sums: list[ir.Value], found: list[Words], fours: int) -> list[ir.Value]:
-    """To sums, none at first, the words of float32 of each place in order: `fours` times four a place."""
+    """Adds the float32 words of each place, `fours` times four, to `sums` (empty at first), in order."""
     for i in range(0, len(found), fours):
         numbers = [arith.bitcast(f32(), word) for four in found[i : i + fours] for word in four]
         sums = [arith.addf(a, b) for a, b in zip(sums, numbers, strict=True)] if sums else numbers
@@ -136,7 +136,7 @@ def _added(sums: list[ir.Value], found: list[Words], fours: int) -> list[ir.Valu
 
 
 def _fragments(words: Words, kind: str, shape: tuple[int, int]) -> mgpu.FragmentedArray:
-    """A thread's numbers (float32) or pairs of them (words of 16-bit numbers) as an array of products' layout."""
+    """A thread's words, each a float32 or two 16-bit values, as an array in the layout of wgmma's results."""
     layout = WGMMA.to_mgpu()
     pair = ir.VectorType.get((2,), element(kind))
     registers = np.empty(layout.registers_shape(shape), dtype=object)
@@ -150,7 +150,7 @@ def _fragments(words: Words, kind: str, shape: tuple[int, int]) -> mgpu.Fragment
 
 
 def take(kind: str, batch: int) -> Callable:
-    """-> f(ref, block) -> [64 batch] of `kind`, 16-bit numbers: what `store` stored as the block-th."""
+    """-> f(ref, block) -> [64 batch] of the 16-bit dtype `kind`: waits for what `store` puts in the `block`-th place."""
 
     @inline(
         arg_types=(REF, SPLAT),

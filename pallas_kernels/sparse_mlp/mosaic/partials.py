@@ -1,7 +1,7 @@
-"""Partial sums in device memory, in the order in which threads hold them: each 16 bytes, one thread after the other.
+"""Partial sums in device memory, stored in the order in which threads hold them: 16 bytes per thread at a time.
 
-In inline PTX, not interpretable. A place in such an array is counted in fours: four words of each thread of a
-warpgroup. A word holds a float32 or, of the kinds of 16 bits, two numbers.
+Inline PTX, which the interpreter cannot run. Places in these arrays are counted in fours: a four is four words from
+each thread of a warpgroup. A word holds one float32 or two 16-bit values.
 """
 
 import functools
@@ -15,25 +15,25 @@ from pallas_kernels._inline import REF, SPLAT, asm, f32, i32, inline, less, thre
 from pallas_kernels._inline import constant as c
 from pallas_kernels.sparse_mlp.schedule import Split
 
-FOUR_BYTES = 128 * 16  # of a four
+FOUR_BYTES = 128 * 16  # size of a four
 
-type Places = list[tuple[ir.Value, ir.Value]]  # (whether there is something, its address)
+type Places = list[tuple[ir.Value, ir.Value]]  # (whether a value is stored there, its address)
 type Words = list[ir.Value]
 
 
 def address(ref: ir.Value, place: ir.Value) -> ir.Value:
-    """Of the calling thread's words at `place`."""
+    """The address of the calling thread's words at `place`."""
     first = arith.addi(arith.muli(place, c(128)), thread())
     return utils.getelementptr(utils.memref_ptr(ref), [arith.muli(first, c(4))], i32())
 
 
 def element(kind: str) -> ir.Type:
-    """The type of a number: "float32", "bfloat16" or "float16"."""
+    """The MLIR type of "float32", "bfloat16" or "float16"."""
     return {"bfloat16": ir.BF16Type, "float16": ir.F16Type, "float32": ir.F32Type}[kind].get()
 
 
 def pack(low: ir.Value, high: ir.Value, kind: ir.Type) -> ir.Value:
-    """Two float32 rounded to bfloat16 or float16, in a word."""
+    """Two float32 values, rounded to bfloat16 or float16, in one word."""
     short = "bf16" if kind == ir.BF16Type.get() else "f16"
     return asm(f"cvt.rn.{short}x2.f32 $0, $1, $2;", [high, low], "=r,f,f", i32())
 
@@ -46,7 +46,7 @@ def _words(pair: ir.Value, kind: str) -> Words:
 
 
 def _numbers(word: ir.Value, kind: str) -> list[ir.Value]:
-    """The numbers in a word, as float32."""
+    """The values in a word, as float32."""
     halves = [arith.shli(word, c(16)), arith.andi(word, c(-65536))] if kind == "bfloat16" else [word]
     return [arith.bitcast(f32(), half) for half in halves]
 
@@ -54,9 +54,9 @@ def _numbers(word: ir.Value, kind: str) -> list[ir.Value]:
 def store(
     kind: str, *, how: str = "st.global", change: Callable[[ir.Value], ir.Value] | None = None
 ) -> Callable:
-    """-> f(value float32 [64 n], ref, place): stores it as `kind`, from `place` on.
+    """-> f(value float32 [64 n], ref, place): stores `value` as dtype `kind`, from `place` on.
 
-    how: the instruction. change: of each word.
+    how: the store instruction. change: applied to each word before it is stored.
     """
 
     @inline(arg_types=(plgpu.Layout.WGMMA, REF, SPLAT))
@@ -73,25 +73,28 @@ def store(
 
 @inline(arg_types=(plgpu.Layout.WGMMA, REF))
 def store_transposed(ctx, value, out):
-    """In a kernel: out[n, m] = value[m, n], both in whole 32-byte sectors; in no other order."""
+    """out[n, m] = value[m, n]; in this order, reads and writes cover whole 32-byte sectors."""
     value.foreach(lambda number, at: memref.store(number, out, [at[1], at[0]]))
 
 
 def load_words(places: Places) -> list[Words]:
-    """Four words from each place, zeros where there is nothing."""
+    """Loads four words from each place, zeros where nothing is stored."""
     zeros = " ".join(f"mov.b32 ${i}, 0;" for i in range(4))
     text = f"{zeros} @$5 ld.global.v4.b32 {{$0, $1, $2, $3}}, [$4];"
     return [load_four(text, [source, there], "=&r,=&r,=&r,=&r,l,b") for there, source in places]
 
 
 def load_four(text: str, arguments: list[ir.Value], constraints: str) -> Words:
-    """The four words that inline code loads."""
+    """Runs inline code that loads four words, and returns them."""
     four = asm(text, arguments, constraints, ir.Type.parse("!llvm.struct<(i32, i32, i32, i32)>"))
     return [llvm.extractvalue(i32(), four, [i]) for i in range(4)]
 
 
 def contributors(split: Split, tile: ir.Value, most: int, skipped: ir.Value | None = None) -> Places:
-    """(number of a partial sum of a tile, whether there is one), as `split.contributions`, after those `skipped`."""
+    """(number, whether it exists) of up to `most` partial sums of a tile, after the first `skipped`.
+
+    The same numbers as in `split.contributions`.
+    """
 
     def owner(unit):
         return arith.divui(
@@ -121,19 +124,18 @@ def add_up(
     workers: int,
     items: int,
 ) -> Callable:
-    """-> f(parts [n cols/64 batch 64], out [B D], worker): the partial sums of each tile, added in order.
+    """-> f(parts [n cols/64 batch 64], out [B D], worker): adds up the partial sums of each tile, in order.
 
-    `parts` was stored as `kind`, the fours of 64 columns of a partial sum together. Of all `items` fours of the
-    result, tile after tile, a worker adds up those numbered worker, worker + workers, ..., `ahead` of them at once.
-
-    take: `load_words`, or what waits for them.
+    `parts` was stored as dtype `kind`, with the fours of 64 columns of a partial sum next to each other. The result
+    has `items` fours, tile after tile; a worker computes those numbered worker, worker + workers, ..., `ahead` at a
+    time. `take` loads the words: `load_words`, or a function that waits for them first.
     """
     most = split.contributions.shape[1]
 
     @inline(arg_types=(REF, REF, SPLAT))
     def run(ctx, parts, out, worker):
         (_, _, batch, _) = ir.MemRefType(parts.type).shape
-        quads = batch // (8 if kind == "float32" else 16)  # fours of each 64 columns
+        quads = batch // (8 if kind == "float32" else 16)  # fours per 64 columns
         first, step, end = worker.registers.item(), c(workers), c(items)
 
         def places(item):
@@ -174,7 +176,7 @@ def add_up(
 
 
 def _put_transposed(sums: list[ir.Value], out: ir.Value, row: ir.Value, column: ir.Value) -> None:
-    """A thread's four numbers of 64 columns x 8 rows, as products leave them, to out [B D] from (row, column) on."""
+    """Stores a thread's four values of 64 columns by 8 rows, in wgmma's layout, to out [B D] from (row, column) on."""
     out_type = ir.MemRefType(out.type)
     rows, width = out_type.shape
     lane, warp = arith.remui(thread(), c(32)), arith.divui(thread(), c(32))

@@ -1,4 +1,4 @@
-"""The warpgroup that fills the ring of weights."""
+"""The producer: the warpgroup that fills the weight ring."""
 
 import jax.numpy as jnp
 from jax import lax
@@ -12,7 +12,7 @@ BULK = plgpu.OOBFillMode.PROMISE_IN_BOUNDS
 
 
 def produce(block: Block) -> None:
-    """Fills the ring, for the down-projection without waiting for the end of the up-projection."""
+    """Fills the ring; starts on the down-projection's weights without waiting for the up-projection to end."""
     tiles, refs = block.tiles, block.refs
     plgpu.set_max_registers(block.registers.producer, action="decrease")
     matrices = [(i, refs[name]) for i, name in enumerate(MATRICES) if name in refs]
@@ -30,7 +30,7 @@ def _await_empty(block: Block, t) -> None:
 
 
 def _fill_inline(block: Block, matrices) -> None:
-    """Entries of the index are loaded a ring ahead of the rows that they name."""
+    """Gathers in inline PTX; index entries are loaded one ring ahead of the rows that they name."""
     tiles, refs = block.tiles, block.refs
     load = gather.load_ids(tiles.rows, block.call.num_neurons)
     issue = gather.issue_rows(tiles.rows, tiles.cols)
