@@ -72,7 +72,9 @@ def load(path: Path) -> tuple[Entry, ...]:
     except (OSError, ValueError) as error:
         raise ValueError(f"tuned tiles: {path} can't be read; got {type(error).__name__}: {error}") from error
     if not isinstance(document, dict) or document.get("format") != FORMAT:
-        raise ValueError(f"tuned tiles: {path} has another format; expected an object with format {FORMAT}")
+        raise ValueError(
+            f"tuned tiles: {path} is not of this format; expected an object with format {FORMAT}"
+        )
     entries = document.get("entries")
     if not isinstance(entries, list):
         raise ValueError(f"tuned tiles: {path} has no list of entries; got {type(entries).__name__}")

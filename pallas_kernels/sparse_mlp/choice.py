@@ -42,9 +42,11 @@ def measured(
         tiles = Tiles(fused={1: True, 2: False}[sizes.pop("kernels")], **sizes)
     except (TypeError, KeyError) as error:
         raise ValueError(
-            f"{OP} tiles: a tuned file holds an invalid configuration; got {dict(entry.tiles)}"
+            f"{OP} tiles: not a configuration, in a file of tuned tiles; got {dict(entry.tiles)}"
         ) from error
     if tiles.batch != padded(batch) or d_model % tiles.cols or tiles.blocks > device.num_sms:
         wanted = f"batch {padded(batch)}, cols that divide {d_model}, at most {device.num_sms} blocks"
-        raise ValueError(f"{OP} tiles: tuned tiles do not fit the call; got {tiles}, expected {wanted}")
+        raise ValueError(
+            f"{OP} tiles: a tuned configuration does not fit the call; got {tiles}, expected {wanted}"
+        )
     return tiles
