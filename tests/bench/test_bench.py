@@ -14,7 +14,7 @@ from bench.report import ROOT
 
 GPU = ("bench_decode_attention", "bench_sparse_mlp", "bench_selection", "bench_decode")
 VERBLESS = ("read_floor",)  # on a GPU, too
-CPU = ("bench_convert", "roofline", "readme_tables")
+CPU = ("bench_convert", "bench_startup", "roofline", "readme_tables")
 
 
 def run(monkeypatch, name: str, *arguments: str) -> int:
@@ -52,7 +52,7 @@ def test_every_bench_is_on_the_page():
     }
     assert scripts == {*GPU, *VERBLESS, *CPU, "check_sparse_mlp"}
     named = set(re.findall(r"^\| (`.*?`) \|", page, re.MULTILINE))
-    assert set(re.findall(r"`(\w+)`", " ".join(named))) >= {*GPU, *VERBLESS, "bench_convert"}
+    assert set(re.findall(r"`(\w+)`", " ".join(named))) >= {*GPU, *VERBLESS, "bench_convert", "bench_startup"}
     numbers = (*workloads.BATCHES, *(f"{d:g}".lstrip("0") for d in workloads.DENSITIES))
     assert all(str(number) in page for number in numbers)
 
