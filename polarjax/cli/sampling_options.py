@@ -43,7 +43,7 @@ def with_stops(
     """The settings with these stop strings and ids in place of the model's, where there are any.
 
     Raises:
-      InputError: a string is empty, or an id is none.
+      InputError: a string is empty, or an id is not a token id.
     """
     if strings:
         settings = dataclasses.replace(settings, stop_strings=check_stop_strings(strings))

@@ -43,7 +43,7 @@ class ContinueOptions:
       max_new_tokens: M, the most tokens of a sequence.
       stop_ids: ids that end a sequence.
       stop_strings: texts that end a sequence and are cut off it; one that is a special token counts as a stop id.
-      repetition_penalty: 1 is none.
+      repetition_penalty: 1 changes nothing.
       copies: sequences of each prompt, which follow one another.
       batch_size: prompts at a time; None takes all.
     """

@@ -53,7 +53,7 @@ def _with_replacements(tokens: Sequence[str]) -> list[str]:
 
 
 def _belongs_to_character(data: bytes) -> Iterator[bool]:
-    """Of each byte, whether it is part of a UTF-8 character."""
+    """Whether each byte is part of a UTF-8 character."""
     start = 0
     while start < len(data):
         size = next((n for n in range(1, 5) if _is_character(data[start : start + n])), 0)

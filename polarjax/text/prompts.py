@@ -73,7 +73,7 @@ def as_prompts(given: Any) -> list[Prompt]:
       given: a sequence of prompts, or one prompt alone.
 
     Raises:
-      InputError: there is no prompt, or a value is none; it is named by its number.
+      InputError: there is no prompt, or a value is not a prompt; its number is named.
     """
     hint = "pass texts, or lists of messages with the texts role and content"
     alone = isinstance(given, str) or _is_conversation(given)

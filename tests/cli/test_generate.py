@@ -93,7 +93,7 @@ def _line(answer: tuple[int, str, str]) -> str:
     return err
 
 
-def test_the_models_settings_apply_and_flags_go_before_them(home, run, tmp_path):
+def test_the_models_settings_apply_and_flags_override_them(home, run, tmp_path):
     plain = _result(run("--prompt", "def f", *SHORT, "--json"))
     bundle = pj.load(home)
     stop = bundle.tokenizer.hf.encode(plain["texts"][0], add_special_tokens=False)[3]
@@ -219,8 +219,10 @@ def test_the_missing_part_is_named_and_the_density_is_that_of_the_batch_that_ran
     model = shutil.copytree(home, tmp_path / "m")
     config = pj.load(home).model.config
     write_routers(model, init_routers(config, jax.random.key(0)))
-    told = run("--prompt", "a", *SHORT, model=model)[1]
-    assert told.startswith("The model has no plans yet, so this is dense; polarjax calibrate makes them.\n")
+    printed = run("--prompt", "a", *SHORT, model=model)[1]
+    assert printed.startswith(
+        "The model has no plans yet, so this is dense; polarjax calibrate makes them.\n"
+    )
     counts = (config.d_ff // 4, config.d_ff // 2)
     rows = tuple((count,) * config.num_layers for count in counts)
     recall = ((1.0,) * config.num_layers,) * 2
