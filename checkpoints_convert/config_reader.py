@@ -1,4 +1,8 @@
-"""Reading the keys of a HuggingFace config.json: each is used, known to be harmless, or refused by name."""
+"""Reading the keys of a HuggingFace config.json.
+
+A key is read where the family's class in transformers reads it. What the class does not read can't change its result and
+is ignored, with a note; what says that the weights mean something else is refused by name (`foreign_weights`).
+"""
 
 from collections.abc import Mapping
 from typing import Any, Literal, cast
@@ -25,35 +29,25 @@ HARMLESS = frozenset(
 )
 """Keys without influence on the logits of a trained model: names, training, token ids, generation defaults."""
 
-FIXED: dict[str, tuple[Any, ...]] = {
+DEFAULTS: dict[str, tuple[Any, ...]] = {
     "add_cross_attention": (False,),
     "chunk_size_feed_forward": (0,),
-    "cross_attention_hidden_size": (None,),
     "is_decoder": (False, True),
-    "is_encoder_decoder": (False,),
-    "layer_norm_elementwise_affine": (True,),
     "learned_embeddings": (True,),
-    "partial_rotary_factor": (None, 1),
-    "per_layer_config": (None,),
-    "pruned_heads": (None, {}),
-    "quantization_config": (None,),
+    "pruned_heads": ({},),
     "rope_interleaved": (False,),
     "scale_embeddings": (False,),
     "tie_encoder_decoder": (False,),
-    "tie_last_hidden_states": (None,),
     "torchscript": (False,),
-    "use_mrope": (None, False),
+    "use_mrope": (False,),
 }
-"""Keys that polarjax knows in one meaning only: the values that leave the model as it is."""
+"""Keys that no family reads, with the values that are not worth a word."""
 
-_MEND = {
-    "quantization_config": "quantised checkpoints are unsupported; take the original weights",
-    "partial_rotary_factor": "only full rotary embedding is supported",
-}
 FATRELU = "fatrelu"
 """ReLU with a threshold, in ProSparse's spelling; transformers itself does not know it."""
 _PROSPARSE = "if these are the weights of a ProSparse model, set model_type to sparsellama"
-_ROPE_KEYS = {
+ORIGINAL = "original_max_position_embeddings"
+ROPE_KEYS = {
     "default": {"rope_theta"},
     "linear": {"rope_theta", "factor"},
     "llama3": {
@@ -81,6 +75,7 @@ class ConfigReader:
         self._data = data
         self._where = where
         self._used: set[str] = set()
+        self._ignored: list[str] = []
 
     def get(self, key: str, default: Any, kind: type | tuple[type, ...], expected: str) -> Any:
         """The value of `key`, or the default where the key is absent or null; raises if it is of another kind."""
@@ -170,53 +165,68 @@ class ConfigReader:
     def rope(self, max_positions: int) -> RopeConfig:
         """The rotary embedding, in the old spelling (rope_theta, rope_scaling) or the new (rope_parameters)."""
         theta = self.number("rope_theta", 10_000.0)
-        old = self.get("rope_scaling", {}, dict, "an object")
-        new = self.get("rope_parameters", {}, dict, "an object")
-        if old and new and old != new:
+        read = {
+            key: self._rope(key, theta, max_positions)
+            for key in ("rope_scaling", "rope_parameters")
+            if self.get(key, {}, dict, "an object")
+        }
+        if len(read) == 2 and read["rope_scaling"] != read["rope_parameters"]:
+            old, new = (self._data[key] for key in read)
             hint = "keep one of the two"
             raise self.refuse("rope_scaling", "it contradicts rope_parameters", old, new, hint)
-        key = "rope_scaling" if old else "rope_parameters"
-        inner = ConfigReader(old or new, f"{self._where} ({key})")
-        inner.check_fixed()
+        return next(iter(read.values()), RopeConfig(theta=theta))
+
+    def _rope(self, key: str, theta: float, max_positions: int) -> RopeConfig:
+        """What `rope_scaling` or `rope_parameters` says; the defaults are those beside it."""
+        inner = ConfigReader(self._data[key], f"{self._where} ({key})")
+        inner.only("partial_rotary_factor", 1, "only full rotary embedding is supported")
+        for name, value in inner._data.items():
+            if isinstance(value, Mapping):
+                hint = "take a model whose layers share one"
+                raise inner.refuse(name, "a RoPE of its own for a kind of layers", value, None, hint)
         kind = inner._rope_type()
         factors = {
-            name: inner.number(name, default)
-            for name, default in (("factor", 1.0), ("low_freq_factor", 1.0), ("high_freq_factor", 4.0))
-            if name in _ROPE_KEYS[kind]
+            name: inner.number(name, cast(Any, _REQUIRED))
+            for name in ("factor", "low_freq_factor", "high_freq_factor")
+            if name in ROPE_KEYS[kind]
         }
         if kind == "llama3":
-            factors["original_max_positions"] = inner.size("original_max_position_embeddings", max_positions)
+            beside = self.size(ORIGINAL, inner.size(ORIGINAL, max_positions))  # which overrides
+            factors["original_max_positions"] = beside
         theta = inner.number("rope_theta", theta)
-        inner.finish()
+        self._ignored += [f"{key}.{name}" for name in inner.ignored()]
         scaling = None if kind == "default" else kind
         return RopeConfig(theta=theta, scaling=cast(Any, scaling), **cast(Any, factors))
 
     def _rope_type(self) -> str:
         kinds = {self.get(key, None, str, "a name") for key in ("rope_type", "type")} - {None}
         kind = kinds.pop() if len(kinds) == 1 else ("default" if not kinds else f"{sorted(kinds)}")
-        if kind not in _ROPE_KEYS:
+        if kind not in ROPE_KEYS:
             hint = "take a model with one of these"
-            raise self.refuse("rope_type", "an unsupported RoPE", kind, ", ".join(_ROPE_KEYS), hint)
-        for key in sorted(_ROPE_KEYS[kind] - {"rope_theta", "original_max_position_embeddings"}):
-            self.number(key, cast(Any, _REQUIRED))
+            raise self.refuse("rope_type", "an unsupported RoPE", kind, ", ".join(ROPE_KEYS), hint)
         return kind
 
-    def check_fixed(self) -> None:
-        """Refuses known keys whose value changes the model in a way that polarjax does not follow."""
-        for key in FIXED.keys() & self._data.keys():
-            value = self._data[key]
-            if not any(value == allowed for allowed in FIXED[key]):
-                expected = " or ".join(map(repr, FIXED[key]))
-                hint = _MEND.get(key, "take a model without it")
-                raise self.refuse(key, "an unsupported value", value, expected, hint)
+    def ignored(self) -> tuple[str, ...]:
+        """The keys that nothing has asked for and that are worth a word; null counts as absent."""
+        others = self._data.keys() - self._used - HARMLESS
+        named = [
+            key
+            for key in others
+            if self._data[key] is not None and self._data[key] not in DEFAULTS.get(key, ())
+        ]
+        return tuple(sorted([*named, *self._ignored]))
 
-    def finish(self) -> None:
-        """Refuses keys that nothing has asked for; null counts as absent."""
-        known = self._used | HARMLESS | FIXED.keys()
-        for key in sorted(self._data.keys() - known):
-            if self._data[key] is not None:
-                hint = "if it does not change the model, remove it from config.json"
-                raise self.refuse(key, "an unknown key", self._data[key], None, hint)
+    def unread(self) -> dict[str, Any]:
+        """The keys that nothing has asked for, with their values; null counts as absent."""
+        return {
+            key: value for key, value in self._data.items() if key not in self._used and value is not None
+        }
+
+    def only(self, key: str, value: Any, hint: str) -> None:
+        """Raises unless `key` is absent or has the one `value` that polarjax knows."""
+        self._used.add(key)
+        if self._data.get(key) not in (None, value):
+            raise self.refuse(key, "an unsupported value", self._data[key], repr(value), hint)
 
     def refuse(self, key: str, what: str, got: object, expected: object, hint: str) -> UnsupportedConfigError:
         """The error that names the key and its value."""

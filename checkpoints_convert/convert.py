@@ -13,8 +13,9 @@ import numpy as np
 from checkpoints_convert.hf_config import CONFIG, read_config
 from checkpoints_convert.hub import locate
 from checkpoints_convert.json_files import read_json
-from checkpoints_convert.rules import Layout, Plan, Step, make_plan, some
-from checkpoints_convert.weights_io import DTYPES, Tensor, open_weights, read_rows
+from checkpoints_convert.rules import Family, Layout, Plan, Step, make_plan
+from checkpoints_convert.tensor_names import some
+from checkpoints_convert.weights_io import DTYPES, Tensor, open_weights, passed_over, read_rows
 from polarjax.checkpoint.manifest import SOURCE_CONFIG
 from polarjax.checkpoint.writer import ModelWriter, new_model
 from polarjax.configs import ModelConfig
@@ -88,20 +89,20 @@ def convert_checkpoint(
     """
     started = time.monotonic()
     source, target = locate(src, revision=revision), absolute(out)
-    family, config = read_config(source)
+    family, config, notes = read_config(source)
     check_apart(source, target)
     tensors = open_weights(source)
-    plan = make_plan(family, config, {name: each.shape for name, each in tensors.items()}, where=source)
+    config, plan, more = _plan(family, config, tensors, source)
+    notes = (*notes, *_weights_note(source), *more)
     used = [tensors[step.source] for step in plan.steps]
     wanted = parameter_dtype(dtype, used, source)
     largest = max(tensor.num_bytes for tensor in used)
     num_bytes = sum(tensor.size * wanted.itemsize for tensor in used)
     options = {"model_type": family.model_type, "overwrite": overwrite}
     with new_model(target, config, **options, largest=largest, num_bytes=num_bytes) as writer:
-        _check_equal(plan, tensors)
-        source_config = read_json(source / CONFIG)
+        source_config = read_json(source / CONFIG, last_wins=True)
         write_json(writer.folder / SOURCE_CONFIG, source_config)
-        copied, notes = writer.copy_tokenizer(source, source_config)
+        copied, more = writer.copy_tokenizer(source, source_config)
         if "auto_map" in source_config:
             notes = (f"{CONFIG} asks for code of its own (auto_map): never run", *notes)
         with counter(progress, sum(tensor.num_bytes for tensor in used), "converting") as advance:
@@ -115,7 +116,7 @@ def convert_checkpoint(
         num_bytes=sum(tensor.num_bytes for tensor in used),
         skipped=plan.skipped + tuple(head for head, _ in plan.equal),
         copied=copied,
-        notes=notes,
+        notes=(*notes, *more),
         seconds=time.monotonic() - started,
     )
 
@@ -143,15 +144,24 @@ def parameter_dtype(dtype: DTypeLike | None, tensors: Sequence[Tensor], where: P
     return tensors[0].dtype
 
 
-def _check_equal(plan: Plan, tensors: Mapping[str, Tensor]) -> None:
-    for head, table in plan.equal:
-        if not _same(tensors[head], tensors[table]):
-            raise CheckpointError(
-                "config.json ties the head to the embeddings, but the two differ",
-                where=tensors[head].file,
-                got=f"{head} unequal to {table}",
-                hint="set tie_word_embeddings to false in config.json if the head is meant",
-            )
+def _plan(
+    family: Family, config: ModelConfig, tensors: Mapping[str, Tensor], source: Path
+) -> tuple[ModelConfig, Plan, tuple[str, ...]]:
+    """The plan, and what there is to note; like transformers, two tied tensors that differ are not tied."""
+    shapes = {name: each.shape for name, each in tensors.items()}
+    plan = make_plan(family, config, shapes, where=source)
+    if all(_same(tensors[head], tensors[table]) for head, table in plan.equal):
+        return config, plan, ()
+    config = dataclasses.replace(config, tie_embeddings=False)
+    note = f"{CONFIG} ties the head to the embeddings, but the weights hold two that differ: both are kept"
+    return config, make_plan(family, config, shapes, where=source), (note,)
+
+
+def _weights_note(source: Path) -> tuple[str, ...]:
+    name, others = passed_over(source)
+    if not others:
+        return ()
+    return (f"the weights of {name} are read, as in transformers; passed over: {', '.join(others)}",)
 
 
 def _same(one: Tensor, two: Tensor, block: int = 1 << 24) -> bool:

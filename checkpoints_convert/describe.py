@@ -56,7 +56,7 @@ def describe_checkpoint(
     source = locate(src, revision=revision, weights=False)
     found = Description(source)
     try:
-        family, config = read_config(source)
+        family, config, _ = read_config(source)
         found = dataclasses.replace(found, model_type=family.model_type, config=config)
         here = any(any(source.glob(each)) for each in (*SAFE_PATTERNS, *TORCH_PATTERNS))
         if not here and source != absolute(src):

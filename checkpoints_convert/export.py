@@ -14,7 +14,7 @@ from safetensors import safe_open
 from checkpoints_convert.config_reader import ConfigReader
 from checkpoints_convert.convert import Progress, check_apart, counter
 from checkpoints_convert.families import FAMILIES
-from checkpoints_convert.hf_config import CONFIG, read_config
+from checkpoints_convert.hf_config import CONFIG, interpret, read_config
 from checkpoints_convert.rules import Family, Step, expected_tensors, letter_sizes
 from checkpoints_convert.weights_io import DTYPES, INDEX, SINGLE
 from polarjax.checkpoint.reader import ModelReader
@@ -118,9 +118,12 @@ def hf_config(source: ModelReader) -> tuple[Family, dict[str, Any]]:
     """
     dtype = source.dtype.name
     kept = source.source_config
-    if kept is not None and read_config(kept)[1] == source.config:
-        key = "dtype" if "dtype" in kept else "torch_dtype"
-        return read_config(kept)[0], {**{k: v for k, v in kept.items() if k != "auto_map"}, key: dtype}
+    if kept is not None:
+        family, config, _ = read_config(kept)
+        if config == source.config:
+            keys = [key for key in ("dtype", "torch_dtype") if key in kept] or ["torch_dtype"]
+            plain = {key: value for key, value in kept.items() if key != "auto_map"}
+            return family, plain | dict.fromkeys(keys, dtype)
     known = source.model_type in FAMILIES
     families = [FAMILIES[source.model_type]] if known else list(FAMILIES.values())  # pyright: ignore[reportArgumentType]
     for family in families:
@@ -140,7 +143,7 @@ def written_config(family: Family, config: ModelConfig) -> dict[str, Any] | None
     keys = family.write_config(config)
     data = {"architectures": [family.architecture], "model_type": family.model_type, **keys}
     try:
-        same = family.read_config(ConfigReader(data, CONFIG)) == config
+        same = interpret(family, ConfigReader(data, CONFIG)) == config
     except UnsupportedConfigError:
         return None
     return data if same else None

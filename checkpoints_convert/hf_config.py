@@ -2,17 +2,19 @@
 
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from checkpoints_convert.config_reader import ConfigReader
 from checkpoints_convert.families import FAMILIES
+from checkpoints_convert.foreign_weights import check_weights_are_plain
 from checkpoints_convert.json_files import read_json
 from checkpoints_convert.rules import Family
+from checkpoints_convert.tensor_names import MERGE_ADAPTER, some
 from polarjax.configs import ModelConfig
 from polarjax.errors import CheckpointError, UnsupportedConfigError
 from polarjax.types import Path as PathLike
 
-CONFIG = "config.json"
+CONFIG, ADAPTER_CONFIG = "config.json", "adapter_config.json"
 
 
 def config_from_hf(source: PathLike | Mapping[str, Any]) -> ModelConfig:
@@ -28,18 +30,44 @@ def config_from_hf(source: PathLike | Mapping[str, Any]) -> ModelConfig:
     return read_config(source)[1]
 
 
-def read_config(source: PathLike | Mapping[str, Any]) -> tuple[Family, ModelConfig]:
+class HfConfig(NamedTuple):
+    """What a config.json says.
+
+    Attributes:
+      family: of the model.
+      config: of the model.
+      notes: a line about the keys that are ignored, if there are any.
+    """
+
+    family: Family
+    config: ModelConfig
+    notes: tuple[str, ...]
+
+
+def read_config(source: PathLike | Mapping[str, Any]) -> HfConfig:
     """The family beside the configuration; see `config_from_hf`."""
     if isinstance(source, Mapping):
         return _interpret(source, CONFIG)
     file = Path(source) / CONFIG
     if not file.is_file():
-        what = f"{CONFIG} is missing" if file.parent.is_dir() else "no such folder"
-        raise CheckpointError(what, where=file.parent, hint="give the folder of a HuggingFace model")
-    return _interpret(read_json(file), file)
+        raise _missing(file.parent)
+    return _interpret(read_json(file, last_wins=True), file)
 
 
-def _interpret(data: Mapping[str, Any], where: object) -> tuple[Family, ModelConfig]:
+def _missing(folder: Path) -> CheckpointError:
+    what, hint = f"{CONFIG} is missing", "give the folder of a HuggingFace model"
+    if not folder.is_dir():
+        what = "no such folder"
+    elif (folder / ADAPTER_CONFIG).is_file():
+        what, hint = "an adapter (LoRA) without its model", MERGE_ADAPTER
+    elif (folder / "params.json").is_file():
+        what, hint = "the original format of LLaMA or Mistral", "take the HuggingFace version of this model"
+    elif any(folder.glob("*.gguf")):
+        what, hint = "a model of llama.cpp (GGUF)", "take the original weights"
+    return CheckpointError(what, where=folder, hint=hint)
+
+
+def _interpret(data: Mapping[str, Any], where: object) -> HfConfig:
     model_type = data.get("model_type")
     if not isinstance(model_type, str) or model_type not in FAMILIES:
         raise UnsupportedConfigError(
@@ -51,7 +79,18 @@ def _interpret(data: Mapping[str, Any], where: object) -> tuple[Family, ModelCon
         )
     family = FAMILIES[model_type]
     reader = ConfigReader(data, where)
-    reader.check_fixed()
+    config = interpret(family, reader)
+    ignored = reader.ignored()
+    note = f"{CONFIG} has keys that a {model_type} model does not read; ignored: {some(ignored)}"
+    return HfConfig(family, config, (note,) if ignored else ())
+
+
+def interpret(family: Family, reader: ConfigReader) -> ModelConfig:
+    """The configuration that a family reads; raises `UnsupportedConfigError` where the weights mean something else."""
+    if family.own_code:
+        reader.ignore("auto_map")
+    reader.only("is_encoder_decoder", False, "take a decoder alone")
+    reader.only("per_layer_config", {}, "take a model whose layers have one shape")
     config = family.read_config(reader)
-    reader.finish()
-    return family, config
+    check_weights_are_plain(reader)
+    return config

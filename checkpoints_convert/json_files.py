@@ -7,13 +7,18 @@ from typing import Any
 from polarjax.errors import CheckpointError
 
 
-def read_json(file: Path) -> dict[str, Any]:
-    """A JSON object from a file; raises `CheckpointError` when it is anything else or names a key twice."""
+def read_json(file: Path, *, last_wins: bool = False) -> dict[str, Any]:
+    """A JSON object from a file; raises `CheckpointError` when it is anything else.
+
+    Args:
+      file: to read.
+      last_wins: whether a key may occur twice; its last value counts, as in transformers.
+    """
     hint = "download the file again"
     if not file.is_file():
         raise CheckpointError("not a file", where=file, hint=hint)
     try:
-        data = parse_json(file.read_bytes())
+        data = parse_json(file.read_bytes(), last_wins=last_wins)
     except (OSError, ValueError) as error:
         raise CheckpointError("not readable as JSON", where=file, got=str(error)[:200], hint=hint) from error
     if not isinstance(data, dict):
@@ -21,10 +26,10 @@ def read_json(file: Path) -> dict[str, Any]:
     return data
 
 
-def parse_json(text: bytes) -> Any:
-    """Like `json.loads`, but raises `ValueError` for a key that occurs twice and for boundless nesting."""
+def parse_json(text: bytes, *, last_wins: bool = False) -> Any:
+    """Like `json.loads`, but raises `ValueError` for boundless nesting and, unless `last_wins`, for doubled keys."""
     try:
-        return json.loads(text, object_pairs_hook=_unique)
+        return json.loads(text, object_pairs_hook=dict if last_wins else _unique)
     except RecursionError as error:
         raise ValueError("nested too deeply") from error
 

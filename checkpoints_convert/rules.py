@@ -14,12 +14,10 @@ from typing import Any
 import numpy as np
 
 from checkpoints_convert.config_reader import ConfigReader
+from checkpoints_convert.tensor_names import HEAD, ROTARY_BUFFERS, check_tensors, some
 from polarjax.configs import ModelConfig
 from polarjax.errors import CheckpointError
 from polarjax.model.shapes import shapes
-
-SHOWN = 10
-"""How many names a report lists of each kind of fault."""
 
 _ROWS = 128  # of a block that is transposed at once: keeps it within the cache
 _APART = (
@@ -120,7 +118,8 @@ class Family:
       write_config: keys that `read_config` reads as the same configuration, where the family can say it.
       rules: for every parameter that any member has; those that a config does not ask for are left out.
       prefixes: what names may begin with on disk, and what they then begin with in `rules`.
-      buffers: pattern of tensors that follow from the config and are skipped.
+      buffers: pattern of tensors that follow from the config and are skipped, besides those of rotary embeddings.
+      own_code: whether its models came with code of their own, which the family stands for.
     """
 
     model_type: str
@@ -130,7 +129,8 @@ class Family:
     write_config: Callable[[ModelConfig], dict[str, Any]]
     rules: tuple[Rule, ...]
     prefixes: tuple[tuple[str, str], ...]
-    buffers: re.Pattern[str]
+    buffers: re.Pattern[str] | None = None
+    own_code: bool = False
 
 
 @dataclasses.dataclass(frozen=True)
@@ -158,7 +158,7 @@ class Plan:
     skipped: tuple[str, ...]
 
 
-HEAD, HEAD_TARGET, TABLE_TARGET = "lm_head.weight", "head.w", "embed.tokens"
+HEAD_TARGET, TABLE_TARGET = "head.w", "embed.tokens"
 
 
 def letter_sizes(config: ModelConfig) -> dict[str, int]:
@@ -203,6 +203,8 @@ def make_plan(
 ) -> Plan:
     """Matches the tensors of a checkpoint with the parameters of its config.
 
+    A tied model may hold the embeddings, the head or both.
+
     Args:
       family: whose rules apply.
       config: what is to be filled.
@@ -214,25 +216,43 @@ def make_plan(
     """
     expected = expected_tensors(family, config)
     names, doubled = _canonical(family, found)
-    skipped = {name for name in names if name not in expected and family.buffers.search(name)}
+    table = next(name for name, step in expected.items() if step.target == TABLE_TARGET)
+    if config.tie_embeddings and table not in names and HEAD in names:
+        names[table] = names.pop(HEAD)
     spare_head = config.tie_embeddings and HEAD in names
+    skipped = {name for name in names if name not in expected and is_buffer(family, name)}
     unknown = sorted(
         names[name] for name in names.keys() - expected.keys() - skipped - {HEAD if spare_head else ""}
     )
-    missing = sorted(expected.keys() - names.keys())
-    sizes = letter_sizes(config)
+    faults = {
+        "missing": sorted(expected.keys() - names.keys()),
+        "unknown": unknown,
+        "of the same meaning": doubled,
+        "of the wrong shape": _misshaped(expected, names, found, letter_sizes(config)),
+    }
+    check_tensors(where, found, faults)
+    steps = tuple(dataclasses.replace(step, source=names[name]) for name, step in expected.items())
+    equal = ((names[HEAD], names[table]),) if spare_head else ()
+    return Plan(steps, equal, tuple(sorted(names[name] for name in skipped)))
+
+
+def is_buffer(family: Family, name: str) -> bool:
+    """Whether a tensor follows from the config, so that nothing is lost with it."""
+    return bool(re.search(ROTARY_BUFFERS, name) or (family.buffers and family.buffers.search(name)))
+
+
+def _misshaped(
+    expected: Mapping[str, Step],
+    names: Mapping[str, str],
+    found: Mapping[str, tuple[int, ...]],
+    sizes: Mapping[str, int],
+) -> list[str]:
     right = {name: step.layout.source_shape(sizes) for name, step in expected.items() if name in names}
-    misshaped = [
+    return [
         f"{names[name]} {list(found[names[name]])} instead of {list(shape)}"
         for name, shape in sorted(right.items())
         if tuple(found[names[name]]) != shape
     ]
-    faults = {"missing": missing, "unknown": unknown, "of the same meaning": doubled}
-    _report(where, {**faults, "of the wrong shape": misshaped})
-    steps = tuple(dataclasses.replace(step, source=names[name]) for name, step in expected.items())
-    table = next(step.source for step in steps if step.target == TABLE_TARGET)
-    equal = ((names[HEAD], table),) if spare_head else ()
-    return Plan(steps, equal, tuple(sorted(names[name] for name in skipped)))
 
 
 def _canonical(family: Family, found: Mapping[str, object]) -> tuple[dict[str, str], list[str]]:
@@ -252,32 +272,3 @@ def _with_prefix(family: Family, name: str) -> str:
         if name.startswith(found):
             return meant + name.removeprefix(found)
     return name
-
-
-def _report(where: object, faults: Mapping[str, list[str]]) -> None:
-    told = [f"{len(names)} {fault}: {some(names)}" for fault, names in faults.items() if names]
-    if told:
-        hint = _mend(faults["missing"], faults["unknown"])
-        raise CheckpointError(
-            "the tensors do not fit config.json", where=where, got="; ".join(told), hint=hint
-        )
-
-
-def _mend(missing: list[str], unknown: list[str]) -> str:
-    if any(re.search(QUANTISED, name) for name in unknown):
-        return "quantised checkpoints are unsupported; take the original weights"
-    if missing == [HEAD]:
-        return "set tie_word_embeddings to true in config.json if the head shares the embeddings"
-    return "check that config.json and the weights belong together and that every shard was downloaded"
-
-
-QUANTISED = (
-    r"\.(qweight|qzeros|scales|g_idx|SCB|weight_scale(_inv)?|weight_format|absmax|quant_map)$|\.quant_state\."
-)
-"""Names of the tensors that GPTQ, AWQ, bitsandbytes and fp8 checkpoints add."""
-
-
-def some(names: Sequence[str]) -> str:
-    """The first few names, and how many more there are."""
-    more = f" and {len(names) - SHOWN} more" if len(names) > SHOWN else ""
-    return ", ".join(names[:SHOWN]) + more

@@ -18,12 +18,16 @@ from safetensors import SafetensorError, safe_open
 
 from checkpoints_convert.json_files import parse_json, read_json
 from checkpoints_convert.read_ahead import PART_BYTES, Part, read_ahead
-from checkpoints_convert.rules import some
+from checkpoints_convert.tensor_names import MERGE_ADAPTER, ROTARY_BUFFERS, some
 from checkpoints_convert.torch_files import read_torch_header
 from polarjax.errors import CheckpointError
 
 INDEX, SINGLE = "model.safetensors.index.json", "model.safetensors"
 TORCH_INDEX, TORCH_SINGLE = "pytorch_model.bin.index.json", "pytorch_model.bin"
+WEIGHTS = (SINGLE, INDEX, TORCH_SINGLE, TORCH_INDEX)
+"""The files that name the weights, in the order in which transformers looks for them."""
+
+ADAPTERS = ("adapter_model.safetensors", "adapter_model.bin")
 DTYPES = {
     "F32": np.dtype(np.float32),
     "F16": np.dtype(np.float16),
@@ -64,7 +68,7 @@ class Tensor:
                 where=self.file,
                 got=self.kind,
                 expected=", ".join(DTYPES),
-                hint="quantised checkpoints are unsupported; take the original weights",
+                hint=_dtype_hint(self.kind),
             )
         return DTYPES[self.kind]
 
@@ -125,6 +129,16 @@ class Tensor:
         return memory
 
 
+def _dtype_hint(kind: str) -> str:
+    if kind in ("F64", "float64"):
+        return (
+            "load the model with transformers and save it in one of these: model.float().save_pretrained(...)"
+        )
+    if kind in ("I64", "int64", "I32", "int32", "BOOL", "bool", "C64", "complex64", "complex128"):
+        return "this is no weight of a language model; take the original weights"
+    return "quantised checkpoints are unsupported; take the original weights"
+
+
 def _span(shape: tuple[int, ...], strides: tuple[int, ...]) -> int:
     """Elements from the first to the last of a strided tensor."""
     return 1 + sum((size - 1) * step for size, step in zip(shape, strides, strict=True)) if all(shape) else 0
@@ -152,21 +166,44 @@ def open_weights(folder: Path) -> dict[str, Tensor]:
     Raises:
       CheckpointError: there are no weights, or a file or the index is damaged; it is named.
     """
-    for index, single, read_header in (
-        (INDEX, SINGLE, _read_header),
-        (TORCH_INDEX, TORCH_SINGLE, _read_torch_header),
-    ):
-        if (folder / index).exists():
-            return _sharded(folder / index, read_header)
-        if os.path.lexists(folder / single):
-            return read_header(_inside(folder, single))
+    for name in WEIGHTS:
+        if _is_there(folder, name):
+            read_header = _read_header if name in (SINGLE, INDEX) else _read_torch_header
+            if name in (INDEX, TORCH_INDEX):
+                return _sharded(folder / name, read_header)
+            return read_header(_inside(folder, name))
+    raise _no_weights(folder)
+
+
+def passed_over(folder: Path) -> tuple[str, tuple[str, ...]]:
+    """The file that `open_weights` reads and those of other weights beside it, which transformers passes over too."""
+    first, *others = [name for name in WEIGHTS if _is_there(folder, name)]
+    return first, tuple(others)
+
+
+def _is_there(folder: Path, name: str) -> bool:
+    """Whether transformers would take the file; without any, what bears its name is taken and then refused."""
+    if (folder / name).is_file():
+        return True
+    return os.path.lexists(folder / name) and not any((folder / other).is_file() for other in WEIGHTS)
+
+
+def _no_weights(folder: Path) -> CheckpointError:
     others = sorted(path.name for path in folder.glob("*.safetensors"))
     hint = f"download {INDEX} too" if others else "give a folder with safetensors weights, or .bin ones"
+    what = "no weights"
+    adapters = [name for name in ADAPTERS if (folder / name).exists()]
+    if adapters:
+        what, others, hint = "no weights but those of an adapter", adapters, MERGE_ADAPTER
+    elif models := sorted(path.name for path in folder.glob("*.gguf")):
+        what, others, hint = "no weights but those of llama.cpp", models, "take the original weights"
     got = some(others) if others else None
-    raise CheckpointError("no weights", where=folder, got=got, expected=f"{SINGLE} or {INDEX}", hint=hint)
+    expected = f"{SINGLE} or {INDEX}"
+    return CheckpointError(what, where=folder, got=got, expected=expected, hint=hint)
 
 
 def _sharded(index: Path, read_header: Callable[[Path], dict[str, Tensor]]) -> dict[str, Tensor]:
+    """The tensors of all shards; like transformers, also those that the index does not list."""
     weight_map = read_index(index)
     files = {name: _inside(index.parent, name) for name in sorted(set(weight_map.values()))}
     shards = {name: read_header(path) for name, path in files.items()}
@@ -174,15 +211,16 @@ def _sharded(index: Path, read_header: Callable[[Path], dict[str, Tensor]]) -> d
     faults = {
         "in two shards": [name for name, count in times.items() if count > 1],
         "not in the shard that the index names": [
-            name for name, shard in weight_map.items() if name not in shards[shard]
+            name
+            for name, shard in weight_map.items()
+            if name not in shards[shard] and not re.search(ROTARY_BUFFERS, name)
         ],
-        "not listed in the index": [name for name in times if name not in weight_map],
     }
-    told = [f"{len(names)} {fault}: {some(sorted(names))}" for fault, names in faults.items() if names]
-    if told:
+    found = [f"{len(names)} {fault}: {some(sorted(names))}" for fault, names in faults.items() if names]
+    if found:
         hint = "download the whole folder again"
-        raise CheckpointError("index and shards disagree", where=index, got="; ".join(told), hint=hint)
-    return {name: shards[shard][name] for name, shard in weight_map.items()}
+        raise CheckpointError("index and shards disagree", where=index, got="; ".join(found), hint=hint)
+    return {name: tensor for shard in shards.values() for name, tensor in shard.items()}
 
 
 def read_index(file: Path) -> Mapping[str, str]:

@@ -1,10 +1,10 @@
 """LLaMA and its kin: RMS norms, gated MLP, rotary embedding. One table of rules; the configs differ by values."""
 
-import re
 from typing import Any
 
 from checkpoints_convert.config_reader import FATRELU, Activation, ConfigReader
-from checkpoints_convert.rules import HEAD, HEAD_TARGET, TABLE_TARGET, Family, rules
+from checkpoints_convert.rules import HEAD_TARGET, TABLE_TARGET, Family, rules
+from checkpoints_convert.tensor_names import HEAD
 from polarjax.configs import ModelConfig, RopeConfig
 
 BODY = "model."
@@ -37,11 +37,8 @@ def _llama(reader: ConfigReader, **fields: Any) -> ModelConfig:
 def read_mistral(reader: ConfigReader) -> ModelConfig:
     """Mistral: the same sliding window in every layer, or none (null)."""
     window = reader.optional_size("sliding_window", None if reader.has("sliding_window") else 4096)
-    kinds = reader.layer_types()
-    if kinds is not None and set(kinds) != {"full_attention" if window is None else "sliding_attention"}:
-        hint = "a window that differs by layer needs a family that knows it, such as qwen2"
-        raise reader.refuse("layer_types", "it contradicts sliding_window", kinds, None, hint)
-    return _common(reader, max_positions=131072, kv_heads=8, sliding_window=window)
+    kv_heads = None if reader.has("num_key_value_heads") else 8
+    return _common(reader, max_positions=131072, kv_heads=kv_heads, sliding_window=window)
 
 
 def read_qwen2(reader: ConfigReader) -> ModelConfig:
@@ -213,7 +210,9 @@ _LAYER = """
 _RULES = rules(_MODEL) + rules(_LAYER, source=LAYER, target="layers.{i}.")
 
 
-def _family(model_type: str, covers: str, *, architecture: str, read: Any, write: Any) -> Family:
+def _family(
+    model_type: str, covers: str, *, architecture: str, read: Any, write: Any, own_code: bool = False
+) -> Family:
     return Family(
         model_type=model_type,
         architecture=architecture,
@@ -222,7 +221,7 @@ def _family(model_type: str, covers: str, *, architecture: str, read: Any, write
         write_config=write,
         rules=_RULES,
         prefixes=tuple((name, BODY + name) for name in ("layers.", "embed_tokens.", "norm.")),
-        buffers=re.compile(r"(^|\.)rotary_emb\.inv_freq$"),
+        own_code=own_code,
     )
 
 
@@ -246,4 +245,5 @@ SPARSELLAMA = _family(
     architecture="SparseLlamaForCausalLM",
     read=read_sparsellama,
     write=write_sparsellama,
+    own_code=True,
 )

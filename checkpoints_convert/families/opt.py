@@ -4,7 +4,8 @@ import re
 from typing import Any
 
 from checkpoints_convert.config_reader import ConfigReader
-from checkpoints_convert.rules import HEAD, HEAD_TARGET, TABLE_TARGET, Family, rules
+from checkpoints_convert.rules import HEAD_TARGET, TABLE_TARGET, Family, rules
+from checkpoints_convert.tensor_names import HEAD
 from polarjax.configs import ModelConfig
 
 BODY = "model.decoder."
@@ -19,6 +20,7 @@ def read_config(reader: ConfigReader) -> ModelConfig:
         raise reader.refuse(
             "hidden_size", "the heads do not divide it", width, f"a multiple of {heads}", hint
         )
+    reader.only("layer_norm_elementwise_affine", True, "take a model whose norms have weights")
     embed_dim = reader.size("word_embed_proj_dim", width)
     biases = reader.flag("enable_bias", True)
     pre_norm = reader.flag("do_layer_norm_before", True)

@@ -98,7 +98,7 @@ class Checkpoint:
 
     def __init__(self, config: dict[str, Any]):
         self.config = config
-        family, parsed = read_config(config)
+        family, parsed, _ = read_config(config)
         sizes = letter_sizes(parsed)
         steps = expected_tensors(family, parsed).values()
         shapes = {step.source: list(step.layout.source_shape(sizes)) for step in steps}
@@ -137,7 +137,7 @@ class Checkpoint:
 def attempt(folder: Path) -> str:
     """Reads a checkpoint as the converter does, weights included; "accepted", or the kind of the refusal."""
     try:
-        family, config = read_config(folder)
+        family, config, _ = read_config(folder)
         tensors = open_weights(folder)
         plan = make_plan(family, config, {name: each.shape for name, each in tensors.items()}, where=folder)
         used = [tensors[step.source] for step in plan.steps]

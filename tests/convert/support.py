@@ -11,6 +11,7 @@ from typing import Any
 
 from checkpoints_convert.config_reader import ConfigReader
 from checkpoints_convert.families import FAMILIES
+from checkpoints_convert.hf_config import interpret
 from checkpoints_convert.weights_io import DTYPES, INDEX, SINGLE, TORCH_INDEX, TORCH_SINGLE
 from polarjax.cli.inspect import supported
 from polarjax.configs import ModelConfig
@@ -35,13 +36,13 @@ _ROPES: dict[str, dict[str, Any]] = {
     "llama3": {"factor": 2.0, **_LLAMA3},
 }
 _REFUSED: dict[str, dict[str, Any]] = {
-    "quantised checkpoints": {"quantization_config": {"bits": 4}},
+    "quantised checkpoints": {"quantization_config": {"bits": 4}, "quantization": {"bits": 4}},
     **{
         f"{kind} RoPE": {"rope_scaling": {"rope_type": kind, "factor": 2.0}}
         for kind in ("yarn", "longrope", "dynamic")
     },
     "partial rotary embedding": {"partial_rotary_factor": 0.5},
-    "keys of config.json that are not known": {"logit_scale": 2.0},
+    "models with code of their own (`auto_map`, but ProSparse's)": {"auto_map": {"AutoModel": "own.Model"}},
 }
 _NAMES = ("relu", "silu", "gelu", "gelu_new", "gelu_pytorch_tanh", "fatrelu")
 
@@ -51,9 +52,7 @@ def read(family: str, **changes: Any) -> ModelConfig | None:
     known = _SIZES | _MORE[family != "opt"]
     reader = ConfigReader(known | changes, "config.json")
     try:
-        reader.check_fixed()
-        config = FAMILIES[family].read_config(reader)
-        reader.finish()
+        config = interpret(FAMILIES[family], reader)
     except UnsupportedConfigError:
         return None
     return config
@@ -135,11 +134,16 @@ def matrix() -> str:
 
 
 def refused() -> list[str]:
-    """What no family takes."""
+    """What no family takes, but the code that a family stands for."""
     return [
         name
         for name, keys in _REFUSED.items()
-        if all(read(family, **{key: value}) is None for family in FAMILIES for key, value in keys.items())
+        if all(
+            read(family, **{key: value}) is None
+            for family, rules in FAMILIES.items()
+            for key, value in keys.items()
+            if not (key == "auto_map" and rules.own_code)
+        )
     ]
 
 
