@@ -89,6 +89,10 @@ MODELS: dict[str, tuple[str, dict]] = MATRIX | {
     "opt-350m": ("OPT", _OPT_350M),
     "opt-350m-untied": ("OPT", {**_OPT_350M, "tie_word_embeddings": False}),
     "prosparse": ("SparseLlama", {**_LLAMA, **_GQA, "hidden_act": "fatrelu", "hidden_act_param": 0.5}),
+    "prosparse-tied": (
+        "SparseLlama",
+        {**_LLAMA, "hidden_act": "fatrelu", "hidden_act_param": 0.5, "tie_word_embeddings": True},
+    ),
     "llama-gqa": ("Llama", {**_LLAMA, **_GQA, **_THREE_LAYERS}),
     "llama-biases": ("Llama", {**_LLAMA, **_GQA, "attention_bias": True, "mlp_bias": True}),
     "llama-relu-biases": ("Llama", {**_LLAMA, **_GQA, "hidden_act": "relu", "mlp_bias": True}),

@@ -146,11 +146,24 @@ def test_fault_11_transposed_parameters_are_written_in_rows(model, tmp_path, mon
 
 
 def test_fault_33_code_of_the_source_is_not_passed_on(tmp_path):
-    hf_models.save("opt", tmp_path / "hf")
+    hf_models.save("prosparse", tmp_path / "hf")
     file = tmp_path / "hf" / "config.json"
     file.write_text(json.dumps(json.loads(file.read_text()) | {"auto_map": {"AutoModel": "evil.Model"}}))
     convert_checkpoint(tmp_path / "hf", tmp_path / "model")
     assert "auto_map" not in hf_config(ModelReader(tmp_path / "model"))[1]
+
+
+@pytest.mark.parametrize("keys", [("dtype",), ("torch_dtype",), ("dtype", "torch_dtype"), ()])
+def test_every_spelling_of_the_dtype_is_that_of_the_tensors(tmp_path, keys):
+    hf_models.save("opt", tmp_path / "hf")
+    file = tmp_path / "hf" / "config.json"
+    data = {key: value for key, value in json.loads(file.read_text()).items() if "dtype" not in key}
+    file.write_text(json.dumps(data | dict.fromkeys(keys, "float32")))
+    convert_checkpoint(tmp_path / "hf", tmp_path / "model", dtype="bfloat16")
+    written = hf_config(ModelReader(tmp_path / "model"))[1]
+    assert {key: written[key] for key in written if "dtype" in key} == dict.fromkeys(
+        keys or ("torch_dtype",), "bfloat16"
+    )
 
 
 def test_a_copy_of_a_model_directory_is_exported_alike(model, tmp_path):

@@ -142,7 +142,7 @@ FAULTS = {
     ],
     "33 remote code": [
         "convert/test_convert.py::test_remote_code_is_never_run",
-        "convert/test_faults.py::test_fault_33_code_that_is_not_run_is_told",
+        "convert/test_faults.py::test_fault_33_code_is_never_run",
         "convert/test_export.py::test_fault_33_code_of_the_source_is_not_passed_on",
     ],
 }
@@ -206,7 +206,8 @@ def test_fault_01_an_index_of_bin_files_out_of_the_folder(plain, tmp_path):
 @pytest.mark.parametrize("name", [SINGLE, INDEX, "config.json"])
 def test_fault_06_a_pipe_is_not_waited_for(plain, tmp_path, name):
     source = spoilt(plain, "opt", tmp_path)
-    (source / name).unlink(missing_ok=True)
+    for each in (SINGLE, name):  # an index is looked for where there is no single file
+        (source / each).unlink(missing_ok=True)
     os.mkfifo(source / name)
     with pytest.raises(pj.CheckpointError):
         convert_checkpoint(source, tmp_path / "out")
@@ -342,10 +343,15 @@ def test_fault_27_a_byte_of_a_converted_model_flips(plain, tmp_path):
     pj.load(folder)
 
 
-def test_fault_33_code_that_is_not_run_is_told(plain, tmp_path, capsys):
+def test_fault_33_code_is_never_run(plain, tmp_path, capsys):
+    """Of a model it is refused, of a tokenizer noted."""
     source = spoilt(plain, "opt", tmp_path)
-    change_config(source, auto_map={"AutoModelForCausalLM": "evil.Model"})
     (source / "evil.py").write_text(f"open({str(tmp_path / 'ran')!r}, 'w')")
+    change_config(source, auto_map={"AutoModelForCausalLM": "evil.Model"})
+    code, _, told = run(capsys, "convert", source, tmp_path / "out")
+    assert code == 2
+    assert "code of its own, which polarjax never runs; got auto_map" in told
+    change_config(source, auto_map={"AutoTokenizer": "evil.Tokenizer"})
     code, out, _ = run(capsys, "convert", source, tmp_path / "out")
     assert code == 0
     assert "config.json asks for code of its own (auto_map): never run" in out

@@ -126,7 +126,6 @@ REFUSED: dict[str, tuple[str, dict[str, Any]]] = {
         "unsupported RoPE; got rope_type = 'yarn'",
         {**_QWEN, "rope_scaling": {"factor": 4.0, "original_max_position_embeddings": 32768, "type": "yarn"}},
     ),
-    "Qwen2.5-14B-1M": ("dual_chunk", {**_QWEN, "dual_chunk_attention_config": {"chunk_size": 262144}}),
     "Qwen3-30B-A3B": ("unsupported model_type; got 'qwen3_moe'", {**_QWEN, "model_type": "qwen3_moe"}),
 }
 

@@ -17,6 +17,6 @@ def test_the_table_has_every_family_and_the_parity_tests_too():
 
 def test_the_probe_is_not_blind():
     assert support.read("llama") is not None
-    assert support.read("llama", sliding_window=3) is None
+    assert support.read("llama", hidden_act="gelu_new") is None
     assert support.row("opt")[2] == "MHA"
     assert len(support.refused()) == 6

@@ -184,7 +184,7 @@ def test_tensor_in_two_shards(sharded, arrays):
 
 def test_tensor_not_in_the_index(sharded, arrays):
     save_file({"b.weight": arrays["b.weight"], "d.weight": arrays["b.weight"]}, sharded / shard(1))
-    refused(sharded, "1 not listed in the index: d.weight")
+    assert open_weights(sharded).keys() == {*arrays, "d.weight"}  # as transformers reads it
 
 
 @pytest.mark.parametrize(
