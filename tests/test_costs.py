@@ -8,41 +8,23 @@ import numpy as np
 import pytest
 
 from polarjax import costs
-from polarjax.configs import ModelConfig, RopeConfig
 from polarjax.errors import InputError, SparsityError
 from polarjax.selection.plans import SparsityPlan, dense_plan
+from tests.model import zoo
 from tests.one_line import refuses
 
-OPT = ModelConfig(
+OPT = dataclasses.replace(
+    zoo.CONFIGS["opt"],
     vocab_size=10,
-    num_layers=2,
     d_model=4,
     d_ff=6,
     num_heads=2,
     num_kv_heads=2,
     head_dim=3,
     max_positions=16,
-    norm="layer",
-    norm_bias=True,
-    activation="relu",
-    gated_mlp=False,
-    mlp_bias=True,
-    qkv_bias=True,
-    out_bias=True,
-    positions="learned",
-    position_offset=2,
-    tie_embeddings=True,
 )
-LLAMA = ModelConfig(
-    vocab_size=10,
-    num_layers=2,
-    d_model=4,
-    d_ff=6,
-    num_heads=4,
-    num_kv_heads=2,
-    head_dim=2,
-    max_positions=16,
-    rope=RopeConfig(),
+LLAMA = dataclasses.replace(
+    zoo.CONFIGS["llama-mha"], vocab_size=10, d_model=4, d_ff=6, num_kv_heads=2, head_dim=2, max_positions=16
 )
 FAMILIES = {
     "opt": OPT,
@@ -86,7 +68,7 @@ def test_flops_by_hand():
 
 
 @pytest.mark.parametrize("name", FAMILIES)
-def test_dense_step_reads_every_weight_but_the_unused_embedding_rows(name):
+def test_dense_step_bytes_exclude_unused_embedding_rows(name):
     config = FAMILIES[name]
     cost = costs.decode_bytes(config, batch_size=1, cache_length=1, dtype=jnp.bfloat16)
     width = config.embed_dim or config.d_model

@@ -5,21 +5,21 @@ import dataclasses
 import jax.numpy as jnp
 import numpy as np
 
-import polarjax as pj
 from polarjax.sparsity.activations import Activations
+from tests.model import zoo
 
-CONFIG = pj.ModelConfig(
+CONFIG = dataclasses.replace(
+    zoo.CONFIGS["llama-mha"],
     vocab_size=32,
     num_layers=3,
     d_model=12,
     d_ff=21,
-    num_heads=4,
-    num_kv_heads=4,
     head_dim=4,
     max_positions=16,
     activation="relu",
     gated_mlp=False,
     positions="learned",
+    rope=None,
 )
 
 
