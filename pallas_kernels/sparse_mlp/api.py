@@ -1,6 +1,6 @@
 """The MLP of one layer over the selected neurons only."""
 
-from typing import NoReturn
+from typing import Any, NoReturn
 
 import jax
 import jax.numpy as jnp
@@ -59,28 +59,26 @@ def sparse_mlp(
     index = index.astype(jnp.int32)  # a narrow dtype may not hold F
     optional = {"w_gate": w_gate, "b_up": b_up, "b_gate": b_gate}
     weights = {"w_up": w_up, "w_down": w_down} | {n: a for n, a in optional.items() if a is not None}
-
-    def hopper(device: Device) -> Array:
-        require_hopper(device)
-        from pallas_kernels.sparse_mlp.mosaic import launch  # half a second, which CPUs need not spend
-
-        options = {"activation": activation, "threshold": threshold, "device": device}
-
-        def call(x: Array, index: Array, weights: Weights) -> Array:
-            batch, d_model = x.shape
-            like = {"selected": index.shape[0], "gated": w_gate is not None, "dtype": x.dtype.name}
-            tiles = measured(batch, d_model, device, **like)
-            return launch.sparse_mlp(x, index=index, **weights, tiles=tiles, **options)
-
-        return batchable(call)(x, index, weights)
-
+    act = {"activation": activation, "threshold": threshold}
     backends = {
-        "mosaic": hopper,
-        "xla": lambda _: xla.sparse_mlp(
-            x, index=index, **weights, activation=activation, threshold=threshold
-        ),
+        "mosaic": lambda device: _hopper(x, index, weights, device=device, **act),
+        "xla": lambda _: xla.sparse_mlp(x, index=index, **weights, **act),
     }
     return dispatch(OP, implementation, backends, x, w_up)
+
+
+def _hopper(x: Array, index: Array, weights: Weights, *, device: Device, **act: Any) -> Array:
+    """The Hopper kernel with the measured tiles, under vmap too."""
+    require_hopper(device)
+    from pallas_kernels.sparse_mlp.mosaic import launch  # half a second, which CPUs need not spend
+
+    def call(x: Array, index: Array, weights: Weights) -> Array:
+        batch, d_model = x.shape
+        like = {"selected": index.shape[0], "gated": "w_gate" in weights, "dtype": x.dtype.name}
+        tiles = measured(batch, d_model, device, **like)
+        return launch.sparse_mlp(x, index=index, **weights, tiles=tiles, device=device, **act)
+
+    return batchable(call)(x, index, weights)
 
 
 def _validate(
