@@ -1,5 +1,6 @@
 """Linter, formatter and type checker: a change that does not pass them is not done."""
 
+import ast
 import subprocess
 import sys
 from pathlib import Path
@@ -33,3 +34,17 @@ def test_files_are_short(folders, most):
     files = [path for folder in folders for path in (ROOT / folder).rglob("*.py")]
     assert files
     assert [path.name for path in files if len(path.read_text("utf-8").splitlines()) > most] == []
+
+
+@pytest.mark.parametrize("folder", ["polarjax", "pallas_kernels", "checkpoints_convert", "bench"])
+def test_functions_are_short(folder):
+    """Docstring and nested functions included, decorators not."""
+    long = [
+        f"{path.name}: {node.name} has {lines} lines"
+        for path in sorted(ROOT.joinpath(folder).rglob("*.py"))
+        for node in ast.walk(ast.parse(path.read_text("utf-8")))
+        if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef)
+        and node.end_lineno is not None
+        and (lines := node.end_lineno - node.lineno + 1) > 60
+    ]
+    assert not long, long
