@@ -1,5 +1,6 @@
 """Whole decoding steps of published shapes, compiled for an H200: which kernels they hold, and what they copy."""
 
+import dataclasses
 import functools
 import math
 import re
@@ -9,7 +10,8 @@ import jax.numpy as jnp
 import pytest
 
 import polarjax as pj
-from bench.models import SHAPES, DecodeShape
+from bench.models import SHAPES as PUBLISHED
+from bench.models import DecodeShape
 from pallas_kernels import _device, record_backends
 from polarjax import costs
 from polarjax.generation.token_loop import decode_loop
@@ -17,6 +19,11 @@ from polarjax.model.parameters import abstract
 from polarjax.selection.routers import init_routers
 from tests.kernels import aot
 
+LAYERS = 4  # of the published shapes' 32: one with dense attention and three that are alike
+SHAPES = {
+    name: dataclasses.replace(shape, config=dataclasses.replace(shape.config, num_layers=LAYERS))
+    for name, shape in PUBLISHED.items()
+}
 BATCH = 16
 LARGE = 2**20  # elements: less than any weight matrix of a layer or any layer's cache
 BFLOAT16 = 2

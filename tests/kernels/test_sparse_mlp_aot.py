@@ -64,9 +64,9 @@ def test_compiles_for_h200(case):
     aot.assert_fit(program)
 
 
-SHAPES = [  # widths of models, and one that only narrower columns divide
-    *itertools.product(PADDED, (4096, 5120, 5248, 7168, 8192), (1500,)),
-    *itertools.product(PADDED[:-1], (4096, 5248), (500,)),  # so few neurons that many blocks share a tile
+SHAPES = [  # the widest model, a width that only narrower columns divide, and so few neurons that blocks share a tile
+    *itertools.product(PADDED, (5248, 8192), (1500,)),
+    *itertools.product(PADDED[:-1], (4096,), (500,)),
 ]
 
 
@@ -84,10 +84,9 @@ def test_widths_fit(batch, d_model, selected):
 
 
 @pytest.mark.parametrize("batch", PADDED[:-1])
-@pytest.mark.parametrize("name", ["llama-2-7b", "llama-3.1-70b"])
-def test_few_gated_neurons_fit(name, batch):
+def test_few_gated_neurons_fit(batch):
     """So few that several blocks share a tile."""
-    test_compiles_for_h200(MlpCase(MODELS[name], batch, 0.1))
+    test_compiles_for_h200(MlpCase(MODELS["llama-3.1-70b"], batch, 0.1))
 
 
 def test_a_threshold_fits():
