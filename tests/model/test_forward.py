@@ -37,6 +37,17 @@ def test_logits_equal_the_plain_decoders(name):
         assert_close(logits[row, :length], expected, "rounding")
 
 
+@pytest.mark.parametrize("name", ["opt-350m", "window"])
+def test_optimized_programs_agree(name):
+    """The one test here of programs as users compile them; conftest.py lowers the level for the others."""
+    model, (tokens, lengths) = zoo.model(name), zoo.batch()
+    logits, _ = jax.jit(pj.forward, compiler_options={"xla_backend_optimization_level": 3})(
+        model, tokens, lengths
+    )
+    for row, (length, expected, _) in enumerate(_computed(name)[2]):
+        assert_close(logits[row, :length], expected, "rounding")
+
+
 @pytest.mark.parametrize("name", zoo.CONFIGS)
 def test_taps_record_router_inputs_activity_group_norms_and_change(name):
     _, taps, oracles = _computed(name)
