@@ -124,6 +124,6 @@ def test_analyzers_see_the_names_where_they_are_found(package):
 
 
 @pytest.mark.parametrize("package", FACES)
-def test_a_name_that_is_not_there_is_an_attribute_error(package):
+def test_missing_name_is_an_attribute_error(package):
     with pytest.raises(AttributeError, match=f"module '{package}' has no attribute 'nothing'"):
         importlib.import_module(package).nothing  # noqa: B018

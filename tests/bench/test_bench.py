@@ -93,5 +93,5 @@ def test_named_selections_are_measured_once():
 
 
 @pytest.mark.parametrize("which", check_sparse_mlp.KINDS)
-def test_every_check_of_the_selective_mlp_names_tiles_that_exist(which):
+def test_mlp_checks_name_existing_tiles(which):
     assert all(kind(check.tiles(which)) == which for check in checks(which))

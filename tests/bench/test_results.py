@@ -34,7 +34,7 @@ def test_what_has_no_row_was_not_measured(tmp_path):
         assert "(not measured on a GPU" in section.partition("#### ")[0]
 
 
-def test_a_model_of_the_same_shape_has_its_row_and_the_last_commit_counts(tmp_path):
+def test_latest_commit_supplies_the_row(tmp_path):
     case, same = "opt-6.7b B16 S3968 d1", ["opt-6.7b", "llama-2-7b"]
     old = {"case": case, "kernel": "mosaic", "time_us": 300.0, "pct_peak": 70.0, "same": same}
     write(tmp_path, "decode_attention", old, old | {"commit": "d", "time_us": 200.0})
@@ -53,7 +53,7 @@ def test_a_second_device_is_not_mixed_in(tmp_path):
     assert len(points) == 2
 
 
-def test_the_heuristics_configuration_is_shown_and_not_the_best(tmp_path):
+def test_heuristic_is_shown_instead_of_the_best(tmp_path):
     dense = {"case": "opt-66b B16 d1", "kernel": "dense", "time_us": 300.0, "pct_peak": 90.0}
     ours = [
         {"case": "opt-66b B16 d0.1", "kernel": f"tile {i}", "time_us": time, "pct_peak": 60.0}

@@ -174,7 +174,7 @@ def test_files_in_and_out_keep_their_order_and_fields(home, run, tmp_path, monke
     assert len(out.read_text().splitlines()) == 1
 
 
-def test_half_a_character_beside_the_prompt_is_written_as_it_was_read(run, tmp_path):
+def test_split_character_round_trips(run, tmp_path):
     line = r'{"id": "\ud800", "\\\udfff": "日本", "prompt": "x"}'
     (tmp_path / "in.jsonl").write_text(line, "utf-8")
     code, _, err = run("--prompts", tmp_path / "in.jsonl", "--output", tmp_path / "out.jsonl", *SHORT)
@@ -213,9 +213,7 @@ def test_a_chat_goes_through_the_template(home, run):
     )
 
 
-def test_the_missing_part_is_named_and_the_density_is_that_of_the_batch_that_ran(
-    home, run, tmp_path, monkeypatch
-):
+def test_missing_sparsity_is_named_and_density_reported(home, run, tmp_path, monkeypatch):
     model = shutil.copytree(home, tmp_path / "m")
     config = pj.load(home).model.config
     write_routers(model, init_routers(config, jax.random.key(0)))
@@ -355,7 +353,7 @@ LINES = {
 
 
 @pytest.mark.parametrize("case", LINES)
-def test_bad_lines_are_named_by_their_numbers_and_nothing_is_written(run, tmp_path, case):
+def test_bad_lines_are_named_by_number(run, tmp_path, case):
     line, named = LINES[case]
     (tmp_path / "in.jsonl").write_text('{"prompt": "a"}\n' + line + "\n")
     answer = run("--prompts", tmp_path / "in.jsonl", "--output", tmp_path / "out.jsonl", "--dense", *SHORT)
@@ -377,7 +375,7 @@ def test_a_tokenizer_without_chat_template(home, run, tmp_path):
     assert "no chat template" in _line(run("--prompt", "a", "--chat", "--dense", model=model))
 
 
-def test_fault_19_a_model_that_computes_nan_is_refused_and_writes_nothing(run, tmp_path):
+def test_fault_19_nan_logits_write_nothing(run, tmp_path):
     model = zoo.with_rows(_model(np.random.default_rng(0)), "final_norm.bias", 0, np.nan)
     pj.save(tmp_path / "m", pj.Bundle(model, Tokenizer.load(ASSET)))
     words = ("--prompt", "a", "--dense", *SHORT, "--output", tmp_path / "out.jsonl")

@@ -66,7 +66,7 @@ def test_fault_28_the_memory_really_runs_out(home):
 
 
 @pytest.mark.parametrize("words", [(), ("--stop", "never")], ids=["at once", "in chunks"])
-def test_fault_28_the_largest_batch_that_fits_is_told(home, capsys, monkeypatch, words):
+def test_fault_28_largest_fitting_batch_is_reported(home, capsys, monkeypatch, words):
     for name in ("generate", "stream"):
         monkeypatch.setattr(continuation, name, fail)
     prompts = ("--prompt", "a", "--prompt", "b", "--prompt", "c", "--max-new-tokens", "12")

@@ -141,7 +141,7 @@ def test_tokenizer_files_are_copied(source, tmp_path):
     assert {path.name for path in (tmp_path / "out" / "tokenizer").iterdir()} == copied
 
 
-def test_a_silent_tokenizer_is_mended_and_told(source, tmp_path, capsys):
+def test_tokenizer_without_settings_is_completed_and_reported(source, tmp_path, capsys):
     byte_fallback(begin=False).save(str(source / "tokenizer.json"))
     done = verb(source, tmp_path / "out")
     note, _ = done["notes"]  # the other one is about the vocabulary of this small model

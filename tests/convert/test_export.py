@@ -78,7 +78,7 @@ def test_round_trip_in_shards(tmp_path, dtype):
 
 
 @pytest.mark.parametrize("name", hf_models.MODELS)
-def test_a_config_made_anew_says_the_same_to_transformers_and_to_us(name):
+def test_written_config_reads_back_the_same(name):
     written = hf_models.make(name).config.to_dict()
     config = config_from_hf(written)
     data = written_config(FAMILIES[written["model_type"]], config)

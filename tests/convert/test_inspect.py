@@ -47,7 +47,7 @@ def told(capsys, *words) -> dict:
 
 
 @pytest.mark.parametrize("name", ["hf", "model"])
-def test_a_folder_and_its_model_directory_are_told_alike(folders, capsys, name):
+def test_checkpoint_and_its_model_directory_inspect_alike(folders, capsys, name):
     result = told(capsys, "inspect", folders / name, "--memory", "0.001", "--cache-length", 10)
     model = pj.load(folders / "model").model
     arrays = parameters(model).values()
@@ -145,7 +145,7 @@ def test_bin_files_are_described_too(tmp_path):
     assert len(found.files) == 2
 
 
-def test_of_a_model_on_the_hub_config_json_alone_is_fetched(folders, tmp_path, monkeypatch, capsys):
+def test_hub_inspect_fetches_only_config_json(folders, tmp_path, monkeypatch, capsys):
     hub = Hub(folders / "hf", tmp_path / "snapshot")
     monkeypatch.setattr(huggingface_hub, "snapshot_download", hub)
     result = told(capsys, "inspect", "org/tiny")

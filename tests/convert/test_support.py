@@ -9,7 +9,7 @@ def test_the_readme_tells_what_the_code_supports():
     assert told == support.matrix(), "run: python -m tests.convert.support"
 
 
-def test_the_table_has_every_family_and_the_parity_tests_too():
+def test_support_table_and_parity_tests_cover_every_family():
     rows = {line.split("`")[1] for line in support.matrix().splitlines() if line.startswith("| `")}
     tested = {hf_models.named(f"{name}Config").model_type for name, _ in hf_models.MODELS.values()}
     assert rows - {"model_type"} == set(FAMILIES) == tested

@@ -227,7 +227,7 @@ def test_fault_10_tensors_beyond_their_storage(tmp_path, change, pattern):
     refused(tmp_path, pattern)
 
 
-def test_fault_10_archives_that_torch_would_not_write(tmp_path):
+def test_fault_10_malformed_archives(tmp_path):
     file = tmp_path / TORCH_SINGLE
     craft(file, {"x": Crafted()}, **{"../evil": b"1"})
     refused(tmp_path, "members outside one folder")

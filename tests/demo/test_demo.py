@@ -26,7 +26,7 @@ def test_routers_avoid_most_of_what_random_selection_costs(results):
     assert rise["router"] <= 1.5 * rise["oracle"] + 0.01
 
 
-def test_a_dense_layer_that_matters_and_predicted_norms_are_worth_more_at_the_same_cost(results):
+def test_dense_layer_and_predicted_norms_improve_quality(results):
     quality = results["quality"]
     published = next(row for row in quality["rows"] if row["density"] == 0.75)
     (row,) = quality["important_rows"]

@@ -39,7 +39,7 @@ def test_greedy_generation_is_a_loop_of_single_steps(name):
     assert not result.stopped.any()
 
 
-def test_a_stop_id_of_the_models_own_choice_ends_the_row():
+def test_stop_id_ends_the_row():
     model, (tokens, lengths) = zoo.model("opt"), zoo.batch()
     free = _stepwise("opt", 12)
     stop_ids = (int(free[0, 3]), int(free[2, 0]))
@@ -116,7 +116,7 @@ def test_numbers_of_numpy_are_numbers():
     assert (np.concatenate(pieces, 1) == expected).all()
 
 
-def test_sampling_is_reproducible_and_a_row_does_not_depend_on_the_batch():
+def test_sampling_is_reproducible_per_row():
     model, (tokens, lengths) = zoo.model("opt"), zoo.batch()
     settings = {"max_new_tokens": 10, "sampler": pj.Categorical(1.3, top_k=20, top_p=0.95)}
     together = pj.generate(model, tokens, lengths, KEY, **settings).tokens

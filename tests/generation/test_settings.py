@@ -116,7 +116,7 @@ def test_what_is_no_json_object_is_refused(tmp_path, text):
         GenerationSettings.read(tmp_path)
 
 
-def test_the_end_of_text_token_stops_where_the_file_does_not_say(tmp_path):
+def test_eos_token_is_the_default_stop_id(tmp_path):
     assert GenerationSettings.read(tmp_path).stop_ids == ()
     assert GenerationSettings.read(tmp_path, eos_id=5).stop_ids == (5,)
     (tmp_path / "generation_config.json").write_text('{"do_sample": true}')

@@ -116,7 +116,7 @@ def test_one_compilation_for_all_prompts_of_a_bucket(kind):
 
 
 @pytest.mark.parametrize("kind", SPARSITIES)
-def test_the_cache_is_donated_from_chunk_to_chunk_and_stays_where_it_is(kind):
+def test_cache_is_donated_between_chunks(kind):
     model, (tokens, lengths) = zoo.model("llama-gqa"), zoo.batch()
     made = pj.stream(model, tokens, lengths, max_new_tokens=20, sparsity=SPARSITIES[kind])
     next(made)
@@ -165,7 +165,7 @@ BAD = {
 
 
 @pytest.mark.parametrize("case", BAD)
-def test_refuses_at_the_call_and_not_at_the_first_piece(case):
+def test_stream_checks_arguments_when_called(case):
     changes, kind, named = BAD[case]
     tokens, lengths = zoo.batch()
     arguments = {"lengths": lengths, "max_new_tokens": 4} | changes
@@ -188,7 +188,7 @@ def _texts(whole: pj.Generation) -> list[str]:
 
 
 @pytest.mark.parametrize("kind", SPARSITIES)
-def test_fault_23_text_streams_cut_at_stop_strings_and_halt_at_the_next_chunk(kind):
+def test_fault_23_text_streams_end_at_stop_strings(kind):
     model, (tokens, lengths) = zoo.model("llama-gqa"), zoo.batch()
     settings = {"max_new_tokens": 20, "sparsity": SPARSITIES[kind]}
     full = _texts(pj.generate(model, tokens, lengths, **settings))

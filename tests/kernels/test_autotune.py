@@ -61,7 +61,7 @@ def search(times, *, spread=1.0, wrong=()):
         ({"first": AssertionError(), "second": 10.0}, (), "second"),
     ],
 )
-def test_search_takes_what_is_clearly_faster_and_right(times, wrong, best):
+def test_search_takes_the_clearly_fastest_correct_tiles(times, wrong, best):
     assert search(times, wrong=wrong).tiles == best
 
 
@@ -144,7 +144,7 @@ def chosen_from(monkeypatch):
     tuned._known.cache_clear()
 
 
-def test_what_was_written_is_chosen_for_that_call_alone(tmp_path, chosen_from):
+def test_written_tiles_apply_to_their_call_only(tmp_path, chosen_from):
     path = tmp_path / "tuned.json"
     tuned.write(path, [dataclasses.replace(ENTRY, time_us=20.0)])
     tuned.write(path, [ENTRY, dataclasses.replace(ENTRY, dtype="float16")])
@@ -167,7 +167,7 @@ def test_what_was_written_is_chosen_for_that_call_alone(tmp_path, chosen_from):
         ({"block": 256, "stages": 16}, "shared memory"),
     ],
 )
-def test_tiles_of_a_file_that_can_not_be_are_an_error(tmp_path, chosen_from, tiles, match):
+def test_impossible_attention_tiles_in_a_file_are_an_error(tmp_path, chosen_from, tiles, match):
     path = tmp_path / "tuned.json"
     tuned.write(path, [dataclasses.replace(ENTRY, tiles=tiles)])
     chosen_from(path)
@@ -221,7 +221,7 @@ def test_the_mlp_takes_what_was_written(tmp_path, chosen_from, monkeypatch):
         ({"stages": 40}, "too much shared memory"),
     ],
 )
-def test_tiles_of_a_file_that_the_mlp_can_not_have_are_an_error(tmp_path, chosen_from, tiles, match):
+def test_impossible_mlp_tiles_in_a_file_are_an_error(tmp_path, chosen_from, tiles, match):
     path = tmp_path / "tuned.json"
     tuned.write(path, [mlp_entry(**tiles)])
     chosen_from(path)
@@ -308,7 +308,7 @@ def test_command_writes_a_file(tmp_path, monkeypatch, op, sizes):
     assert tuned.load(path) == (entry,)
 
 
-def test_a_file_that_is_something_else_is_refused_before_the_work(tmp_path, capsys, monkeypatch):
+def test_foreign_output_file_is_refused_first(tmp_path, capsys, monkeypatch):
     path = tmp_path / "tuned.json"
     path.write_text("something else")
     monkeypatch.setattr(command._device, "current", lambda: HOPPER)

@@ -49,7 +49,7 @@ def test_optimized_programs_agree(name):
 
 
 @pytest.mark.parametrize("name", zoo.CONFIGS)
-def test_taps_record_router_inputs_activity_group_norms_and_change(name):
+def test_taps_match_the_oracle(name):
     _, taps, oracles = _computed(name)
     F = zoo.CONFIGS[name].d_ff
     for row, (length, _, oracle) in enumerate(oracles):

@@ -34,7 +34,7 @@ def test_rotary_frequencies(kind, width):
     np.testing.assert_allclose(rope_frequencies(ROPES[kind], width), expected, rtol=1e-5)
 
 
-def test_llama3_scaling_keeps_the_high_stretches_the_low_and_blends_between():
+def test_llama3_scaling_by_frequency_band():
     """All three cases occur in a head of width 64, and each does what the model card says."""
     rope = ROPES["llama3"]
     plain = rope.theta ** (-np.arange(0, 64, 2) / 64)

@@ -52,7 +52,7 @@ def test_one_compilation_for_all_prompts_of_a_bucket(kind):
     assert names, "another bucket is another program, so the listener must have heard it"
 
 
-def test_other_parameters_and_routers_of_the_same_shapes_compile_nothing():
+def test_new_weights_of_the_same_shapes_reuse_the_program():
     model, sparsity = zoo.model(MODEL), SPARSITIES["sparse"]
     assert sparsity is not None
     batch = prompts(2, 9, [9, 1])

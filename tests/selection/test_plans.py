@@ -28,7 +28,7 @@ TABLE = pj.PlanTable(
 
 
 @given(st.floats(0, 1, exclude_min=True))
-def test_group_counts_are_the_floor_of_the_density_and_never_none(density):
+def test_group_counts_round_down_to_at_least_one(density):
     counts = uniform_groups(CONFIG, density)
     assert counts[0] is None, "the first layer's attention stays dense, as published"
     assert set(counts[1:]) == {max(1, math.floor(density * K + 1e-9))}
@@ -101,7 +101,7 @@ def test_plans_are_static_values():
         (512, (None, None, None)),
     ],
 )
-def test_a_batch_takes_the_plan_of_the_next_larger_size_or_dense_mlps(batch_size, neurons):
+def test_batch_uses_next_larger_plan_or_dense_mlps(batch_size, neurons):
     plan = TABLE.for_batch(batch_size, CONFIG)
     assert plan == pj.SparsityPlan(neurons, (None, 2, 2))
 
@@ -135,7 +135,7 @@ def test_tables_survive_json():
         assert pj.PlanTable.from_json(json.loads(json.dumps(table.to_json()))) == table
 
 
-def test_a_table_of_before_dense_layers_keeps_the_first_one():
+def test_old_table_keeps_first_layer_dense():
     data = TABLE.to_json()
     del data["dense_layers"]
     assert pj.PlanTable.from_json(data) == TABLE

@@ -66,7 +66,7 @@ def test_neurons_of_one_token_are_those_of_the_mask(selector):
     assert sparsity.neuron_index(1, X, CONFIG) is None and sparsity.neuron_mask(1, X, ACTIVITY) is None
 
 
-def test_the_neurons_of_a_batch_are_those_with_the_largest_sum():
+def test_shared_neurons_have_the_largest_sum():
     index = pj.Sparsity(ROUTERS, PLAN).neuron_index(0, X, CONFIG)
     total = np.asarray(ROUTERS.neuron_scores(0, X)).sum(0)
     np.testing.assert_array_equal(index, np.sort(np.argsort(-total, kind="stable")[:7]))
@@ -78,7 +78,7 @@ def test_the_oracle_keeps_the_largest_norms_and_outputs():
     np.testing.assert_array_equal(oracle.neuron_mask(0, X, ACTIVITY), top_mask(jnp.abs(ACTIVITY), 7))
 
 
-def test_random_selection_follows_its_key_and_differs_by_layer_and_token():
+def test_random_selection_depends_on_key_layer_and_token():
     masks = lambda key: np.stack(
         [np.asarray(pj.Sparsity(Random(jax.random.key(key)), PLAN).group_mask(i, X, NORMS)) for i in (1, 2)]
     )

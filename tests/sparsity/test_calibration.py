@@ -152,7 +152,7 @@ def test_recall_of_a_table_is_measured_on_the_part_asked_for():
     )
 
 
-def test_random_batches_have_different_tokens_and_use_all_of_them():
+def test_random_batches_cover_all_tokens():
     batches = random_batches(np.random.default_rng(0), 23, 5, 9)
     assert batches.shape == (9, 5)
     assert all(len(set(batch)) == 5 for batch in batches.tolist())
@@ -170,7 +170,7 @@ def test_a_model_that_is_not_relu_stays_dense():
     assert set(itertools.chain(*measure_recall(activations, routers, table, key=KEY))) == {1.0}
 
 
-def test_the_layer_whose_attention_matters_most_stays_dense_if_asked():
+def test_most_important_layer_stays_dense():
     activations, routers = problem(0, whole_numbers=True)
     change = np.full((3, 300), 0.1, np.float32)
     change[1, activations.rows("train")] = 0.2
@@ -197,7 +197,7 @@ def test_too_few_held_out_tokens_are_refused():
         calibrate(activations, routers, activations.config, key=KEY)
 
 
-def test_routers_plans_and_activations_of_another_model_are_refused():
+def test_parts_of_another_model_are_refused():
     activations, routers = problem(0, whole_numbers=True)
     config, options = activations.config, dataclasses.replace(OPTIONS, batch_sizes=(1,))
     with pytest.raises(pj.SparsityError, match="routers are for another model; got 2 layers"):
@@ -234,7 +234,7 @@ def test_options_that_cannot_be_are_refused(wrong):
         CalibrateOptions(**wrong)
 
 
-def test_a_recall_of_one_that_is_rounded_down_is_none_that_is_reached_at_once():
+def test_recall_rounds_down():
     rounded = np.full(100, np.nextafter(np.float32(1), np.float32(0)))
     assert choose(rounded, 1, 1, dataclasses.replace(OPTIONS, target_recall=1.0)) is None
 

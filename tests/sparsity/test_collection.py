@@ -107,7 +107,7 @@ def test_the_size_is_what_was_announced(tmp_path):
     )
 
 
-def test_what_exceeds_the_bound_is_refused_and_nothing_is_written(tmp_path):
+def test_size_bound_is_enforced(tmp_path):
     each = row_bytes(ODD, "float32")
     message = rf"got {each * 60 / 1e9:.3g} GB for 60 tokens, expected at most {each * 59 / 1e9:.3g} GB.*--max-gb.*--fit"
     with pytest.raises(pj.InputError, match=message):
@@ -183,7 +183,7 @@ def test_an_interrupted_run_leaves_nothing(tmp_path, monkeypatch, error):
     assert list(tmp_path.iterdir()) == []
 
 
-def test_an_existing_folder_is_replaced_only_if_asked_and_only_if_it_is_ours(tmp_path):
+def test_overwrite_replaces_only_our_folders(tmp_path):
     model = odd_model()
     collect(model, windows(), tmp_path / "acts")
     with pytest.raises(pj.CheckpointError, match="already exists"):

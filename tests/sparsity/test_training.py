@@ -78,7 +78,7 @@ def test_shuffled_records_are_not_learnt():
     assert max(report.groups.selected) < 0.7
 
 
-def test_more_tokens_than_memory_are_learnt_from_as_well():
+def test_training_on_more_tokens_than_fit_in_memory():
     _, report = trained(planted.activations(), dataclasses.replace(QUICK, memory_bytes=100_000))
     assert_solved(report)
 
@@ -132,7 +132,7 @@ def test_the_loss_is_the_published_one(task):
     assert_close(loss(task, weights, x, record), expected, "rounding")
 
 
-def test_the_loss_of_norms_is_the_squared_error_of_their_multiples_of_the_mean():
+def test_norm_loss_is_relative_squared_error():
     activations, task = planted.activations(64), GroupTask(2, "norms")
     rows = np.arange(64)
     weights = {name: leaf[1] + 0.1 for name, leaf in stacked(activations, task).items()}
@@ -167,7 +167,7 @@ def lost(routers, activations, kept=1) -> float:
     return float(np.mean(losses))
 
 
-def test_norms_are_worth_more_than_ranks_where_a_rare_group_is_large():
+def test_norms_beat_ranks_for_rare_large_groups():
     """Group 0 is the largest at 70 % of the tokens, just; group 1 at 30 %, by far, and nothing tells when."""
     activations = planted.activations()
     large = np.random.default_rng(3).random(activations.num_tokens) < 0.3
@@ -198,7 +198,7 @@ def test_padding_rows_do_not_count():
 
 
 @pytest.mark.parametrize("memory", [10**9, 20_000, 1])
-def test_an_epoch_takes_every_token_at_most_once_and_few_are_left_out(memory):
+def test_epoch_uses_each_token_at_most_once(memory):
     activations, task = planted.activations(500), NeuronTask(21)
     rows = activations.rows("train")
     feed = Feed(activations, task, rows, batch=16, memory_bytes=memory)

@@ -73,7 +73,7 @@ def test_few_files_wait_open_for_their_hash(tmp_path, monkeypatch):
     assert 0 < most <= 2 + 12  # and those of a batch
 
 
-def test_nothing_is_left_when_others_are_written_after_an_error(tmp_path, monkeypatch):
+def test_error_leaves_no_files(tmp_path, monkeypatch):
     """TensorStore goes on with a batch when one file of it has failed, and makes the folders that it misses."""
 
     def go_on(folder: Path) -> None:

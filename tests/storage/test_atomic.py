@@ -154,7 +154,7 @@ def test_a_read_only_folder_is_named_by_its_whole_path(tmp_path, monkeypatch):
             check_writable(Path(name))
 
 
-def test_a_reader_that_is_gone_is_no_fault_of_the_file(tmp_path):
+def test_closed_pipe_is_not_a_file_error(tmp_path):
     with pytest.raises(BrokenPipeError), atomic_file(tmp_path / "out"):
         raise BrokenPipeError(errno.EPIPE, "Broken pipe")
     assert names(tmp_path) == []

@@ -84,7 +84,7 @@ def test_any_tokens_whatever_the_pieces(tokenizers, kind, data, where, sizes):
 
 
 @given(data=st.data())
-def test_bytes_that_are_no_text_read_as_sentencepiece_reads_them(tokenizers, data):
+def test_invalid_utf8_reads_as_in_sentencepiece(tokenizers, data):
     sentencepiece = pytest.importorskip("sentencepiece")
     tokenizer = tokenizers["sentencepiece"]
     theirs = sentencepiece.SentencePieceProcessor(model_file=str(tokenizer.folder / "tokenizer.model"))
@@ -145,7 +145,7 @@ def test_fault_23_stop_strings_are_cut_exactly_and_never_shown(text, stops, size
 
 
 @given(text=st.text("ab", max_size=30), stop=WORDS)
-def test_what_cannot_become_a_stop_string_is_shown_at_once(text, stop):
+def test_text_that_cannot_match_a_stop_string_is_shown_at_once(text, stop):
     row, shown = Assembler(_characters, stop_strings=(stop,)), ""
     for i, each in enumerate(text):
         shown += row.push([ord(each)])

@@ -45,7 +45,7 @@ def _transformers(source: Path) -> list[list[int]]:
     return [hf.encode(text) for text in TEXTS]
 
 
-def test_an_opt_folder_as_on_the_hub_is_taken_as_it_is(tmp_path):
+def test_hub_opt_folder_needs_no_changes(tmp_path):
     source = small.write_opt(tmp_path / "hf", small.OPT_SETTINGS)
     loaded, notes = _taken(source, tmp_path / "out")
     assert notes == ()
@@ -64,7 +64,7 @@ SILENT_OPT = {
 
 
 @pytest.mark.parametrize("case", SILENT_OPT)
-def test_a_silent_opt_folder_is_mended(tmp_path, case):
+def test_opt_folder_without_settings_is_completed(tmp_path, case):
     right = small.write_opt(tmp_path / "right", small.OPT_SETTINGS)
     source = small.write_opt(tmp_path / "hf", SILENT_OPT[case])
     expected = _transformers(right)
@@ -99,7 +99,7 @@ def test_opt_tokens_named_only_in_special_tokens_map(tmp_path):
 
 @pytest.mark.parametrize("model_type", ["llama", "sparsellama", "mistral"])
 @pytest.mark.parametrize("settings", [None, {"tokenizer_class": "LlamaTokenizer"}], ids=["bare", "class"])
-def test_a_bare_sentencepiece_model_is_mended(tmp_path, settings, model_type):
+def test_bare_sentencepiece_model_is_completed(tmp_path, settings, model_type):
     right = small.write_sentencepiece(tmp_path / "right", small.LLAMA_SETTINGS)
     source = small.write_sentencepiece(tmp_path / "hf", settings)
     expected = _transformers(right)
@@ -114,7 +114,7 @@ def test_a_bare_sentencepiece_model_is_mended(tmp_path, settings, model_type):
 
 
 @pytest.mark.parametrize("model_type", ["llama", "sparsellama", "mistral"])
-def test_a_sentencepiece_model_with_full_settings_becomes_a_tokenizer_json(tmp_path, model_type):
+def test_sentencepiece_model_becomes_tokenizer_json(tmp_path, model_type):
     """So that the model directory is read without the extra, and for Mistral as transformers reads LLaMA."""
     source = small.write_sentencepiece(tmp_path / "hf", small.LLAMA_SETTINGS)
     expected = _transformers(source)
@@ -123,7 +123,7 @@ def test_a_sentencepiece_model_with_full_settings_becomes_a_tokenizer_json(tmp_p
     assert (tmp_path / "out" / "tokenizer.json").is_file()
 
 
-def test_a_mended_sentencepiece_model_reads_as_sentencepiece_does(tmp_path):
+def test_completed_sentencepiece_model_matches_sentencepiece(tmp_path):
     import sentencepiece
 
     source = small.write_sentencepiece(tmp_path / "hf")
@@ -132,7 +132,7 @@ def test_a_mended_sentencepiece_model_reads_as_sentencepiece_does(tmp_path):
     assert [row[1:] for row in _ids(loaded)] == [reference.encode(text) for text in TEXTS]
 
 
-def test_without_sentencepiece_the_files_are_mended_and_loading_says_what_to_install(tmp_path, monkeypatch):
+def test_without_sentencepiece_loading_names_the_package(tmp_path, monkeypatch):
     source = small.write_sentencepiece(tmp_path / "hf")
     expected = _transformers(small.write_sentencepiece(tmp_path / "right", small.LLAMA_SETTINGS))
     (tmp_path / "out").mkdir()
@@ -146,7 +146,7 @@ def test_without_sentencepiece_the_files_are_mended_and_loading_says_what_to_ins
     assert _ids(Tokenizer.load(tmp_path / "out", model_type="llama")) == expected
 
 
-def test_a_llama_tokenizer_json_without_settings_gets_its_token_names(tmp_path):
+def test_llama_tokenizer_without_settings_gets_special_tokens(tmp_path):
     source = small.write_llama(tmp_path / "hf")
     loaded, notes = _taken(source, tmp_path / "out")
     assert _ids(loaded) == _transformers(source)
@@ -194,7 +194,7 @@ def test_families_and_tokenizers_without_bos_get_none(tmp_path, model_type):
     assert loaded.stop_ids == (1,)
 
 
-def test_an_opt_shaped_model_with_a_tokenizer_of_its_own_gets_no_bos(tmp_path):
+def test_opt_shaped_model_with_another_tokenizer_gets_no_bos(tmp_path):
     """As Galactica is: its tokenizer.json adds nothing, and its settings name another class."""
     made = small.byte_level(["<s>", "<pad>", "</s>", "<unk>"])
     source = small.write_json_tokenizer(tmp_path / "hf", "opt", made)
@@ -204,7 +204,7 @@ def test_an_opt_shaped_model_with_a_tokenizer_of_its_own_gets_no_bos(tmp_path):
     assert (loaded.bos_id, loaded.stop_ids) == (None, (2,))
 
 
-def test_ids_beyond_the_model_are_told(tmp_path):
+def test_ids_beyond_the_model_are_reported(tmp_path):
     source = small.write_opt(tmp_path / "hf", small.OPT_SETTINGS)
     loaded, notes = _taken(source, tmp_path / "out", vocab_size=300)
     count = loaded.vocab_size
