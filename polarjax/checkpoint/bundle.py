@@ -9,48 +9,58 @@ hf_config.json  config.json of the HuggingFace folder that it was converted from
 manifest.json   format version, dtype, source, shapes and checksums of params/
 """
 
-import contextlib
 import dataclasses
+import functools
 import os
 import shutil
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
-import jax.numpy as jnp
 import numpy as np
 
+from polarjax.checkpoint.belonging import (
+    KEEP_OR_DROP,
+    check_routers_of_plans,
+    check_shape,
+    check_weights,
+)
+from polarjax.checkpoint.learned import (
+    CALIBRATE,
+    PLANS,
+    ROUTERS,
+    SPARSIFY,
+    fingerprint_of_routers,
+    marked,
+    read_plans,
+    read_routers,
+    store_routers,
+)
 from polarjax.checkpoint.manifest import (
     AGAIN,
-    FORMAT,
     SOURCE_CONFIG,
     read_config,
     read_manifest,
-    read_part,
     read_source_config,
 )
 from polarjax.checkpoint.writer import new_model
-from polarjax.configs import ModelConfig
 from polarjax.errors import CheckpointError, InputError, SparsityError
 from polarjax.generation.batch import random_key
 from polarjax.generation.sampling import Sampler
 from polarjax.generation.settings import GenerationSettings
 from polarjax.model.decoder import Decoder
-from polarjax.model.parameters import parameters, with_parameters
+from polarjax.model.parameters import fingerprint, parameters, with_parameters
 from polarjax.selection.plans import PlanTable
-from polarjax.selection.routers import LayerRouter, Routers
+from polarjax.selection.routers import Routers
 from polarjax.selection.selectors import Sparsity
-from polarjax.storage.arrays import ArrayWriter, read_arrays
+from polarjax.storage.arrays import read_arrays
 from polarjax.storage.atomic import absolute, atomic_file, atomic_folder, dump_json, write_json
-from polarjax.storage.record import Record, check_record
+from polarjax.storage.dtypes import check_dtype
 from polarjax.text.assembly import Completion
 from polarjax.text.continuation import ContinueOptions, Skip, continue_all, count_new_tokens
 from polarjax.text.prompts import Message, as_prompts
 from polarjax.text.tokenizer import Tokenizer, has_tokenizer
-from polarjax.types import DTYPES, Array, DTypeLike, Key
-
-_SPARSIFY = "run polarjax sparsify again"
-_CALIBRATE = "run polarjax calibrate or polarjax sparsify again"
+from polarjax.types import Array, DTypeLike, Key
 
 
 @dataclasses.dataclass(frozen=True)
@@ -64,6 +74,7 @@ class Bundle:
       plans: None until they are calibrated.
       model_type: the HuggingFace family that the model was converted from, if it was.
       source_config: config.json of the HuggingFace folder that it was converted from, if it was.
+      weights: fingerprint of the model that the routers and plans came with; set when the bundle is made.
     """
 
     model: Decoder
@@ -72,6 +83,36 @@ class Bundle:
     plans: PlanTable | None = None
     model_type: str | None = None
     source_config: Mapping[str, Any] | None = dataclasses.field(default=None, hash=False)
+    weights: str = dataclasses.field(default="", repr=False, compare=False)
+
+    def __post_init__(self) -> None:
+        if self.routers is None and self.plans is None:
+            object.__setattr__(self, "weights", "")
+        elif not self.weights:
+            object.__setattr__(self, "weights", fingerprint(self.model))
+
+    def with_model(self, model: Decoder, *, keep_sparsity: bool = False) -> "Bundle":
+        """The bundle with another model, for example a fine-tuned one.
+
+        Args:
+          model: of the same shape, if routers or plans are kept.
+          keep_sparsity: whether the routers and plans, made for other weights or other routers, are kept as those of
+            `model`; otherwise they are left out.
+
+        Raises:
+          SparsityError: routers or plans are kept and don't fit the model's shape.
+        """
+        if not keep_sparsity:
+            return dataclasses.replace(self, model=model, routers=None, plans=None)
+        weights, routers, plans = fingerprint(model), self.routers, self.plans
+        if routers is not None:
+            routers.check(model.config)
+            routers = dataclasses.replace(routers, weights=weights)
+        if plans is not None:
+            plans.check(model.config)
+            theirs = "" if routers is None else routers.fingerprint
+            plans = dataclasses.replace(plans, weights=weights, routers=theirs)
+        return dataclasses.replace(self, model=model, routers=routers, plans=plans, weights=weights)
 
     @property
     def generation(self) -> GenerationSettings:
@@ -160,7 +201,8 @@ class Bundle:
           head_density: fraction of groups to keep, above 0 and at most 1; None takes the calibrated default.
 
         Raises:
-          SparsityError: there are no routers or plans yet, or the density is not one.
+          SparsityError: there are no routers or plans yet, they are for other weights than the model's, or the
+            density is not one.
         """
         sparsify = "run polarjax sparsify OUT --text FILE first"
         calibrate = f"run polarjax calibrate OUT --activations FOLDER, or {sparsify}"
@@ -168,8 +210,27 @@ class Bundle:
         for part, name, hint in parts:
             if part is None:
                 raise SparsityError(f"the model has no {name} yet", where="Bundle.sparsity", hint=hint)
+        self._check_sparsity("Bundle.sparsity")
         plan = self.plans.for_batch(batch_size, self.model.config, head_density)  # pyright: ignore[reportOptionalMemberAccess]
         return Sparsity(self.routers, plan)  # pyright: ignore[reportArgumentType]
+
+    def _check_sparsity(self, where: str) -> None:
+        """Raises `SparsityError` unless the routers and plans belong to the model and to each other."""
+        weights, routers = self._fingerprints
+        for name, part in (("routers", self.routers), ("plans", self.plans)):
+            if part is not None:
+                part.check(self.model.config)
+                check_weights(name, part.weights or self.weights, weights, where=where, hint=KEEP_OR_DROP)
+        if self.plans is not None and self.routers is not None:
+            hint = "calibrate again (polarjax calibrate), or take both of one training"
+            check_routers_of_plans(self.plans, routers, where=where, hint=hint)
+
+    @functools.cached_property
+    def _fingerprints(self) -> tuple[str, str]:
+        """Of the model and of the routers, "" without routers and plans; computed once."""
+        if self.missing == "routers" and self.plans is None:
+            return "", ""
+        return fingerprint(self.model), "" if self.routers is None else self.routers.fingerprint
 
 
 def save(path: str | os.PathLike[str], bundle: Bundle, *, overwrite: bool = False) -> None:
@@ -177,9 +238,10 @@ def save(path: str | os.PathLike[str], bundle: Bundle, *, overwrite: bool = Fals
 
     Raises:
       CheckpointError: `path` exists and `overwrite` is False, or the disk refuses.
-      SparsityError: routers or plans do not fit the model.
+      SparsityError: routers or plans are for another model, or for other weights than its own.
     """
     model = bundle.model
+    bundle._check_sparsity("Bundle")
     with new_model(path, model.config, model_type=bundle.model_type, overwrite=overwrite) as writer:
         for name, value in parameters(model).items():
             writer.reserve(value.nbytes)
@@ -189,11 +251,9 @@ def save(path: str | os.PathLike[str], bundle: Bundle, *, overwrite: bool = Fals
         if bundle.tokenizer is not None:
             shutil.copytree(bundle.tokenizer.folder, writer.tokenizer_folder, dirs_exist_ok=True)
         if bundle.routers is not None:
-            bundle.routers.check(model.config)
-            _write_routers(writer.folder / "routers", bundle.routers)
+            store_routers(writer.folder / ROUTERS, bundle.routers)
         if bundle.plans is not None:
-            bundle.plans.check(model.config)
-            write_json(writer.folder / "plans.json", bundle.plans.to_json())
+            write_json(writer.folder / PLANS, bundle.plans.to_json())
 
 
 def load(path: str | os.PathLike[str], *, dtype: DTypeLike | None = None) -> Bundle:
@@ -201,34 +261,43 @@ def load(path: str | os.PathLike[str], *, dtype: DTypeLike | None = None) -> Bun
 
     Args:
       path: the directory.
-      dtype: of the parameters, a floating one; None keeps the stored one. Routers keep theirs.
+      dtype: of the parameters, "float32", "bfloat16" or "float16"; None keeps the stored one. Routers keep theirs.
 
     Raises:
-      InputError: `dtype` is not floating.
+      InputError: `dtype` is not one of these.
       CheckpointError: a part is missing or damaged, or was written by a newer polarjax.
-      SparsityError: routers or plans are for another model.
+      SparsityError: routers or plans are for another model, or for other weights than its own.
     """
-    if dtype is not None:
-        dtype = _floating(dtype)
+    return _read(path, dtype, routers=True, plans=True)
+
+
+def load_to_learn(
+    path: str | os.PathLike[str], *, dtype: DTypeLike | None = None, routers: bool = False
+) -> Bundle:
+    """`load` without the plans, and without the routers unless asked for: those that are about to be replaced."""
+    return _read(path, dtype, routers=routers, plans=False)
+
+
+def _read(path: str | os.PathLike[str], dtype: DTypeLike | None, *, routers: bool, plans: bool) -> Bundle:
+    dtype = None if dtype is None else check_dtype(dtype)
     folder = absolute(path)
     manifest = read_manifest(folder)
     config = read_config(folder)
     flat = read_arrays(folder / "params", manifest["params"], dtype=dtype, hint=AGAIN)
+    model = with_parameters(config, flat)
+    weights = fingerprint(model)
+    stored = str(manifest.get("fingerprint") or weights)  # which earlier versions did not record
+    found = read_routers(folder / ROUTERS, config, stored) if routers else None
+    table = read_plans(folder / PLANS, config, stored, found) if plans else None
     return Bundle(
-        model=with_parameters(config, flat),
+        model=model,
         tokenizer=_read_tokenizer(folder / "tokenizer", manifest["model_type"]),
-        routers=_read_routers(folder / "routers", config),
-        plans=_read_plans(folder / "plans.json", config),
+        routers=marked(found, weights),
+        plans=marked(table, weights),
         model_type=manifest["model_type"],
         source_config=read_source_config(folder),
+        weights=weights,
     )
-
-
-def _floating(dtype: DTypeLike) -> np.dtype:
-    with contextlib.suppress(TypeError):
-        if jnp.issubdtype(dtype, jnp.floating):
-            return jnp.dtype(dtype)
-    raise InputError("unusable dtype", where="dtype", got=dtype, expected="float32, float16 or bfloat16")
 
 
 def write_routers(path: str | os.PathLike[str], routers: Routers) -> None:
@@ -238,13 +307,14 @@ def write_routers(path: str | os.PathLike[str], routers: Routers) -> None:
 
     Raises:
       CheckpointError: `path` is no model directory.
-      SparsityError: the routers are for another model.
+      SparsityError: the routers are for another model, or for other weights.
     """
     folder = absolute(path)
-    read_manifest(folder)
-    _located(folder / "routers", routers.check, read_config(folder))
-    with atomic_folder(folder / "routers", overwrite=True, obsolete=folder / "plans.json") as temporary:
-        _write_routers(temporary, routers)
+    weights, where = str(read_manifest(folder).get("fingerprint", "")), folder / ROUTERS
+    check_shape(routers, read_config(folder), where=where, hint=SPARSIFY)
+    check_weights("routers", routers.weights, weights, where=where, hint=SPARSIFY)
+    with atomic_folder(where, overwrite=True, obsolete=folder / PLANS) as temporary:
+        store_routers(temporary, routers)
 
 
 def write_plans(path: str | os.PathLike[str], plans: PlanTable) -> None:
@@ -252,12 +322,15 @@ def write_plans(path: str | os.PathLike[str], plans: PlanTable) -> None:
 
     Raises:
       CheckpointError: `path` is no model directory.
-      SparsityError: the plans are for another model.
+      SparsityError: the plans are for another model, for other weights, or for other routers than those there.
     """
     folder = absolute(path)
-    read_manifest(folder)
-    _located(folder / "plans.json", plans.check, read_config(folder))
-    with atomic_file(folder / "plans.json", overwrite=True) as stream:
+    weights, where = str(read_manifest(folder).get("fingerprint", "")), folder / PLANS
+    check_shape(plans, read_config(folder), where=where, hint=SPARSIFY)
+    check_weights("plans", plans.weights, weights, where=where, hint=CALIBRATE)
+    theirs = fingerprint_of_routers(folder / ROUTERS)
+    check_routers_of_plans(plans, theirs, where=where, hint=CALIBRATE)
+    with atomic_file(where, overwrite=True) as stream:
         dump_json(stream, plans.to_json())
 
 
@@ -265,64 +338,20 @@ def _read_tokenizer(folder: Path, model_type: str | None) -> Tokenizer | None:
     return Tokenizer.load(folder, model_type=model_type) if has_tokenizer(folder) else None
 
 
-def _write_routers(folder: Path, routers: Routers) -> None:
-    folder.mkdir(exist_ok=True)
-    with ArrayWriter(folder / "arrays") as writer:
-        for i, layer in enumerate(routers.layers):
-            for field in dataclasses.fields(LayerRouter):
-                value = getattr(layer, field.name)
-                if value is not None:
-                    writer.add(f"layers.{i}.{field.name}", np.asarray(value))
-        write_json(folder / "manifest.json", {"format": FORMAT, "arrays": writer.close()})
-
-
-def _read_routers(folder: Path, config: ModelConfig) -> Routers | None:
-    if not folder.is_dir():
-        return None
-    file = folder / "manifest.json"
-    record: Record = read_part(file, ("format", "arrays"), _SPARSIFY)["arrays"]
-    check_record(record, where=file, hint=_SPARSIFY)
-    flat = read_arrays(folder / "arrays", record, hint=_SPARSIFY)
-    layers: dict[int, dict[str, Array]] = {}
-    for name, value in flat.items():
-        _, layer, field = name.split(".")
-        layers.setdefault(int(layer), {})[field] = value
-    routers = Routers(tuple(LayerRouter(**{**_NO_NEURONS, **layers[i]}) for i in sorted(layers)))
-    _located(folder, routers.check, config)
-    return routers
-
-
-_NO_NEURONS: dict[str, Any] = {"w_in": None, "w_out": None}
-
-
-def _read_plans(file: Path, config: ModelConfig) -> PlanTable | None:
-    if not file.is_file():
-        return None
-    plans = PlanTable.from_json(read_part(file, (), _CALIBRATE))
-    _located(file, plans.check, config)
-    return plans
-
-
-def _located(where: Path, check: Any, config: ModelConfig) -> None:
-    """Runs `check(config)`; its error is told with the place where the part lies."""
-    try:
-        check(config)
-    except SparsityError as error:
-        raise SparsityError(
-            error.what, where=where, got=error.got, expected=error.expected, hint=_SPARSIFY
-        ) from error
-
-
-def load_with_tokenizer(folder: Path, dtype: str | None = None) -> tuple[Bundle, Tokenizer]:
+def load_with_tokenizer(
+    folder: Path, dtype: str | None = None, *, to_learn: bool = False
+) -> tuple[Bundle, Tokenizer]:
     """The model directory `folder` and its tokenizer; `dtype` None keeps the stored one.
+
+    With `to_learn`, routers and plans are left out, because they are about to be replaced.
 
     Raises:
       CheckpointError: the directory is missing or damaged, or has no tokenizer.
       InputError: `dtype` is no dtype that a decoder can have.
     """
-    if dtype is not None and dtype not in DTYPES:
-        raise InputError("no such dtype", where="--dtype", got=dtype, expected=" | ".join(DTYPES))
-    bundle = load(folder, dtype=dtype)
+    if dtype is not None:
+        check_dtype(dtype, where="--dtype")
+    bundle = load_to_learn(folder, dtype=dtype) if to_learn else load(folder, dtype=dtype)
     return bundle, _tokenizer(bundle, folder / "tokenizer")
 
 

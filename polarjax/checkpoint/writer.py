@@ -14,6 +14,7 @@ from polarjax.configs import ModelConfig
 from polarjax.errors import CheckpointError
 from polarjax.model.shapes import shapes
 from polarjax.storage.atomic import absolute, atomic_folder, write_json
+from polarjax.storage.fingerprint import combine, sample
 
 if TYPE_CHECKING:
     from polarjax.storage.arrays import ArrayWriter
@@ -28,6 +29,7 @@ class ModelWriter:
         self._expected = shapes(config)
         self._model_type = model_type
         self._params = params
+        self._samples: dict[str, np.ndarray] = {}
 
     @property
     def tokenizer_folder(self) -> Path:
@@ -56,6 +58,7 @@ class ModelWriter:
                 "unknown, repeated or mis-shaped parameter", where=name, got=array.shape, expected=expected
             )
         self._params.add(name, array)
+        self._samples[name] = sample(array)
 
     def finish(self) -> None:
         """Writes the configuration and the manifest; raises `CheckpointError` if parameters are missing."""
@@ -70,6 +73,7 @@ class ModelWriter:
             "polarjax": version("polarjax"),
             "model_type": self._model_type,
             "dtype": record["arrays"]["embed.tokens"]["dtype"],
+            "fingerprint": combine(self._samples),
             "params": record,
         }
         write_json(self.folder / "manifest.json", manifest)

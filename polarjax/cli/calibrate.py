@@ -25,7 +25,7 @@ def calibrate(
 
     keys = jax.random.split(random_key(seed))
     options = learning.calibrate_options(target_recall, max_batch, dense_attention)
-    bundle, recorded = learning.open_for(folder, activations)
+    bundle, recorded = learning.open_for(folder, activations, routers=True)
     if bundle.routers is None:
         hint = f"run polarjax train-routers {folder} --activations {activations}"
         raise SparsityError("the model has no routers yet", where=folder, hint=hint)

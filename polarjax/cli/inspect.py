@@ -14,7 +14,7 @@ from polarjax.checkpoint.writer import is_model_directory
 from polarjax.cli.inputs import bytes_of
 from polarjax.configs import ModelConfig
 from polarjax.errors import InputError
-from polarjax.types import DTYPES
+from polarjax.storage.dtypes import check_dtype
 
 MEMORY = 80.0  # gigabytes of the device, unless told
 CACHE_LENGTHS = (1024, 4096, 16384, 65536)
@@ -32,8 +32,8 @@ def inspect(
     revision: Annotated[str | None, typer.Option(help="Branch, tag or commit of a model on the hub.")] = None,
 ) -> dict[str, Any]:
     """Tell what a checkpoint is, how many sequences fit, and what of it is supported; reads no weights."""
-    if dtype is not None and dtype not in DTYPES:
-        raise InputError("no such dtype", where="--dtype", got=dtype, expected=" | ".join(DTYPES))
+    if dtype is not None:
+        check_dtype(dtype, where="--dtype")
     if not bytes_of(memory, "--memory"):
         raise InputError("no memory", where="--memory", got=memory, expected="gigabytes, more than 0")
     if is_model_directory(source):

@@ -71,7 +71,7 @@ def load_and_cut(
     from polarjax.text.corpus import read_text, text_windows
 
     texts = [read_text(path) for path in text]
-    bundle, tokenizer = load_with_tokenizer(folder, dtype)
+    bundle, tokenizer = load_with_tokenizer(folder, dtype, to_learn=True)
     length = min(512, bundle.model.config.max_positions) if window is None else window
     source = ", ".join(map(str, text))
     return bundle, text_windows(texts, tokenizer, length, most=max_tokens // max(length, 1), source=source)
@@ -87,19 +87,21 @@ def announce(bundle: "Bundle", windows: Int32[np.ndarray, "n T"], options: Colle
     return recording
 
 
-def open_for(folder: Path, activations: Path) -> "tuple[Bundle, Activations]":
+def open_for(folder: Path, activations: Path, *, routers: bool = False) -> "tuple[Bundle, Activations]":
     """The model directory, to which the result will be written, and activations that were recorded from it.
+
+    Parts that are about to be replaced are not read: the plans, and unless asked for the routers.
 
     Raises:
       CheckpointError: the directory can't be read or written.
       SparsityError: the activations were recorded from another model.
     """
-    from polarjax.checkpoint.bundle import load
+    from polarjax.checkpoint.bundle import load_to_learn
     from polarjax.sparsity.activations import open_activations
     from polarjax.sparsity.collection import fingerprint
 
     recorded = open_activations(activations)
-    bundle = load(folder, dtype=recorded.dtype)
+    bundle = load_to_learn(folder, dtype=recorded.dtype, routers=routers)
     recorded.check(bundle.model.config, fingerprint(bundle.model))
     check_writable(folder)
     return bundle, recorded

@@ -8,6 +8,7 @@ import jax.numpy as jnp
 from polarjax.configs import ModelConfig
 from polarjax.errors import CheckpointError
 from polarjax.model.decoder import Decoder
+from polarjax.storage.fingerprint import fingerprint_of
 from polarjax.types import Array
 
 
@@ -20,6 +21,11 @@ def parameters(model: Decoder) -> dict[str, Array]:
     """The parameters by dotted path, for example `layers.0.attn.wq`."""
     leaves, _ = jax.tree_util.tree_flatten_with_path(model)
     return {_dotted(path): leaf for path, leaf in leaves}
+
+
+def fingerprint(model: Decoder) -> str:
+    """Tells apart two trainings of one shape, but not a model and a cast of it: see `polarjax.storage.fingerprint`."""
+    return fingerprint_of(parameters(model))
 
 
 def _dotted(path: tuple) -> str:

@@ -136,6 +136,7 @@ class PlanTable:
       recall: for each batch size, the measured recall of the truly active neurons in each layer.
       head_density: default density of groups in every layer but `dense_layers`.
       dense_layers: whose attention keeps all groups.
+      weights, routers: fingerprints of the model and the routers that they were calibrated for, "" if unknown.
     """
 
     num_layers: int
@@ -146,6 +147,8 @@ class PlanTable:
     recall: tuple[tuple[float, ...], ...]
     head_density: float = 0.5
     dense_layers: tuple[int, ...] = (0,)
+    weights: str = dataclasses.field(default="", compare=False)
+    routers: str = dataclasses.field(default="", compare=False)
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "head_density", check_density(self.head_density, where="plan table"))
@@ -213,6 +216,7 @@ class PlanTable:
         try:
             rows = {name: tuple(map(tuple, data[name])) for name in ("neurons", "recall")}
             rows |= {name: tuple(data[name]) for name in ("batch_sizes", "dense_layers") if name in data}
+            rows |= {name: str(data[name]) for name in ("weights", "routers") if name in data}
             return cls(**{**data, **rows})
         except (KeyError, TypeError) as error:
             raise SparsityError(

@@ -7,6 +7,7 @@ import jax.numpy as jnp
 
 from polarjax.configs import ModelConfig
 from polarjax.errors import SparsityError
+from polarjax.storage.fingerprint import fingerprint_of
 from polarjax.types import Array, Float
 
 
@@ -60,9 +61,29 @@ class LayerRouter:
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class Routers:
-    """The learned selector: one `LayerRouter` a layer."""
+    """The learned selector: one `LayerRouter` a layer.
+
+    Attributes:
+      layers: L of them.
+      weights: fingerprint of the model that they were trained on (`polarjax.storage.fingerprint`), "" if unknown.
+    """
 
     layers: tuple[LayerRouter, ...]
+    weights: str = dataclasses.field(default="", metadata={"static": True})
+
+    def parameters(self) -> dict[str, Array]:
+        """The arrays by dotted path, for example `layers.0.w_group`."""
+        named = {
+            f"layers.{i}.{field.name}": getattr(layer, field.name)
+            for i, layer in enumerate(self.layers)
+            for field in dataclasses.fields(layer)
+        }
+        return {name: value for name, value in named.items() if value is not None}
+
+    @property
+    def fingerprint(self) -> str:
+        """Tells these routers apart from others, as plans do that were calibrated for them."""
+        return fingerprint_of(self.parameters())
 
     def group_scores(
         self, layer: int, x: Float[Array, "... D"], *, norms: Float[Array, "... K"] | None = None

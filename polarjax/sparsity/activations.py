@@ -12,6 +12,7 @@ import numpy as np
 from polarjax import types
 from polarjax.configs import ModelConfig
 from polarjax.errors import InputError, SparsityError
+from polarjax.storage.fingerprint import same_weights, short
 
 FORMAT = 2
 Part = Literal["train", "validation", "test"]
@@ -25,7 +26,7 @@ class Activations:
 
     Attributes:
       config: of the model that was recorded.
-      fingerprint: of its weights (see `polarjax.sparsity.collect`), "" if unknown.
+      fingerprint: of its weights (see `polarjax.storage.fingerprint`), "" if unknown.
       dtype: of the router inputs, which is the model's.
       inputs: router inputs [L n D]; bfloat16 is stored as its uint16 bits.
       activity: packed neuron activity, uint8 [L n ceil(F / 8)], as in `Taps`; None if not recorded.
@@ -80,8 +81,8 @@ class Activations:
             mine, other = self.config.to_json(), config.to_json()
             name = next(name for name in mine if mine[name] != other[name])
             _refuse_model(f"{name} {mine[name]}", f"{other[name]}")
-        if fingerprint is not None and self.fingerprint not in ("", fingerprint):
-            _refuse_model(f"weights {self.fingerprint[:12]}", fingerprint[:12])
+        if fingerprint is not None and not same_weights(self.fingerprint, fingerprint):
+            _refuse_model(f"weights {short(self.fingerprint)}", short(fingerprint))
 
 
 def _refuse_model(got: str, expected: str) -> None:

@@ -13,6 +13,7 @@ from polarjax.progress import task
 from polarjax.selection.plans import PlanTable, dense_above
 from polarjax.selection.routers import Routers
 from polarjax.sparsity.activations import Activations, Part
+from polarjax.sparsity.checks import check_plans, check_routers
 from polarjax.sparsity.options import CalibrateOptions
 from polarjax.types import Array, Bool, Float, Int, Key
 
@@ -47,8 +48,7 @@ def calibrate(
       InputError: too few validation tokens.
     """
     options = options or CalibrateOptions()
-    routers.check(config)
-    activations.check(config)
+    check_routers(routers, activations, config)
     dense_layers = (dense_layer(activations, options),)
     layers = [[(None, 1.0)] * len(options.batch_sizes)] * config.num_layers
     if config.neuron_sparsity:
@@ -66,6 +66,8 @@ def calibrate(
         recall=tuple(tuple(recall for _, recall in row) for row in zip(*layers, strict=True)),
         head_density=head_density,
         dense_layers=dense_layers,
+        weights=activations.fingerprint,
+        routers=routers.fingerprint,
     )
 
 
@@ -115,8 +117,7 @@ def measure_recall(
       InputError: fewer tokens than the largest batch size at which a layer is sparse.
     """
     config = activations.config
-    routers.check(config)
-    table.check(config)
+    check_plans(table, routers, activations)
     recall = np.ones((len(table.batch_sizes), config.num_layers))
     wanted = [
         (i, layer) for i, row in enumerate(table.neurons) for layer, k in enumerate(row) if k is not None

@@ -2,8 +2,6 @@
 
 import dataclasses
 import functools
-import hashlib
-import json
 import os
 from pathlib import Path
 from typing import cast
@@ -17,7 +15,7 @@ from polarjax.configs import ModelConfig
 from polarjax.errors import InputError
 from polarjax.model import decoder
 from polarjax.model.checks import check_windows
-from polarjax.model.parameters import parameters
+from polarjax.model.parameters import fingerprint
 from polarjax.model.taps import Taps, TapSpec
 from polarjax.progress import task
 from polarjax.sparsity.activations import (
@@ -121,15 +119,6 @@ def collect(
             array.flush()
         write_meta(folder, config, dtype, tokens=len(recording.positions), fingerprint=fingerprint(model))
     return open_activations(out)
-
-
-def fingerprint(model: "decoder.Decoder") -> str:
-    """SHA-256 of the config and of the first entries of every parameter: tells apart two trainings of one shape."""
-    digest = hashlib.sha256(json.dumps(model.config.to_json(), sort_keys=True).encode())
-    for name, value in parameters(model).items():
-        corner = np.asarray(value[(0,) * (value.ndim - 1)][:16])
-        digest.update(f"{name} {value.dtype} {value.shape}".encode() + corner.tobytes())
-    return digest.hexdigest()
 
 
 def split_windows(

@@ -119,7 +119,8 @@ def train_routers(
     report = TrainReport(
         neuron_quality, quality, len(activations.rows("train")), len(activations.rows("validation")), density
     )
-    return _unstack(dataclasses.replace(initial, **weights), config.num_layers), report
+    routers = _unstack(dataclasses.replace(initial, **weights), config.num_layers)
+    return dataclasses.replace(routers, weights=activations.fingerprint), report
 
 
 def fit(

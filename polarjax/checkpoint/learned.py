@@ -1,0 +1,76 @@
+"""Routers and plans as files of a model directory."""
+
+import dataclasses
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from polarjax.checkpoint.belonging import check_routers_of_plans, check_shape, check_weights
+from polarjax.checkpoint.manifest import FORMAT, read_part
+from polarjax.configs import ModelConfig
+from polarjax.selection.plans import PlanTable
+from polarjax.selection.routers import LayerRouter, Routers
+from polarjax.storage.arrays import ArrayWriter, read_arrays
+from polarjax.storage.atomic import write_json
+from polarjax.storage.record import check_record
+from polarjax.types import Array
+
+ROUTERS, PLANS = "routers", "plans.json"
+SPARSIFY = "run polarjax sparsify again"
+CALIBRATE = "run polarjax calibrate or polarjax sparsify again"
+
+_NO_NEURONS: dict[str, Any] = {"w_in": None, "w_out": None}
+
+
+def store_routers(folder: Path, routers: Routers) -> None:
+    """Writes the arrays of routers, their own fingerprint, and that of the model that they were trained on."""
+    folder.mkdir(exist_ok=True)
+    with ArrayWriter(folder / "arrays") as writer:
+        for name, value in routers.parameters().items():
+            writer.add(name, np.asarray(value))
+        data = {"format": FORMAT, "arrays": writer.close()}
+        marks = {"weights": routers.weights, "fingerprint": routers.fingerprint}
+        write_json(folder / "manifest.json", data | marks)
+
+
+def read_routers(folder: Path, config: ModelConfig, weights: str) -> Routers | None:
+    """The routers in a model directory whose parameters have the fingerprint `weights`; None if there are none."""
+    if not folder.is_dir():
+        return None
+    file = folder / "manifest.json"
+    data = read_part(file, ("format", "arrays"), SPARSIFY)
+    check_record(data["arrays"], where=file, hint=SPARSIFY)
+    flat = read_arrays(folder / "arrays", data["arrays"], hint=SPARSIFY)
+    layers: dict[int, dict[str, Array]] = {}
+    for name, value in flat.items():
+        _, layer, field = name.split(".")
+        layers.setdefault(int(layer), {})[field] = value
+    found = tuple(LayerRouter(**{**_NO_NEURONS, **layers[i]}) for i in sorted(layers))
+    routers = Routers(found, weights=str(data.get("weights", "")))
+    check_shape(routers, config, where=folder, hint=SPARSIFY)
+    check_weights("routers", routers.weights, weights, where=folder, hint=SPARSIFY)
+    return routers
+
+
+def fingerprint_of_routers(folder: Path) -> str:
+    """The fingerprint of the routers in a folder, as it was recorded with them; "" if there is none."""
+    file = folder / "manifest.json"
+    return str(read_part(file, (), SPARSIFY).get("fingerprint", "")) if file.is_file() else ""
+
+
+def read_plans(file: Path, config: ModelConfig, weights: str, routers: Routers | None) -> PlanTable | None:
+    """The plans in a model directory, for its parameters and its routers; None if there are none."""
+    if not file.is_file():
+        return None
+    plans = PlanTable.from_json(read_part(file, (), CALIBRATE))
+    check_shape(plans, config, where=file, hint=CALIBRATE)
+    check_weights("plans", plans.weights, weights, where=file, hint=CALIBRATE)
+    if routers is not None:
+        check_routers_of_plans(plans, routers.fingerprint, where=file, hint=CALIBRATE)
+    return plans
+
+
+def marked(part: Any, weights: str) -> Any:
+    """Routers or plans that know the weights they are for, marked with the same weights in the dtype loaded."""
+    return dataclasses.replace(part, weights=weights) if part is not None and part.weights else part

@@ -1,0 +1,99 @@
+"""Fingerprints of named arrays: they tell two trainings of one shape apart, in milliseconds and in any dtype.
+
+A fingerprint is one line: the dtype of the arrays, then a digest for each name in `DTYPES`, taken after a cast to that
+dtype. So a model and a cast of it match: the cast of the one to the dtype of the other has the same digest. Each array
+counts with all its values if they are 2,048 or fewer, else with 512, evenly spread from its first to its last.
+"""
+
+import functools
+import hashlib
+import sys
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+
+from polarjax.types import DTYPES, Array
+
+_WHOLE = 2048  # values of an array that counts as a whole
+_BLOCK, _BLOCKS = (
+    16,
+    32,
+)  # values side by side, which one cache line holds, and how many such blocks of a larger one
+
+
+def fingerprint_of(arrays: Mapping[str, Array | np.ndarray]) -> str:
+    """The fingerprint of named arrays; "" (unknown) where the values aren't there, as under `jax.eval_shape`."""
+    if not all(_is_concrete(value) for value in arrays.values()):
+        return ""
+    return combine({name: sample(value) for name, value in arrays.items()})
+
+
+def combine(samples: Mapping[str, np.ndarray]) -> str:
+    """The fingerprint of the arrays that were sampled, in whatever order."""
+    digests = []
+    for dtype in NUMPY_DTYPES.values():
+        digest = hashlib.sha256()
+        with np.errstate(all="ignore"):  # a value may be too large for the dtype
+            for name in sorted(samples):
+                digest.update(name.encode() + samples[name].astype(dtype).tobytes())
+        digests.append(digest.hexdigest()[:16])
+    dtypes = {value.dtype.name for value in samples.values()}
+    widest = dtypes.pop() if len(dtypes) == 1 else DTYPES[0]
+    return " ".join((widest if widest in DTYPES else DTYPES[0], *digests))
+
+
+def same_weights(one: str, other: str) -> bool:
+    """Whether two fingerprints can be of the same arrays; one that is unknown, or of another form, can be of any."""
+    a, b = one.split(), other.split()
+    if not all(len(each) == 1 + len(DTYPES) and each[0] in DTYPES for each in (a, b)):
+        return True
+    return any(a[1 + i] == b[1 + i] for i in (DTYPES.index(a[0]), DTYPES.index(b[0])))
+
+
+def short(fingerprint: str) -> str:
+    """A fingerprint for people: its dtype and digest."""
+    dtype, *digests = fingerprint.split()
+    return f"{dtype} {digests[DTYPES.index(dtype)]}" if dtype in DTYPES else fingerprint[:16]
+
+
+def sample(value: Array | np.ndarray) -> np.ndarray:
+    """The values of an array that its fingerprint is made of, in its dtype [at most 2048]."""
+    places = _places(value.shape)
+    if isinstance(value, np.ndarray):
+        return value[places].flatten()  # a copy: the memory may be used again
+    import jax
+
+    on_host = all(device.platform == "cpu" for device in value.devices())
+    return np.asarray(jax.device_get(value))[places].flatten() if on_host else _gather(value)
+
+
+def _gather(value: Array) -> np.ndarray:
+    """The sample of an array on an accelerator, which stays there but for those values."""
+    import jax
+
+    return np.asarray(jax.device_get(_gathering()(value)))
+
+
+@functools.cache
+def _gathering() -> Any:
+    import jax
+
+    return jax.jit(lambda array: array[_places(array.shape)].ravel())
+
+
+def _places(shape: tuple[int, ...]) -> Any:
+    """Index of the sampled values: everything, or blocks of the flat array from its first value to its last."""
+    size = int(np.prod(shape, dtype=np.int64))
+    if size <= _WHOLE:
+        return ...
+    starts = np.arange(_BLOCKS, dtype=np.int64) * (size - _BLOCK) // (_BLOCKS - 1)
+    return np.unravel_index(starts[:, None] + np.arange(_BLOCK), shape)
+
+
+def _is_concrete(value: Any) -> bool:
+    if isinstance(value, np.ndarray):
+        return True
+    jax = sys.modules.get("jax")
+    concrete = jax is not None and isinstance(value, jax.Array) and not isinstance(value, jax.core.Tracer)
+    return concrete and value.is_fully_addressable and not value.is_deleted()
