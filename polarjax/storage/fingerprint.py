@@ -9,11 +9,14 @@ import functools
 import hashlib
 import sys
 from collections.abc import Mapping
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from polarjax.types import DTYPES, Array
+from polarjax.types import DTYPES
+
+if TYPE_CHECKING:
+    from polarjax.types import Array
 
 _WHOLE = 2048  # values of an array that counts as a whole
 _BLOCK, _BLOCKS = (
@@ -22,7 +25,7 @@ _BLOCK, _BLOCKS = (
 )  # values side by side, which one cache line holds, and how many such blocks of a larger one
 
 
-def fingerprint_of(arrays: Mapping[str, Array | np.ndarray]) -> str:
+def fingerprint_of(arrays: "Mapping[str, Array | np.ndarray]") -> str:
     """The fingerprint of named arrays; "" (unknown) where the values aren't there, as under `jax.eval_shape`."""
     if not all(_is_concrete(value) for value in arrays.values()):
         return ""
@@ -57,7 +60,7 @@ def short(fingerprint: str) -> str:
     return f"{dtype} {digests[DTYPES.index(dtype)]}" if dtype in DTYPES else fingerprint[:16]
 
 
-def sample(value: Array | np.ndarray) -> np.ndarray:
+def sample(value: "Array | np.ndarray") -> np.ndarray:
     """The values of an array that its fingerprint is made of, in its dtype [at most 2048]."""
     places = _places(value.shape)
     if isinstance(value, np.ndarray):
@@ -68,7 +71,7 @@ def sample(value: Array | np.ndarray) -> np.ndarray:
     return np.asarray(jax.device_get(value))[places].flatten() if on_host else _gather(value)
 
 
-def _gather(value: Array) -> np.ndarray:
+def _gather(value: "Array") -> np.ndarray:
     """The sample of an array on an accelerator, which stays there but for those values."""
     import jax
 
