@@ -12,6 +12,7 @@ KEEP_OR_DROP = (
     "learn them again for this model (polarjax sparsify); keep them all the same with "
     "bundle.with_model(model, keep_sparsity=True); or leave them out with bundle.with_model(model)"
 )
+ONE_TRAINING = "calibrate again (polarjax calibrate), or take routers and plans of one training"
 
 
 def check_shape(part: Routers | PlanTable, config: ModelConfig, *, where: Path, hint: str) -> None:
@@ -23,13 +24,19 @@ def check_shape(part: Routers | PlanTable, config: ModelConfig, *, where: Path, 
         raise SparsityError(error.what, where=where, got=got, expected=expected, hint=hint) from error
 
 
-def check_weights(name: str, trained_on: str, weights: str, *, where: object, hint: str) -> None:
-    """Raises `SparsityError` if `name` (routers, plans) were made for other weights than those of the model."""
-    if not same_weights(trained_on, weights):
+def check_weights(
+    part: Routers | PlanTable, weights: str, *, made_for: str = "", where: object, hint: str
+) -> None:
+    """Raises `SparsityError` if routers or plans were made for other weights than those with this fingerprint.
+
+    `made_for` counts for parts that don't know their weights.
+    """
+    made_for = part.weights or made_for
+    if not same_weights(made_for, weights):
         raise SparsityError(
-            f"the {name} are for other weights than the model's",
+            f"the {'routers' if isinstance(part, Routers) else 'plans'} are for other weights than the model's",
             where=where,
-            got=f"weights {short(trained_on)}",
+            got=f"weights {short(made_for)}",
             expected=short(weights),
             hint=hint,
         )

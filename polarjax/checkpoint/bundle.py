@@ -21,6 +21,7 @@ import numpy as np
 
 from polarjax.checkpoint.belonging import (
     KEEP_OR_DROP,
+    ONE_TRAINING,
     check_routers_of_plans,
     check_shape,
     check_weights,
@@ -31,6 +32,7 @@ from polarjax.checkpoint.learned import (
     ROUTERS,
     SPARSIFY,
     fingerprint_of_routers,
+    kept_for,
     marked,
     read_plans,
     read_routers,
@@ -104,15 +106,9 @@ class Bundle:
         """
         if not keep_sparsity:
             return dataclasses.replace(self, model=model, routers=None, plans=None)
-        weights, routers, plans = fingerprint(model), self.routers, self.plans
-        if routers is not None:
-            routers.check(model.config)
-            routers = dataclasses.replace(routers, weights=weights)
-        if plans is not None:
-            plans.check(model.config)
-            theirs = "" if routers is None else routers.fingerprint
-            plans = dataclasses.replace(plans, weights=weights, routers=theirs)
-        return dataclasses.replace(self, model=model, routers=routers, plans=plans, weights=weights)
+        weights = fingerprint(model)
+        kept = kept_for(model.config, weights, self.routers, self.plans)
+        return dataclasses.replace(self, model=model, weights=weights, routers=kept[0], plans=kept[1])
 
     @property
     def generation(self) -> GenerationSettings:
@@ -217,18 +213,17 @@ class Bundle:
     def _check_sparsity(self, where: str) -> None:
         """Raises `SparsityError` unless the routers and plans belong to the model and to each other."""
         weights, routers = self._fingerprints
-        for name, part in (("routers", self.routers), ("plans", self.plans)):
+        for part in (self.routers, self.plans):
             if part is not None:
                 part.check(self.model.config)
-                check_weights(name, part.weights or self.weights, weights, where=where, hint=KEEP_OR_DROP)
+                check_weights(part, weights, made_for=self.weights, where=where, hint=KEEP_OR_DROP)
         if self.plans is not None and self.routers is not None:
-            hint = "calibrate again (polarjax calibrate), or take both of one training"
-            check_routers_of_plans(self.plans, routers, where=where, hint=hint)
+            check_routers_of_plans(self.plans, routers, where=where, hint=ONE_TRAINING)
 
     @functools.cached_property
     def _fingerprints(self) -> tuple[str, str]:
         """Of the model and of the routers, "" without routers and plans; computed once."""
-        if self.missing == "routers" and self.plans is None:
+        if self.routers is None and self.plans is None:
             return "", ""
         return fingerprint(self.model), "" if self.routers is None else self.routers.fingerprint
 
@@ -312,7 +307,7 @@ def write_routers(path: str | os.PathLike[str], routers: Routers) -> None:
     folder = absolute(path)
     weights, where = str(read_manifest(folder).get("fingerprint", "")), folder / ROUTERS
     check_shape(routers, read_config(folder), where=where, hint=SPARSIFY)
-    check_weights("routers", routers.weights, weights, where=where, hint=SPARSIFY)
+    check_weights(routers, weights, where=where, hint=SPARSIFY)
     with atomic_folder(where, overwrite=True, obsolete=folder / PLANS) as temporary:
         store_routers(temporary, routers)
 
@@ -327,9 +322,8 @@ def write_plans(path: str | os.PathLike[str], plans: PlanTable) -> None:
     folder = absolute(path)
     weights, where = str(read_manifest(folder).get("fingerprint", "")), folder / PLANS
     check_shape(plans, read_config(folder), where=where, hint=SPARSIFY)
-    check_weights("plans", plans.weights, weights, where=where, hint=CALIBRATE)
-    theirs = fingerprint_of_routers(folder / ROUTERS)
-    check_routers_of_plans(plans, theirs, where=where, hint=CALIBRATE)
+    check_weights(plans, weights, where=where, hint=CALIBRATE)
+    check_routers_of_plans(plans, fingerprint_of_routers(folder / ROUTERS), where=where, hint=CALIBRATE)
     with atomic_file(where, overwrite=True) as stream:
         dump_json(stream, plans.to_json())
 

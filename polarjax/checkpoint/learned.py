@@ -49,7 +49,7 @@ def read_routers(folder: Path, config: ModelConfig, weights: str) -> Routers | N
     found = tuple(LayerRouter(**{**_NO_NEURONS, **layers[i]}) for i in sorted(layers))
     routers = Routers(found, weights=str(data.get("weights", "")))
     check_shape(routers, config, where=folder, hint=SPARSIFY)
-    check_weights("routers", routers.weights, weights, where=folder, hint=SPARSIFY)
+    check_weights(routers, weights, where=folder, hint=SPARSIFY)
     return routers
 
 
@@ -65,10 +65,24 @@ def read_plans(file: Path, config: ModelConfig, weights: str, routers: Routers |
         return None
     plans = PlanTable.from_json(read_part(file, (), CALIBRATE))
     check_shape(plans, config, where=file, hint=CALIBRATE)
-    check_weights("plans", plans.weights, weights, where=file, hint=CALIBRATE)
+    check_weights(plans, weights, where=file, hint=CALIBRATE)
     if routers is not None:
         check_routers_of_plans(plans, routers.fingerprint, where=file, hint=CALIBRATE)
     return plans
+
+
+def kept_for(
+    config: ModelConfig, weights: str, routers: Routers | None, plans: PlanTable | None
+) -> tuple[Routers | None, PlanTable | None]:
+    """Routers and plans marked as those of the model with this fingerprint; `SparsityError` if its shape is another."""
+    if routers is not None:
+        routers.check(config)
+        routers = dataclasses.replace(routers, weights=weights)
+    if plans is not None:
+        plans.check(config)
+        theirs = "" if routers is None else routers.fingerprint
+        plans = dataclasses.replace(plans, weights=weights, routers=theirs)
+    return routers, plans
 
 
 def marked(part: Any, weights: str) -> Any:

@@ -12,7 +12,7 @@ def check_routers(routers: Routers, activations: Activations, config: ModelConfi
     routers.check(config)
     activations.check(config)
     hint = "take activations of the model that the routers were trained on, or train them again"
-    check_weights("routers", routers.weights, activations.fingerprint, where="calibration", hint=hint)
+    check_weights(routers, activations.fingerprint, where="calibration", hint=hint)
 
 
 def check_plans(table: PlanTable, routers: Routers, activations: Activations) -> None:
