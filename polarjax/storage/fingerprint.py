@@ -13,16 +13,14 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from polarjax.storage.dtypes import NUMPY_DTYPES
 from polarjax.types import DTYPES
 
 if TYPE_CHECKING:
     from polarjax.types import Array
 
 _WHOLE = 2048  # values of an array that counts as a whole
-_BLOCK, _BLOCKS = (
-    16,
-    32,
-)  # values side by side, which one cache line holds, and how many such blocks of a larger one
+_BLOCK, _BLOCKS = 16, 32  # of a larger one: values side by side (a cache line), and how many such blocks
 
 
 def fingerprint_of(arrays: "Mapping[str, Array | np.ndarray]") -> str:
