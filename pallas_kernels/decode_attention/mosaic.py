@@ -219,7 +219,7 @@ class _Kernel:
             self._merge(part, parts_s, merge, write)
 
     def _part(self, state: _State) -> _Part:
-        total = lax.max(state.total.sum(axis=0), 1e-30)
+        total = lax.max(state.total.sum(axis=0), jnp.float32(1e-30))
         out = tuple(piece * _down(1.0 / total, WIDE) for piece in state.out)
         return _Part(out, state.peak + jnp.log2(total))
 

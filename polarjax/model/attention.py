@@ -64,14 +64,15 @@ def attend(
     B, T, K, G, H = q.shape
 
     def heads_of(q, k, v):
-        return jax.nn.dot_product_attention(
-            q.reshape(B, T, K * G, H),
-            k,
-            v,
-            is_causal=True,
-            key_value_seq_lengths=lengths,
-            local_window_size=None if window is None else (window - 1, 0),
-        )
+        with jax.numpy_dtype_promotion("standard"):  # JAX's own attention mixes dtypes
+            return jax.nn.dot_product_attention(
+                q.reshape(B, T, K * G, H),
+                k,
+                v,
+                is_causal=True,
+                key_value_seq_lengths=lengths,
+                local_window_size=None if window is None else (window - 1, 0),
+            )
 
     def widened(q, k, v):  # XLA has no float16 products with float32 sums on CPUs
         return heads_of(*(a.astype(jnp.float32) for a in (q, k, v))).astype(q.dtype)

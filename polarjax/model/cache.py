@@ -11,7 +11,7 @@ from polarjax.types import Array, Float, Int
 
 
 @jax.tree_util.register_dataclass
-@dataclasses.dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True, eq=False)
 class KVCache:
     """Keys and values of all positions seen so far, group-major so that a skipped group is a contiguous range.
 

@@ -27,7 +27,7 @@ class TapSpec:
 
 
 @jax.tree_util.register_dataclass
-@dataclasses.dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True, eq=False)
 class Taps:
     """The records of one forward pass; a field is empty where its `TapSpec` flag is off.
 

@@ -41,7 +41,7 @@ def _several(x: Float[Array, "1 D"]) -> Float[Array, "8 D"]:
 
 
 @jax.tree_util.register_dataclass
-@dataclasses.dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True, eq=False)
 class LayerRouter:
     """The routers of one layer; both read the output of the layer's pre-attention norm.
 
@@ -59,7 +59,7 @@ class LayerRouter:
 
 
 @jax.tree_util.register_dataclass
-@dataclasses.dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True, eq=False)
 class Routers:
     """The learned selector: one `LayerRouter` a layer.
 

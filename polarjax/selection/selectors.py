@@ -44,7 +44,7 @@ def _only_masks(selector: str) -> SparsityError:
 
 
 @jax.tree_util.register_dataclass
-@dataclasses.dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True, eq=False)
 class Oracle:
     """Selects by what routers predict: the true group norms and neuron outputs. Only for `forward`."""
 
@@ -65,7 +65,7 @@ class Oracle:
 
 
 @jax.tree_util.register_dataclass
-@dataclasses.dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True, eq=False)
 class Random:
     """Selects at random, anew for every layer and token: the floor that a router must beat. Only for `forward`.
 
@@ -96,7 +96,7 @@ class Random:
 
 
 @jax.tree_util.register_dataclass
-@dataclasses.dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True, eq=False)
 class Static:
     """Selects the same groups and neurons for every token.
 
@@ -167,7 +167,7 @@ def top_mask(scores: Float[Array, "... n"], k: int) -> Bool[Array, "... n"]:
 
 
 @jax.tree_util.register_dataclass
-@dataclasses.dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True, eq=False)
 class Sparsity:
     """What to skip: a selector (traced) and a plan (static). Hand it to `forward`, `decode_step` or `generate`.
 

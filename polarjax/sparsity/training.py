@@ -171,8 +171,10 @@ def _steps(
         value, gradient = jax.value_and_grad(functools.partial(loss, task))(
             weights, x.astype(jnp.float32), record
         )
-        change, state = optimiser.update(gradient, state, weights)
-        return cast(Weights, optax.apply_updates(weights, change)), state, value
+        with jax.numpy_dtype_promotion("standard"):  # optax mixes dtypes
+            change, state = optimiser.update(gradient, state, weights)
+            weights = cast(Weights, optax.apply_updates(weights, change))
+        return weights, state, value
 
     def step(carry, rows):
         weights, state = carry
