@@ -46,6 +46,13 @@ def require_hopper(device: Device) -> None:
         raise NotImplementedError(f"needs compute capability 9.x; got {found} ({device.kind})")
 
 
+def require_numbers(*arrays: jax.Array) -> None:
+    """Raises NotImplementedError if an axis of the arrays has a symbolic size, as `jax.export` may give it."""
+    for array in arrays:
+        if not all(isinstance(size, int) for size in array.shape):
+            raise NotImplementedError(f"needs sizes that are numbers; got {list(array.shape)}")
+
+
 def _concrete(device: Any) -> Device:
     if device.platform != "gpu":
         return Device(device.platform, device.device_kind)

@@ -22,7 +22,7 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 from jax.experimental.pallas.mosaic_gpu import ACC  # pyright: ignore[reportPrivateImportUsage]
 from jaxtyping import Array, Float, Int
 
-from pallas_kernels._device import Device, require_hopper
+from pallas_kernels._device import Device, require_hopper, require_numbers
 from pallas_kernels.decode_attention import exchange
 from pallas_kernels.decode_attention.exchange import PER_HEAD, ROWS
 from pallas_kernels.decode_attention.tiles import WIDE, Problem, Tiles, choose
@@ -52,6 +52,7 @@ def sparse_decode_attention(
     Raises NotImplementedError for a device, dtype or shape that the kernel can't do.
     """
     require_hopper(device)
+    require_numbers(q, k, lengths if group_index is None else group_index)
     if q.dtype not in (jnp.bfloat16, jnp.float16):
         raise NotImplementedError(f"needs bfloat16 or float16; got {q.dtype}")
     selected = q.shape[1] if group_index is None else group_index.shape[1]

@@ -139,7 +139,8 @@ class Static:
 
 
 def check_scores(name: str, scores: Float[Array, "..."], expected: tuple[int, ...]) -> Float[Array, "..."]:
-    """The scores; raises `SparsityError` unless a selector gave one for every group (or neuron) of every row."""
+    """The scores in float32; raises `SparsityError` unless there is one for every group (or neuron) of every row."""
+    scores = jnp.asarray(scores).astype(jnp.float32)
     if scores.shape != expected:
         raise SparsityError(
             f"the selector scores another number of {name}",
@@ -151,11 +152,11 @@ def check_scores(name: str, scores: Float[Array, "..."], expected: tuple[int, ..
     return scores
 
 
-def _from_zero(scores: Float[Array, "B n"]) -> Float[Array, "B n"]:
-    """Each row less its smallest finite score, which leaves the order of sums over the rows as it is."""
-    finite = jnp.isfinite(scores)
-    least = jnp.min(jnp.where(finite, scores, jnp.inf), -1, keepdims=True)
-    return jnp.where(finite, scores - least, 0)
+def _summed(scores: Float[Array, "B n"], live: Bool[Array, "B"] | None) -> Float[Array, "1 n"]:
+    """The sum over the `live` rows; NaN counts as the smallest finite score of its row, 0 if there is none."""
+    least = jnp.min(jnp.where(jnp.isfinite(scores), scores, jnp.inf), -1, keepdims=True)
+    scores = jnp.where(jnp.isnan(scores), jnp.where(jnp.isfinite(least), least, 0), scores)
+    return jnp.sum(scores if live is None else jnp.where(live[:, None], scores, 0), 0, keepdims=True)
 
 
 def top_mask(scores: Float[Array, "... n"], k: int) -> Bool[Array, "... n"]:
@@ -221,7 +222,7 @@ class Sparsity:
     ) -> Int[Array, "k"] | None:
         """The neurons kept for the `live` rows of a decoding step, ascending, or None where the layer is dense.
 
-        They are those with the largest sums of scores over these rows. NaN and infinite scores count for nothing.
+        They are those with the largest sums of scores over these rows.
         """
         k = self.plan.neurons[layer]
         if k is None:
@@ -229,6 +230,6 @@ class Sparsity:
         scores = self.routers.neuron_scores(layer, x)
         scores = check_scores("neurons", scores, (x.shape[0], config.d_ff))
         if not isinstance(self.routers, Routers):  # whose scores are above 0, as `shared=True` wants them
-            scores = _from_zero(scores)
+            return select_top_k(_summed(scores, live), k, shared=False)[0]
         counted = scores > 0 if live is None else (scores > 0) & live[:, None]  # false for NaN too
         return select_top_k(jnp.where(counted, scores, 0), k, shared=True)
