@@ -2,27 +2,30 @@
 
 import dataclasses
 import math
-from typing import Protocol
+from typing import Any, Protocol
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.core import Tracer
 
 from polarjax.errors import InputError
-from polarjax.numeric import make_plain
+from polarjax.numeric import plain
 from polarjax.types import Array, Float, Int, Key
 
 _TINY = float(np.finfo(np.float32).tiny)
+_LARGEST = 2**31 - 1  # of an int32
 
 
 class Sampler(Protocol):
-    """A hashable value that draws a token for each row; static under `jax.jit`."""
+    """A hashable value that draws a token for each row; static under `jax.jit`, unless it is a pytree of arrays."""
 
     def __call__(self, logits: Float[Array, "B V"], key: Key[Array, ""] | None) -> Int[Array, "B"]:
         """Draws int32 [B]."""
         ...
 
 
+@jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class Greedy:
     """The most likely token; the lower id on a tie. Needs no key."""
@@ -37,6 +40,9 @@ class Greedy:
 class Categorical:
     """Draws from the softmax of the logits, after three optional cuts, applied in this order.
 
+    Each value is a number, or one number for each row of the logits. Under `jax.jit` the numbers are traced, so other
+    numbers compile nothing; which of the cuts there are is static.
+
     Attributes:
       temperature: divides the logits; above 0.
       top_k: keep the k most likely tokens (ties with the k-th are kept).
@@ -47,20 +53,25 @@ class Categorical:
       InputError: a value is out of its range.
     """
 
-    temperature: float = 1.0
-    top_k: int | None = None
-    top_p: float | None = None
+    temperature: Float[Array, "*B"] | float = 1.0
+    top_k: Int[Array, "*B"] | int | None = None
+    top_p: Float[Array, "*B"] | float | None = None
 
     def __post_init__(self) -> None:
-        make_plain(self, "temperature", "top_k", "top_p")
-        _check(0 < self.temperature < math.inf, "temperature", self.temperature, "above 0")
-        _check(
-            self.top_k is None or (type(self.top_k) is int and self.top_k > 0),
-            "top_k",
-            self.top_k,
-            "at least 1",
-        )
-        _check(self.top_p is None or 0 < self.top_p <= 1, "top_p", self.top_p, "above 0 and at most 1")
+        for name, (usable, expected, optional) in _RANGES.items():
+            value = _plain(getattr(self, name))
+            object.__setattr__(self, name, value)
+            if isinstance(value, Tracer) or (optional and value is None):
+                continue
+            rows = value if isinstance(value, tuple) else (value,)
+            if not rows or not all(type(each) in (int, float) and usable(each) for each in rows):
+                raise InputError(
+                    f"{name} is out of range",
+                    where="Categorical",
+                    got=repr(value),
+                    expected=f"{expected}, or one such number for each row",
+                    hint="correct the value; Greedy() draws the most likely token",
+                )
 
     def __call__(self, logits: Float[Array, "B V"], key: Key[Array, ""] | None) -> Int[Array, "B"]:
         """Draws int32 [B]; row b uses `fold_in(key, b)`, so a row's draw does not depend on the batch size."""
@@ -69,34 +80,103 @@ class Categorical:
                 "sampling needs a random key", where="Categorical", hint="pass key=jax.random.key(0)"
             )
         logits = logits.astype(jnp.float32)
-        temperature = min(max(self.temperature, _TINY), 1 / _TINY)  # beyond, float32 has 0 or infinity
-        logits = (logits - logits.max(-1, keepdims=True)) / temperature  # below 0: never overflows to +inf
-        if self.top_k is not None and self.top_k < logits.shape[-1]:
-            logits = _keep(logits, jax.lax.top_k(logits, self.top_k)[0][:, -1:])
-        if self.top_p is not None and self.top_p < 1:
-            logits = _keep(logits, _nucleus_floor(logits, self.top_p))
+        temperature = jnp.clip(_column(self, "temperature", logits), _TINY, 1 / _TINY)
+        # At most 0, so it never overflows to +inf. A product with the reciprocal is what XLA makes of a division by
+        # a constant: draws are the same whether the temperature is traced or not.
+        logits = (logits - logits.max(-1, keepdims=True)) * (1 / temperature)
+        if self.top_k is not None:
+            logits = _keep(logits, _largest(logits, _column(self, "top_k", logits)))
+        if not _keeps_all(self.top_p):
+            logits = _keep(logits, _nucleus_floor(logits, _column(self, "top_p", logits)))
         keys = jax.vmap(jax.random.fold_in, (None, 0))(key, jnp.arange(logits.shape[0]))
         return jax.vmap(jax.random.categorical)(keys, logits).astype(jnp.int32)
 
 
-def _check(ok: bool, name: str, got: object, expected: str) -> None:
-    if not ok:
+_RANGES = {
+    "temperature": (lambda value: 0 < value < math.inf, "above 0", False),
+    "top_k": (lambda value: type(value) is int and value > 0, "at least 1", True),
+    "top_p": (lambda value: 0 < value <= 1, "above 0 and at most 1", True),
+}
+
+
+def _plain(value: Any) -> Any:
+    """A number as Python's own, numbers of rows as a tuple of them; traced values as they are."""
+    if isinstance(value, jax.Array | np.ndarray) and not isinstance(value, Tracer) and value.ndim == 1:
+        return tuple(jax.device_get(value).tolist())
+    return tuple(map(plain, value)) if isinstance(value, list | tuple) else plain(value)
+
+
+def _host(value: Any, dtype: type) -> Any:
+    """Numbers as an array of the host in the dtype that they have on a device, clipped to its range."""
+    if value is None or isinstance(value, Tracer):
+        return value
+    low, high = (_TINY, 1 / _TINY) if dtype is np.float32 else (-_LARGEST, _LARGEST)
+    return np.asarray(np.clip(np.asarray(value), low, high), dtype)
+
+
+def _flatten(sampler: Categorical) -> tuple[tuple[Any, ...], None]:
+    top_p = None if _keeps_all(sampler.top_p) else _host(sampler.top_p, np.float32)
+    return (_host(sampler.temperature, np.float32), _host(sampler.top_k, np.int32), top_p), None
+
+
+def _unflatten(_: None, values: Any) -> Categorical:
+    sampler = object.__new__(Categorical)
+    for name, value in zip(_RANGES, values, strict=True):
+        object.__setattr__(sampler, name, value)
+    return sampler
+
+
+jax.tree_util.register_pytree_node(Categorical, _flatten, _unflatten)
+
+
+def _keeps_all(top_p: Any) -> bool:
+    """Whether it is known that `top_p` cuts nothing off, so that nothing need be sorted."""
+    return top_p is None or (type(top_p) in (int, float) and top_p >= 1)
+
+
+def _column(sampler: Categorical, name: str, logits: Float[Array, "B V"]) -> Array:
+    """A setting as [] or [B 1]."""
+    dtype = np.int32 if name == "top_k" else np.float32
+    value = jnp.asarray(_host(getattr(sampler, name), dtype)).astype(dtype)
+    if value.ndim and value.shape != logits.shape[:1]:
         raise InputError(
-            f"{name} is out of range",
+            f"{name} has another number of rows than the batch",
             where="Categorical",
-            got=repr(got),
-            expected=expected,
-            hint="correct the value; Greedy() draws the most likely token",
+            got=str(list(value.shape)),
+            expected=f"a number, or [{logits.shape[0]}], one for each sequence that is made",
+            hint="give every row its number, the copies of a prompt too",
         )
+    return value[:, None] if value.ndim else value
 
 
 def _keep(logits: Float[Array, "B V"], floor: Float[Array, "B 1"]) -> Float[Array, "B V"]:
     return jnp.where(logits >= floor, logits, -jnp.inf)
 
 
-def _nucleus_floor(logits: Float[Array, "B V"], top_p: float) -> Float[Array, "B 1"]:
+def _largest(logits: Float[Array, "B V"], k: Int[Array, "*B"]) -> Float[Array, "B 1"]:
+    """The k-th largest logit of each row, the smallest where k exceeds V: k may be traced, and nothing is sorted.
+
+    Finds it bit by bit, as the largest value that k logits reach.
+    """
+    bits = jax.lax.bitcast_convert_type(logits, jnp.uint32)
+    high = jnp.uint32(1 << 31)
+    ranks = jnp.where(bits >= high, ~bits, bits | high)  # unsigned numbers in the order of the floats
+    k = jnp.minimum(k, logits.shape[1])
+
+    def lower(i, found):
+        candidate = found | (high >> i.astype(jnp.uint32))
+        count = jnp.sum(ranks >= candidate, -1, keepdims=True, dtype=jnp.int32)
+        return jnp.where(count >= k, candidate, found)
+
+    found = jax.lax.fori_loop(0, 32, lower, jnp.zeros((logits.shape[0], 1), jnp.uint32))
+    bits = jnp.where(found >= high, found ^ high, ~found)
+    return jax.lax.bitcast_convert_type(bits, jnp.float32)
+
+
+def _nucleus_floor(logits: Float[Array, "B V"], top_p: Float[Array, "*B"]) -> Float[Array, "B 1"]:
     """The smallest logit inside the nucleus of each row."""
     ordered = jnp.sort(logits, -1, descending=True)
     before = jnp.cumsum(jax.nn.softmax(ordered, -1), -1) - jax.nn.softmax(ordered, -1)
     floor = jnp.min(jnp.where(before < top_p, ordered, jnp.inf), -1, keepdims=True)
-    return jnp.minimum(floor, ordered[:, :1])  # the most likely, where float32 rounds top_p to 0
+    floor = jnp.minimum(floor, ordered[:, :1])  # the most likely, where float32 rounds top_p to 0
+    return jnp.where(top_p < 1, floor, -jnp.inf)
