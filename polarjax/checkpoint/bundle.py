@@ -47,7 +47,7 @@ from polarjax.checkpoint.manifest import (
 )
 from polarjax.checkpoint.writer import new_model
 from polarjax.errors import CheckpointError, InputError, SparsityError
-from polarjax.generation.batch import random_key
+from polarjax.generation.checks import random_key
 from polarjax.generation.sampling import Sampler
 from polarjax.generation.settings import GenerationSettings
 from polarjax.model.decoder import Decoder

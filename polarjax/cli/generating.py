@@ -13,7 +13,7 @@ from polarjax.cli.generate import GenerateOptions
 from polarjax.cli.inputs import random_key
 from polarjax.cli.sampling_options import check_options, with_options, with_stops
 from polarjax.errors import CheckpointError, InputError
-from polarjax.generation.batch import check_copies
+from polarjax.generation.checks import check_copies
 from polarjax.generation.settings import GenerationSettings
 from polarjax.selection.plans import densities
 from polarjax.selection.selectors import Sparsity

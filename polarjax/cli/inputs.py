@@ -12,9 +12,9 @@ MOST_GIGABYTES = 1e9  # more than any device or disk has
 
 def random_key(seed: int) -> "Key[Array, '']":
     """The random key of `--seed`; raises `InputError` if JAX has none for it."""
-    from polarjax.generation import batch
+    from polarjax.generation import checks
 
-    return batch.random_key(seed, where="--seed")
+    return checks.random_key(seed, where="--seed")
 
 
 def bytes_of(gigabytes: float, option: str) -> int:

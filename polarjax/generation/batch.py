@@ -1,36 +1,26 @@
-"""A batch of prompts as the compiled programs take it, and the checks of what a caller asks for."""
+"""A batch of prompts, and the rules of its continuation, as the compiled programs take them."""
 
 import dataclasses
-import functools
-import math
-from collections.abc import Iterable
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.core import Tracer
+from jax.sharding import NamedSharding, PartitionSpec
 
 from polarjax.configs import ModelConfig
-from polarjax.errors import InputError
-from polarjax.generation.sampling import Greedy, Sampler
-from polarjax.generation.token_loop import LARGEST_ID, is_token_id
-from polarjax.model.checks import check_room, check_vocabulary
-from polarjax.numeric import plain
-from polarjax.types import Array, Bool, Int, Key
+from polarjax.generation import checks
+from polarjax.generation.sampling import Categorical, Greedy, Sampler
+from polarjax.generation.token_loop import FixedSampler, Rules
+from polarjax.model.decoder import Decoder
+from polarjax.types import Array, Int
 
 SMALLEST_BUCKET = 16
+_STOP_IDS = 8  # room for so many, doubled until all fit
 
 
-@functools.partial(jax.jit, static_argnames=("vocab_size",))
-def _ids_in(tokens, lengths, *, vocab_size: int) -> Bool[Array, "B V"]:
-    rows, width = tokens.shape
-    valid = jnp.arange(width)[None] < lengths[:, None]
-    ids = jnp.where(valid, tokens, vocab_size)  # outside: dropped
-    none = jnp.zeros((rows, vocab_size), bool)
-    return none.at[jnp.arange(rows)[:, None], ids].set(True, mode="drop")
-
-
-@dataclasses.dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True, eq=False)
 class Prompts:
     """A batch as the compiled programs take it.
 
@@ -38,36 +28,35 @@ class Prompts:
       tokens: int32 [B bucket].
       lengths: int32 [B].
       capacity: positions that the cache needs.
+      room: new tokens that the compiled program has room for.
     """
 
     tokens: Int[Array, "B bucket"]
     lengths: Int[Array, "B"]
     capacity: int
-
-    def seen(self, vocab_size: int, repetition_penalty: float) -> Bool[Array, "B V"] | None:
-        """Ids in each prompt, for a penalty; None for a penalty of 1. Raises `InputError` if it is none at all."""
-        if not (0 < repetition_penalty < math.inf):
-            raise InputError(
-                "unusable penalty",
-                where="repetition_penalty",
-                got=repr(repetition_penalty),
-                expected="above 0",
-                hint="1 is no penalty, 1.1 a mild one",
-            )
-        return None if repetition_penalty == 1 else _ids_in(self.tokens, self.lengths, vocab_size=vocab_size)
+    room: int
 
 
-def prepare(config: ModelConfig, tokens, lengths, *, max_new_tokens: int, copies: int = 1) -> Prompts:
+def prepare(model: Decoder, tokens: Any, lengths: Any, *, max_new_tokens: int, copies: int = 1) -> Prompts:
     """Checks prompts, repeats each `copies` times and pads them to their bucket; see `generate`."""
-    check_prompts(config, tokens, lengths, max_new_tokens)
+    config, sharding = model.config, _of_rows(tokens, model)
+    tokens, lengths = checks.as_batch(tokens, lengths)
+    checks.check_prompts(config, tokens, lengths, max_new_tokens)
+    capacity = -(-positions(config, tokens.shape[1], max_new_tokens) // 8) * 8
     bucket = bucket_length(tokens.shape[1], config.max_positions)
     tokens, lengths = _widen(tokens, lengths, bucket, copies)
-    return Prompts(tokens, lengths, -(-positions(config, tokens.shape[1], max_new_tokens) // 8) * 8)
+    if sharding is not None and not isinstance(tokens, Tracer):
+        tokens, lengths = jax.device_put((tokens, lengths), sharding)
+    return Prompts(tokens, lengths, capacity, output_room(max_new_tokens))
 
 
 def positions(config: ModelConfig, length: int, max_new_tokens: int) -> int:
-    """Positions that prompts padded to `length` tokens and what follows them take up in the cache."""
-    return bucket_length(length, config.max_positions) + max_new_tokens
+    """Positions that prompts padded to `length` tokens and what follows them take up in the cache.
+
+    All counts of new tokens with the same `output_room` take up the same, unless the model's positions end there.
+    """
+    bucket = bucket_length(length, config.max_positions)
+    return max(bucket, min(bucket + output_room(max_new_tokens), config.max_positions))
 
 
 def bucket_length(length: int, limit: int) -> int:
@@ -75,112 +64,54 @@ def bucket_length(length: int, limit: int) -> int:
     return max(length, min(limit, max(SMALLEST_BUCKET, 1 << (length - 1).bit_length())))
 
 
+def output_room(count: int) -> int:
+    """Room for `count` new tokens: a power of two from 16 to 128, then a multiple of an eighth of the next one.
+
+    What is decoded for is cache memory, so that beyond 128 tokens at most a quarter of the room stays empty.
+    """
+    power = max(SMALLEST_BUCKET, 1 << (count - 1).bit_length())
+    step = power if power <= 128 else power // 8
+    return -(-count // step) * step
+
+
+def make_rules(
+    key: Any, *, sampler: Sampler, max_new_tokens: int, stop_ids: Any = (), repetition_penalty: Any = 1.0
+) -> Rules:
+    """Checked settings as the arrays that a compiled program takes: other numbers, the same program."""
+    checks.check_sampler(sampler)
+    key = None if key is None else checks.random_key(key)
+    traced = isinstance(sampler, Greedy | Categorical) or checks.holds_arrays(sampler)
+    ids = checks.check_stop_ids(stop_ids)
+    ids = ids if isinstance(ids, Tracer) else np.asarray(ids, np.int32)
+    missing = max(_STOP_IDS, 1 << (ids.shape[0] - 1).bit_length()) - ids.shape[0]
+    pad = jnp.pad if isinstance(ids, Tracer) else np.pad
+    # Moved explicitly, for jax.transfer_guard.
+    return jax.device_put(
+        Rules(
+            sampler if traced else FixedSampler(sampler),
+            pad(ids, (0, missing), constant_values=-1),
+            np.int32(max_new_tokens),
+            key,
+            checks.check_penalty(repetition_penalty),
+        )
+    )
+
+
 def _widen(tokens, lengths, width: int, copies: int) -> tuple[Int[Array, "B width"], Int[Array, "B"]]:
     """Padded on the host where the ids are known there, as each T would otherwise compile a program."""
     xp = jnp if isinstance(tokens, Tracer) or isinstance(lengths, Tracer) else np
     tokens = xp.pad(xp.asarray(tokens), ((0, 0), (0, width - tokens.shape[1])))
+    lengths = xp.asarray(lengths)
     if copies > 1:
-        tokens, lengths = xp.repeat(tokens, copies, 0), xp.repeat(xp.asarray(lengths), copies, 0)
-    return jnp.asarray(tokens, jnp.int32), jnp.asarray(lengths, jnp.int32)
+        tokens, lengths = xp.repeat(tokens, copies, 0), xp.repeat(lengths, copies, 0)
+    return jax.device_put((tokens.astype(np.int32), lengths.astype(np.int32)))
 
 
-def check_new_tokens(count: int) -> int:
-    """`count` if so many tokens can be asked for; raises `InputError` otherwise."""
-    count = plain(count)
-    if type(count) is not int or count < 1:
-        raise InputError(
-            "nothing to generate",
-            where="max_new_tokens",
-            got=repr(count),
-            expected="a positive whole number",
-            hint="pass for example max_new_tokens=64",
-        )
-    return count
-
-
-def check_stop_ids(ids: Iterable[int]) -> tuple[int, ...]:
-    """`ids` if they can be token ids; raises `InputError` otherwise."""
-    ids = tuple(map(plain, ids))
-    for each in ids:
-        if not is_token_id(each):
-            raise InputError(
-                "not a token id",
-                where="stop_ids",
-                got=repr(each),
-                expected=f"whole numbers, 0 to {LARGEST_ID}",
-                hint="pass ids of the model's tokenizer",
-            )
-    return ids
-
-
-SEEDS = range(-(2**63), 2**63)  # what JAX takes
-
-
-def random_key(key: Key[Array, ""] | int, where: str = "key") -> Key[Array, ""]:
-    """`key` itself, or the random key of a seed; raises `InputError` if there is none for it."""
-    if isinstance(key, jax.Array) and (key.ndim or jnp.issubdtype(key.dtype, jax.dtypes.prng_key)):
-        return key
-    seed = plain(key)
-    if type(seed) is not int or seed not in SEEDS:
-        expected = f"{SEEDS[0]} to {SEEDS[-1]}"
-        raise InputError(
-            "no such seed", where=where, got=repr(seed), expected=expected, hint="give 0, 1, 2, …"
-        )
-    return jax.random.key(seed)
-
-
-def check_copies(count: int, sampler: Sampler) -> int:
-    """`count` if so many sequences of a prompt can be had; raises `InputError` otherwise."""
-    count = plain(count)
-    if type(count) is not int or count < 1:
-        hint = "pass 1 or more"
-        raise InputError("no sequences", where="num_return_sequences", got=repr(count), hint=hint)
-    if count > 1 and isinstance(sampler, Greedy):
-        raise InputError(
-            "greedy sequences of one prompt are all the same",
-            where="num_return_sequences",
-            got=count,
-            expected="1",
-            hint="draw them: Categorical(), or --temperature 1",
-        )
-    return count
-
-
-def check_prompts(config: ModelConfig, tokens, lengths, max_new_tokens: int) -> None:
-    """Raises `InputError` on prompts that cannot be continued; values are checked only where they are concrete."""
-    if tokens.ndim != 2 or tokens.size == 0 or lengths.shape != tokens.shape[:1]:
-        raise InputError(
-            "prompts have the wrong shape",
-            where="generate",
-            got=f"tokens {tokens.shape}, lengths {lengths.shape}",
-            expected="tokens [B T] and lengths [B], neither empty",
-            hint="pad the prompts on the right to one width and pass their lengths",
-        )
-    if not all(jnp.issubdtype(each.dtype, jnp.integer) for each in (tokens, lengths)):
-        raise InputError(
-            "prompts are not whole numbers",
-            where="generate",
-            got=f"tokens {tokens.dtype}, lengths {lengths.dtype}",
-            expected="int32",
-            hint="pass token ids as a tokenizer gives them",
-        )
-    if isinstance(tokens, Tracer) or isinstance(lengths, Tracer):
-        longest = tokens.shape[1]
-    else:
-        longest = _check_values(config, np.asarray(tokens), np.asarray(lengths))
-    check_room(config, longest, max_new_tokens, where="generate")
-
-
-def _check_values(config: ModelConfig, tokens: np.ndarray, lengths: np.ndarray) -> int:
-    if lengths.min() < 1 or lengths.max() > tokens.shape[1]:
-        row = int(np.argmax((lengths < 1) | (lengths > tokens.shape[1])))
-        raise InputError(
-            f"row {row} has an impossible length",
-            where="lengths",
-            got=int(lengths[row]),
-            expected=f"1 to {tokens.shape[1]}, the width of tokens",
-            hint="give every row at least one token",
-        )
-    valid = np.arange(tokens.shape[1])[None] < lengths[:, None]
-    check_vocabulary(tokens, config, where="tokens", valid=valid)
-    return int(lengths.max())
+def _of_rows(tokens: Any, model: Decoder) -> NamedSharding | None:
+    """How the rows of prompts are spread over the mesh that the model is on, if they are."""
+    table = model.embed.tokens[...]
+    if any(isinstance(each, Tracer) or not isinstance(each, jax.Array) for each in (tokens, table)):
+        return None
+    sharding = tokens.sharding
+    spread = isinstance(sharding, NamedSharding) and sharding.device_set == table.sharding.device_set
+    return NamedSharding(sharding.mesh, PartitionSpec(*sharding.spec[:1])) if spread else None

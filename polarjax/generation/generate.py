@@ -1,15 +1,21 @@
 """Generation: the whole token loop on the device, for ragged batches."""
 
+import dataclasses
 import functools
 
 import jax
+from jax.core import Tracer
 
-from polarjax.generation.batch import check_copies, check_new_tokens, check_stop_ids, prepare
+from polarjax.generation.batch import make_rules, prepare
+from polarjax.generation.checks import check_copies, check_new_tokens
 from polarjax.generation.overlap import overlapping_jit
 from polarjax.generation.sampling import Greedy, Sampler
-from polarjax.generation.token_loop import Generation, decode_loop
+from polarjax.generation.token_loop import Generation, Rules, StopIds, decode_loop, ids_in
 from polarjax.model.cache import KVCache, init_cache
+from polarjax.model.checks import check_model
 from polarjax.model.decoder import Decoder, decode_step, prefill
+from polarjax.model.meshes import auto_axes
+from polarjax.selection.checks import check_sparsity
 from polarjax.selection.selectors import Sparsity
 from polarjax.types import Array, Float, Implementation, Int, Key
 
@@ -17,18 +23,22 @@ from polarjax.types import Array, Float, Implementation, Int, Key
 @functools.partial(jax.jit, static_argnames=("capacity",))
 def read_prompts(model: Decoder, tokens, lengths, *, capacity: int) -> tuple[Float[Array, "B V"], KVCache]:
     """Logits after prompts of one bucket, and a cache of `capacity` positions with the prompts in it."""
-    cache = init_cache(model.config, batch_size=tokens.shape[0], capacity=capacity, dtype=model.dtype)
-    return prefill(model, tokens, lengths, cache)
+
+    def read(model: Decoder, tokens, lengths):
+        cache = init_cache(model.config, batch_size=tokens.shape[0], capacity=capacity, dtype=model.dtype)
+        return prefill(model, tokens, lengths, cache)
+
+    return auto_axes(read, tokens, model, tokens, lengths)
 
 
-@functools.partial(
-    overlapping_jit,
-    static_argnames=("sampler", "max_new_tokens", "stop_ids", "repetition_penalty", "implementation"),
-    donate_argnames=("cache",),
-)
-def _write(model: Decoder, logits, cache: KVCache, key, sparsity, *, implementation, **settings):
-    step = functools.partial(model_step, model, sparsity=sparsity, implementation=implementation)
-    return decode_loop(step, logits, cache, key, **settings)
+@functools.partial(overlapping_jit, static_argnames=("room", "implementation"), donate_argnames=("cache",))
+def _write(model: Decoder, logits, cache: KVCache, prompts, rules: Rules, sparsity, *, room, implementation):
+    def write(model, logits, cache, prompts, rules, sparsity):
+        step = functools.partial(model_step, model, sparsity=sparsity, implementation=implementation)
+        seen = ids_in(*prompts, logits.shape[1])
+        return decode_loop(step, logits, cache, rules, seen, room=room)
+
+    return auto_axes(write, logits, model, logits, cache, prompts, rules, sparsity)
 
 
 def model_step(model: Decoder, token, cache, live, *, sparsity, implementation):
@@ -44,46 +54,59 @@ def generate(
     *,
     sampler: Sampler = Greedy(),
     max_new_tokens: int,
-    stop_ids: tuple[int, ...] = (),
-    repetition_penalty: float = 1.0,
+    stop_ids: StopIds = (),
+    repetition_penalty: Float[Array, ""] | float = 1.0,
     num_return_sequences: int = 1,
     sparsity: Sparsity | None = None,
     implementation: Implementation = None,
 ) -> Generation:
     """Continues a right-padded batch of prompts: dense prefill, then (sparse) decoding, all on the device.
 
-    Prompts are padded to a bucket (a power of two), and the compiled program is reused for any lengths inside it.
+    Prompts are padded to a bucket (a power of two), and so is the room for new tokens; the compiled program is reused
+    for any lengths, `max_new_tokens`, stop ids, penalty and numbers of `Categorical` inside it. Where the room is wider
+    than M, the call waits for the result.
 
     Args:
       model: the decoder.
       tokens: prompts, int32 [B T]; what lies beyond `lengths` is ignored.
       lengths: valid tokens of each row, int32 [B], at least 1.
       key: random key; only a sampler that draws needs one.
-      sampler: `Greedy()`, `Categorical(...)`, or any hashable `Sampler`.
+      sampler: `Greedy()`, `Categorical(...)`, or any hashable `Sampler`, which is static.
       max_new_tokens: M; prompt and new tokens but the last, which is never read, fit into the model's positions.
-      stop_ids: ids that end a row, 0 to 2**31 - 1.
+      stop_ids: ids that end a row, 0 to 2**31 - 1; one id, several, or None.
       repetition_penalty: above 1, makes ids less likely that a row holds already, its prompt included.
       num_return_sequences: n; every prompt is continued n times, in rows that follow one another: B becomes n·B.
       sparsity: what to skip while decoding; None is the dense model.
       implementation: of the kernels; None takes the best for the device.
 
     Raises:
-      InputError: empty or too long prompts, lengths outside [1, T], ids outside the vocabulary, stop ids that are
-        none, several greedy sequences of one prompt.
+      InputError: empty or too long prompts, lengths outside [1, T], ids outside the vocabulary, stop ids that can't
+        be ids, several greedy sequences of one prompt, a sampler that doesn't draw one id for each row.
       SparsityError: routers or plan are for another model.
     """
+    check_model(model, where="generate")
+    check_sparsity(sparsity, model.config)
     max_new_tokens = check_new_tokens(max_new_tokens)
-    settings = {"sampler": sampler, "max_new_tokens": max_new_tokens, "stop_ids": check_stop_ids(stop_ids)}
-    prompts = prepare(
-        model.config,
-        tokens,
-        lengths,
+    copies = check_copies(num_return_sequences, sampler)
+    rules = make_rules(
+        key,
+        sampler=sampler,
         max_new_tokens=max_new_tokens,
-        copies=check_copies(num_return_sequences, sampler),
+        stop_ids=stop_ids,
+        repetition_penalty=repetition_penalty,
     )
-    seen = prompts.seen(model.config.vocab_size, repetition_penalty)
-    if sparsity is not None:
-        sparsity.check(model.config)
-    logits, cache = read_prompts(model, prompts.tokens, prompts.lengths, capacity=prompts.capacity)
-    settings |= {"repetition_penalty": float(repetition_penalty), "seen": seen}
-    return _write(model, logits, cache, key, sparsity, implementation=implementation, **settings)[0]
+    prompts = prepare(model, tokens, lengths, max_new_tokens=max_new_tokens, copies=copies)
+    batch = (prompts.tokens, prompts.lengths)
+    logits, cache = read_prompts(model, *batch, capacity=prompts.capacity)
+    options = {"room": prompts.room, "implementation": implementation}
+    made, _ = _write(model, logits, cache, batch, rules, sparsity, **options)
+    return made if max_new_tokens == prompts.room else _shortened(made, max_new_tokens)
+
+
+def _shortened(made: Generation, width: int) -> Generation:
+    """The first `width` tokens; cut on the host where they can be, as each width would otherwise compile a program."""
+    tokens = made.tokens
+    if isinstance(tokens, Tracer) or not tokens.is_fully_addressable:
+        return dataclasses.replace(made, tokens=tokens[:, :width])
+    where = tokens.sharding if tokens.committed else None
+    return dataclasses.replace(made, tokens=jax.device_put(jax.device_get(tokens)[:, :width], where))

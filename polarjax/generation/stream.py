@@ -1,17 +1,22 @@
 """Tokens while they are made: the token loop in jitted chunks, with a look from the host after each."""
 
+import dataclasses
 import functools
 from collections.abc import Iterator
 
 import jax
 import numpy as np
 
-from polarjax.generation.batch import check_copies, check_new_tokens, check_stop_ids, prepare
+from polarjax.generation.batch import make_rules, prepare
+from polarjax.generation.checks import check_copies, check_new_tokens, check_not_traced
 from polarjax.generation.generate import model_step, read_prompts
 from polarjax.generation.overlap import overlapping_jit
 from polarjax.generation.sampling import Greedy, Sampler
-from polarjax.generation.token_loop import Generation, LoopState, Rules
+from polarjax.generation.token_loop import Generation, LoopState, Rules, StopIds, ids_in
+from polarjax.model.checks import check_model
 from polarjax.model.decoder import Decoder
+from polarjax.model.meshes import auto_axes
+from polarjax.selection.checks import check_sparsity
 from polarjax.selection.selectors import Sparsity
 from polarjax.types import Array, Bool, Implementation, Int, Key
 
@@ -27,7 +32,7 @@ def stream(
     *,
     sampler: Sampler = Greedy(),
     max_new_tokens: int,
-    stop_ids: tuple[int, ...] = (),
+    stop_ids: StopIds = (),
     repetition_penalty: float = 1.0,
     num_return_sequences: int = 1,
     sparsity: Sparsity | None = None,
@@ -35,30 +40,32 @@ def stream(
 ) -> "TokenStream":
     """The tokens of `generate`, with the same arguments and errors, in pieces: first 1, then `CHUNK` at a time.
 
-    One compiled program does a chunk of steps on the device, whatever the prompts of a bucket and `max_new_tokens`
-    within the cache; the cache is donated to it and stays where it is.
+    One compiled program does a chunk of steps on the device, whatever the prompts of a bucket, `max_new_tokens` within
+    the cache and the other numbers; the cache is donated to it and stays where it is. Not inside `jax.jit`: the tokens
+    go to the host while they are made.
     """
+    check_model(model, where="stream")
+    check_not_traced((model, tokens, lengths, key, sampler, stop_ids, repetition_penalty, sparsity))
+    check_sparsity(sparsity, model.config)
     max_new_tokens = check_new_tokens(max_new_tokens)
     copies = check_copies(num_return_sequences, sampler)
-    prompts = prepare(model.config, tokens, lengths, max_new_tokens=max_new_tokens, copies=copies)
-    seen = prompts.seen(model.config.vocab_size, repetition_penalty)
-    if sparsity is not None:
-        sparsity.check(model.config)
-    logits, cache = read_prompts(model, prompts.tokens, prompts.lengths, capacity=prompts.capacity)
-    settings = {
-        "sampler": sampler,
-        "stop_ids": check_stop_ids(stop_ids),
-        "limit": np.int32(max_new_tokens),
-        "repetition_penalty": float(repetition_penalty),
-    }
-    state = _begin(logits, cache, key, seen, **settings)
+    rules = make_rules(
+        key,
+        sampler=sampler,
+        max_new_tokens=max_new_tokens,
+        stop_ids=stop_ids,
+        repetition_penalty=repetition_penalty,
+    )
+    prompts = prepare(model, tokens, lengths, max_new_tokens=max_new_tokens, copies=copies)
+    batch = (prompts.tokens, prompts.lengths)
+    logits, cache = read_prompts(model, *batch, capacity=prompts.capacity)
+    state = _begin(logits, cache, batch, rules)
     advance = functools.partial(
-        _advance, model, key=key, sparsity=sparsity, implementation=implementation, **settings
+        _advance, model, rules=rules, sparsity=sparsity, implementation=implementation
     )
-    read = zip(np.asarray(prompts.tokens), np.asarray(prompts.lengths), strict=True)
-    return TokenStream(
-        state, advance, max_new_tokens, [row[max(0, n - CONTEXT) : n].tolist() for row, n in read]
-    )
+    read = zip(*jax.device_get(batch), strict=True)
+    context = [row[max(0, n - CONTEXT) : n].tolist() for row, n in read]
+    return TokenStream(state, advance, max_new_tokens, context)
 
 
 class TokenStream(Iterator[Generation]):
@@ -99,7 +106,7 @@ class TokenStream(Iterator[Generation]):
         if self._first:
             self._first, new = False, state.token[:, None]
         else:
-            state, new = self._advance(state, halted=self._halted)
+            state, new = self._advance(state, halted=jax.device_put(self._halted))
             self._state = state
         step, tokens, lengths, stopped, failed = jax.device_get(
             (state.step, new, state.lengths, state.stopped, state.failed)
@@ -110,16 +117,24 @@ class TokenStream(Iterator[Generation]):
         return Generation(tokens[:, : max(1, added.max())], added, stopped, failed)
 
 
-_STATIC = ("sampler", "stop_ids", "repetition_penalty", "implementation")
+def _spread(rows, scalar) -> LoopState:
+    """Shardings of a state from those of its arrays [B ...] and of its scalar."""
+    return LoopState(scalar, *[rows] * (len(dataclasses.fields(LoopState)) - 1))
 
 
-@functools.partial(jax.jit, static_argnames=_STATIC[:3], donate_argnames=("cache", "seen"))
-def _begin(logits, cache, key, seen, *, sampler, stop_ids, limit, repetition_penalty) -> LoopState:
-    return Rules(sampler, stop_ids, limit, key, repetition_penalty).begin(logits, cache, seen)
+@functools.partial(jax.jit, donate_argnames=("cache",))
+def _begin(logits, cache, prompts, rules: Rules) -> LoopState:
+    def begin(logits, cache, prompts, rules):
+        return rules.begin(logits, cache, ids_in(*prompts, logits.shape[1]))
+
+    return auto_axes(begin, logits, logits, cache, prompts, rules, out=_spread)
 
 
-@functools.partial(overlapping_jit, static_argnames=_STATIC, donate_argnames=("state",))
-def _advance(model, state: LoopState, *, halted, key, sparsity, implementation, limit, **rules):
-    step = functools.partial(model_step, model, sparsity=sparsity, implementation=implementation)
-    loop = Rules(limit=limit, key=key, **rules)
-    return loop.advance(step, loop.halted(state, halted))
+@functools.partial(overlapping_jit, static_argnames=("implementation",), donate_argnames=("state",))
+def _advance(model, state: LoopState, *, halted, rules: Rules, sparsity, implementation):
+    def advance(model, state, halted, rules, sparsity):
+        step = functools.partial(model_step, model, sparsity=sparsity, implementation=implementation)
+        return rules.advance(step, rules.halted(state, halted))
+
+    out = lambda rows, scalar: (_spread(rows, scalar), rows)
+    return auto_axes(advance, state.token, model, state, halted, rules, sparsity, out=out)

@@ -1,12 +1,14 @@
 """The token loop: draws, counts and stops, knowing nothing of the model but a step function. All traceable."""
 
 import dataclasses
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
+from polarjax.errors import InputError
 from polarjax.generation.sampling import Sampler
 from polarjax.types import Array, Bool, Float, Int, Key
 
@@ -22,13 +24,16 @@ def is_token_id(value: object) -> bool:
     return type(value) is int and 0 <= value <= LARGEST_ID
 
 
+type StopIds = int | Sequence[int] | Int[Array, "*n"] | Int[np.ndarray, "*n"] | None
+"""Token ids that end a row, as a caller gives them."""
+
 type Step = Callable[[Int[Array, "B"], Any, Bool[Array, "B"]], tuple[Float[Array, "B V"], Any]]
 """A decoding step: (token [B], cache, rows that go on [B]) -> (logits [B V], cache); all that the loop knows of a
 model."""
 
 
 @jax.tree_util.register_dataclass
-@dataclasses.dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True, eq=False)
 class Generation:
     """New tokens of a batch.
 
@@ -36,7 +41,8 @@ class Generation:
       tokens: int32 [B M], the stop id included; 0 beyond `lengths`.
       lengths: tokens generated in each row, int32 [B].
       stopped: whether a row ended with a stop id, bool [B]; the others ran out of `max_new_tokens`, or failed.
-      failed: whether a row ended because its logits were NaN or infinite, bool [B]; nothing was drawn from them.
+      failed: whether a row ended because its logits were NaN or infinite, or its sampler drew an id outside the
+        vocabulary, bool [B]; that draw is not among the tokens.
     """
 
     tokens: Int[Array, "B M"]
@@ -46,7 +52,7 @@ class Generation:
 
 
 @jax.tree_util.register_dataclass
-@dataclasses.dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True, eq=False)
 class LoopState:
     """What the token loop carries.
 
@@ -54,9 +60,9 @@ class LoopState:
       step: tokens drawn so far, int32 scalar.
       token: the latest token of each row, int32 [B].
       stopped: rows that have met a stop id, bool [B].
-      failed: rows whose logits were not finite, bool [B].
+      failed: rows whose logits were not finite or whose draw was not an id, bool [B].
       lengths: tokens generated in each row, int32 [B].
-      seen: ids that each row holds, its prompt included, bool [B V]; None where nothing asks for them.
+      seen: ids that each row holds, its prompt included, bool [B V].
       cache: whatever the step function carries.
     """
 
@@ -65,30 +71,57 @@ class LoopState:
     stopped: Bool[Array, "B"]
     failed: Bool[Array, "B"]
     lengths: Int[Array, "B"]
-    seen: Bool[Array, "B V"] | None
+    seen: Bool[Array, "B V"]
     cache: Any
 
 
+@jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
+class FixedSampler:
+    """A sampler of the caller's own, static under `jax.jit`."""
+
+    sampler: Sampler = dataclasses.field(metadata={"static": True})
+
+    def __call__(self, logits: Float[Array, "B V"], key: Key[Array, ""] | None) -> Int[Array, "B"]:
+        """Draws int32 [B]."""
+        return self.sampler(logits, key)
+
+
+def _ids(drawn: Any, rows: int) -> Int[Array, "B"]:
+    """What a sampler drew; raises `InputError` unless that is one whole number for each row."""
+    dtype, shape = getattr(drawn, "dtype", None), getattr(drawn, "shape", None)
+    if dtype is None or shape != (rows,) or not jnp.issubdtype(dtype, jnp.integer):
+        raise InputError(
+            "the sampler does not return one id for each row",
+            where="sampler",
+            got=repr(drawn)[:80] if dtype is None else f"{dtype}{list(shape)}",
+            expected=f"int32[{rows}]",
+            hint="return for example jnp.argmax(logits, -1)",
+        )
+    return jnp.asarray(drawn)
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True, eq=False)
 class Rules:
-    """How a loop draws and when it ends.
+    """How a loop draws and when it ends: arrays, so that other settings need no other program.
 
     Attributes:
-      sampler: draws the tokens.
-      stop_ids: ids that end a row.
-      limit: most tokens of a row; an int, or an int32 scalar that may be traced.
+      sampler: draws the tokens; a pytree.
+      stop_ids: ids that end a row, int32 [n], or [B n] with each row's own; -1 is no id.
+      limit: most tokens of a row, int32 scalar or [B].
       key: random key; only a sampler that draws needs one.
       repetition_penalty: divides the positive logits of ids that a row holds already and multiplies the negative
-        ones (Keskar et al. 2019); 1 is none.
+        ones (Keskar et al. 2019), float32 scalar or [B]; 1 is none.
     """
 
     sampler: Sampler
-    stop_ids: tuple[int, ...]
-    limit: int | Int[Array, ""]
+    stop_ids: Int[Array, "*B n"]
+    limit: Int[Array, "*B"]
     key: Key[Array, ""] | None
-    repetition_penalty: float = 1.0
+    repetition_penalty: Float[Array, "*B"]
 
-    def begin(self, logits: Float[Array, "B V"], cache: Any, seen: Bool[Array, "B V"] | None) -> LoopState:
+    def begin(self, logits: Float[Array, "B V"], cache: Any, seen: Bool[Array, "B V"]) -> LoopState:
         """The state after the first token, drawn from the logits that follow the prompts; `seen`: ids in them."""
         zeros = jnp.zeros(logits.shape[:1], jnp.int32)
         none = zeros.astype(bool)
@@ -97,42 +130,45 @@ class Rules:
     def draw(self, logits: Float[Array, "B V"], state: LoopState) -> LoopState:
         """The state after a token more in every row that goes on."""
         key = None if self.key is None else jax.random.fold_in(self.key, state.step)
-        drawn = self.sampler(self._penalised(logits, state.seen), key)
-        finite = jnp.isfinite(
-            jnp.max(logits, -1)
-        )  # a maximum hands NaN on; -inf beside finite logits is fine
-        going = ~state.stopped & ~state.failed & (state.step < self.limit)
-        live = going & finite
-        token = jnp.where(live, drawn, 0)
+        drawn = _ids(self.sampler(self._penalised(logits, state.seen), key), logits.shape[0])
+        # A maximum passes NaN on; -inf beside finite logits is fine.
+        usable = jnp.isfinite(jnp.max(logits, -1)) & (drawn >= 0) & (drawn < logits.shape[1])
+        going = self.going(state)
+        live = going & usable
+        token = jnp.where(live, drawn.astype(jnp.int32), 0)
+        rows = jnp.arange(token.shape[0])
         return LoopState(
             step=state.step + 1,
             token=token,
-            stopped=state.stopped | (live & _is_stop(token, self.stop_ids)),
-            failed=state.failed | (going & ~finite),
+            stopped=state.stopped | (live & self._is_stop(token)),
+            failed=state.failed | (going & ~usable),
             lengths=state.lengths + live.astype(jnp.int32),
-            seen=None if state.seen is None else state.seen.at[jnp.arange(token.shape[0]), token].set(True),
+            seen=state.seen.at[rows, token].set(True),
             cache=state.cache,
         )
 
-    def _penalised(self, logits: Float[Array, "B V"], seen: Bool[Array, "B V"] | None) -> Float[Array, "B V"]:
-        if seen is None:
-            return logits
-        lower = jnp.where(logits < 0, logits * self.repetition_penalty, logits / self.repetition_penalty)
-        return jnp.where(seen, lower, logits)
+    def _penalised(self, logits: Float[Array, "B V"], seen: Bool[Array, "B V"]) -> Float[Array, "B V"]:
+        penalty = self.repetition_penalty.astype(logits.dtype)
+        penalty = penalty[:, None] if penalty.ndim else penalty
+        return jnp.where(seen, jnp.where(logits < 0, logits * penalty, logits / penalty), logits)
+
+    def _is_stop(self, token: Int[Array, "B"]) -> Bool[Array, "B"]:
+        ids = self.stop_ids if self.stop_ids.ndim == 2 else self.stop_ids[None]
+        return jnp.any(token[:, None] == ids, -1)
 
     def halted(self, state: LoopState, rows: Bool[Array, "B"]) -> LoopState:
         """The state in which these rows have stopped too."""
         return dataclasses.replace(state, stopped=state.stopped | rows)
 
-    def unfinished(self, state: LoopState) -> Bool[Array, ""]:
-        """Whether any row goes on."""
-        return (state.step < self.limit) & ~jnp.all(state.stopped | state.failed)
+    def going(self, state: LoopState) -> Bool[Array, "B"]:
+        """The rows that go on."""
+        return ~(state.stopped | state.failed) & (state.lengths < self.limit)
 
     def advance(self, step: Step, state: LoopState) -> tuple[LoopState, Int[Array, "B CHUNK"]]:
         """`CHUNK` steps more, and the tokens they drew; 0 in rows that have ended."""
 
         def one(state: LoopState, _) -> tuple[LoopState, Int[Array, "B"]]:
-            logits, cache = step(state.token, state.cache, ~(state.stopped | state.failed))
+            logits, cache = step(state.token, state.cache, self.going(state))
             state = self.draw(logits, dataclasses.replace(state, cache=cache))
             return state, state.token
 
@@ -140,24 +176,29 @@ class Rules:
         return state, tokens.T
 
 
+def ids_in(tokens: Int[Array, "B T"], lengths: Int[Array, "B"], vocab_size: int) -> Bool[Array, "B V"]:
+    """The ids that each prompt holds. Traceable."""
+    rows, width = tokens.shape
+    valid = jnp.arange(width)[None] < lengths[:, None]
+    ids = jnp.where(valid, tokens, vocab_size)  # outside: dropped
+    none = jnp.zeros((rows, vocab_size), bool)
+    return none.at[jnp.arange(rows)[:, None], ids].set(True, mode="drop")
+
+
 def decode_loop(
     step: Step,
     first_logits: Float[Array, "B V"],
     cache: Any,
-    key: Key[Array, ""] | None,
+    rules: Rules,
+    seen: Bool[Array, "B V"],
     *,
-    sampler: Sampler,
-    max_new_tokens: int,
-    stop_ids: tuple[int, ...],
-    repetition_penalty: float = 1.0,
-    seen: Bool[Array, "B V"] | None = None,
+    room: int,
 ) -> tuple[Generation, Any]:
-    """Draws up to `max_new_tokens` tokens a row; returns them and the final cache. Traceable.
+    """Draws up to `rules.limit` tokens a row; returns them in [B room], and the final cache. Traceable.
 
     Steps run in chunks of `CHUNK`; between chunks the loop ends early once every row has ended.
     """
-    rules = Rules(sampler, stop_ids, max_new_tokens, key, repetition_penalty)
-    chunks = max(1, -(-(max_new_tokens - 1) // CHUNK))  # a traced chunk needs its room even if it never runs
+    chunks = max(1, -(-(room - 1) // CHUNK))  # a traced chunk needs its room even if it never runs
     state = rules.begin(first_logits, cache, seen)
     output = jnp.zeros((first_logits.shape[0], 1 + chunks * CHUNK), jnp.int32).at[:, 0].set(state.token)
 
@@ -167,13 +208,7 @@ def decode_loop(
         column = (jnp.zeros_like(before.step), before.step)
         return state, jax.lax.dynamic_update_slice(output, tokens, column)
 
-    going = lambda carry: rules.unfinished(carry[0])
+    going = lambda carry: jnp.any(rules.going(carry[0]))
     state, output = jax.lax.while_loop(going, chunk, (state, output))
-    done = Generation(output[:, :max_new_tokens], state.lengths, state.stopped, state.failed)
+    done = Generation(output[:, :room], state.lengths, state.stopped, state.failed)
     return done, state.cache
-
-
-def _is_stop(token: Int[Array, "B"], stop_ids: tuple[int, ...]) -> Bool[Array, "B"]:
-    if not stop_ids:
-        return jnp.zeros(token.shape, bool)
-    return jnp.any(token[:, None] == jnp.asarray(stop_ids, jnp.int32)[None], -1)

@@ -173,3 +173,15 @@ def _whole_numbers(name: str, value: Any, where: str) -> Array:
         expected="int32",
         hint="pass token ids as a tokenizer gives them, and lengths as integers",
     )
+
+
+def check_model(model: Any, *, where: str) -> None:
+    """Raises `InputError` unless `model` is a decoder, or looks like one."""
+    if not isinstance(getattr(model, "config", None), ModelConfig):
+        raise InputError(
+            "not a model",
+            where=where,
+            got=type(model).__name__,
+            expected="a Decoder",
+            hint="pass bundle.model of bundle = pj.load(path)",
+        )

@@ -12,6 +12,7 @@ from polarjax.model import attention, mlp
 from polarjax.model.cache import KVCache, write_prompt
 from polarjax.model.checks import as_prompts, as_step, check_cache, check_capacity
 from polarjax.model.layers import Embedding, Head, Maker, Norm, Rotation, rope_rotation
+from polarjax.model.meshes import on_any_mesh
 from polarjax.model.taps import Taps, TapSpec, pack
 from polarjax.selection.selectors import Sparsity
 from polarjax.types import Array, Bool, Float, Implementation, Int
@@ -63,6 +64,7 @@ def logits(model: Decoder, x: Float[Array, "... D"]) -> Float[Array, "... V"]:
     return jnp.dot(x, table.T, preferred_element_type=jnp.float32)
 
 
+@on_any_mesh("tokens")
 def forward(
     model: Decoder,
     tokens: Int[Array, "B T"],
@@ -94,6 +96,7 @@ def forward(
     return logits(model, x), records
 
 
+@on_any_mesh("tokens")
 def prefill(
     model: Decoder, tokens: Int[Array, "B T"], lengths: Int[Array, "B"], cache: KVCache
 ) -> tuple[Float[Array, "B V"], KVCache]:
@@ -175,6 +178,7 @@ def _residual(norm: Norm, x: Float[Array, "... D"], block: Block, config: ModelC
     return (x if before else norm(x)), more
 
 
+@on_any_mesh("token")
 def decode_step(
     model: Decoder,
     token: Int[Array, "B"],

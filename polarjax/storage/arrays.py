@@ -166,7 +166,7 @@ def read_arrays(
       CheckpointError: a file is missing or has changed, or the record does not fit.
     """
     verify(folder, record, hint=hint)
-    device = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
+    device = jax.device_put(0).sharding  # where jax.default_device says
     targets = {
         name: jax.ShapeDtypeStruct(
             tuple(entry["shape"]),

@@ -10,7 +10,8 @@ import jax.numpy as jnp
 import numpy as np
 
 from polarjax.errors import InputError
-from polarjax.generation.batch import check_new_tokens, check_stop_ids, positions
+from polarjax.generation.batch import positions
+from polarjax.generation.checks import check_new_tokens, check_stop_ids
 from polarjax.generation.generate import generate
 from polarjax.generation.sampling import Sampler
 from polarjax.generation.settings import GenerationSettings

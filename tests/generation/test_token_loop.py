@@ -10,6 +10,7 @@ import pytest
 from hypothesis import given, settings
 
 import polarjax as pj
+from polarjax.generation.batch import make_rules
 from polarjax.generation.token_loop import CHUNK, decode_loop
 
 ROWS, VOCAB = 4, 9
@@ -26,13 +27,18 @@ def _step(token, cache, live):
     return logits, (script, fed, steps + 1)
 
 
+def _loop(step, first, cache, key=None, *, sampler=pj.Greedy(), max_new_tokens, stop_ids=()):
+    """A loop without a penalty, with as much room as is asked for."""
+    rules = make_rules(key, sampler=sampler, max_new_tokens=max_new_tokens, stop_ids=stop_ids)
+    seen = jnp.zeros((ROWS, VOCAB), bool)
+    return decode_loop(step, first, cache, rules, seen, room=max_new_tokens)
+
+
 @functools.partial(jax.jit, static_argnames=("max_new_tokens", "stop_ids"))
 def _run(script, *, max_new_tokens, stop_ids):
     cache = (script, jnp.full((ROWS, LONGEST), -1, jnp.int32), jnp.int32(0))
     first = jax.nn.one_hot(script[:, 0], VOCAB)
-    generation, (_, fed, steps) = decode_loop(
-        _step, first, cache, None, sampler=pj.Greedy(), max_new_tokens=max_new_tokens, stop_ids=stop_ids
-    )
+    generation, (_, fed, steps) = _loop(_step, first, cache, max_new_tokens=max_new_tokens, stop_ids=stop_ids)
     return generation, fed, steps
 
 
@@ -101,7 +107,7 @@ def test_a_stop_id_as_the_last_token_counts_as_stopped():
 def test_the_loop_draws_with_a_new_key_each_step():
     """Flat logits: with one key for all steps each row would repeat itself."""
     flat = lambda token, cache, live: (jnp.zeros((ROWS, VOCAB)), cache)
-    loop = functools.partial(decode_loop, flat, jnp.zeros((ROWS, VOCAB)), (), max_new_tokens=12, stop_ids=())
+    loop = functools.partial(_loop, flat, jnp.zeros((ROWS, VOCAB)), (), max_new_tokens=12)
     run = jax.jit(lambda key: loop(key, sampler=pj.Categorical())[0].tokens)
     one, again, other = (np.asarray(run(jax.random.key(seed))) for seed in (0, 0, 1))
     assert (one == again).all()
@@ -120,7 +126,7 @@ def test_fault_19_logits_that_are_not_finite_end_their_row_alone(poison):
         return jnp.where((bad == count)[:, None], poison, logits), count + 1
 
     first = jnp.where((bad == 0)[:, None], poison, jax.nn.one_hot(jnp.full((ROWS,), 5), VOCAB))
-    run = functools.partial(decode_loop, sampler=pj.Greedy(), max_new_tokens=2 * CHUNK, stop_ids=())
+    run = functools.partial(_loop, max_new_tokens=2 * CHUNK)
     result, _ = jax.jit(lambda: run(step, first, jnp.int32(1), None))()
     assert result.lengths.tolist() == [2, 0, CHUNK + 3, 2 * CHUNK]
     assert result.failed.tolist() == [True, True, True, False]
@@ -130,7 +136,7 @@ def test_fault_19_logits_that_are_not_finite_end_their_row_alone(poison):
 
 def test_logits_of_minus_infinity_beside_finite_ones_are_fine():
     logits = jnp.full((ROWS, VOCAB), -jnp.inf).at[:, 4].set(0.0)
-    run = functools.partial(decode_loop, sampler=pj.Greedy(), max_new_tokens=3, stop_ids=())
+    run = functools.partial(_loop, max_new_tokens=3)
     result, _ = jax.jit(lambda: run(lambda token, cache, live: (logits, cache), logits, (), None))()
     assert (np.asarray(result.tokens) == 4).all()
     assert not result.failed.any()
@@ -139,7 +145,7 @@ def test_logits_of_minus_infinity_beside_finite_ones_are_fine():
 def test_a_loop_ends_when_every_row_has_stopped_or_failed():
     step = lambda token, count, live: (jnp.full((ROWS, VOCAB), jnp.nan), count + 1)
     first = jax.nn.one_hot(jnp.array([3, 1, 1, 1]), VOCAB)
-    run = functools.partial(decode_loop, sampler=pj.Greedy(), max_new_tokens=50, stop_ids=(3,))
+    run = functools.partial(_loop, max_new_tokens=50, stop_ids=(3,))
     result, steps = jax.jit(lambda: run(step, first, jnp.int32(0), None))()
     assert steps == CHUNK
     assert result.stopped.tolist() == [True, False, False, False]

@@ -14,6 +14,7 @@ from bench.models import SHAPES as PUBLISHED
 from bench.models import DecodeShape
 from pallas_kernels import _device, record_backends
 from polarjax import costs
+from polarjax.generation.batch import make_rules
 from polarjax.generation.token_loop import decode_loop
 from polarjax.model.parameters import abstract
 from polarjax.selection.routers import init_routers
@@ -98,7 +99,8 @@ def test_the_token_loop_reads_in_place(hopper):
 
     def loop(model, logits, cache, sparsity):
         step = functools.partial(_step, model, sparsity)
-        return decode_loop(step, logits, cache, None, sampler=pj.Greedy(), max_new_tokens=33, stop_ids=(2,))
+        rules = make_rules(None, sampler=pj.Greedy(), max_new_tokens=33, stop_ids=(2,))
+        return decode_loop(step, logits, cache, rules, jnp.zeros(logits.shape, bool), room=33)
 
     logits = jax.ShapeDtypeStruct((BATCH, shape.config.vocab_size), jnp.float32)
     program = aot.compile_for_h200(loop, model, logits, cache, sparsity, donate_argnames="cache")

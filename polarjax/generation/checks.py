@@ -1,0 +1,236 @@
+"""Checks of what a caller asks a generation for; what they return is in one form, whatever form it was given in."""
+
+import inspect
+import math
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.core import Tracer
+
+from polarjax.configs import ModelConfig
+from polarjax.errors import InputError
+from polarjax.generation.sampling import Greedy, Sampler
+from polarjax.generation.token_loop import LARGEST_ID, is_token_id
+from polarjax.model.checks import check_room, check_vocabulary
+from polarjax.numeric import plain
+from polarjax.types import Array, Key
+
+
+def as_batch(tokens: Any, lengths: Any) -> tuple[Any, Any]:
+    """Prompts as arrays: traced ones as they are, others as NumPy arrays, which are read from the device once."""
+    return _array(tokens, "tokens"), _array(lengths, "lengths")
+
+
+def _array(value: Any, where: str) -> Any:
+    if isinstance(value, Tracer | np.ndarray):
+        return value
+    try:
+        array = np.asarray(jax.device_get(value))
+    except (ValueError, TypeError, OverflowError):  # rows of different lengths, or no numbers
+        array = None
+    if array is None or array.dtype == object:
+        ragged = isinstance(value, list | tuple)
+        raise InputError(
+            "rows of different lengths, or something that is not a number" if ragged else "not an array",
+            where=where,
+            got="a list" if ragged else repr(value)[:80],
+            expected="an int32 array",
+            hint="pad the prompts on the right to one width and pass their lengths",
+        )
+    return array
+
+
+def check_prompts(config: ModelConfig, tokens, lengths, max_new_tokens: int) -> None:
+    """Raises `InputError` on prompts that cannot be continued; values are checked only where they are concrete."""
+    if tokens.ndim != 2 or tokens.size == 0 or lengths.shape != tokens.shape[:1]:
+        raise InputError(
+            "prompts have the wrong shape",
+            where="generate",
+            got=f"tokens {tokens.shape}, lengths {lengths.shape}",
+            expected="tokens [B T] and lengths [B], neither empty",
+            hint="pad the prompts on the right to one width and pass their lengths",
+        )
+    if not all(jnp.issubdtype(each.dtype, jnp.integer) for each in (tokens, lengths)):
+        raise InputError(
+            "prompts are not whole numbers",
+            where="generate",
+            got=f"tokens {tokens.dtype}, lengths {lengths.dtype}",
+            expected="int32",
+            hint="pass token ids as a tokenizer gives them",
+        )
+    if isinstance(tokens, Tracer) or isinstance(lengths, Tracer):
+        longest = tokens.shape[1]
+    else:
+        longest = _check_values(config, tokens, lengths)
+    check_room(config, longest, max_new_tokens, where="generate")
+
+
+def _check_values(config: ModelConfig, tokens: np.ndarray, lengths: np.ndarray) -> int:
+    if lengths.min() < 1 or lengths.max() > tokens.shape[1]:
+        row = int(np.argmax((lengths < 1) | (lengths > tokens.shape[1])))
+        raise InputError(
+            f"row {row} has an impossible length",
+            where="lengths",
+            got=int(lengths[row]),
+            expected=f"1 to {tokens.shape[1]}, the width of tokens",
+            hint="give every row at least one token",
+        )
+    valid = np.arange(tokens.shape[1])[None] < lengths[:, None]
+    check_vocabulary(tokens, config, where="tokens", valid=valid)
+    return int(lengths.max())
+
+
+def check_new_tokens(count: Any) -> int:
+    """`count` if so many tokens can be asked for; raises `InputError` otherwise."""
+    count = plain(count)
+    if type(count) is not int or count < 1:
+        raise InputError(
+            "nothing to generate",
+            where="max_new_tokens",
+            got=_shown(count),
+            expected="a positive whole number",
+            hint="pass for example max_new_tokens=64",
+        )
+    return count
+
+
+def check_copies(count: Any, sampler: Sampler) -> int:
+    """`count` if so many sequences of a prompt can be had; raises `InputError` otherwise."""
+    count = plain(count)
+    if type(count) is not int or count < 1:
+        hint = "pass 1 or more"
+        raise InputError("no sequences", where="num_return_sequences", got=_shown(count), hint=hint)
+    if count > 1 and isinstance(sampler, Greedy):
+        raise InputError(
+            "greedy sequences of one prompt are all the same",
+            where="num_return_sequences",
+            got=count,
+            expected="1",
+            hint="draw them: Categorical(), or --temperature 1",
+        )
+    return count
+
+
+def check_stop_ids(ids: Any) -> Any:
+    """One id, several, or None, as a tuple; traced ids as int32 [n]. Raises `InputError` if there is no such id."""
+    if isinstance(ids, Tracer):
+        if ids.ndim > 1 or not jnp.issubdtype(ids.dtype, jnp.integer):
+            raise _no_stop_ids(f"{ids.dtype}{list(ids.shape)}")
+        return jnp.atleast_1d(ids).astype(jnp.int32)
+    ids = plain(jax.device_get(ids) if isinstance(ids, jax.Array) else ids)
+    if isinstance(ids, str | bytes):
+        raise _no_stop_ids(repr(ids))
+    try:
+        ids = () if ids is None else tuple(map(plain, ids))
+    except TypeError:  # one id
+        ids = (ids,)
+    for each in ids:
+        if not is_token_id(each):
+            raise _no_stop_ids(_shown(each))
+    return ids
+
+
+def _no_stop_ids(got: str) -> InputError:
+    return InputError(
+        "not a token id",
+        where="stop_ids",
+        got=got,
+        expected=f"whole numbers, 0 to {LARGEST_ID}",
+        hint="pass ids of the model's tokenizer",
+    )
+
+
+def check_penalty(penalty: Any) -> Any:
+    """A penalty as a float32 scalar, a traced one as it is; raises `InputError` if it is out of range."""
+    if isinstance(penalty, Tracer) and not penalty.ndim:
+        return penalty.astype(jnp.float32)
+    penalty = plain(penalty)
+    if type(penalty) not in (int, float) or not 0 < penalty < math.inf:
+        raise InputError(
+            "unusable penalty",
+            where="repetition_penalty",
+            got=_shown(penalty),
+            expected="above 0",
+            hint="1 is no penalty, 1.1 a mild one",
+        )
+    limits = np.finfo(np.float32)
+    return np.float32(min(max(penalty, float(limits.tiny)), float(limits.max)))
+
+
+def check_sampler(sampler: Any) -> None:
+    """Raises `InputError` unless `sampler` is called with logits and a key."""
+    if isinstance(sampler, type) or not callable(sampler):
+        raise _no_sampler(sampler)
+    try:
+        hash(sampler)
+        inspect.signature(sampler).bind(None, None)
+    except (TypeError, ValueError) as error:
+        if isinstance(error, ValueError) or holds_arrays(sampler):  # no signature to be read, or a pytree
+            return
+        raise _no_sampler(sampler) from error
+
+
+def _no_sampler(sampler: Any) -> InputError:
+    return InputError(
+        "not a sampler",
+        where="sampler",
+        got=repr(sampler)[:80],
+        expected="a hashable value that is called with logits and a key",
+        hint="pass pj.Greedy() or pj.Categorical(temperature=0.8)",
+    )
+
+
+def holds_arrays(sampler: Any) -> bool:
+    """Whether a sampler is a pytree with arrays in it, so that it can't be static."""
+    return any(isinstance(leaf, jax.Array | np.ndarray) for leaf in jax.tree.leaves(sampler))
+
+
+SEEDS = range(-(2**63), 2**63)  # what JAX takes
+
+
+def random_key(key: Key[Array, ""] | int, where: str = "key") -> Key[Array, ""]:
+    """`key` itself, or the random key of a seed; raises `InputError` if there is none for it."""
+    if getattr(key, "ndim", 0) or (
+        isinstance(key, jax.Array) and jnp.issubdtype(key.dtype, jax.dtypes.prng_key)
+    ):
+        _check_key(key)
+        return key  # pyright: ignore[reportReturnType]
+    seed = plain(key)
+    if type(seed) is not int or seed not in SEEDS:
+        expected = f"{SEEDS[0]} to {SEEDS[-1]}"
+        raise InputError(
+            "no such seed", where=where, got=_shown(seed), expected=expected, hint="give 0, 1, 2, …"
+        )
+    return jax.random.key(seed)
+
+
+def _check_key(key: Any) -> None:
+    dtype = getattr(key, "dtype", None)
+    shape = () if dtype is not None and jnp.issubdtype(dtype, jax.dtypes.prng_key) else (2,)
+    if dtype is None or (shape and dtype != np.uint32) or key.shape != shape:
+        raise InputError(
+            "not a random key",
+            where="key",
+            got=repr(key)[:80] if dtype is None else f"{dtype}{list(key.shape)}",
+            expected="one key",
+            hint="pass key=jax.random.key(0)",
+        )
+
+
+def check_not_traced(arguments: Any) -> None:
+    """Raises `InputError` inside `jax.jit` and other transformations, where no token can be seen on the host."""
+    if any(isinstance(leaf, Tracer) for leaf in jax.tree.leaves(arguments)):
+        raise InputError(
+            "tokens can't be streamed while a function is traced",
+            where="stream",
+            got="a traced argument",
+            expected="arrays",
+            hint="call it outside jax.jit, or use generate inside",
+        )
+
+
+def _shown(value: Any) -> str:
+    traced = isinstance(value, Tracer)
+    return "a traced value, which shapes the result" if traced else repr(value)[:80]
