@@ -89,8 +89,8 @@ def make_rules(
     return jax.device_put(
         Rules(
             sampler if traced else FixedSampler(sampler),
-            pad(ids, (0, missing), constant_values=-1),
-            np.int32(max_new_tokens),
+            pad(ids, (0, missing), constant_values=-1),  # pyright: ignore[reportArgumentType]
+            np.int32(max_new_tokens),  # pyright: ignore[reportArgumentType]
             key,
             checks.check_penalty(repetition_penalty),
         )

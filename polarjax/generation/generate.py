@@ -35,7 +35,7 @@ def read_prompts(model: Decoder, tokens, lengths, *, capacity: int) -> tuple[Flo
 def _write(model: Decoder, logits, cache: KVCache, prompts, rules: Rules, sparsity, *, room, implementation):
     def write(model, logits, cache, prompts, rules, sparsity):
         step = functools.partial(model_step, model, sparsity=sparsity, implementation=implementation)
-        seen = ids_in(*prompts, logits.shape[1])
+        seen = ids_in(prompts[0], prompts[1], logits.shape[1])
         return decode_loop(step, logits, cache, rules, seen, room=room)
 
     return auto_axes(write, logits, model, logits, cache, prompts, rules, sparsity)

@@ -125,7 +125,7 @@ def _spread(rows, scalar) -> LoopState:
 @functools.partial(jax.jit, donate_argnames=("cache",))
 def _begin(logits, cache, prompts, rules: Rules) -> LoopState:
     def begin(logits, cache, prompts, rules):
-        return rules.begin(logits, cache, ids_in(*prompts, logits.shape[1]))
+        return rules.begin(logits, cache, ids_in(prompts[0], prompts[1], logits.shape[1]))
 
     return auto_axes(begin, logits, logits, cache, prompts, rules, out=_spread)
 

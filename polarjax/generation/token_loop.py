@@ -89,7 +89,7 @@ class FixedSampler:
 
 def _ids(drawn: Any, rows: int) -> Int[Array, "B"]:
     """What a sampler drew; raises `InputError` unless that is one whole number for each row."""
-    dtype, shape = getattr(drawn, "dtype", None), getattr(drawn, "shape", None)
+    dtype, shape = getattr(drawn, "dtype", None), tuple(getattr(drawn, "shape", ()))
     if dtype is None or shape != (rows,) or not jnp.issubdtype(dtype, jnp.integer):
         raise InputError(
             "the sampler does not return one id for each row",

@@ -27,7 +27,10 @@ def _step(token, cache, live):
     return logits, (script, fed, steps + 1)
 
 
-def _loop(step, first, cache, key=None, *, sampler=pj.Greedy(), max_new_tokens, stop_ids=()):
+GREEDY = pj.Greedy()
+
+
+def _loop(step, first, cache, key=None, *, sampler=GREEDY, max_new_tokens, stop_ids=()):
     """A loop without a penalty, with as much room as is asked for."""
     rules = make_rules(key, sampler=sampler, max_new_tokens=max_new_tokens, stop_ids=stop_ids)
     seen = jnp.zeros((ROWS, VOCAB), bool)
