@@ -107,8 +107,8 @@ def _plain(value: Any) -> Any:
 
 
 def _host(value: Any, dtype: type) -> Any:
-    """Numbers as an array of the host in the dtype that they have on a device, clipped to its range."""
-    if value is None or isinstance(value, Tracer):
+    """Numbers as a NumPy array in the dtype that they have on a device, clipped to its range."""
+    if value is None or isinstance(value, jax.Array):
         return value
     low, high = (_TINY, 1 / _TINY) if dtype is np.float32 else (-_LARGEST, _LARGEST)
     return np.asarray(np.clip(np.asarray(value), low, high), dtype)
