@@ -6,6 +6,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from polarjax.evaluation.checks import check_numbers
 from polarjax.evaluation.scoring import Mode, score
 from polarjax.model.decoder import Decoder
 from polarjax.selection.selectors import Sparsity
@@ -52,6 +53,7 @@ def agreement(
         context=context,
         description=description,
     )
+    check_numbers(divergence, where=description)
     return Agreement(
         top1=float(same.mean(dtype=np.float64)),
         kl=float(divergence.mean(dtype=np.float64)),

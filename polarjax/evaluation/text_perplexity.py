@@ -7,6 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from polarjax.evaluation.checks import check_numbers
 from polarjax.evaluation.scoring import Mode, score
 from polarjax.model.decoder import Decoder
 from polarjax.selection.selectors import Sparsity
@@ -94,6 +95,7 @@ def perplexity(
         context=context,
         description=description,
     )
+    check_numbers(losses, where=description)
     return Perplexity(nll=float(losses.mean(dtype=np.float64)), tokens=losses.size, token_nll=losses)
 
 

@@ -2,9 +2,16 @@
 
 from polarjax.checkpoint.belonging import check_routers_of_plans, check_weights
 from polarjax.configs import ModelConfig
+from polarjax.errors import InputError
 from polarjax.selection.plans import PlanTable
 from polarjax.selection.routers import Routers
 from polarjax.sparsity.activations import Activations
+
+
+def check_batch_size(batch_size: int) -> None:
+    """Raises `InputError` unless a forward pass takes at least one window."""
+    if not batch_size >= 1:
+        raise InputError("no batch", where="batch_size", got=batch_size, expected="at least 1", hint="pass 8")
 
 
 def check_routers(routers: Routers, activations: Activations, config: ModelConfig) -> None:

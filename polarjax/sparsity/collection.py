@@ -26,6 +26,7 @@ from polarjax.sparsity.activations import (
     row_bytes,
     write_meta,
 )
+from polarjax.sparsity.checks import check_batch_size
 from polarjax.sparsity.options import HELD_OUT, MAX_BYTES
 from polarjax.storage.atomic import absolute, atomic_folder
 
@@ -107,6 +108,7 @@ def collect(
       CheckpointError: `out_dir` exists, or the disk refuses.
     """
     config, dtype, out = model.config, model.dtype, absolute(out_dir)
+    check_batch_size(batch_size)
     windows = check_windows(windows, config)
     shape = (windows.shape[0], windows.shape[1])
     recording = plan_recording(config, dtype, shape, held_out=held_out, max_bytes=max_bytes, fit=fit)

@@ -101,6 +101,11 @@ def train_routers(
     options = options or TrainOptions()
     density = check_density(head_density, where="head density")
     activations.check(config)
+    if neurons and not config.neuron_sparsity:
+        hint = "leave out neurons=True: only ReLU neurons are exactly zero"
+        raise SparsityError(
+            "neuron routers need a ReLU model", where="train_routers", got=config.activation, hint=hint
+        )
     for part in ("train", "validation"):
         if len(activations.rows(part)) == 0:
             hint = "collect them with validation text held out"
