@@ -93,3 +93,19 @@ def test_a_donated_cache_is_written_in_place(kind):
     _, after = compiled(model, token, cache, sparsity=SPARSITIES[kind])
     assert all(leaf.is_deleted() for leaf in jax.tree.leaves(cache))
     assert after.length.tolist() == [1, 1]
+
+
+def test_other_numbers_compile_nothing():
+    """A sweep over settings, and the transfers that it needs are explicit ones."""
+    model, batch, key = zoo.model(MODEL), prompts(2, 9, [9, 1]), jax.random.key(0)
+
+    def write(temperature, top_k, new, stop_ids, penalty):
+        sampler = pj.Categorical(temperature, top_k=top_k)
+        settings = {"max_new_tokens": new, "stop_ids": stop_ids, "repetition_penalty": penalty}
+        return pj.generate(model, *batch, key, sampler=sampler, **settings)
+
+    jax.block_until_ready(write(0.7, 5, 9, (1,), 1.0))
+    with compilations() as names, jax.transfer_guard("disallow"):
+        for settings in ((0.9, 7, 12, None, 1.2), (1.3, 50, 5, 3, 1.0), (0.2, 1, 14, [4, 5], 2)):
+            assert write(*settings).tokens.shape == (2, settings[2])
+    assert names == []
