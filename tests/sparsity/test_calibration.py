@@ -239,6 +239,12 @@ def test_recall_rounds_down():
     assert choose(rounded, 1, 1, dataclasses.replace(OPTIONS, target_recall=1.0)) is None
 
 
+def test_larger_batches_keep_at_least_as_many():
+    rising = np.minimum(np.arange(1, 101) / 20, 1.0)
+    options = dataclasses.replace(OPTIONS, target_recall=1.0)
+    assert [choose(rising, smallest, 1, options) for smallest in (1, 20, 31)] == [20, 20, 31]
+
+
 @pytest.mark.parametrize(("batch_size", "k"), [(1, 50), (128, 50), (129, None), (512, None)])
 def test_large_batches_are_dense_sooner(batch_size, k):
     half = np.minimum(np.arange(1, 101) / 50, 1.0)  # all is found with half of the neurons

@@ -144,6 +144,13 @@ def test_fault_23_stop_strings_are_cut_exactly_and_never_shown(text, stops, size
     assert row.text == "".join(shown) == (text if expected is None else expected)
 
 
+@pytest.mark.parametrize("stops", [("bc", "de"), ("de", "bc"), ("c", "bc")])
+def test_first_complete_stop_string_of_a_token_counts(stops):
+    """A token may hold several: the text ends before the one that is complete first, the longest of those."""
+    row = Assembler(lambda ids: "abcdef" * len(ids), stop_strings=stops)
+    assert row.push([0]) + row.finish() == row.text == "a"
+
+
 @given(text=st.text("ab", max_size=30), stop=WORDS)
 def test_text_that_cannot_match_a_stop_string_is_shown_at_once(text, stop):
     row, shown = Assembler(_characters, stop_strings=(stop,)), ""
