@@ -2,17 +2,15 @@
 
 import dataclasses
 import json
-import re
 
 import pytest
 import transformers
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 import polarjax as pj
 from checkpoints_convert import config_from_hf
-from checkpoints_convert.config_reader import DEFAULTS, HARMLESS, ORIGINAL
-from checkpoints_convert.families import FAMILIES
+from checkpoints_convert.config_reader import ORIGINAL
 from checkpoints_convert.hf_config import read_config
 from tests.convert import hf_models
 from tests.one_line import refuses
@@ -305,79 +303,6 @@ def test_refused_by_name(base, change, words):
         config_from_hf({**base, **change})
     assert all(word in str(error.value) for word in words), str(error.value)
     assert "\n" not in str(error.value)
-
-
-MEANING = [
-    {"quantization_config": {"quant_method": "gptq", "bits": 4}},
-    {"quantization_config": {}},
-    {"quantization": {"group_size": 64, "bits": 4}},
-    {"compression_config": {"format": "pack-quantized"}},
-    {"load_in_4bit": True},
-    {"auto_map": {"AutoConfig": "evil.Config", "AutoModelForCausalLM": "evil.Model"}},
-    {"partial_rotary_factor": 0.5},
-    {"rotary_pct": 0.25},
-    {"rope_scaling": {"type": "yarn", "factor": 2.0}},
-    {"rope_scaling": {"rope_type": "dynamic", "factor": 2.0}},
-    {"rope_parameters": {"rope_type": "longrope", "factor": 2.0}},
-]
-_THRESHOLDS = [{"hidden_act_param": 0.01}, {"relu_threshold": 0.1}]
-CLASSES = {
-    "llama": transformers.LlamaConfig,
-    "mistral": transformers.MistralConfig,
-    "opt": transformers.OPTConfig,
-    "qwen2": transformers.Qwen2Config,
-    "qwen3": transformers.Qwen3Config,
-    "sparsellama": hf_models.SparseLlamaConfig,
-}
-BARE = {name: {**kind().to_dict(), "model_type": name} for name, kind in CLASSES.items()}
-_READ_BY_MODELS = {"head_dim", "original_max_position_embeddings", "rope_theta", "rope_scaling", "dtype"}
-_LIKE_WEIGHTS = re.compile("quant|bits|auto_map|act|threshold|rot|rope|per_layer|encoder_decoder")
-
-
-@pytest.mark.parametrize("name", FAMILIES)
-@pytest.mark.parametrize("change", MEANING, ids=str)
-def test_keys_that_say_that_the_weights_mean_something_else(name, change):
-    """In every family, whether its class reads them or not."""
-    base = {key: value for key, value in BARE[name].items() if key != "rope_parameters"}
-    if name == "sparsellama" and "auto_map" in change:
-        return  # its published models came with code of their own
-    with refuses(pj.UnsupportedConfigError, r"\w"):
-        config_from_hf(base | change)
-
-
-@pytest.mark.parametrize("name", sorted({*CLASSES} - {"sparsellama"}))
-@pytest.mark.parametrize("change", [*_THRESHOLDS, {"hidden_act": "fatrelu"}], ids=str)
-def test_thresholds_are_refused_where_they_are_not_read(name, change):
-    with refuses(pj.UnsupportedConfigError, "sparsellama"):
-        config_from_hf(BARE[name] | change)
-
-
-def _unread(name: str) -> list[str]:
-    """Keys that other families or nobody reads."""
-    others = {key for other in BARE.values() for key in other}
-    fields = {*BARE[name], *vars(CLASSES[name]())} | _READ_BY_MODELS
-    known = sorted(key for key in others - fields if not _LIKE_WEIGHTS.search(key))
-    return [
-        *known,
-        "use_flash_attention_2", "model_max_length", "logit_scale", "final_logit_softcapping", "attn_bias",
-    ]  # fmt: skip
-
-
-JSON = st.booleans() | st.integers(-3, 9) | st.floats(-2, 2) | st.sampled_from(["x", "", [], {}, ["full"]])
-
-
-@pytest.mark.parametrize("name", FAMILIES)
-@settings(max_examples=25)
-@given(data=st.data())
-def test_keys_that_the_class_does_not_read_change_nothing(name, data):
-    keys = st.sampled_from(_unread(name)) | st.text("abcdefg_", min_size=3, max_size=8).filter(
-        lambda key: key not in BARE[name] and not _LIKE_WEIGHTS.search(key)
-    )
-    change = data.draw(st.dictionaries(keys, JSON, min_size=1, max_size=4))
-    found = read_config(BARE[name] | change)
-    assert found.config == config_from_hf(BARE[name])
-    assert len(found.notes) <= 1
-    assert all(key in found.notes[0] for key in change if key not in HARMLESS and key not in DEFAULTS)
 
 
 LINEAR = {"rope_type": "linear", "factor": 2.0}
