@@ -141,7 +141,7 @@ FAULTS = {
         "text/test_tokenizer_files.py::test_ids_beyond_the_model_are_reported",
     ],
     "33 remote code": [
-        "convert/test_convert.py::test_remote_code_is_never_run",
+        "text/test_tokenizer_files.py::test_remote_code_is_named_and_never_run",
         "convert/test_faults.py::test_fault_33_code_is_never_run",
         "convert/test_export.py::test_fault_33_code_of_the_source_is_not_passed_on",
     ],
