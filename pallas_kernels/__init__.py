@@ -1,20 +1,20 @@
 """Selective decode kernels for JAX: each operation in plain XLA and in Pallas for Hopper GPUs.
 
 `sparse_decode_attention` attends over the selected KV groups of a cache, `sparse_mlp` computes the selected neurons of
-an MLP, `select_top_k` selects either from scores. All are pure and work inside `jit`, `scan`, `vmap` and `shard_map`.
-On a Hopper GPU `implementation=None` takes the kernel ("mosaic") where it can do the call, elsewhere plain XLA; a named
-implementation runs or raises. `record_backends` collects what was taken while tracing, and why not another:
+an MLP, and `select_top_k` selects either from scores. All are pure and work in `jit`, `scan`, `vmap` and `shard_map`.
+On a Hopper GPU, `implementation=None` uses the kernel ("mosaic") if it can do the call, otherwise plain XLA; a named
+implementation runs or raises. `record_backends` lists the backend of each traced call and why others were rejected:
 
     with record_backends() as choices:
         jax.jit(step).lower(x)
     print(*choices, sep="\\n")  # sparse_mlp: xla (not mosaic: needs an NVIDIA Hopper GPU; got cpu)
 
-"mosaic" can be lowered without a GPU; `jax.export` has to be told that its custom call is meant:
+"mosaic" can be lowered without a GPU; `jax.export` must be told to allow its custom call:
 
     allowed = jax.export.DisabledSafetyCheck.custom_call("mosaic_gpu_v2")
     jax.export.export(jax.jit(step), platforms=["cuda"], disabled_checks=[allowed])(x)
 
-In profiles and compiled programs a call is named after its operation and backend, for instance "sparse_mlp.mosaic".
+In profiles and compiled programs a call is named after its operation and backend, such as "sparse_mlp.mosaic".
 """
 
 from pallas_kernels._dispatch import Choice, record_backends

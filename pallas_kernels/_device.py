@@ -1,4 +1,4 @@
-"""What a kernel must know about the device that it is compiled for."""
+"""The device that a kernel is compiled for."""
 
 from dataclasses import dataclass
 from typing import Any
@@ -47,10 +47,10 @@ def require_hopper(device: Device) -> None:
 
 
 def require_numbers(*arrays: jax.Array) -> None:
-    """Raises NotImplementedError if an axis of the arrays has a symbolic size, as `jax.export` may give it."""
+    """Raises NotImplementedError if an axis of the arrays has a symbolic size, as under `jax.export`."""
     for array in arrays:
         if not all(isinstance(size, int) for size in array.shape):
-            raise NotImplementedError(f"needs sizes that are numbers; got {list(array.shape)}")
+            raise NotImplementedError(f"needs static shapes; got {list(array.shape)}")
 
 
 def _concrete(device: Any) -> Device:
@@ -72,7 +72,7 @@ def _version(text: str) -> tuple[int, int]:
 
 
 def _described(platform: str, kind: str, num_cores: int | None) -> Device:
-    """A device of which only names are known: Hopper by its product name, else without a capability."""
+    """A device known only by name: Hopper if the product name says so, else without a compute capability."""
     if platform not in ("gpu", "cuda"):
         return Device(platform, kind)
     hopper = any(name in kind for name in ("H100", "H200", "H20", "H800", "GH200"))

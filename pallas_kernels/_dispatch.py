@@ -1,4 +1,4 @@
-"""Which implementation of an operation runs: the named one or an error, else the first that can."""
+"""Chooses the implementation of an operation: the named one or an error, else the first that can do the call."""
 
 import contextlib
 import logging
@@ -16,7 +16,7 @@ _recorders: ContextVar[tuple[list["Choice"], ...]] = ContextVar("recorders", def
 
 @dataclass(frozen=True)
 class Choice:
-    """One traced call of an operation: the backend that was taken, and why those before it were not."""
+    """One traced call of an operation: the backend that ran, and why the better ones were rejected."""
 
     op: str
     backend: str
@@ -44,11 +44,11 @@ def dispatch[T](
     backends: Mapping[str, Callable[[_device.Device], T]],
     *arrays: jax.Array,
 ) -> T:
-    """Runs one of `backends`, which are given best first and take the device to compile for.
+    """Runs one of `backends`, listed best first; each takes the device to compile for.
 
-    `implementation=None` tries them in order for the device of `arrays`; only NotImplementedError ("this
-    backend can't") moves on to the next, and one with all reasons is raised when none is left.
-    A named implementation runs or raises; without a GPU here, it is lowered for a Hopper GPU elsewhere.
+    `implementation=None` tries them in order for the device of `arrays`. NotImplementedError ("this backend can't")
+    moves on to the next; if all fail, one NotImplementedError gives all the reasons. A named implementation runs or
+    raises; on a machine without a GPU, it is lowered for a Hopper GPU.
     """
     device = _device.current(*arrays)
     if implementation is not None:

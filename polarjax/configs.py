@@ -1,4 +1,4 @@
-"""Model configuration: the axes along which one decoder covers several families."""
+"""Model configuration: the options by which one decoder covers several families."""
 
 import dataclasses
 import sys
@@ -14,7 +14,7 @@ def _check(ok: bool, name: str, got: Any, expected: str) -> None:
             where="model config",
             got=repr(got),
             expected=expected,
-            hint="correct the value in the source config",
+            hint="fix the value in the source config",
         )
 
 
@@ -49,7 +49,7 @@ def _check_keys(cls: type, data: dict[str, Any]) -> None:
     _check(not unknown, "keys", unknown, "known keys only")
     required = {field.name for field in fields if field.default is dataclasses.MISSING}
     missing = sorted(required - set(data))
-    _check(not missing, "keys", f"none of {missing}", "every required key")
+    _check(not missing, "keys", sorted(data), f"also {', '.join(missing)}")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -57,10 +57,11 @@ class RopeConfig:
     """Rotary position embedding.
 
     Attributes:
-      theta: base of the frequencies; component i of a head of width H turns by `theta ** (-2 i / H)` per position.
+      theta: base of the frequencies; per position, component i of a head of width H rotates by `theta ** (-2 i / H)`
+        radians.
       scaling: None, "linear" (all frequencies divided by `factor`) or "llama3" (low frequencies divided by
         `factor`, high ones kept, a linear band between; Llama 3.1 model card).
-      factor: how far the context is stretched.
+      factor: how many times longer the context becomes.
       low_freq_factor: wavelengths above `original_max_positions / low_freq_factor` are fully scaled.
       high_freq_factor: wavelengths below `original_max_positions / high_freq_factor` are kept.
       original_max_positions: context length before scaling, in tokens ("llama3" only).
@@ -94,7 +95,7 @@ class RopeConfig:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class ModelConfig:
-    """Everything that tells one decoder from another; hashable, so it can be static under `jax.jit`.
+    """Everything that distinguishes one decoder from another; hashable, so it can be static under `jax.jit`.
 
     Attributes:
       vocab_size: V, rows of the embedding table.
@@ -108,16 +109,16 @@ class ModelConfig:
       norm: "rms" or "layer"; `norm_eps` is added to the variance; `norm_bias` adds a bias.
       norm_position: "pre" (before each block) or "post" (after each residual sum).
       final_norm: whether a norm precedes the head.
-      activation: of the MLP ("gelu" is the exact one).
-      activation_threshold: with "relu", a pre-activation passes where it exceeds this, compared in float32, and becomes
-        0 elsewhere. 0 is the plain ReLU; above 0 it is ProSparse's FATReLU.
+      activation: the MLP's ("gelu" is the exact, erf-based one).
+      activation_threshold: with "relu", a pre-activation is kept if it exceeds this, compared in float32, and becomes 0
+        otherwise. 0 is the plain ReLU; above 0 it is ProSparse's FATReLU.
       gated_mlp: `act(x w_gate) * (x w_up)` instead of `act(x w_up)`.
       mlp_bias, qkv_bias, out_bias: which projections have biases.
       qk_norm: RMS norm of queries and keys over H, before the rotary embedding.
       positions: "learned" (a table, read at position + `position_offset`) or "rope".
-      sliding_window: None, one width in tokens, or one (or None) per layer: only the latest `window` positions,
-        the current one included, are attended to.
-      embed_dim: E, width of the embedding table where it differs from D (then projections follow and precede it).
+      sliding_window: None, one width in tokens, or one (or None) per layer: attention covers only the latest `window`
+        positions, including the current one.
+      embed_dim: E, width of the embedding table if it differs from D (then projections map E to D and back).
       tie_embeddings: the head reuses the embedding table.
     """
 
@@ -197,7 +198,7 @@ class ModelConfig:
 
     @property
     def neuron_sparsity(self) -> bool:
-        """Whether inactive neurons contribute exact zeros, so that skipping them is free of error (ReLU only)."""
+        """Whether inactive neurons contribute exact zeros, so that skipping them is exact (ReLU only)."""
         return self.activation == "relu"
 
     def window(self, layer: int) -> int | None:
@@ -205,9 +206,9 @@ class ModelConfig:
         return self.sliding_window[layer] if isinstance(self.sliding_window, tuple) else self.sliding_window
 
     def to_json(self) -> dict[str, Any]:
-        """A plain dictionary that `from_json` turns back into an equal config.
+        """A dictionary that `from_json` turns back into an equal config.
 
-        A threshold of 0 is left out: fingerprints of plain models stay what they were before it existed.
+        A threshold of 0 is left out, so that plain models keep the fingerprints they had before the field existed.
         """
         data = dataclasses.asdict(self)
         if not self.activation_threshold:

@@ -1,4 +1,4 @@
-"""What one decoding step must touch and compute: bytes and floating-point operations, by closed formula."""
+"""Bytes moved and floating-point operations computed by one decoding step, by closed formula."""
 
 import dataclasses
 import math
@@ -18,12 +18,12 @@ class Cost:
     """The parts of one decoding step, in bytes or in floating-point operations.
 
     Attributes:
-      batch_size: B, the tokens that the step produces.
+      batch_size: B; the step produces one token for each sequence.
       attention: QKV and output projections with their norms (bytes), or their products (operations).
-      mlp: the MLP neurons that are kept, with the norm before them.
+      mlp: the kept MLP neurons and the norm before them.
       head: the output projection, the final norm, and the embedding rows of the step's tokens.
       cache: keys and values read and appended (bytes), or scores and weighted sums over them (operations).
-      routers: of every layer that the plan makes sparse.
+      routers: the routers of every layer that the plan makes sparse.
     """
 
     batch_size: int
@@ -44,7 +44,7 @@ class Cost:
         return self.total / self.batch_size
 
     def to_json(self) -> dict[str, float]:
-        """All parts, the total and the share of one token."""
+        """All parts, the total and the cost per token."""
         return dataclasses.asdict(self) | {"total": self.total, "per_token": self.per_token}
 
 
@@ -57,24 +57,24 @@ def decode_bytes(
     dtype: DTypeLike = "bfloat16",
     router_rank: int | None = None,
 ) -> Cost:
-    """Bytes that a decoding step must move at least, each weight read once for the whole batch.
+    """The fewest bytes that a decoding step can move: each weight is read once for the whole batch.
 
-    With e bytes an element, k_g groups and k_f neurons kept (K and F where dense), s = min(S, window), all
+    With e bytes per element, k_g groups and k_f neurons kept (K and F where dense), s = min(S, window), all
     biases and norms included, summed over layers:
       attention  e·(2·D·N·H + 2·D·K·H)
-      mlp        e·(2 or, gated, 3)·k_f·D
-      head       e·(V·E + B·E), with learned positions e·B·D more, with projected embeddings e·2·D·E more
-      cache      e·2·B·H·(k_g·s + K): reads of the kept groups, appending to all
+      mlp        e·2·k_f·D, or e·3·k_f·D if gated
+      head       e·(V·E + B·E), plus e·B·D with learned positions, plus e·2·D·E with projected embeddings
+      cache      e·2·B·H·(k_g·s + K): reads the kept groups, appends to all
       routers    e·(D·K + K) where groups are selected, e·R·(D + F) where neurons are
-    Activations are left out: they stay in on-chip caches.
+    Activations do not count: they stay in on-chip caches.
 
     Args:
       config: the model's configuration.
       batch_size: B.
-      cache_length: S, positions that each sequence attends to, the new one included.
-      plan: what is kept; None is the dense model.
-      dtype: of weights, routers and cache.
-      router_rank: R of the neuron routers; the default of `init_routers` when None.
+      cache_length: S, positions that each sequence attends to, including the new one.
+      plan: what is kept; None for the dense model.
+      dtype: dtype of weights, routers and cache.
+      router_rank: R of the neuron routers; None for the default of `init_routers`.
 
     Raises:
       InputError: `batch_size` or `cache_length` is not positive.
@@ -110,12 +110,12 @@ def decode_flops(
     plan: SparsityPlan | None = None,
     router_rank: int | None = None,
 ) -> Cost:
-    """Floating-point operations of the matrix products of a decoding step; 2 for each multiplication and sum.
+    """Floating-point operations in the matrix products of a decoding step; each multiply-add counts as 2.
 
     With the letters of `decode_bytes`, summed over layers:
       attention  2·B·(2·D·N·H + 2·D·K·H)
-      mlp        2·B·(2 or, gated, 3)·k_f·D
-      head       2·B·V·E, and 4·B·D·E where embeddings are projected
+      mlp        2·B·2·k_f·D, or 2·B·3·k_f·D if gated
+      head       2·B·V·E, plus 4·B·D·E with projected embeddings
       cache      4·B·k_g·G·s·H: scores and weighted sum
       routers    2·B·D·K where groups are selected, 2·B·R·(D + F) where neurons are
 
@@ -153,25 +153,25 @@ def cache_bytes_per_token(config: ModelConfig, dtype: DTypeLike = "bfloat16") ->
 def largest_batch(
     config: ModelConfig, *, memory: float, cache_length: int, dtype: DTypeLike = "bfloat16"
 ) -> int:
-    """How many sequences fit beside the weights: floor((memory − weights) / (S·cache_bytes_per_token + 4·V)).
+    """How many sequences fit next to the weights: floor((memory − weights) / (S·cache_bytes_per_token + 4·V)).
 
-    Counts the cache and the float32 logits of each sequence, not the temporaries of a step or of a prefill.
+    Counts the cache and the float32 logits of each sequence, but not the temporaries of a step or prefill.
 
     Args:
       config: the model's configuration.
-      memory: of the device, in bytes; finite.
+      memory: memory of the device, in bytes; finite.
       cache_length: S, positions that the cache holds for each sequence.
-      dtype: of weights and cache.
+      dtype: dtype of weights and cache.
 
     Returns:
-      the number of sequences; 0 where not even one fits.
+      the number of sequences; 0 if not even one fits.
 
     Raises:
       InputError: `cache_length` is not positive, or `memory` is not finite.
     """
     _check(config, 1, cache_length, None)
     if not -math.inf < memory < math.inf:
-        hint = "give the memory of the device"
+        hint = "pass the device's memory in bytes"
         raise InputError("memory is not finite", where="costs", got=memory, expected="bytes", hint=hint)
     each = cache_length * cache_bytes_per_token(config, dtype) + 4 * config.vocab_size
     return max(0, int(memory - weights_bytes(config, dtype)) // each)
@@ -188,7 +188,7 @@ def _check(config: ModelConfig, batch_size: int, cache_length: int, plan: Sparsi
 def _kept(
     config: ModelConfig, cache_length: int, plan: SparsityPlan | None
 ) -> Iterator[tuple[int, int, int]]:
-    """Of each layer: neurons kept, groups kept, positions attended to."""
+    """(neurons kept, groups kept, positions attended to) for each layer."""
     plan = plan or dense_plan(config)
     for layer, (neurons, groups) in enumerate(zip(plan.neurons, plan.groups, strict=True)):
         length = min(cache_length, config.window(layer) or cache_length)
@@ -209,7 +209,7 @@ def _matrices(config: ModelConfig) -> int:
 
 
 def _neuron_weights(config: ModelConfig) -> int:
-    """Elements of one neuron: its rows, and its biases, which the down-projection has none of."""
+    """Elements of one neuron: its rows and its biases. The down-projection has no bias per neuron."""
     biases = _matrices(config) - 1 if config.mlp_bias else 0
     return _matrices(config) * config.d_model + biases
 
@@ -225,7 +225,7 @@ def _default_rank(config: ModelConfig) -> int:
 
 
 def _router_weights(config: ModelConfig, plan: SparsityPlan | None, rank: int, *, bias: bool) -> int:
-    """Elements of the routers that the plan asks."""
+    """Elements of the routers that the plan uses."""
     if plan is None:
         return 0
     D, K = config.d_model, config.num_kv_heads

@@ -4,20 +4,20 @@ Each says what is wrong and where, what was given, what was expected, and how to
 where user input enters; the command line prints them and exits with code 2.
 """
 
-_SIGNS = ("RESOURCE_EXHAUSTED", "Out of memory")  # of GPUs and of CPUs
+_OUT_OF_MEMORY = ("RESOURCE_EXHAUSTED", "Out of memory")  # what JAX says on GPUs and on CPUs
 
 
 class PolarjaxError(ValueError):
     """Bad input to polarjax, described in one line.
 
-    The message reads `where: what; got …, expected …. Hint: …`, leaving out what is not given.
+    The message reads `where: what; got …, expected …. Hint: …`, without the parts that are None.
 
     Args:
-        what: the fault itself, without a full stop.
+        what: what is wrong, without a final period.
         where: the file, field or argument at fault.
-        got: the value met.
+        got: the value received.
         expected: what would have been accepted.
-        hint: what the reader can do about it.
+        hint: how to fix it.
     """
 
     def __init__(
@@ -34,11 +34,11 @@ class PolarjaxError(ValueError):
 
 
 class UnsupportedConfigError(PolarjaxError):
-    """A model configuration that polarjax cannot represent, or a key of one that it does not know."""
+    """A model configuration that polarjax cannot represent, or one with an unknown key."""
 
 
 class CheckpointError(PolarjaxError):
-    """A checkpoint or model directory that is missing, damaged, or not what it says it is."""
+    """A checkpoint or model directory that is missing, damaged, or not what it claims to be."""
 
 
 class InputError(PolarjaxError):
@@ -62,4 +62,4 @@ def _one_line(what: str, where: object, got: object, expected: object, hint: str
 
 def ran_out(error: BaseException) -> bool:
     """Whether this is JAX's error for a failed allocation."""
-    return isinstance(error, RuntimeError) and any(sign in str(error) for sign in _SIGNS)
+    return isinstance(error, RuntimeError) and any(sign in str(error) for sign in _OUT_OF_MEMORY)

@@ -1,4 +1,4 @@
-"""When the device runs out of memory: one line that says what needs how much, and what would fit."""
+"""Turns an out-of-memory error into one line that says what needed how much and what would fit."""
 
 import contextlib
 from collections.abc import Iterator
@@ -15,16 +15,16 @@ from polarjax.types import DTypeLike
 def explained_out_of_memory(
     config: ModelConfig, *, batch_size: int, cache_length: int, dtype: DTypeLike
 ) -> Iterator[None]:
-    """Turns JAX's out-of-memory error in the block into an `InputError` that says what took the memory.
+    """Turns JAX's out-of-memory error in the block into an `InputError` that says what used the memory.
 
     Args:
-      config: of the model.
+      config: the model's configuration.
       batch_size: B, sequences computed in the block.
       cache_length: S, positions of the cache.
-      dtype: of weights and cache.
+      dtype: dtype of weights and cache.
 
     Raises:
-      InputError: the memory ran out; gives the sizes and, if known, the largest batch that fits.
+      InputError: the device ran out of memory; gives the sizes and, if known, the largest batch that fits.
     """
     try:
         yield
@@ -40,7 +40,7 @@ def explained_out_of_memory(
             room = {"memory": memory, "cache_length": cache_length, "dtype": dtype}
             fitting = min(costs.largest_batch(config, **room), batch_size - 1)
         raise InputError(
-            "the memory of the device ran out",
+            "the device ran out of memory",
             where=f"{batch_size:,} sequences of up to {cache_length:,} positions",
             got=f"{weights / 1e9:,.2f} GB of weights, {cache / 1e9:,.2f} GB of cache, and temporaries{of}",
             expected=None if memory is None else f"at most {fitting:,} such sequences",
@@ -50,10 +50,10 @@ def explained_out_of_memory(
 
 def _hint(fitting: int) -> str:
     if fitting < 1:
-        return "shorten the texts, take a narrower dtype or a device with more memory"
+        return "shorten the texts, or use a narrower dtype or a device with more memory"
     return f"compute fewer at a time (--batch-size; try {fitting:,} sequences), or shorten the texts"
 
 
 def _device_memory() -> int | None:
-    """Bytes that JAX may use on the first device; None if it does not say, as on CPUs."""
+    """Bytes that JAX may use on the first device; None if the device does not report it, as on CPUs."""
     return (jax.local_devices()[0].memory_stats() or {}).get("bytes_limit")

@@ -1,7 +1,7 @@
-"""Progress of long work: a bar on a terminal; elsewhere a line now and then, if lines were asked for.
+"""Progress of long tasks: a bar on a terminal; elsewhere a line every few seconds, if enabled.
 
-Only process 0 of a multi-process run writes, and always to standard error. The command line asks for lines
-where standard error is no terminal; the library by itself does not.
+Only process 0 of a multi-process run writes, always to standard error. The command line enables lines; the library
+never does by itself.
 """
 
 import contextlib
@@ -29,15 +29,15 @@ def show_lines(enabled: bool = True) -> Iterator[None]:
 
 @contextlib.contextmanager
 def task(description: str, total: int | None = None, unit: str = "") -> Iterator[Callable[..., None]]:
-    """Report one piece of long work.
+    """Reports the progress of one long task.
 
     Args:
-        description: what is being done, a few words.
-        total: how many steps there are; None if unknown.
-        unit: what a step is, in the plural ("tokens", "steps").
+      description: what is being done, in a few words.
+      total: number of steps; None if unknown.
+      unit: what is counted, in the plural ("tokens", "steps").
 
     Yields:
-        `advance(steps=1, note="")`: counts finished steps; the note (a loss, a file name) is shown beside.
+      `advance(steps=1, note="")`: counts finished steps; the note (a loss, a file name) is shown next to the count.
     """
     if not _is_first_process():
         yield _ignore
@@ -86,7 +86,7 @@ class _Lines:
 
 
 def _is_first_process() -> bool:
-    """Where JAX is not imported, there is one process."""
+    """True for process 0. Until JAX is imported, there is only one process."""
     jax = sys.modules.get("jax")
     return jax is None or jax.process_index() == 0
 

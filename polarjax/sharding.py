@@ -1,4 +1,4 @@
-"""Logical axis names of the parameters: sharding is a table of rules from them to mesh axes."""
+"""Logical axis names of the parameters; to shard a model, write a table of rules from them to mesh axes."""
 
 import jax
 from flax import nnx
@@ -8,7 +8,7 @@ from polarjax.model.parameters import parameters
 
 
 def logical_axes(model: Decoder) -> dict[str, tuple[str, ...]]:
-    """The logical name of every axis of every parameter, by dotted path; also of an abstract model.
+    """The logical name of every axis of every parameter, by dotted path; `model` may be abstract.
 
     Names: vocab, positions, table (a narrower embedding), embed, neurons, groups, queries, head.
     """

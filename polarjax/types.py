@@ -1,4 +1,4 @@
-"""The letters of every shape in this project, and the names that annotations share.
+"""The letters of every shape in this project, and the type names that annotations share.
 
 One letter means one axis everywhere: in annotations, einsums, docstrings and kernels.
 
@@ -12,9 +12,9 @@ One letter means one axis everywhere: in annotations, einsums, docstrings and ke
 | F      | MLP neurons                       | E      | embedding width (D unless a model projects) |
 | V      | vocabulary                        | R      | router rank                                 |
 
-Head sparsity is over K: a multi-head model is the case G = 1.
+Head sparsity selects among K; a multi-head model has G = 1.
 
-JAX itself is imported only when `Array` is: modules that the command needs for its help and for `inspect` do without.
+JAX is imported only when `Array` is, so that the command's help and `inspect` start without it.
 """
 
 import os
@@ -32,7 +32,7 @@ type Path = str | os.PathLike[str]
 type Implementation = Literal["xla", "mosaic"] | None  # None: the best one available
 
 DTYPES = ("float32", "bfloat16", "float16")
-"""Names of the dtypes that a decoder computes in."""
+"""Names of the dtypes that a decoder can compute in."""
 
 __all__ = [
     "DTYPES",

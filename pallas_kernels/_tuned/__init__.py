@@ -1,1 +1,1 @@
-"""Tiles that measured fastest, as JSON files, and their lookup."""
+"""The fastest tiles measured, as JSON files, and their lookup."""

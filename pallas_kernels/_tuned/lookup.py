@@ -54,7 +54,7 @@ class Entry:
 
     @property
     def key(self) -> tuple[str, str, str, tuple[tuple[str, int], ...]]:
-        """The key of the calls that it is for."""
+        """The key of the calls that use these tiles."""
         return key(self.op, self.device, self.dtype, self.shapes)
 
 
@@ -72,9 +72,7 @@ def load(path: Path) -> tuple[Entry, ...]:
     except (OSError, ValueError) as error:
         raise ValueError(f"tuned tiles: {path} can't be read; got {type(error).__name__}: {error}") from error
     if not isinstance(document, dict) or document.get("format") != FORMAT:
-        raise ValueError(
-            f"tuned tiles: {path} is not of this format; expected an object with format {FORMAT}"
-        )
+        raise ValueError(f"tuned tiles: {path} has another format; expected an object with format {FORMAT}")
     entries = document.get("entries")
     if not isinstance(entries, list):
         raise ValueError(f"tuned tiles: {path} has no list of entries; got {type(entries).__name__}")

@@ -1,4 +1,4 @@
-"""Measures tile configurations on a GPU, and reads and writes files of the fastest."""
+"""Measures tile configurations on a GPU, and reads and writes files of the fastest ones."""
 
 from pallas_kernels._tuned.lookup import VARIABLE, Entry, load, lookup, write
 

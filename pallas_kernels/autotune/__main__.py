@@ -78,7 +78,7 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """The command; returns 0 if the file was written, else 1 after one line on stderr."""
+    """Runs the command; returns 0 if the file was written, else 1 after one line on stderr."""
     args = _parser().parse_args(arguments)
     try:
         device = _device.current()

@@ -1,4 +1,4 @@
-"""Decode attention as a tuning subject: operands, candidates, how to run one and how to check its result."""
+"""What the tuner needs to tune decode attention: operands, candidates, how to run one and how to check its result."""
 
 import argparse
 import functools
@@ -37,7 +37,7 @@ class Attention:
 
     @classmethod
     def of(cls, args: argparse.Namespace, device: _device.Device) -> "Attention":
-        """The call of a command line; raises NotImplementedError or ValueError if the kernel cannot do it."""
+        """The call that the arguments describe; raises NotImplementedError or ValueError if the kernel cannot do it."""
         selected = args.groups if args.selected is None else args.selected
         problem = Problem(**{name: getattr(args, name) for name in SIZES}, selected=selected)
         if problem.selected > problem.groups:
@@ -60,7 +60,7 @@ class Attention:
 
     @cached_property
     def operands(self) -> tuple[jax.Array, list[tuple[Any, ...]]]:
-        """q, and enough sets of (k, v, lengths, index) that calls taking them in turn miss the L2 cache."""
+        """q, and enough sets of (k, v, lengths, index) that calls rotating through them miss the L2 cache."""
         p, rng = self.problem, np.random.default_rng(0)
         touched = p.batch * p.selected * p.capacity * p.width * 4
         shape = (p.batch, p.groups, p.capacity, p.width)

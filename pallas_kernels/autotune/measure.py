@@ -18,7 +18,7 @@ L2_BYTES = 60 * 2**20
 
 @dataclass(frozen=True)
 class Trial:
-    """One measured configuration: median and spread of its seconds per call, or why it has none (`failure`)."""
+    """One measured configuration: median and spread of its seconds per call, or why it failed (`failure`)."""
 
     tiles: Any
     seconds: float = float("inf")
@@ -40,13 +40,13 @@ def search(
     """Measures all candidates and returns the best trial.
 
     The first candidate is what would be used without a search. Another one replaces the best so far only if it is
-    faster by more than both spreads together. A candidate that is wrong or raises is never taken.
+    faster by more than both spreads together. A candidate that is wrong or raises is never chosen.
 
     Args:
       candidates: configurations.
       run: returns a function that makes one call with a configuration.
       right: whether a result is correct.
-      timer: measures a function: (seconds, spread).
+      timer: measures a function; returns (seconds, spread).
       report: called with every trial.
 
     Raises:
@@ -61,7 +61,7 @@ def search(
         if best is None or best.seconds - trial.seconds > best.spread + trial.spread:
             best = trial
     if best is None:
-        raise ValueError("autotune: no configuration gave a right result; expected at least one")
+        raise ValueError("autotune: no configuration gave a correct result; expected at least one")
     return best
 
 
@@ -71,7 +71,7 @@ def _try(tiles: Any, run, right, timer) -> Trial:
         if not right(call()):
             return Trial(tiles, failure="wrong result")
         seconds, spread = timer(call)
-    except Exception as error:  # reported and left out: a configuration that cannot run
+    except Exception as error:  # reported and skipped: a configuration that cannot run
         text = next(iter(str(error).splitlines()), "")[:120]
         return Trial(tiles, failure=f"{type(error).__name__}: {text}")
     return Trial(tiles, seconds, spread)
@@ -84,7 +84,7 @@ def near(found: jax.Array, want: np.ndarray) -> bool:
 
 
 def chained(call: Callable[..., jax.Array], x: jax.Array, sets: Sequence[Any]) -> Callable[[], Any]:
-    """-> f(): the first and the last of CALLS results; each call takes the previous result as `x`, and the next set."""
+    """-> f(): the first and the last of CALLS results; each call takes the previous result as `x` and the next set."""
 
     @jax.jit
     def run(x: jax.Array, sets: Sequence[Any]) -> tuple[jax.Array, jax.Array]:

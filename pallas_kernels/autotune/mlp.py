@@ -1,4 +1,4 @@
-"""The selective MLP as a tuning subject: operands, candidates, how to run one and how to check its result."""
+"""What the tuner needs to tune the selective MLP: operands, candidates, how to run one and how to check its result."""
 
 import argparse
 import functools
@@ -28,7 +28,7 @@ class Mlp:
       batch, d_model, neurons, selected: B, D, F and k.
       gated: SiLU with a gate; False: ReLU with a bias. Neither the activation nor its threshold changes the tiles.
       dtype: "bfloat16" or "float16".
-      device: to measure it on.
+      device: the device to measure it on.
     """
 
     batch: int
@@ -53,7 +53,7 @@ class Mlp:
                 f"selected must be at most neurons; got {self.selected}, expected 1..{self.neurons}"
             )
         if self.d_model % 128:
-            raise NotImplementedError(f"needs a model width in steps of 128; got {self.d_model}")
+            raise NotImplementedError(f"needs a model width that is a multiple of 128; got {self.d_model}")
 
     @staticmethod
     def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -63,7 +63,7 @@ class Mlp:
 
     @classmethod
     def of(cls, args: argparse.Namespace, device: _device.Device) -> "Mlp":
-        """The call of a command line; raises NotImplementedError or ValueError if the kernel cannot do it."""
+        """The call that the arguments describe; raises NotImplementedError or ValueError if the kernel cannot do it."""
         sizes = {name: getattr(args, name) for name in SIZES}
         return cls(**sizes, gated=args.gated, dtype=args.dtype, device=device)
 
@@ -100,7 +100,7 @@ class Mlp:
 
     @cached_property
     def operands(self) -> tuple[jax.Array, list[tuple[jax.Array]]]:
-        """x, and enough sorted selections that calls taking them in turn miss the L2 cache; disjoint where possible."""
+        """x, and enough sorted selections that calls rotating through them miss the L2 cache; disjoint if possible."""
         rows = 3 if self.gated else 2
         count = measure.sets_needed(2 * rows * self.selected * self.d_model)
         rng, starts = np.random.default_rng(0), range(0, self.neurons - self.selected + 1, self.selected)

@@ -24,22 +24,22 @@ def sparse_decode_attention(
 
     The G query heads of a group share its keys and values. `group_index` names the groups to compute in each
     sequence, in any order; an entry outside [0, K), -1 by convention, is absent, a repeated one counts once, and
-    None means every group. Groups that are not named come out as exact zeros, as does a sequence of length 0;
-    neither their cache nor positions outside the range influence the result, whatever they hold. Lengths above S
-    count as S, negative ones as 0.
+    None means every group. Groups that are not named, and sequences of length 0, give exact zeros; their cache, and
+    positions outside the range, do not influence the result, whatever they hold. Lengths above S count as S, negative
+    ones as 0.
 
     Args:
-      q, k, v: queries of the new tokens and the cache, of one floating dtype, which the result has. Products are
-        accumulated, and the softmax is computed, in float32.
-      lengths: positions of each sequence that are filled, the new token's among them; any signed integers.
-      group_index: any signed integers, or None.
+      q, k, v: queries of the new tokens, and the cache; all of one floating dtype, as is the result. Products accumulate
+        in float32, and so does the softmax.
+      lengths: filled positions of each sequence, including the new token's; any signed integer dtype.
+      group_index: any signed integer dtype, or None.
       scale: a positive Python number, for instance H ** -0.5.
-      window: the last positions that count; None for all.
+      window: how many of the last positions count; None for all.
       implementation: "mosaic" (Pallas, Hopper GPUs; bfloat16 and float16, no derivative), "xla" (anywhere), or
-        None for the best one that can do the call; `record_backends` tells which that was.
+        None for the best one that can do the call; `record_backends` shows which one ran.
 
     Raises:
-      ValueError: shapes, dtypes or values that don't fit.
+      ValueError: a shape, dtype or value is invalid.
       NotImplementedError: the named implementation can't do the call.
     """
     q, k, v, lengths = (jnp.asarray(x) for x in (q, k, v, lengths))
@@ -52,7 +52,7 @@ def sparse_decode_attention(
 
     def hopper(device: Device) -> Array:
         require_hopper(device)
-        from pallas_kernels.decode_attention import mosaic  # half a second, which CPUs need not spend
+        from pallas_kernels.decode_attention import mosaic  # takes half a second; CPUs don't need it
 
         return mosaic.sparse_decode_attention(*operands, device=device, **call)
 
@@ -70,7 +70,7 @@ def _validate(q, k, v, lengths, group_index, scale, window) -> None:
     if k.ndim != 4 or (k.shape[0], k.shape[1], k.shape[3]) != (batch, groups, width):
         _fail("k must be [B K S H] like q", k.shape, (batch, groups, "S", width))
     if k.shape[2] == 0:
-        _fail("the cache must have room", k.shape, "S > 0")
+        _fail("the cache must not be empty", k.shape, "S > 0")
     if v.shape != k.shape:
         _fail("v must have k's shape", v.shape, k.shape)
     if not (q.dtype == k.dtype == v.dtype) or not jnp.issubdtype(q.dtype, jnp.floating):
@@ -85,7 +85,7 @@ def _validate(q, k, v, lengths, group_index, scale, window) -> None:
     if not isinstance(scale, int | float) or not scale > 0 or scale == float("inf"):
         _fail("scale must be a positive Python number", repr(scale), "for instance H ** -0.5")
     if window is not None and (not isinstance(window, int) or isinstance(window, bool) or window < 1):
-        _fail("window must be a positive int or None", repr(window), "positions")
+        _fail("window must be a positive int or None", repr(window), "a number of positions")
 
 
 def _fail(what: str, got: object, expected: object) -> None:

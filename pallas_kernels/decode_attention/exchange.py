@@ -1,7 +1,7 @@
-"""Partial results from one thread block of a cluster to another's shared memory, in inline PTX. Not interpretable.
+"""Sends partial results from one thread block of a cluster to another's shared memory, in inline PTX. Not interpretable.
 
-Pallas's own `async_store_smem` arrives at the other block's barrier with every thread; here the receiver itself tells
-its barrier beforehand how many bytes will come, and senders only send. What travels lies as its threads hold it.
+With Pallas's own `async_store_smem`, every thread arrives at the other block's barrier. Here the receiver sets its
+barrier beforehand to the number of bytes that will come, and senders only send. Data is laid out as threads hold it.
 """
 
 from collections.abc import Callable
@@ -25,7 +25,7 @@ STORE = "st.async.shared::cluster.mbarrier::complete_tx::bytes.v2.f32"
 
 
 def expect(sent: int) -> Callable:
-    """-> f(barrier): makes it complete when `sent` bytes have come. All threads of the cluster's blocks call it."""
+    """-> f(barrier): makes it complete when `sent` bytes have arrived. All threads of the cluster must call it."""
 
     @inline(arg_types=(REF,))
     def run(ctx, barrier):
@@ -42,19 +42,19 @@ def expect(sent: int) -> Callable:
 
 @inline()
 def join(ctx):
-    """Waits until all threads of the cluster have called what `expect` gave."""
+    """Waits until all threads of the cluster have called the function that `expect` returned."""
     asm("barrier.cluster.wait.acquire.aligned;", [], "")
 
 
 @inline(arg_types=(REF,))
 def wait(ctx, barrier):
-    """Blocks until all has come."""
+    """Waits until all bytes have arrived."""
     pointer = utils.memref_ptr(barrier)
     nvvm.mbarrier_try_wait_parity(pointer, c(0), c(10_000_000))
 
 
 def send(problem: Problem) -> Callable:
-    """-> f(*pieces [64, heads], [heads], parts, barrier, sender): to the cluster's first thread block."""
+    """-> f(*pieces [64, heads], [heads], parts, barrier, sender): sends to the cluster's first thread block."""
     pieces = len(problem.row_pieces)
 
     @inline(arg_types=(*[ROWS] * pieces, PER_HEAD, REF, REF, SPLAT))
@@ -77,7 +77,7 @@ def send(problem: Problem) -> Callable:
 
 
 def receive(problem: Problem, sender: int, piece: int) -> Callable:
-    """-> f(parts) -> one of the arrays of a sender: [64, heads], or [heads] after the last of these."""
+    """-> f(parts) -> one of a sender's arrays: a piece [64, heads] or, after the last of these, [heads]."""
     heads, after = problem.heads, piece == len(problem.row_pieces)
     shape, layout = ((heads,), PER_HEAD) if after else ((64, heads), ROWS)
     first = sender * problem.part_words + piece * (WARPGROUP * heads // 2)
@@ -89,7 +89,7 @@ def receive(problem: Problem, sender: int, piece: int) -> Callable:
         layout_here = layout.to_mgpu()
         registers = np.empty(layout_here.registers_shape(shape), dtype=object)
         base = utils.memref_ptr(parts)
-        for i, place in enumerate(np.ndindex(registers.shape)):  # volatile: never before the wait
+        for i, place in enumerate(np.ndindex(registers.shape)):  # volatile: must not move above the wait
             at = arith.addi(arith.muli(thread(), c(2)), c(first + i * WARPGROUP * 2))
             registers[place] = llvm.load(pair, utils.getelementptr(base, [at], f32()), volatile_=True)
         return mgpu.FragmentedArray(_registers=registers, _layout=layout_here, _is_signed=None)

@@ -1,11 +1,10 @@
 """Split-KV flash decoding over selected groups for Hopper GPUs, in Pallas Mosaic GPU.
 
-One thread block (one warpgroup) takes one (sequence, entry of group_index, split): it streams its share of the
+One thread block (one warpgroup) handles one (sequence, entry of group_index, split): it streams its share of the
 group's keys and values through a ring of TMA copies, and attends with keys as the rows of wgmma, so that the few
-query heads of a group cost 8 columns and not 64 rows. The splits of a group are a cluster: they send their partial
-results into the shared memory of its first thread block, which merges them and writes the group's rows of the result.
-Zeros for unselected groups are written on the way, while the first tiles are in flight. One launch, no pass before or
-after it.
+query heads of a group cost 8 columns instead of 64 rows. The splits of a group form a cluster: they send their partial
+results to the shared memory of its first thread block, which merges them and writes the group's rows of the result.
+Zeros for unselected groups are written while the first tiles are in flight. There is one launch and no other pass.
 """
 
 import functools
@@ -28,11 +27,11 @@ from pallas_kernels.decode_attention.exchange import PER_HEAD, ROWS
 from pallas_kernels.decode_attention.tiles import WIDE, Problem, Tiles, choose
 
 KERNEL_NAME = "sparse_decode_attention"
-TURNED = plgpu.Layout.WGMMA_TRANSPOSED  # of a [rows, heads] array that is stored as [heads, rows]
-NEVER = -1e30  # the score of a position that doesn't count; finite, so that no difference of two is NaN
+TURNED = plgpu.Layout.WGMMA_TRANSPOSED  # for a [rows, heads] array that is stored as [heads, rows]
+MASKED = -1e30  # the score of a position that doesn't count; finite, so that differences are never NaN
 
 
-# Jitted, so that the layers of a model share one trace, one lowering and one binary.
+# Jitted so that all layers of a model share one trace, one lowering and one binary.
 @functools.partial(jax.jit, static_argnames=("scale", "window", "device", "tiles", "interpret"))
 def sparse_decode_attention(
     q: Float[Array, "B K G H"],
@@ -47,7 +46,7 @@ def sparse_decode_attention(
     tiles: Tiles | None = None,
     interpret: plgpu.InterpretGPUParams | None = None,
 ) -> Float[Array, "B K G H"]:
-    """As `pallas_kernels.sparse_decode_attention`; `tiles=None` takes `tiles.choose`'s, `interpret` runs on a CPU.
+    """See `pallas_kernels.sparse_decode_attention`; `tiles=None` uses `tiles.choose`, `interpret` runs on a CPU.
 
     Raises NotImplementedError for a device, dtype or shape that the kernel can't do.
     """
@@ -68,7 +67,7 @@ def sparse_decode_attention(
 
 
 class _Work(NamedTuple):
-    """What a thread block does: `steps` blocks of positions from `origin` on, of which [start, end) count."""
+    """A thread block's work: `steps` blocks of positions from `origin` on, of which [start, end) count."""
 
     row: jax.Array
     group: jax.Array
@@ -95,7 +94,7 @@ class _Part(NamedTuple):
 
 
 class _Ring(NamedTuple):
-    """Blocks of keys or values on their way from `source` into the slots of `shared`."""
+    """A ring buffer: copies blocks of keys or values from `source` into the slots of `shared`."""
 
     source: Any
     shared: Any
@@ -107,9 +106,7 @@ class _Ring(NamedTuple):
     def fetch(self, work: _Work, step: jax.Array) -> None:
         _, block, columns = self.shared.shape
         width = self.source.shape[-1]
-        rows = (
-            block if columns == width else 8
-        )  # a copy fills whole columns of a slot, or one row of its tiles
+        rows = block if columns == width else 8  # a copy fills a whole slot, or one row of its tiles
         slot = self.slot(step)
         for first in range(0, block, rows):
             there = self.source.at[work.row, work.group, pl.ds(work.origin + step * block + first, rows), :]
@@ -132,7 +129,7 @@ class _Kernel:
     interpret: plgpu.InterpretGPUParams | None
 
     def build(self) -> Callable[..., Any]:
-        """The function (q, k, v, lengths[, group_index]) -> [out, ...partial results, where interpreted]."""
+        """The function (q, k, v, lengths[, group_index]) -> [out], followed by partial results when interpreted."""
         p, t = self.problem, self.tiles
         out = [jax.ShapeDtypeStruct((p.batch, p.groups, p.queries, p.width), self.dtype)]
         cluster: dict[str, Any] = {}
@@ -231,7 +228,7 @@ class _Kernel:
         present = (group >= 0) & (group < p.groups)
         end = lax.min(lengths_g[row], jnp.int32(p.capacity))
         start = jnp.int32(0) if self.window is None else lax.max(end - self.window, jnp.int32(0))
-        origin = lax.div(start, jnp.int32(8)) * 8  # where a TMA copy may begin
+        origin = lax.div(start, jnp.int32(8)) * 8  # TMA copies must start at a multiple of 8
         blocks = pl.cdiv(end - origin, jnp.int32(t.block))
         first, last = jnp.int32(0), blocks
         if t.splits > 1:
@@ -256,7 +253,7 @@ class _Kernel:
             plgpu.copy_gmem_to_smem(q_g.at[query], q_raw.at[query, pl.ds(0, p.width)], full)
 
     def _write_zeros(self, work: _Work, index_g, out_g, o_s) -> None:
-        """Zeros to this thread block's share of the groups that `index_g` does not name."""
+        """Writes zeros to this thread block's share of the groups that `index_g` does not name."""
         p, t = self.problem, self.tiles
         if p.groups == 1:
             return
@@ -284,7 +281,7 @@ class _Kernel:
     def _empty(self) -> _State:
         p = self.problem
         zeros = lambda rows: plgpu.layout_cast(jnp.zeros((rows, p.heads), jnp.float32), ROWS)
-        peak = plgpu.layout_cast(jnp.full((p.heads,), NEVER, jnp.float32), PER_HEAD)
+        peak = plgpu.layout_cast(jnp.full((p.heads,), MASKED, jnp.float32), PER_HEAD)
         return _State(tuple(zeros(WIDE) for _ in p.row_pieces), peak, zeros(self.tiles.block))
 
     def _attend(self, work: _Work, step, state: _State, keys: _Ring, values: _Ring, q_s, p_s) -> _State:
@@ -301,7 +298,7 @@ class _Kernel:
         scores = pl.run_scoped(score, ACC((t.block, p.heads), jnp.float32))
         pl.when(more)(lambda: keys.fetch(work, step + t.stages))
         counts = self._counts(work, origin, (t.block, p.heads))
-        scores = jnp.where(counts, scores * self.factor, NEVER)
+        scores = jnp.where(counts, scores * self.factor, MASKED)
         peak = jnp.maximum(state.peak, scores.max(axis=0))
         fade = jnp.exp2(state.peak - peak)
         weights = jnp.exp2(scores - _down(peak, t.block))
@@ -329,7 +326,7 @@ class _Kernel:
         return counts if self.window is None else counts & (position >= work.start)
 
     def _clear_uncounted(self, work: _Work, origin, block_s) -> None:
-        """Zeros in the rows of a block of values that don't count: their weight is 0, but 0 · NaN is NaN."""
+        """Zeros the rows of a block of values that don't count: their weight is 0, but 0 · NaN is NaN."""
         for first in range(0, self.tiles.block, WIDE):
             for column in self.problem.row_pieces:
                 piece = block_s.at[pl.ds(first, WIDE), pl.ds(column, WIDE)]
@@ -338,7 +335,7 @@ class _Kernel:
         plgpu.commit_smem()
 
     def _merge(self, part: _Part, parts_s, merge, write) -> None:
-        """The cluster's first thread block combines what the others send into its shared memory, and writes it."""
+        """The cluster's first thread block merges what the others send to its shared memory, and writes the result."""
         split, problem = lax.axis_index("split"), self.problem
         exchange.join()
 
@@ -358,7 +355,7 @@ class _Kernel:
             write(_merged(parts))
 
     def _merge_interpreted(self, work: _Work, part: _Part, partial_g, merge, write) -> None:
-        """As `_merge`, through device memory: the interpreter knows no other block's shared memory."""
+        """Like `_merge`, but through device memory: the interpreter can't reach another block's shared memory."""
         out_g, weight_g = (ref.at[work.row, lax.axis_index("entry")] for ref in partial_g)
         split = lax.axis_index("split")
         for piece, array in enumerate(part.out):
@@ -378,7 +375,7 @@ class _Kernel:
     def _write(self, work: _Work, out, out_g, o_s) -> None:
         for piece, first in zip(out, self.problem.row_pieces, strict=True):
             turned = plgpu.layout_cast(piece.astype(self.dtype), TURNED)
-            _store_plainly(o_s.at[:, pl.ds(first, WIDE)].T, turned)
+            _store_unoptimized(o_s.at[:, pl.ds(first, WIDE)].T, turned)
         plgpu.commit_smem()
         pl.when(work.present)(lambda: self._copy_out(o_s, out_g.at[work.row, work.group]))
         plgpu.wait_smem_to_gmem(0, wait_read_only=True)
@@ -401,8 +398,8 @@ def _down(per_head: jax.Array, rows: int) -> jax.Array:
     return lax.broadcast_in_dim(per_head, (rows, per_head.shape[0]), [1])
 
 
-def _store_plainly(ref: Any, array: jax.Array) -> None:
-    """Stores to memory whose layout has no conflict-free way; JAX 0.12 wants that said, 0.11 can't be told."""
+def _store_unoptimized(ref: Any, array: jax.Array) -> None:
+    """Stores with bank conflicts, which the layout can't avoid; JAX 0.12 requires `optimized=False`, 0.11 lacks it."""
     store: Any = getattr(plgpu, "store", None)
     if store is None:
         ref[...] = array

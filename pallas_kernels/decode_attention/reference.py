@@ -1,4 +1,4 @@
-"""The float32 oracle: every group and position is computed, then what was not asked for is masked away."""
+"""Float32 oracle of decode attention: computes every group and position, then masks."""
 
 import jax.numpy as jnp
 from jax import lax
@@ -15,7 +15,7 @@ def sparse_decode_attention(
     scale: float,
     window: int | None = None,
 ) -> Float[Array, "B K G H"]:
-    """As `pallas_kernels.sparse_decode_attention`, in float32 whatever the inputs' dtype."""
+    """See `pallas_kernels.sparse_decode_attention`; returns float32 for every input dtype."""
     q, k, v = (x.astype(jnp.float32) for x in (q, k, v))
     position = jnp.arange(k.shape[2])[None, :]
     end = jnp.minimum(lengths, k.shape[2])[:, None]

@@ -1,4 +1,4 @@
-"""How the Hopper kernel cuts up its work: a configuration, what it needs, which are worth trying."""
+"""Tile configurations of the Hopper kernel: what each needs, which to use, and which are worth measuring."""
 
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
@@ -9,7 +9,7 @@ from pallas_kernels._tuned import lookup as tuned
 OP = "sparse_decode_attention"
 
 SM_SMEM = 233472  # bytes of shared memory of one Hopper multiprocessor
-BLOCK_RESERVE = 1024  # bytes of it that each resident thread block costs beyond its own
+BLOCK_RESERVE = 1024  # bytes that each resident thread block costs on top of its own
 WIDE = 64  # rows of one wgmma
 MAX_HEADS = 64
 MAX_WIDTH = 256
@@ -17,7 +17,7 @@ MAX_WIDTH = 256
 
 @dataclass(frozen=True, kw_only=True)
 class Problem:
-    """The static shape of a call: B K G H S, and `selected` groups a sequence (= K when dense)."""
+    """The static shape of a call: B K G H S, and `selected` groups per sequence (= K when dense)."""
 
     batch: int
     groups: int
@@ -39,7 +39,7 @@ class Problem:
 
     @property
     def heads(self) -> int:
-        """Query heads of a group as wgmma counts them: a multiple of 8."""
+        """Query heads per group, rounded up to a multiple of 8 for wgmma."""
         return -(-self.queries // 8) * 8
 
     @property
@@ -49,12 +49,12 @@ class Problem:
 
     @property
     def padded_width(self) -> int:
-        """Columns that a query or a result takes in shared memory: whole wgmma rows, H of them used."""
+        """Columns of a query or result in shared memory: H, rounded up to whole wgmma rows."""
         return -(-self.width // WIDE) * WIDE
 
     @property
     def value_width(self) -> int:
-        """Columns that a value tile takes in shared memory: at least one wgmma's rows."""
+        """Columns of a value tile in shared memory: H, but at least the rows of one wgmma."""
         return max(self.width, WIDE)
 
     @property
@@ -65,7 +65,7 @@ class Problem:
 
     @property
     def part_words(self) -> int:
-        """float32 words of a split's result: what each thread holds of the pieces [64, heads], and of [heads]."""
+        """float32 words of a split's result: each thread's share of the pieces [64, heads] and of [heads]."""
         return 128 * (2 * len(self.row_pieces) + 1) * self.heads // 4
 
     def require_supported(self) -> None:
@@ -75,14 +75,14 @@ class Problem:
                 f"head width must be a multiple of 16 up to {MAX_WIDTH}; got {self.width}"
             )
         if self.queries > MAX_HEADS:
-            raise NotImplementedError(f"at most {MAX_HEADS} query heads a group; got {self.queries}")
+            raise NotImplementedError(f"at most {MAX_HEADS} query heads per group; got {self.queries}")
         if self.capacity % 8:
             raise NotImplementedError(f"cache capacity must be a multiple of 8; got {self.capacity}")
 
 
 @dataclass(frozen=True, kw_only=True)
 class Tiles:
-    """block: cache positions a step. stages: steps in flight. splits: thread blocks (one cluster) a group."""
+    """block: cache positions per step. stages: steps in flight. splits: thread blocks (one cluster) per group."""
 
     block: int = 64
     stages: int = 3
@@ -97,7 +97,7 @@ class Tiles:
             raise ValueError(f"attention tiles: splits must be 1 to 8 (a cluster); got {self.splits}")
 
     def smem_bytes(self, problem: Problem) -> int:
-        """Shared memory of one thread block, an upper bound."""
+        """Upper bound on the shared memory of one thread block, in bytes."""
         ring = self.stages * self.block * (problem.width + problem.value_width)
         small = problem.heads * (3 * problem.padded_width + self.block)
         parts = (self.splits - 1) * problem.part_words
@@ -128,9 +128,9 @@ def search_space(problem: Problem, device: Device) -> Iterator[Tiles]:
 
 
 def choose(problem: Problem, dtype: str, device: Device) -> Tiles:
-    """The configuration to use: what was measured best for this very call on such a device, else the heuristic's.
+    """The configuration to use: the fastest one measured for exactly this call and device, else the heuristic's.
 
-    Raises ValueError where a file of tuned configurations holds one that is not valid or does not fit.
+    Raises ValueError if the measured configuration in the file is invalid or does not fit.
     """
     entry = tuned.lookup(OP, device.kind, dtype, vars(problem))
     if entry is None:
@@ -139,7 +139,7 @@ def choose(problem: Problem, dtype: str, device: Device) -> Tiles:
         tiles = Tiles(**entry.tiles)
     except TypeError as error:
         raise ValueError(
-            f"attention tiles: wrong names in a file of tuned ones; got {dict(entry.tiles)}"
+            f"attention tiles: wrong names in a file of tuned tiles; got {dict(entry.tiles)}"
         ) from error
     tiles.require_fit(problem, device)
     return tiles
@@ -148,10 +148,10 @@ def choose(problem: Problem, dtype: str, device: Device) -> Tiles:
 def heuristic(
     problem: Problem, device: Device, *, block: int | None = None, stages: int | None = None
 ) -> Tiles:
-    """The configuration to use where this very problem was not measured; `block` and `stages` may be given.
+    """The configuration to use for a problem that was not measured; `block` and `stages` may be fixed.
 
-    Of three rings that did best on an H200 at H = 128 (bench/results/decode_attention_sweep.jsonl), and of splits of
-    the two cheaper to divide, the one that `_finish_time` expects to end first.
+    Considers the three rings that were fastest on an H200 at H = 128 (bench/results/decode_attention_sweep.jsonl), two
+    of them also with splits, and takes the one that `_finish_time` expects to finish first.
     """
     rings = ((block or 64, stages),) if block or stages else RINGS
     choices = [tiles for ring in rings for tiles in _splits(problem, device, *ring)]
@@ -159,17 +159,19 @@ def heuristic(
 
 
 RINGS: tuple[tuple[int, int | None], ...] = ((128, 2), (64, 2), (64, 3))
-UNDIVIDED = (64, 3)  # splits of it were always slower than those of the others
+UNSPLIT = (64, 3)  # its splits were always slower than those of the other two
 
 
 def _splits(problem: Problem, device: Device, block: int, stages: int | None) -> list[Tiles]:
-    """Configurations with that ring, its depth `stages` or, where None, two if they fit; none where it doesn't fit."""
+    """Configurations with that ring that fit; its depth is `stages` or, if None, 2 if that fits, else 1."""
     wanted = (stages,) if stages else (2, 1)
     whole = next((t for n in wanted if (t := Tiles(block=block, stages=n)).fits(problem, device)), None)
     if whole is None:
         return [Tiles(block=block, stages=1)] if block == 64 else []
-    counts = (1,) if (block, stages) == UNDIVIDED else (1, 2, 3, 4, 8)
-    even = -(-problem.capacity // block) % 3 == 0  # else three would leave some thread blocks a step more
+    counts = (1,) if (block, stages) == UNSPLIT else (1, 2, 3, 4, 8)
+    even = (
+        -(-problem.capacity // block) % 3 == 0
+    )  # otherwise, 3 splits would give some thread blocks an extra step
     divided = (
         replace(whole, splits=n)
         for n in counts
@@ -178,20 +180,20 @@ def _splits(problem: Problem, device: Device, block: int, stages: int | None) ->
     return [tiles for tiles in divided if tiles.fits(problem, device)]
 
 
-BYTES_PER_US = 4.4e6  # that an H200 reads
-IN_FLIGHT = 10e6  # bytes on their way that it takes for that
-CLUSTER_ROOM = 0.9  # of the room for thread blocks: a cluster lies within one group of multiprocessors
-WIDE_GAIN = 0.97  # of the time, with blocks of 128 positions: half as many steps
+BYTES_PER_US = 4.4e6  # read rate of an H200
+IN_FLIGHT = 10e6  # bytes in flight needed for that rate
+CLUSTER_ROOM = 0.9  # usable share of thread block slots: a cluster must fit in one group of multiprocessors
+WIDE_GAIN = 0.97  # relative time with blocks of 128 positions, which need half as many steps
 
 
 def _finish_time(problem: Problem, tiles: Tiles, device: Device) -> float:
-    """Microseconds until the last thread block ends, were an H200's memory shared equally among those running."""
+    """Expected microseconds until the last thread block ends, if the running ones share an H200's bandwidth equally."""
     blocks, sms = problem.batch * problem.selected * tiles.splits, device.num_sms
     slots = max(1, int(sms * tiles.resident(problem) * (CLUSTER_ROOM if tiles.splits > 1 else 1)))
     saturating = IN_FLIGHT / (4 * tiles.stages * tiles.block * problem.width)
     waves, rest = divmod(blocks, slots)
     share = (waves * slots + (max(rest, saturating) if rest else 0)) / blocks
-    if not waves and blocks > sms:  # some multiprocessors have more thread blocks; deep rings starve those
+    if not waves and blocks > sms:  # some multiprocessors have more thread blocks, which deep rings slow down
         share *= (-(-blocks // sms) * sms / blocks) ** (0.15 * (tiles.stages - 1))
     if tiles.block > 64:
         share *= WIDE_GAIN

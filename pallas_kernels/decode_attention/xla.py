@@ -1,4 +1,4 @@
-"""Gather the selected groups, attend, scatter into zeros: plain JAX, for any device."""
+"""Decode attention in plain JAX: gathers the selected groups, attends, scatters into zeros. Runs on every device."""
 
 import jax
 import jax.numpy as jnp
@@ -16,7 +16,7 @@ def sparse_decode_attention(
     scale: float,
     window: int | None = None,
 ) -> Float[Array, "B K G H"]:
-    """As `pallas_kernels.sparse_decode_attention`; float32 softmax and accumulation."""
+    """See `pallas_kernels.sparse_decode_attention`; float32 softmax and accumulation."""
     if group_index is None:
         return _attend(q, k, v, lengths, scale, window)
     groups = q.shape[1]

@@ -1,4 +1,4 @@
-"""From scores to the sorted indices of the k largest: neurons of a batch, groups of each sequence."""
+"""Picks the k largest scores, as sorted indices: neurons for a batch, or groups for each sequence."""
 
 import jax
 import jax.numpy as jnp
@@ -16,19 +16,19 @@ def select_top_k(
 ) -> Int[Array, "*B k"]:
     """Indices of the k largest scores, ascending, int32; among equal scores the lower index wins.
 
-    -0 equals +0; NaN counts as -inf. The same call gives the same indices whichever implementation runs, as far
-    as sums over B are the same: these are taken in float32, in no order that is promised.
+    -0 equals +0; NaN counts as -inf. All implementations give the same indices if their sums over B are equal; these
+    are float32, added in an unspecified order.
 
     Args:
-      scores: of any floating dtype; compared in float32.
+      scores: any floating dtype; compared in float32.
       k: a Python int from 1 to n.
-      shared: True for one index [k] for the batch, by the sum over B of max(score, 0), where a NaN makes the sum
-        NaN; False for [B k], the k largest of every row.
+      shared: True for one index [k] for the batch, ranked by the sum over B of max(score, 0), which is NaN if a score
+        is; False for [B k], the k largest of every row.
       implementation: "mosaic" (Pallas, Hopper GPUs; rows of up to 36,864 entries), "xla" (anywhere), or None for
-        the best one that can do the call; `record_backends` tells which that was.
+        the best one that can do the call; `record_backends` shows which one ran.
 
     Raises:
-      ValueError: shapes, dtypes or a k that don't fit.
+      ValueError: a shape, a dtype or k is invalid.
       NotImplementedError: the named implementation can't do the call.
     """
     scores = jnp.asarray(scores)
@@ -36,7 +36,7 @@ def select_top_k(
 
     def hopper(device: Device) -> Array:
         require_hopper(device)
-        from pallas_kernels.selection import mosaic  # half a second, which CPUs need not spend
+        from pallas_kernels.selection import mosaic  # takes half a second; CPUs don't need it
 
         return mosaic.select_top_k(scores, k, shared=shared, device=device)
 

@@ -1,4 +1,4 @@
-"""What a thread block does to a row, in inline PTX: load and pool, count into bins, write the chosen. Not interpretable.
+"""What a thread block does with a row, in inline PTX: load and pool, count into bins, write. Not interpretable.
 
 Register 4·j + i of a thread holds entry `(warp · quads + j) · 128 + lane · 4 + i`.
 """
@@ -28,7 +28,7 @@ def _at(*values: ir.Value | int) -> list[ir.Value]:
 
 
 def _asm(text: str, args: list[ir.Value], constraints: str, result: ir.Type | None = None) -> ir.Value:
-    """With a result, an int32 where no type is named."""
+    """PTX with a result: an int32, unless another type is given."""
     return asm(text, args, constraints, i32() if result is None else result)
 
 
@@ -63,7 +63,7 @@ def _redux(how: str, value: ir.Value) -> ir.Value:
 
 
 def _warp_scan(value: ir.Value) -> ir.Value:
-    """The sum over the lanes up to this one."""
+    """The sum over the lanes up to and including this one."""
     for distance in (1, 2, 4, 8, 16):
         step = f"shfl.sync.up.b32 t|p, $1, {distance}, 0, 0xffffffff; @!p mov.b32 t, 0; add.s32 $0, t, $1;"
         value = _asm(f"{{ .reg .pred p; .reg .b32 t; {step} }}", [value], "=r,r")
@@ -71,7 +71,7 @@ def _warp_scan(value: ir.Value) -> ir.Value:
 
 
 def _over_warps(how: str, n: int, slots: ir.Value, row: int, mask: bool = False) -> ir.Value:
-    """Of the values that the warps left in a row of slots: all of them, or with `mask` those of warps before."""
+    """Reduces the values that the warps left in a row of slots; with `mask`, only those of earlier warps."""
     lane, warp = _lane_and_warp()
     value = memref.load(slots, _at(row, arith.remui(lane, c(4 * tiles.warpgroups(n)))))
     return _redux(how, _chosen_or_zero(_compare("ult", lane, warp), value) if mask else value)
@@ -92,7 +92,7 @@ def _array(values: list[ir.Value], n: int) -> mgpu.FragmentedArray:
 
 
 def _load_quad(pointer: ir.Value, entry: ir.Value, n: int) -> list[ir.Value]:
-    """Four entries of a row of n, a multiple of 4; those beyond its end repeat others."""
+    """Four entries of a row of n, a multiple of 4; past its end, the last four again."""
     if n != tiles.padded(n):
         entry = arith.minui(entry, c(n - 4))
     four = _asm(
@@ -112,7 +112,7 @@ def _sum_of_positive(values: list[ir.Value]) -> ir.Value:
 
 
 def _key(value: ir.Value, signed: bool) -> ir.Value:
-    """int32 in the order of the scores: equal for -0 and +0, for NaN as for -inf or below all that are positive."""
+    """int32 in the order of the scores; -0 equals +0, and NaN equals -inf or, unless `signed`, any negative score."""
     lowest = real(float("-inf") if signed else -1.0)
     value = _asm("max.f32 $0, $1, $2;", [value, lowest], "=f,f,f", f32())
     if not signed:
@@ -124,9 +124,9 @@ def _key(value: ir.Value, signed: bool) -> ir.Value:
 def load(members: int, n: int, *, pool: bool, signed: bool) -> Callable:
     """-> f(scores float32 [rows members n], row, bins, slots) -> (distances [share], shift).
 
-    Distances of keys from the row's largest, unsigned; all are below `2 ** (shift + digit)`, those beyond the row's
-    end are the largest there is. pool: the keys are of the sum over `members` of the positive parts. signed: scores
-    may be negative. Clears the bins.
+    Distances of keys from the row's largest, unsigned and below `2 ** (shift + digit)`; past the row's end, the largest
+    uint32. pool: keys are those of the sum over `members` of the positive parts. signed: scores may be negative.
+    Clears the bins.
     """
 
     @inline(
@@ -169,7 +169,7 @@ def load(members: int, n: int, *, pool: bool, signed: bool) -> Callable:
 
 
 def _shared(ref: ir.Value) -> ir.Value:
-    """Its address in shared memory, 32 bits."""
+    """The reference's 32-bit address in shared memory."""
     return llvm.ptrtoint(i32(), utils.memref_ptr(ref))
 
 
@@ -180,8 +180,8 @@ def _bin_pair(bins: ir.Value) -> ir.Value:
 def crossing(n: int) -> Callable:
     """-> f(distances, low, shift, left, bins, slots) -> (bin, left, full).
 
-    Bin b counts the distances from `low + (b << shift)` to before the next. Returned are the bin that holds the
-    `left`-th smallest of these, which one it is there, and whether it is the last there. Clears the bins.
+    Bin b counts the distances from `low + (b << shift)` up to where the next bin starts. Returns the bin that holds the
+    `left`-th smallest of them, its rank in that bin, and whether it is the last one there. Clears the bins.
     """
 
     @inline(arg_types=(_layout(n), SPLAT, SPLAT, SPLAT, REF, REF), return_type=(_SCALAR,) * 3)
@@ -233,23 +233,23 @@ _COUNT = (
 
 
 def write(n: int, k: int) -> Callable:
-    """-> f(distances, cut, extra, slots, out int32 [rows k], row): the chosen entries, ascending, into out[row].
+    """-> f(distances, cut, extra, slots, out int32 [rows k], row): writes the chosen entries to out[row], ascending.
 
-    Chosen are the distances below `cut` and the first `extra` of those equal to it, k in all.
+    The chosen entries are those with distances below `cut` and the first `extra` of those equal to it, k in all.
     """
 
     @inline(arg_types=(_layout(n), SPLAT, SPLAT, REF, REF, SPLAT))
     def run(ctx, distances, cut, extra, slots, out, row):
         cut, extra = cut.registers.item(), extra.registers.item()
         elements, (_, warp) = _elements(distances), _lane_and_warp()
-        before, sums = (
-            [],
-            c(0),
-        )  # of the warp's earlier entries: how many are below, and 65,536 times those equal
+        # Sums over the warp's earlier entries: 1 for each distance below the cut, 65,536 for each equal to it.
+        before, sums = [], c(0)
         for j in range(0, len(elements), 4):
             mine = c(0)
             for distance in elements[j : j + 4]:
-                mine = _asm(_COUNT, [distance, cut, mine], "=r,r,r,r")  # opaque, or predicates fill registers
+                mine = _asm(
+                    _COUNT, [distance, cut, mine], "=r,r,r,r"
+                )  # opaque, so that predicates don't fill registers
             up_to = _warp_scan(mine)
             before.append(arith.addi(sums, arith.subi(up_to, mine)))
             sums = arith.addi(sums, _asm("shfl.sync.idx.b32 $0, $1, 31, 31, 0xffffffff;", [up_to], "=r,r"))

@@ -1,8 +1,8 @@
 """Selection on Hopper (Pallas Mosaic GPU): the k-th largest key by counting into bins, then compaction.
 
 One thread block holds a row of keys in registers, as distances from the largest. A pass counts them into 2,048 bins
-(256 for short rows) over what is still undecided, at first from the largest to the smallest key, and goes on inside
-the bin of the k-th: two passes for scores that differ, four at most. Chosen entries find their place by prefix sums.
+(256 for short rows) over the undecided range, at first from the largest to the smallest key, and the next pass divides
+the bin of the k-th: two passes for distinct scores, four at most. Prefix sums give the chosen entries their places.
 """
 
 import functools
@@ -19,14 +19,14 @@ from pallas_kernels.selection import block, portable, tiles
 from pallas_kernels.selection.xla import pooled
 
 
-# Jitted, so that the layers of a model share one trace, one lowering and one binary.
+# Jitted so that all layers of a model share one trace, one lowering and one binary.
 @functools.partial(jax.jit, static_argnames=("k", "shared", "device", "interpret"))
 def select_top_k(
     scores: Float[Array, "B n"], k: int, *, shared: bool, device: _device.Device, interpret: bool = False
 ) -> Int[Array, "*B k"]:
-    """As `pallas_kernels.select_top_k`, for rows of up to 36,864 entries.
+    """See `pallas_kernels.select_top_k`; rows of up to 36,864 entries.
 
-    interpret: find the k-th key in Pallas's GPU interpreter on the CPU; what is around it is then plain JAX.
+    interpret: find the k-th key in Pallas's GPU interpreter on the CPU, and do the rest in plain JAX.
 
     Raises NotImplementedError for longer rows.
     """
@@ -47,9 +47,8 @@ def select_top_k(
 
 
 def _kernel(rows: Float[Array, "R M n"], k: int, *, pool: bool, signed: bool) -> Int[Array, "R k"]:
-    rows = jnp.pad(
-        rows, ((0, 0), (0, 0), (0, -rows.shape[2] % 4)), constant_values=jnp.nan
-    )  # the last chosen
+    padding = ((0, 0), (0, 0), (0, -rows.shape[2] % 4))
+    rows = jnp.pad(rows, padding, constant_values=jnp.nan)  # NaN is chosen last
     count, members, n = rows.shape
 
     def body(rows_ref, out_ref, bins, slots):
@@ -75,7 +74,7 @@ def _kernel(rows: Float[Array, "R M n"], k: int, *, pool: bool, signed: bool) ->
 
 
 def _kth(crossing: Callable, shift: jax.Array, k: int, digit: int) -> tuple[jax.Array, jax.Array]:
-    """(cut, extra): k distances are below `cut`, or equal to it and among the first `extra` of these."""
+    """(cut, extra): the k smallest distances are those below `cut` and the first `extra` of those equal to it."""
 
     def undecided(state):
         return state[-1] == 0

@@ -1,4 +1,4 @@
-"""`block` without inline code, for Pallas's GPU interpreter: the passes over bins in a kernel, what is around in JAX."""
+"""`block` without inline code, for Pallas's GPU interpreter: the passes over bins in a kernel, the rest in JAX."""
 
 from collections.abc import Callable
 
@@ -13,7 +13,7 @@ from pallas_kernels.selection import tiles
 
 
 def distances(rows: Float[Array, "R n"]) -> Int[Array, "R n"]:
-    """Of the keys from the largest of their row, unsigned in int32; equal for -0 and +0, and for NaN and -inf."""
+    """Distances of the keys from their row's largest, unsigned in int32; -0 equals +0, and NaN equals -inf."""
     rows = jnp.where(jnp.isnan(rows), -jnp.inf, jnp.where(rows == 0, 0.0, rows))
     bits = lax.bitcast_convert_type(rows, jnp.int32)
     keys = jnp.where(bits < 0, bits ^ jnp.int32(0x7FFFFFFF), bits)
@@ -21,7 +21,7 @@ def distances(rows: Float[Array, "R n"]) -> Int[Array, "R n"]:
 
 
 def kth(distances: Int[Array, "R n"], search: Callable) -> tuple[Int[Array, "R 1"], Int[Array, "R 1"]]:
-    """`search(crossing, shift)` for every row, one thread block each."""
+    """Runs `search(crossing, shift)` for every row, one thread block each."""
     count, n = distances.shape
     widest = lax.bitcast_convert_type(distances, jnp.uint32).max(axis=1)
     shifts = jnp.maximum(32 - tiles.digit(n) - lax.clz(widest).astype(jnp.int32), 0)

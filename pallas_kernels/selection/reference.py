@@ -1,4 +1,4 @@
-"""Oracle of the selection: a stable sort of every row, on the host's terms (no thresholds, no ranks)."""
+"""Oracle of the selection: a stable sort of every row, without thresholds or ranks."""
 
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int

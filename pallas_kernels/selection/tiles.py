@@ -1,24 +1,24 @@
-"""Shapes of the Hopper selection kernel: one thread block a row, the row in registers, four neighbours a quad."""
+"""Shapes of the Hopper selection kernel: one thread block per row, the row in registers, as quads of four neighbors."""
 
-MAX_ROW = 36864  # entries of a row: 36 registers a thread, of its 64
-POOL_LIMIT = 4  # rows that one block sums as fast as a kernel of its own would
+MAX_ROW = 36864  # entries of a row: 36 of a thread's 64 registers
+POOL_LIMIT = 4  # the most rows that one block sums as fast as a separate kernel
 
 
 def warpgroups(n: int) -> int:
-    """Of 128 threads each, for a row of n entries."""
+    """Number of warpgroups, of 128 threads each, for a row of n entries."""
     return 1 if n <= 512 else 8
 
 
 def quads(n: int) -> int:
-    """Runs of four neighbouring entries that a thread holds."""
+    """Number of runs of four neighboring entries that a thread holds."""
     return -(-n // (512 * warpgroups(n)))
 
 
 def padded(n: int) -> int:
-    """Entries that a row takes in the kernel."""
+    """Number of entries that the kernel pads a row to."""
     return 512 * warpgroups(n) * quads(n)
 
 
 def digit(n: int) -> int:
-    """Bits that a pass settles: two bins a thread."""
+    """Number of bits that a pass decides, with two bins per thread."""
     return 7 + warpgroups(n).bit_length()

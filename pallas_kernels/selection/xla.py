@@ -5,7 +5,7 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Float, Int
 
-RANKING_LIMIT = 256  # entries up to which n² comparisons beat a sort
+RANKING_LIMIT = 256  # the longest row for which n² comparisons beat a sort
 
 
 def pooled(scores: Float[Array, "B n"]) -> Float[Array, " n"]:
@@ -15,9 +15,11 @@ def pooled(scores: Float[Array, "B n"]) -> Float[Array, " n"]:
 
 
 def select_top_k(scores: Float[Array, "B n"], k: int, *, shared: bool) -> Int[Array, "*B k"]:
-    """As `pallas_kernels.select_top_k`."""
+    """See `pallas_kernels.select_top_k`."""
     rows = pooled(scores)[None, :] if shared else scores.astype(jnp.float32)
-    rows = jnp.where(jnp.isnan(rows), -jnp.inf, jnp.where(rows == 0, 0.0, rows))  # sorts tell -0 from 0
+    rows = jnp.where(
+        jnp.isnan(rows), -jnp.inf, jnp.where(rows == 0, 0.0, rows)
+    )  # sorts distinguish -0 from 0
     chosen = _by_rank(rows, k) if rows.shape[1] <= RANKING_LIMIT else _by_sort(rows, k)
     return chosen[0] if shared else chosen
 

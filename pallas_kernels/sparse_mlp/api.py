@@ -68,10 +68,10 @@ def sparse_mlp(
 
 
 def _hopper(x: Array, index: Array, weights: Weights, *, device: Device, **act: Any) -> Array:
-    """The Hopper kernel with the measured tiles, under vmap too."""
+    """Runs the Hopper kernel with the measured tiles; works under vmap."""
     require_hopper(device)
     require_numbers(x, weights["w_up"], index)
-    from pallas_kernels.sparse_mlp.mosaic import launch  # half a second, which CPUs need not spend
+    from pallas_kernels.sparse_mlp.mosaic import launch  # takes half a second; CPUs don't need it
 
     def call(x: Array, index: Array, weights: Weights) -> Array:
         batch, d_model = x.shape
@@ -115,8 +115,8 @@ def _validate(
 
 
 def _static_threshold(threshold: object, activation: str) -> float:
-    """The threshold as a Python float, whatever kind of number it was."""
-    expected = "a number that is static, zero or more, and finite in float32"
+    """The threshold as a Python float; accepts any kind of static number."""
+    expected = "a static number, zero or more, finite in float32"
     try:
         value = float("nan" if isinstance(threshold, str | bool) else threshold)  # pyright: ignore[reportArgumentType]
     except (TypeError, ValueError):  # traced values raise a TypeError

@@ -1,4 +1,4 @@
-"""`jax.vmap` of a call whose thread blocks wait for one another, so that no two calls may run at the same time."""
+"""`jax.vmap` for a kernel whose thread blocks wait for each other, so that two calls must never run at once."""
 
 from collections.abc import Callable, Mapping
 

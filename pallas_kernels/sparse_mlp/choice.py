@@ -20,7 +20,7 @@ def shapes(batch: int, d_model: int, *, selected: int, gated: bool) -> dict[str,
 
 
 def stored(tiles: Tiles) -> dict[str, int]:
-    """Tiles as a tuned file stores them: their whole numbers, and how many kernels compute the call."""
+    """Tiles as a tuned file stores them: the integer fields, and how many kernels compute the call."""
     return {name: n for name, n in vars(tiles).items() if type(n) is int} | {
         "kernels": 1 if tiles.fused else 2
     }
@@ -42,7 +42,7 @@ def measured(
         tiles = Tiles(fused={1: True, 2: False}[sizes.pop("kernels")], **sizes)
     except (TypeError, KeyError) as error:
         raise ValueError(
-            f"{OP} tiles: not a configuration, in a file of tuned tiles; got {dict(entry.tiles)}"
+            f"{OP} tiles: not a configuration in a file of tuned tiles; got {dict(entry.tiles)}"
         ) from error
     if tiles.batch != padded(batch) or d_model % tiles.cols or tiles.blocks > device.num_sms:
         wanted = f"batch {padded(batch)}, cols that divide {d_model}, at most {device.num_sms} blocks"

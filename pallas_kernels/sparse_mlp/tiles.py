@@ -23,7 +23,7 @@ class Tiles:
     Attributes:
       batch: padded batch size, N of the matrix products.
       warpgroups: how many multiply; each owns 64 rows of a stage.
-      groups: stages of rows that the up-projection accumulates together, so that it reads the input once for all.
+      groups: stages of rows that the up-projection accumulates together, to read the input once for all of them.
       cols: columns of a stage: contraction columns in the up-projection, output columns in the down-projection.
       stages: depth of the weight ring buffer.
       x_cols, x_slots: columns and depth of the input's ring buffer.
@@ -48,17 +48,23 @@ class Tiles:
         problems = [
             (self.batch in BATCHES, f"batch must be one of {BATCHES}"),
             (self.warpgroups in (1, 2), "warpgroups must be 1 or 2"),
-            (self.cols % (64 * self.warpgroups) == 0, "cols must be a multiple of 64 a warpgroup"),
-            (self.x_cols % 64 == 0 and self.cols % self.x_cols == 0, "x_cols must divide cols, by 64"),
+            (self.cols % (64 * self.warpgroups) == 0, "cols must be a multiple of 64 per warpgroup"),
+            (
+                self.x_cols % 64 == 0 and self.cols % self.x_cols == 0,
+                "x_cols must be a multiple of 64 that divides cols",
+            ),
             (
                 self.x_slots > self.cols // self.x_cols - (self.groups == 1),
-                "x_slots must hold one chunk and more",
+                "x_slots must hold more than one chunk",
             ),
             (min(self.groups, self.stages, self.blocks) > 0, "groups, stages and blocks must be positive"),
             (self.copy in COPIES, f"copy must be one of {COPIES}"),
             (not (self.fused and self.copy == "rows"), "rows can't be fused"),
             (self.hidden_slots > 1, "the input's ring is too small for two stages of hidden values"),
-            (max(self.groups, self.cols // 64 // self.warpgroups) * self.batch <= 256, "sums need registers"),
+            (
+                max(self.groups, self.cols // 64 // self.warpgroups) * self.batch <= 256,
+                "sums need too many registers",
+            ),
             (self.smem_bytes <= 232448, "too much shared memory"),
         ]
         for fine, problem in problems:
@@ -112,12 +118,12 @@ SUM_COST = 256 / 48  # times batch²: cost of one more partial sum per tile, in 
 
 
 def heuristic(batch: int, d_model: int, device: Device, *, selected: int, gated: bool = False) -> Tiles:
-    """The tiles for a call: of the valid ones, those whose busiest block reads the least.
+    """The tiles for a call: the valid configuration whose busiest block reads the least.
 
     Args:
       batch: at most 128; a larger batch is computed in pieces.
       d_model: a multiple of 128.
-      device: for its number of multiprocessors.
+      device: the device to run on; its number of multiprocessors matters.
       selected: length of the index.
       gated: whether the up-projection has two matrices.
     """
@@ -143,7 +149,7 @@ def _narrower(tiles: Tiles) -> Tiles:
 
 
 def _variants(tiles: Tiles, changes: Iterable[dict[str, Any]]) -> list[Tiles]:
-    """`tiles` with each of the changes, without invalid configurations and repetitions."""
+    """`tiles` with each of the changes, leaving out invalid and repeated configurations."""
     found: dict[Tiles, None] = {}
     for change in changes:
         with contextlib.suppress(ValueError):

@@ -142,7 +142,7 @@ def _command(verb: Verb) -> Callable[..., None]:
             if not ran_out(error):
                 raise
             hint = "compute less at a time, or take a device with more; polarjax inspect tells the sizes"
-            print(f"polarjax: the memory of the device ran out. Hint: {hint}", file=sys.stderr)
+            print(f"polarjax: the device ran out of memory. Hint: {hint}", file=sys.stderr)
             raise typer.Exit(BAD_INPUT) from error
         if as_json:
             print(json.dumps(_plain(result)))

@@ -330,7 +330,7 @@ def test_unknown_implementation():
     [
         ({"q": jnp.zeros((2, 3, 64), jnp.bfloat16)}, "q must be"),
         ({"q": jnp.zeros((2, 3, 0, 64), jnp.bfloat16)}, "q must be"),
-        ({name: jnp.zeros((2, 3, 0, 64), jnp.bfloat16) for name in "kv"}, "must have room"),
+        ({name: jnp.zeros((2, 3, 0, 64), jnp.bfloat16) for name in "kv"}, "must not be empty"),
         ({"k": jnp.zeros((2, 2, 64, 64), jnp.bfloat16)}, "k must be"),
         ({"v": jnp.zeros((2, 3, 72, 64), jnp.bfloat16)}, "v must have k's shape"),
         ({"v": jnp.zeros((2, 3, 64, 64), jnp.float16)}, "share a floating dtype"),

@@ -185,7 +185,7 @@ def test_every_width_and_batch_has_tiles():
         ({"stages": 0}, "must be positive"),
         ({"fused": True}, "rows can't be fused"),
         ({"stages": 40}, "too much shared memory"),
-        ({"batch": 128, "groups": 4}, "sums need registers"),
+        ({"batch": 128, "groups": 4}, "sums need too many registers"),
     ],
 )
 def test_tiles_validate_themselves(change, match):
@@ -231,8 +231,8 @@ def test_named_mosaic_is_lowered_for_a_gpu_and_named_in_profiles():
     ("changes", "activation", "match"),
     [
         ({"dtype": "float32"}, "relu", "needs bfloat16 or float16"),
-        ({"d_model": 64}, "relu", "steps of 128; got 64"),
-        ({}, "gelu", "knows the activations relu, silu; got gelu"),
+        ({"d_model": 64}, "relu", "multiple of 128; got 64"),
+        ({}, "gelu", "supports the activations relu, silu; got gelu"),
     ],
 )
 def test_named_mosaic_says_what_it_cannot_do(changes, activation, match):

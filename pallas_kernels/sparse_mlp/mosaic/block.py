@@ -30,7 +30,7 @@ from pallas_kernels.sparse_mlp.tiles import HIDDEN_WIDTH
 
 MATRICES = ("w_up", "w_gate", "w_down")
 HIDDEN, MARKS, TILES = range(3)  # numbers of the first semaphores of a fused kernel: see `Call.semaphores`
-RESULT = MARKS  # its meaning in kernels without marks
+RESULT = MARKS  # the same semaphore in kernels without marks
 
 
 class Registers(NamedTuple):
@@ -130,7 +130,7 @@ class Block:
         """(tile, chunk) of a unit of a product."""
         return lax.div(unit, jnp.int32(split.chunks)), lax.rem(unit, jnp.int32(split.chunks))
 
-    # Its share of a product, of the hidden values and of the result
+    # The block's share of a product, of the hidden values and of the result
 
     def for_each_part(self, split: Split, units, body: Callable[..., Any]) -> None:
         """Runs body(number of the partial sum, tile, first unit, end) for each tile that this block touches."""

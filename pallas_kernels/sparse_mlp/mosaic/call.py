@@ -15,7 +15,7 @@ class Call:
       batch, d_model, num_neurons, selected: B, D, F and k.
       gated: whether the up-projection has two matrices.
       activation: "relu" or "silu".
-      threshold: with "relu", what a pre-activation must exceed to pass.
+      threshold: with "relu", the value that a pre-activation must exceed to be kept.
       dtype: of operands and result, "bfloat16" or "float16".
       tiles: the configuration.
     """

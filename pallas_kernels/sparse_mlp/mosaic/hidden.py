@@ -18,7 +18,7 @@ ACTIVATIONS = {"relu": lambda a: jnp.maximum(a, 0.0), "silu": lambda a: a / (1.0
 
 
 def activation(call: Call) -> Callable[[jax.Array], jax.Array]:
-    """float32 -> float32: the call's activation; a ReLU with a threshold keeps what exceeds it."""
+    """float32 -> float32: the call's activation; a ReLU with a threshold keeps values that exceed it."""
     return thresholded(call.threshold) if call.threshold else ACTIVATIONS[call.activation]
 
 

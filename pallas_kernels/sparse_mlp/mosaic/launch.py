@@ -53,7 +53,7 @@ def sparse_mlp(
     """See `pallas_kernels.sparse_mlp`; bfloat16 or float16 only, and D a multiple of 128.
 
     Args:
-      tiles: the configuration, whose batch is at least B; None takes the heuristic's.
+      tiles: the configuration, whose batch is at least B; None uses the heuristic's.
       interpret: run in Pallas's GPU interpreter on the CPU; requires `tiles.copy == "rows"`.
 
     Raises:
@@ -86,7 +86,7 @@ def _in_pieces(x: jax.Array, run: Callable[[jax.Array], jax.Array]) -> jax.Array
     """[B D] -> [B D], in pieces of the largest supported batch.
 
     A loop, so that no two pieces run at once: the thread blocks of a fused kernel wait for each other, so two kernels
-    that each occupied a part of the GPU would wait forever.
+    that each occupied part of the GPU would wait forever.
     """
     batch, width = x.shape
     pieces = jnp.pad(x, ((0, -batch % BATCHES[-1]), (0, 0))).reshape(-1, BATCHES[-1], width)
@@ -97,9 +97,9 @@ def _require(x: jax.Array, w_up: jax.Array, activation: str) -> None:
     if x.dtype != w_up.dtype or x.dtype not in (jnp.bfloat16, jnp.float16):
         raise NotImplementedError(f"needs bfloat16 or float16 throughout; got {x.dtype} and {w_up.dtype}")
     if x.shape[1] % 128:
-        raise NotImplementedError(f"needs a model width in steps of 128; got {x.shape[1]}")
+        raise NotImplementedError(f"needs a model width that is a multiple of 128; got {x.shape[1]}")
     if activation not in ACTIVATIONS:
-        raise NotImplementedError(f"knows the activations {', '.join(ACTIVATIONS)}; got {activation}")
+        raise NotImplementedError(f"supports the activations {', '.join(ACTIVATIONS)}; got {activation}")
 
 
 def _for_rows(call: Call, index: jax.Array) -> dict[str, jax.Array]:

@@ -1,4 +1,4 @@
-"""The loader: the warpgroup that loads what the weights are multiplied by, first the input, then the hidden values."""
+"""The loader: the warpgroup that loads the other operand of the products, first the input, then the hidden values."""
 
 import jax.numpy as jnp
 from jax import lax
@@ -59,9 +59,7 @@ def _mark_places(block: Block) -> None:
     """Places marks wherever this block will store values; signals its consumers, then all blocks."""
     call, tiles, refs = block.call, block.tiles, block.refs
     _mark_parts(block, refs["up_parts"], call.up, block.up, tiles.groups * (tiles.batch // 8))
-    plgpu.barrier_arrive(
-        refs["marked"].at[0]
-    )  # consumers store the down-projection's sums after all blocks' marks
+    plgpu.barrier_arrive(refs["marked"].at[0])  # the down-projection's sums wait for all blocks' marks anyway
     _mark_parts(block, refs["down_parts"], call.down, block.down, tiles.cols // 64 * call.result_fours)
     pieces, width = block.pieces
     mark = marks.fill(width // 16)

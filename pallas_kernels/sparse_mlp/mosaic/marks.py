@@ -2,8 +2,8 @@
 
 Thread blocks then need no fence and no semaphore to pass values on. A block's loader places its marks while the first
 weights are in flight. This is safe because (1) a value is stored after its mark: consumers wait for their loader;
-(2) a block reads only after all blocks have announced their marks; and (3) no value equals the mark: `_unlike_marks`
-and the rounding to 16 bits make sure of that.
+(2) a block reads only after all blocks have announced their marks; and (3) no value equals the mark, because
+`_unlike_marks` and the rounding to 16 bits exclude it.
 """
 
 import functools

@@ -30,7 +30,7 @@ def _await_empty(block: Block, t) -> None:
 
 
 def _fill_inline(block: Block, matrices) -> None:
-    """Gathers in inline PTX; index entries are loaded one ring ahead of the rows that they name."""
+    """Gathers in inline PTX; loads index entries one ring ahead of the rows that they name."""
     tiles, refs = block.tiles, block.refs
     load = gather.load_ids(tiles.rows, block.call.num_neurons)
     issue = gather.issue_rows(tiles.rows, tiles.cols)
