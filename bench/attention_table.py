@@ -1,4 +1,4 @@
-"""The table of decode attention: our kernel beside plain XLA and cuDNN on every named workload, within a time budget.
+"""The table of decode attention: our kernel, plain XLA and cuDNN on every named workload, within a time budget.
 
 The most important workloads come first, in chunks: the programs of a chunk are lowered, compiled in parallel, and only
 then timed, one at a time on an idle machine. Models whose attention has the same shape are measured once.
@@ -24,7 +24,7 @@ from pallas_kernels.decode_attention import mosaic, reference, xla
 
 LIMIT = 8e-3  # |out - oracle| / |oracle|, both as vectors
 CHECKED = 3  # sequences compared with the oracle
-CHUNK = 40  # programs compiled side by side
+CHUNK = 40  # programs compiled at the same time
 MAX_BYTES = 20e9  # of a whole cache
 FIRST = ("opt-6.7b", "opt-66b", "llama-3.1-8b", "llama-2-7b", "llama-3.1-70b", "opt-30b", "qwen2.5-14b")
 COLUMNS = ("case", "kernel", "time_us", "spread_us", "bytes", "gbps", "pct_peak", "speedup_vs_dense", "error")
@@ -32,11 +32,11 @@ COLUMNS = ("case", "kernel", "time_us", "spread_us", "bytes", "gbps", "pct_peak"
 
 @dataclass(frozen=True)
 class Unit:
-    """Calls that share a cache: one layer, B sequences of `cache` tokens; with `beside`, other libraries' calls too."""
+    """Calls that share a cache: one layer, B sequences of `cache` tokens; with `compared`, also other libraries'."""
 
     case: AttentionCase  # dense
     densities: tuple[float, ...]
-    beside: bool
+    compared: bool
     same: tuple[str, ...]  # models whose attention has this shape
 
     def at(self, density: float) -> AttentionCase:
@@ -56,14 +56,14 @@ class Unit:
         for density in self.densities:
             floor = self.at(density).cache_bytes / 4e12
             yield "mosaic", density, ours, timing.calls_needed(floor)
-            if self.beside and density in (1.0, 0.3):
+            if self.compared and density in (1.0, 0.3):
                 yield "xla", density, functools.partial(xla.sparse_decode_attention, scale=scale), 2
-            if self.beside and density == 1.0:
+            if self.compared and density == 1.0:
                 yield "cudnn", density, functools.partial(cudnn, scale=scale), 4
 
 
 def units(models: Sequence[str], max_bytes: float = MAX_BYTES) -> list[Unit]:
-    """Every named workload once: batch 16 and 64 before the others, dense and .3 before the other densities."""
+    """Every named workload once: batch 16 and 64 come first, and densities 1 and .3 within them."""
     same: dict[tuple[int, ...], list[AttentionCase]] = {}
     order = [*FIRST, *(name for name in MODELS if name not in FIRST)]
     cases = [case for case in attention_cases(max_bytes) if case.density == 1]
@@ -81,15 +81,15 @@ def units(models: Sequence[str], max_bytes: float = MAX_BYTES) -> list[Unit]:
         (tuple(b for b in BATCHES if b not in important), others, False),
     )
     return [
-        Unit(equal[0], densities, beside, tuple(case.model.name for case in equal))
-        for batches, densities, beside in rounds
+        Unit(equal[0], densities, compared, tuple(case.model.name for case in equal))
+        for batches, densities, compared in rounds
         for equal in found
         if equal[0].batch in batches
     ]
 
 
 def cudnn(q, k, v, lengths, index, *, scale):
-    """cuDNN's dense attention; the bytes of k and v are read as its own layout [B S K H]."""
+    """cuDNN's dense attention; reinterprets the bytes of k and v in its own layout, [B S K H]."""
     batch, groups, queries, width = q.shape
     k, v = (x.reshape(batch, -1, groups, width) for x in (k, v))
     out = jax.nn.dot_product_attention(
@@ -105,7 +105,7 @@ def cudnn(q, k, v, lengths, index, *, scale):
 
 
 def oracles(rows, q, k, v, lengths, index):
-    """Expected results of the sequences `rows`: with k, v as [B K S H], and dense with the same bytes as [B S K H]."""
+    """Expected results of the sequences `rows`: with k, v as [B K S H], and dense with their bytes as [B S K H]."""
     q, k, v, lengths, index = (x[rows] for x in (q, k, v, lengths, index))
     oracle = functools.partial(reference.sparse_decode_attention, scale=q.shape[-1] ** -0.5)
     k_other, v_other = (x.reshape(x.shape[0], -1, *x.shape[1::2]).swapaxes(1, 2) for x in (k, v))
@@ -116,7 +116,7 @@ def oracles(rows, q, k, v, lengths, index):
 
 
 def lowered(unit: Unit) -> dict[Any, Any]:
-    """Every program of a unit by its name; the exception instead if it cannot be lowered."""
+    """Every program of a unit by name, or the exception if it cannot be lowered."""
     q_shape, kv_shape = unit.shapes
     batch = q_shape[0]
     q, kv = (jax.ShapeDtypeStruct(shape, jnp.bfloat16) for shape in (q_shape, kv_shape))
@@ -218,7 +218,7 @@ def _timed(program, q, sets, calls, peak, row, oracle, rows) -> dict[str, Any]:
 
 
 def error(out: Any, want: Any) -> float:
-    """|out - want| / |want| as vectors; infinite where anything is not a number."""
+    """|out - want| / |want| as vectors; infinite if any element is NaN or infinite."""
     out, want = np.asarray(out, np.float64), np.asarray(want, np.float64)
     if not np.isfinite(out).all():
         return float("inf")
@@ -233,7 +233,7 @@ def table(
 ) -> Iterator[list[dict[str, Any]]]:
     """The rows, chunk by chunk, until the next chunk would not finish within `seconds`.
 
-    known: rows measured before; a unit with nothing new in it is left out.
+    known: rows measured before; a unit with nothing new is skipped.
     """
     done = {(row["case"], row["kernel"]): row["time_us"] for row in known if "time_us" in row}
     dense = {case: time_us for (case, kernel), time_us in done.items() if kernel == "mosaic"}

@@ -1,12 +1,12 @@
-"""How fast checkpoints are converted and exported, beside a plain copy of the same bytes on the same disk.
+"""How fast checkpoints are converted and exported, compared with a plain copy of the same bytes on the same disk.
 
     python -m bench.bench_convert --layers 15 --folder SOMEWHERE
 
-writes a LLaMA-shaped bfloat16 checkpoint of about 0.13 GB a layer and 0.26 GB more, then copies, converts and exports
-it, in turns; each time the source is cold (dropped from the page cache), the machine's memory was just in use, and the
-result is flushed to the disk. The folder is emptied again. Seconds are medians, those of the processor of all threads;
-"of copy" is the time divided by the copy's, "best" the same of the shortest times; "load" is the machine's, other work
-included.
+writes a LLaMA-shaped bfloat16 checkpoint of about 0.13 GB per layer plus 0.26 GB, then copies, converts and exports it,
+in turns. Each time, the source is dropped from the page cache, the machine's memory was just in use, and the result is
+flushed to disk. The folder is emptied at the end. Seconds are medians; "cpu_seconds" counts all threads; "of_copy" is
+the time divided by the copy's, "best" the same for the shortest times; "load" is the machine's, including other
+processes.
 """
 
 import argparse
@@ -31,7 +31,7 @@ COLUMNS = ("work", "GB", "seconds", "cpu_seconds", "GB_per_s", "of_copy", "best"
 
 
 def copy(source: Path, target: Path) -> None:
-    """A plain copy, down to the disk."""
+    """A plain copy, flushed to disk."""
     target.mkdir()
     for file in source.iterdir():
         shutil.copyfile(file, target / file.name)
@@ -40,7 +40,7 @@ def copy(source: Path, target: Path) -> None:
 
 
 def chill(folder: Path) -> None:
-    """Drops the files of a folder from the page cache, as far as the system does what it is asked."""
+    """Asks the system to drop the files of a folder from the page cache."""
     for file in folder.rglob("*"):
         if file.is_file():
             with open(file, "rb") as stream:
@@ -49,13 +49,13 @@ def chill(folder: Path) -> None:
 
 
 def touch_memory(size: int) -> None:
-    """Uses and frees that many bytes: a virtual machine gets memory from its host at less than a disk's speed."""
+    """Uses and frees `size` bytes: a virtual machine may get memory from its host more slowly than a disk reads."""
     memory = [np.ones(1 << 26, np.uint8) for _ in range(-(-size >> 26))]
     memory.clear()
 
 
 def timed(work: Callable[[Path, Path], Any], source: Path, target: Path) -> tuple[float, float]:
-    """Seconds of one run from a cold source, and those of the processor, of all threads."""
+    """Seconds of one run from a cold source: wall time, and CPU time of all threads."""
     chill(source)
     touch_memory(3 * sum(file.stat().st_size for file in source.rglob("*") if file.is_file()))
     started, used = time.perf_counter(), time.process_time()
@@ -95,9 +95,11 @@ def main() -> int:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--layers", type=int, default=15, help="of the checkpoint, 0.13 GB each")
-    parser.add_argument("--repeats", type=int, default=3, help="of every measurement")
-    parser.add_argument("--folder", type=Path, help="on the disk to measure; default: the temporary one")
+    parser.add_argument("--layers", type=int, default=15, help="layers of the checkpoint, 0.13 GB each")
+    parser.add_argument("--repeats", type=int, default=3, help="runs of each measurement")
+    parser.add_argument(
+        "--folder", type=Path, help="a folder on the disk to measure; default: the temporary folder"
+    )
     args = parser.parse_args()
     with tempfile.TemporaryDirectory(dir=args.folder) as folder:
         rows = measure(Path(folder), args.layers, args.repeats)

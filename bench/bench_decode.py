@@ -1,11 +1,11 @@
-"""Whole decoding steps on a GPU: equal tokens first, then tokens per second.
+"""Whole decoding steps on a GPU: checks tokens first, then measures tokens per second.
 
     python3 -m bench.bench_decode check             greedy tokens of the bundled models, our kernels against XLA
     python3 -m bench.bench_decode table [--models]  published shapes with random weights, dense and sparse
 
-A row's time is that of one step in a compiled loop of many. Set XLA_PYTHON_CLIENT_MEM_FRACTION=0.95 for the table:
-the largest cache takes nearly all of an H200. Its floor is the time that `costs.decode_bytes` would
-take at the bandwidth of a copy measured in the same run. With the variable OUT set, JSON lines go into that folder.
+A row's time is that of one step in a compiled loop of many. Its floor is the time that moving `costs.decode_bytes` takes
+at the bandwidth of a copy measured in the same run. Set XLA_PYTHON_CLIENT_MEM_FRACTION=0.95 for the table: the largest
+cache takes nearly all of an H200. If the variable OUT is set, JSON lines are written to that folder.
 """
 
 import argparse
@@ -53,14 +53,14 @@ def bundled(name: str, dtype: str) -> pj.Bundle:
 
 
 def run_checks() -> bool:
-    """Prints one line per case: whether our kernels generate the tokens that XLA's backend generates.
+    """Prints one line per case: whether our kernels generate the same tokens as XLA's backend.
 
-    A token may differ only where the two best float32 logits are closer than the two backends' errors. Our logits must
-    be as close to float32's as XLA's are.
+    A token may differ only if the two best float32 logits are closer than the two backends' errors. Our logits must be
+    as close to float32's as XLA's are.
     """
     cases = itertools.product(("opt-6m", "llama-6m"), ("float16", "bfloat16"), ("dense", "sparse"))
     for name, dtype in itertools.product(("opt-6m", "llama-6m"), ("float32", "float16", "bfloat16")):
-        bundled(name, dtype)  # transformers can't be imported by several threads at once
+        bundled(name, dtype)  # several threads can't import transformers at once
     with ThreadPoolExecutor(8) as pool:  # nearly all of the time is compilation
         return all(list(pool.map(_check, *zip(*cases, strict=True))))
 
@@ -85,7 +85,7 @@ def _check(name: str, dtype: str, kind: str) -> bool:
     backends = sorted({f"{choice.op}.{choice.backend}" for choice in choices})
     print(
         f"{'ok  ' if fine else 'FAIL'} {name} {dtype} {kind}: {(ours == theirs).mean():.1%} of the tokens equal; "
-        f"from the same tokens {differing.sum()} of {differing.size} differ, {unexplained} not by a near tie; "
+        f"given the same tokens, {differing.sum()} of {differing.size} differ, {unexplained} without a near tie; "
         f"error {far[0]:.2e}, XLA's {far[1]:.2e}; {', '.join(backends)}",
         flush=True,
     )
@@ -93,7 +93,7 @@ def _check(name: str, dtype: str, kind: str) -> bool:
 
 
 def fixed(config: pj.ModelConfig) -> Sparsity:
-    """Half of the neurons, three quarters of the groups, by fixed scores: a router's may nearly tie."""
+    """Selects half of the neurons and three quarters of the groups by fixed scores; a router's may nearly tie."""
     layers, rng = config.num_layers, np.random.default_rng(0)
     groups, neurons = (rng.uniform(size=(layers, n)) for n in (config.num_kv_heads, config.d_ff))
     kept = config.d_ff // 2 if config.neuron_sparsity else None
@@ -124,7 +124,7 @@ def _normal(key: jax.Array, shape: tuple[int, ...], scale: float) -> jax.Array:
 
 
 def random_model(config: pj.ModelConfig) -> pj.Decoder:
-    """Weights that keep activations of order one."""
+    """A model with random weights that keep activations of order one."""
     shapes, key = parameters(abstract(config, jnp.bfloat16)), jax.random.key(0)
     made = {}
     for i, (name, leaf) in enumerate(shapes.items()):
@@ -178,7 +178,7 @@ def lowered(shape: DecodeShape, batch: int, sparsity: Sparsity | None, options: 
 
 
 def seconds_per_step(loop, model, cache: pj.KVCache, sparsity) -> tuple[float, float, pj.KVCache]:
-    """Median and spread of a step's time, and the cache, which the loop consumes and returns."""
+    """Median and spread of a step's time in seconds, and the cache, which the loop consumes and returns."""
     batch = cache.length.shape[0]
     token, start = jnp.zeros((batch,), jnp.int32), jnp.array(cache.length)
     times = []
@@ -194,7 +194,7 @@ def seconds_per_step(loop, model, cache: pj.KVCache, sparsity) -> tuple[float, f
 def kinds(
     shape: DecodeShape, batch: int, made: Routers
 ) -> Iterator[tuple[str, Sparsity | None, dict[str, Any]]]:
-    """What is compared at one batch size."""
+    """(name, sparsity, options) of each kind of step compared at one batch size."""
     yield "dense", None, {}
     yield "dense, XLA's attention", None, {"implementation": "xla"}
     yield f"heads {shape.head_density:g}", Sparsity(made, shape.plan(batch, neurons=False)), {}
@@ -210,7 +210,7 @@ def table(names: list[str], seconds: float, peak: float) -> Iterator[dict[str, A
         shape = SHAPES[name]
         made = routers(shape.config)
         todo = [(batch, *kind) for batch in shape.batches for kind in kinds(shape, batch, made)]
-        with ThreadPoolExecutor(1) as pool:  # one at a time: XLA chooses its products by measuring them
+        with ThreadPoolExecutor(1) as pool:  # one at a time, because XLA autotunes its products
             traced = (lowered(shape, batch, sparsity, more) for batch, _, sparsity, more in todo)
             jobs = [pool.submit(loop.compile) for loop in traced]
         model = random_model(shape.config)
@@ -248,11 +248,11 @@ def main() -> int:
     )
     parser.add_argument("verbs", nargs="+", choices=("check", "table"))
     parser.add_argument("--models", nargs="+", default=list(SHAPES), choices=tuple(SHAPES))
-    parser.add_argument("--seconds", type=float, default=240, help="for the table")
+    parser.add_argument("--seconds", type=float, default=240, help="time limit for the table")
     args = parser.parse_args()
     timing.require_gpu()
     if "check" in args.verbs and not run_checks():
-        print("wrong results: no speed is reported", file=sys.stderr)
+        print("wrong results, so no speed is reported", file=sys.stderr)
         return 1
     if "table" in args.verbs:
         peak, rows = timing.copy_bandwidth(), []

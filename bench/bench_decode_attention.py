@@ -1,11 +1,11 @@
-"""Decode attention on a GPU: correctness against the float32 oracle first, then device time.
+"""Decode attention on a GPU: checks results against the float32 oracle first, then measures device time.
 
     python3 -m bench.bench_decode_attention check            every head width, dtype, window, ragged lengths, -1
     python3 -m bench.bench_decode_attention sweep            tile configurations on a few workloads
-    python3 -m bench.bench_decode_attention table            the named workloads, beside XLA and cuDNN
+    python3 -m bench.bench_decode_attention table            the named workloads, compared with XLA and cuDNN
 
-`table --seconds 180` ends in time, important workloads first; `--resume FILE` leaves out what that file holds.
-Several verbs run one after the other. With the variable OUT set, JSON lines go into that folder.
+`table --seconds 180` stops in time, with important workloads first; `--resume FILE` skips the rows in that file.
+Several verbs run one after the other. If the variable OUT is set, JSON lines are written to that folder.
 """
 
 import argparse
@@ -96,7 +96,7 @@ def measure(
 
 
 def _tiles(spec: str, problem: Problem) -> Tiles:
-    """ "64x3" is block x stages with the heuristic's splits for it; "64x3s2" names the splits too."""
+    """ "64x3" is block x stages, with the heuristic's splits; "64x3s2" gives the splits too."""
     size, _, splits = spec.partition("s")
     block, stages = map(int, size.split("x"))
     if splits:
@@ -117,7 +117,7 @@ def problem_of(case: AttentionCase) -> Problem:
 
 
 def sweep(peak: float, specs: Sequence[str]) -> list[dict[str, Any]]:
-    """Every configuration that fits, on every workload of SWEEP_CASES; compiled in parallel, timed one by one."""
+    """Every configuration that fits, on every workload of SWEEP_CASES; compiles in parallel, times one by one."""
     cases = [
         AttentionCase(MODELS[name], batch, cache, density)
         for name, batch, cache, densities in SWEEP_CASES
@@ -174,19 +174,20 @@ def main() -> int:
     )
     parser.add_argument("verbs", nargs="+", choices=("check", "sweep", "table"))
     parser.add_argument(
-        "--tiles", nargs="+", default=SWEEP, help="for sweep: BLOCKxSTAGES or BLOCKxSTAGESsSPLITS"
+        "--tiles",
+        nargs="+",
+        default=SWEEP,
+        help="for sweep: BLOCKxSTAGES or BLOCKxSTAGESsSPLITS, such as 64x3s2",
     )
     parser.add_argument(
-        "--models", nargs="*", default=(), choices=tuple(MODELS), help="for table: only these"
+        "--models", nargs="*", default=(), choices=tuple(MODELS), help="for table: measure only these"
     )
-    parser.add_argument("--seconds", type=float, default=180, help="for table: start nothing that ends later")
-    parser.add_argument(
-        "--resume", type=Path, help="for table: JSON lines with rows that need not be measured"
-    )
+    parser.add_argument("--seconds", type=float, default=180, help="for table: time limit")
+    parser.add_argument("--resume", type=Path, help="for table: JSON lines with rows to skip")
     args = parser.parse_args()
     timing.require_gpu()
     if "check" in args.verbs and not run_checks():
-        print("wrong results: no speed is reported", file=sys.stderr)
+        print("wrong results, so no speed is reported", file=sys.stderr)
         return 1
     if args.verbs == ["check"]:
         return 0

@@ -1,11 +1,11 @@
-"""Selection of neurons on a GPU: exactness against a stable sort first, then device time.
+"""Selection of neurons on a GPU: checks results against a stable sort first, then measures device time.
 
     python3 -m bench.bench_selection check   ties, zeros, NaN, infinities, every size of row, one and many rows
-    python3 -m bench.bench_selection table   router scores [B F] to sorted neurons, the kernel beside XLA's top-k
+    python3 -m bench.bench_selection table   router scores [B F] to sorted neurons, compared with XLA's top-k
     python3 -m bench.bench_selection small   scores [B K] of groups to the sorted groups of each sequence
 
-A table ends when --seconds are over, important rows first; what it has is printed. A row whose selection is wrong gets
-no time. With the variable OUT set, JSON lines go into that folder.
+A table stops after --seconds, with important rows first, and prints the rows it has. A row whose selection is wrong has
+no time. If the variable OUT is set, JSON lines are written to that folder.
 """
 
 import argparse
@@ -36,21 +36,19 @@ COLUMNS = (
     "pct_peak",
     "error",
 )
-SELECTIVE = ("opt-6.7b", "opt-66b", "opt-30b")  # those of the named models whose neurons are selected
+SELECTIVE = ("opt-6.7b", "opt-66b", "opt-30b")  # the named models with neuron selection
 FIRST = tuple((m, b, d) for m in SELECTIVE[:2] for b in (1, 64, 256) for d in (0.1, 0.3))
 EVERY = itertools.product(SELECTIVE, BATCHES, (density for density in DENSITIES if density < 1))
 OTHERS = tuple(case for case in EVERY if case not in FIRST)
 SMALL = tuple((n, b) for n in (8, 32, 72, 56) for b in (1, 16, 64, 8, 256))
-LIMIT = (
-    1e-5  # by how much an entry left out may exceed one taken, of the largest score: sums of rows are rounded
-)
+LIMIT = 1e-5  # largest `error` allowed: sums of rows are rounded
 CALLS = 8
 
 type Row = dict[str, Any]
 
 
 def rows() -> Iterator[tuple[str, np.ndarray, int]]:
-    """(name, scores [B n], k): cases that a careless selection gets wrong."""
+    """(name, scores [B n], k) of cases that a careless selection gets wrong."""
     rng = np.random.default_rng(0)
     for n, k in ((1, 1), (7, 3), (72, 21), (512, 512), (513, 1), (1000, 1000), (5000, 640), (36864, 11136)):
         yield f"random {n} {k}", rng.standard_normal((3, n)), k
@@ -89,7 +87,7 @@ def _sorted(scores: np.ndarray, k: int) -> np.ndarray:
 
 
 def error(found: np.ndarray, scores: np.ndarray, k: int) -> float:
-    """By how much an entry left out exceeds one taken, relative to the largest score; infinite if not a selection."""
+    """By how much a rejected entry exceeds a selected one, relative to the top score; infinite for invalid indices."""
     worst = 0.0
     for index, row in zip(np.atleast_2d(found), np.atleast_2d(scores), strict=True):
         if index.shape != (k,) or (np.diff(index) <= 0).any() or index[0] < 0 or index[-1] >= row.size:
@@ -107,18 +105,18 @@ def measure(scores: list[jax.Array], call: Callable[..., jax.Array], peak: float
 
 
 def table(peak: float) -> Iterator[Row]:
-    """The named shapes; scores are float32 and, as right after a router, still in the L2 cache if they fit."""
+    """Rows for the named shapes; scores are float32 and, if they fit, in the L2 cache, as right after a router."""
     for cases, kernel in itertools.product((FIRST, OTHERS), ("mosaic", "pooling only", "xla")):
         for name, batch, density in cases:
             if kernel != "mosaic" and density != 0.3:
-                continue  # pooling takes no k, and XLA sorts all
+                continue  # pooling has no k, and XLA sorts everything
             model = MODELS[name]
             k = -(-int(density * model.d_ff) // 128) * 128
             yield _row(f"{name} B{batch} d{density:g}", kernel, (batch, model.d_ff), k, peak, shared=True)
 
 
 def small(peak: float) -> Iterator[Row]:
-    """Half of the groups of each sequence."""
+    """Rows that select half of the groups of each sequence."""
     for kernel in ("mosaic", "xla"):
         for n, batch in SMALL:
             yield _row(f"K{n} B{batch}", kernel, (batch, n), n // 2, peak, shared=False)
@@ -141,12 +139,12 @@ def _row(case: str, kernel: str, shape: tuple[int, int], k: int, peak: float, *,
 
 
 def within(seconds: float, found: Iterator[Row]) -> list[Row]:
-    """As many rows as there is time for."""
+    """The rows that can be measured within the time limit."""
     started, rows = time.perf_counter(), []
     for row in found:
         rows.append(row)
         if time.perf_counter() - started > seconds:
-            print(f"time is over after {len(rows)} rows", file=sys.stderr)
+            print(f"out of time after {len(rows)} rows", file=sys.stderr)
             break
     return rows
 
@@ -160,11 +158,11 @@ def main() -> int:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("verbs", nargs="+", choices=("check", "table", "small"))
-    parser.add_argument("--seconds", type=float, default=36, help="of a table, at most")
+    parser.add_argument("--seconds", type=float, default=36, help="time limit for each table")
     args = parser.parse_args()
     timing.require_gpu()
     if "check" in args.verbs and not run_checks():
-        print("wrong results: no speed is reported", file=sys.stderr)
+        print("wrong results, so no speed is reported", file=sys.stderr)
         return 1
     if args.verbs == ["check"]:
         return 0

@@ -1,12 +1,12 @@
-"""Selective MLP on a GPU: correctness against the float32 oracle first, then device time.
+"""Selective MLP on a GPU: checks results against the float32 oracle first, then measures device time.
 
     python3 -m bench.bench_sparse_mlp check            adversarial small calls of every kind, in several processes
-    python3 -m bench.bench_sparse_mlp trace            the device's timeline: duration of each kernel, gaps between
+    python3 -m bench.bench_sparse_mlp trace            the device's timeline: each kernel's duration and the gaps
     python3 -m bench.bench_sparse_mlp sweep            candidate tiles on a few workloads
-    python3 -m bench.bench_sparse_mlp table [--models] the named workloads, beside XLA's dense and gathered products
+    python3 -m bench.bench_sparse_mlp table [--models] the named workloads, compared with XLA, dense and gathered
 
-Several verbs run one after the other; `--seconds` ends the measuring early. With the variable OUT set, JSON lines
-go into that folder. A kind of kernel that fails its check, or hangs in it, isn't measured.
+Several verbs run one after the other; `--seconds` limits the measuring. If the variable OUT is set, JSON lines are
+written to that folder. A kind of kernel that fails its checks, or hangs, isn't measured.
 """
 
 import argparse
@@ -30,10 +30,10 @@ TABLE_MODELS = (
     "mistral-7b",
 )
 IMPORTANT = (16, 64)  # batches, measured first
-BESIDE = tuple(
+GATHERED = tuple(
     (batch, density) for batch in (1, 16, 64) for density in (0.1, 0.3)
-)  # XLA's gathered products too
-# (model, batch, densities, whether every candidate is tried)
+)  # also by XLA's take + dot
+# (model, batch, densities, whether to try every candidate)
 SWEEP = (
     ("opt-66b", 16, (0.1,), True),
     ("opt-66b", 64, (0.1,), True),
@@ -49,7 +49,7 @@ SWEEP = (
 
 
 def trace(bench: Bench) -> None:
-    """Timelines of the important workloads."""
+    """Prints timelines of the important workloads."""
     for batch, density in ((16, 0.1), (64, 0.1)):
         case = MlpCase(MODELS["opt-66b"], batch, density)
         for tiles in choices(case)[:2]:
@@ -57,7 +57,7 @@ def trace(bench: Bench) -> None:
 
 
 def sweep(bench: Bench) -> None:
-    """Candidates on a few workloads, the important ones first."""
+    """Measures candidates on a few workloads, the important ones first."""
     for name, batch, densities, every in SWEEP:
         model = MODELS[name]
         runs = [dense(model, batch)]
@@ -70,7 +70,7 @@ def sweep(bench: Bench) -> None:
 
 
 def table(bench: Bench, models: Sequence[str]) -> None:
-    """The named workloads with the heuristic's tiles, beside plain XLA; models of one shape are measured once."""
+    """Measures the named workloads with the heuristic's tiles, and plain XLA; models of equal shape only once."""
     shapes = {
         (m.d_model, m.d_ff, m.gated, m.activation, m.threshold): m
         for m in map(MLP_MODELS.__getitem__, reversed(models))
@@ -85,7 +85,7 @@ def _runs(model: ModelShape, batch: int) -> Iterator[Run]:
     yield dense(model, batch)
     for case in (MlpCase(model, batch, density) for density in DENSITIES):
         yield selective(case, choices(case)[0])
-        if (batch, case.density) in BESIDE:
+        if (batch, case.density) in GATHERED:
             yield gathered(case)
 
 
@@ -96,14 +96,16 @@ def main() -> int:
     parser.add_argument("verbs", nargs="+", choices=("check", "trace", "sweep", "table"))
     parser.add_argument("--kinds", nargs="+", default=tuple(KINDS), choices=tuple(KINDS))
     parser.add_argument("--models", nargs="+", default=TABLE_MODELS, choices=tuple(MLP_MODELS))
-    parser.add_argument("--seconds", type=float, default=150, help="for measuring, after the checks")
-    parser.add_argument("--check-seconds", type=float, default=100, help="for the checks of all kinds")
+    parser.add_argument(
+        "--seconds", type=float, default=150, help="time limit for measuring, after the checks"
+    )
+    parser.add_argument("--check-seconds", type=float, default=100, help="time limit for the checks")
     args = parser.parse_args()
     kinds = args.kinds
     if "check" in args.verbs:
         kinds = check_kinds(kinds, args.check_seconds)
         if not kinds:
-            print("wrong results: no speed is reported", file=sys.stderr)
+            print("wrong results, so no speed is reported", file=sys.stderr)
             return 1
     if args.verbs == ["check"]:
         return int(set(kinds) != set(args.kinds))

@@ -1,11 +1,11 @@
-"""How long commands, imports and loading take from a cold process: the shortest of several runs of each, on a CPU.
+"""How long commands, imports and loading take in a new process: the shortest of several runs of each, on a CPU.
 
     python -m bench.bench_startup --repeats 5 [--busy]
 
 makes a random LLaMA checkpoint of the shapes of SmolLM2-135M (272 tensors, 269 MB, bfloat16) with the tokenizer of a
-bundled model, and takes every row in turns, each in a new process: `import jax` for comparison, imports, help,
-`inspect`, `convert`, a plain copy of the checkpoint, and loading. "cpu_seconds" is the time of all threads; with
-`--busy` a process for each processor computes meanwhile.
+bundled model, and measures the rows in turns, each in a new process: `import jax` for comparison, imports, help,
+`inspect`, `convert`, a plain copy of the checkpoint, and loading. "cpu_seconds" is the CPU time of all threads; `--busy`
+keeps every processor busy meanwhile.
 """
 
 import argparse
@@ -61,7 +61,7 @@ def write_checkpoint(folder: Path) -> None:
 
 
 def cases(source: Path, model: Path, out: Path) -> dict[str, list[str]]:
-    """What is timed, by name."""
+    """The commands to time, by name."""
     python = lambda code: [sys.executable, "-c", code]
     polarjax = lambda *words: [sys.executable, "-m", "polarjax.cli.main", *map(str, words)]
     copy = f"import shutil; shutil.copytree({str(source)!r}, {str(out)!r})"
@@ -80,7 +80,7 @@ def cases(source: Path, model: Path, out: Path) -> dict[str, list[str]]:
 
 
 def seconds_of(command: list[str]) -> tuple[float, float]:
-    """Seconds of one run, and those of the processor."""
+    """Seconds of one run: wall time, and CPU time of all threads."""
     before, started = resource.getrusage(resource.RUSAGE_CHILDREN), time.perf_counter()
     subprocess.run(command, check=True, capture_output=True)
     spent, after = time.perf_counter() - started, resource.getrusage(resource.RUSAGE_CHILDREN)
@@ -122,9 +122,11 @@ def main() -> int:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--repeats", type=int, default=5, help="of every measurement")
+    parser.add_argument("--repeats", type=int, default=5, help="runs of each measurement")
     parser.add_argument("--busy", action="store_true", help="keep all processors busy meanwhile")
-    parser.add_argument("--folder", type=Path, help="on the disk to measure; default: the temporary one")
+    parser.add_argument(
+        "--folder", type=Path, help="a folder on the disk to measure; default: the temporary folder"
+    )
     args = parser.parse_args()
     with tempfile.TemporaryDirectory(dir=args.folder) as folder:
         rows = measure(Path(folder), args.repeats, args.busy)

@@ -1,4 +1,4 @@
-"""Adversarial small calls of decode attention: what must be right on a GPU before anything is timed."""
+"""Adversarial small calls of decode attention, which must be right on a GPU before anything is timed."""
 
 import functools
 import time

@@ -27,8 +27,8 @@ from pallas_kernels.sparse_mlp.mosaic import launch as mosaic
 from pallas_kernels.sparse_mlp.tiles import BATCHES, Tiles, heuristic
 
 LIMIT = {"bfloat16": 8e-3, "float16": 2e-3}  # |out - oracle| / |oracle|, both as vectors
-KINDS = {"fused": 5, "split": 2}  # and how many processes check each
-REPEATS = 60  # of either of two inputs in turn, each two calls, alike to the bit unless there is a race
+KINDS = {"fused": 5, "split": 2}  # kind of kernel: how many processes check it
+REPEATS = 60  # runs of two calls for each of two inputs; results differ in a bit only if there is a race
 
 
 def kind(tiles: Tiles) -> str:
@@ -66,7 +66,7 @@ class Check:
 
 
 def checks(which: str) -> list[Check]:
-    """The checks that must pass before a kind is timed: every code path once, and shared paths for one kind only."""
+    """The checks that must pass before a kind is timed: every code path once, shared paths for one kind only."""
     gated = {"activation": "silu", "gated": True}
     few = [
         Check(),
@@ -178,10 +178,10 @@ def run_checks(which: str, share: int, shares: int) -> bool:
             for x, (first, second) in zip(inputs, outs, strict=False)
         )
         alike = all(same_bits(out, outs[i % 2]) for i, out in enumerate(outs))
-        said = "RACE" if not alike else "ok  " if found <= LIMIT[check.dtype] else "FAIL"
-        right &= said == "ok  "
+        verdict = "RACE" if not alike else "ok  " if found <= LIMIT[check.dtype] else "FAIL"
+        right &= verdict == "ok  "
         seconds = time.perf_counter() - started
-        print(f"{said} {found:8.1e} {seconds:5.1f}s {_given(check)} {brief(tiles)}", flush=True)
+        print(f"{verdict} {found:8.1e} {seconds:5.1f}s {_given(check)} {brief(tiles)}", flush=True)
     return right
 
 
@@ -191,7 +191,7 @@ def _given(check: Check) -> str:
 
 
 def error(out: Any, want: Any) -> float:
-    """|out - want| / |want| as vectors; infinite where anything is not a number."""
+    """|out - want| / |want| as vectors; infinite if any element is NaN or infinite."""
     out, want = np.asarray(out, np.float64), np.asarray(want, np.float64)
     if out.shape != want.shape or not np.isfinite(out).all():
         return float("inf")
@@ -242,8 +242,10 @@ def main() -> int:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("which", choices=tuple(KINDS))
-    parser.add_argument("share", type=int, nargs="?", default=0, help="of the checks: this one of `shares`")
-    parser.add_argument("shares", type=int, nargs="?", default=1)
+    parser.add_argument(
+        "share", type=int, nargs="?", default=0, help="which share of the checks to run, from 0"
+    )
+    parser.add_argument("shares", type=int, nargs="?", default=1, help="how many shares there are")
     args = parser.parse_args()
     timing.require_gpu()
     return int(not run_checks(args.which, args.share, args.shares))

@@ -22,7 +22,7 @@ from pallas_kernels.sparse_mlp.tiles import BATCHES as PADDED
 from pallas_kernels.sparse_mlp.tiles import Tiles, candidates
 
 CALLS = 8  # chained in a program
-UNTUNED = {"xla_gpu_autotune_level": 0}  # for oracles: XLA must not measure variants while others do
+UNTUNED = {"xla_gpu_autotune_level": 0}  # for oracles: they compile in parallel, so XLA must not autotune
 
 
 @dataclass(frozen=True)
@@ -74,7 +74,7 @@ def weight_shapes(model: ModelShape) -> dict[str, jax.ShapeDtypeStruct]:
 
 @functools.cache
 def weights(model: ModelShape) -> dict[str, jax.Array]:
-    """Random weights, scaled so that a tenth of the neurons keeps the size of the input."""
+    """Random weights, scaled so that a tenth of the neurons gives results as large as the input."""
     scales = {"w_down": (20 / model.d_ff) ** 0.5, "b_up": 0.1}
 
     @functools.partial(jax.jit, static_argnums=(1, 2))
@@ -90,7 +90,7 @@ def weights(model: ModelShape) -> dict[str, jax.Array]:
 
 
 def index_sets(case: MlpCase) -> list[jax.Array]:
-    """Sorted selections, disjoint as long as there are enough neurons."""
+    """Sorted selections, disjoint if there are enough neurons."""
     rng, found = np.random.default_rng(3), []
     while len(found) < case.sets:
         order = rng.permutation(case.model.d_ff)
@@ -137,18 +137,18 @@ def _act(model: ModelShape) -> dict[str, Any]:
 
 
 def dense(model: ModelShape, batch: int) -> Run:
-    """XLA's products with all neurons."""
+    """Runs XLA's products with all neurons."""
     return Run(MlpCase(model, batch, 1.0), "dense", functools.partial(_dense, model), dense=True)
 
 
 def gathered(case: MlpCase) -> Run:
-    """XLA's take and dot."""
+    """Runs XLA's take and dot."""
     call = functools.partial(xla.sparse_mlp, **_act(case.model))
     return Run(case, "take+dot", lambda x, params, index: call(x, index=index, **params))
 
 
 def selective(case: MlpCase, tiles: Tiles) -> Run:
-    """Our kernel with a configuration."""
+    """Runs our kernel with a configuration."""
     call = functools.partial(mosaic.sparse_mlp, **_act(case.model), tiles=tiles, device=_device.current())
     return Run(case, brief(tiles), lambda x, params, index: call(x, index=index, **params), tiles)
 
@@ -161,7 +161,7 @@ def _dense(model: ModelShape, x: jax.Array, params: dict[str, jax.Array]) -> jax
 
 
 class Bench:
-    """Measures runs, remembers the dense times to compare with, and stops when time runs out."""
+    """Measures runs, keeps the dense times for comparison, and stops when time runs out."""
 
     def __init__(self, kinds: Iterable[str], seconds: float):
         self.kinds, self.deadline = tuple(kinds), time.monotonic() + seconds
@@ -174,7 +174,7 @@ class Bench:
     def measure(self, runs: Iterable[Run]) -> None:
         """Appends one row per run, dense runs first; a wrong result has no time."""
         wanted = [run for run in runs if run.ours is None or kind(run.ours) in self.kinds]
-        # XLA chooses its products by measuring them, so those are compiled one after the other.
+        # XLA autotunes its products, so those are compiled one at a time.
         with ThreadPoolExecutor(os.cpu_count()) as many, ThreadPoolExecutor(1) as one:
             jobs = [(run, (many if run.ours else one).submit(run.programs)) for run in wanted]
         for run, job in jobs:

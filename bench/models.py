@@ -1,4 +1,4 @@
-"""Published models as configurations of the decoder, for measuring whole decoding steps with random weights."""
+"""Configurations of published models, for measuring whole decoding steps with random weights."""
 
 from dataclasses import dataclass
 
@@ -40,7 +40,7 @@ LLAMA_2_7B = pj.ModelConfig(
 
 @dataclass(frozen=True)
 class DecodeShape:
-    """What a whole decoding step is measured on.
+    """A model and the sizes at which its decoding steps are measured.
 
     Attributes:
       cache: S, positions of each sequence.
@@ -57,7 +57,7 @@ class DecodeShape:
     neuron_density: dict[int, float]
 
     def plan(self, batch: int, *, neurons: bool) -> pj.SparsityPlan:
-        """The same counts in every layer, neurons in steps of 128."""
+        """The same counts in every layer, with neurons rounded up to a multiple of 128."""
         layers = self.config.num_layers
         groups = uniform_groups(self.config, self.head_density)
         kept = -(-int(self.neuron_density.get(batch, 1.0) * self.config.d_ff) // 128) * 128

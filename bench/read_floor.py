@@ -1,10 +1,10 @@
-"""The shortest time in which a kernel can read so many bytes: it streams them into shared memory and does nothing else.
+"""The shortest time in which a kernel can read its bytes: it streams them into shared memory and does nothing else.
 
     OUT=. python -m bench.read_floor
 
-What a kernel takes beyond its bytes (its launch, the first bytes' way, the last blocks) shows here without attention or
-products. The calls are chained and their memory rotated as in the other benches; `pct_peak` is of the bandwidth of a
-large copy, so it says which percentage any kernel that reads so many bytes in a launch of its own can reach.
+This shows a kernel's fixed costs (launch, latency of the first bytes, the last blocks) without attention or products.
+Calls are chained and their memory rotated as in the other benches. `pct_peak` is relative to the bandwidth of a large
+copy, so it shows the percentage that any single launch can reach with the same number of bytes.
 """
 
 import argparse
@@ -22,13 +22,13 @@ from bench import report, timing
 from pallas_kernels import _device
 
 MEGABYTES = (8, 16, 24, 31, 35, 47, 63, 78, 94, 126, 134, 157, 189, 252, 315, 411, 629, 1258)
-ROWS, COLUMNS = 64, 256  # of a chunk of bfloat16: 32 KiB
+ROWS, COLUMNS = 64, 256  # one chunk, in bfloat16: 32 KiB
 COLUMNS_SHOWN = ("MB", "stages", "time_us", "spread_us", "gbps", "pct_peak")
 
 
 @functools.partial(jax.jit, static_argnames=("stages", "blocks"))
 def read(x: jax.Array, data: jax.Array, *, stages: int, blocks: int) -> jax.Array:
-    """x [blocks, 128] once `data` [n ROWS, COLUMNS] was read by as many thread blocks; chunks are dealt out in turns."""
+    """Returns x [blocks, 128] after `blocks` thread blocks have read `data` [n ROWS, COLUMNS], taking chunks in turn."""
     chunks = data.shape[0] // ROWS
 
     def body(x_g, data_g, out_g, ring, own, full, own_full):
@@ -69,7 +69,7 @@ def read(x: jax.Array, data: jax.Array, *, stages: int, blocks: int) -> jax.Arra
 
 
 def measure(megabytes: int, stages: int, peak: float, blocks: int) -> dict[str, Any]:
-    """A row: the time of one of the chained calls."""
+    """A row of the table; its time is that of one of the chained calls."""
     chunks = round(megabytes * 1e6 / (ROWS * COLUMNS * 2))
     data = jax.ShapeDtypeStruct((chunks * ROWS, COLUMNS), jnp.bfloat16)
     size = data.size * data.dtype.itemsize

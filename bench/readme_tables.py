@@ -1,9 +1,9 @@
 """The README's speed tables, made from bench/results/*.jsonl.
 
-    python3 -m bench.readme_tables            writes them between the markers of README.md
+    python3 -m bench.readme_tables            writes them between the markers in README.md
 
-A row that is in no results file reads "not measured". Percentages: the bytes that the selection leaves to be read, over
-the time, relative to the bandwidth of a copy in the same run.
+A row that is in no results file says "not measured". Percentages are the bytes that must be read, divided by the time,
+relative to the bandwidth of a copy in the same run.
 """
 
 import argparse
@@ -36,16 +36,16 @@ ATTENTION = (
 )
 MLP = ("opt-6.7b", "opt-66b", "llama-2-7b")
 STEPS = (("opt-6.7b", 1920, (1, 16, 64)), ("llama-2-7b", 3968, (1, 16, 48)))
-BESIDE = ("dense", "take+dot", "xla", "cudnn", "pooling only")  # kernels that are not ours
+OTHERS = ("dense", "take+dot", "xla", "cudnn", "pooling only")  # kernels that are not ours
 
 Row = dict[str, Any]
 
 
 class Results:
-    """Rows of one file of results by case and kernel.
+    """Rows of one results file by case and kernel.
 
-    Where rows come from several devices, those of the device with the most rows; where a case was measured again, the
-    rows of the last commit.
+    If rows come from several devices, only the device with the most rows counts; if a case was measured more than once,
+    only its last commit.
     """
 
     def __init__(self, rows: Iterable[Row]) -> None:
@@ -67,10 +67,10 @@ class Results:
         return cls(report.read_jsonl(path) if path.is_file() else ())
 
     def get(self, case: str, kernel: str | None) -> Row | None:
-        """The row of a kernel. None means ours with the heuristic's tiles: the first row that is not in `BESIDE`."""
+        """The row of a kernel. None means ours with the heuristic's tiles: the first row not in `OTHERS`."""
         for row in self.cases.get(case, ()):
             name = row.get("kernel", row.get("kind"))
-            if name == kernel or (kernel is None and name not in BESIDE):
+            if name == kernel or (kernel is None and name not in OTHERS):
                 self.used.append(row)
                 return row
         return None
@@ -108,13 +108,13 @@ def _ratio(slow: Row | None, fast: Row | None, key: str = "time_us") -> str:
 
 
 def _speedup(dense: Row | None, row: Row) -> str:
-    """Over the dense call of the same run where the row has it, else over `dense`."""
+    """Speedup over the dense call of the same run if the row has it, else over `dense`."""
     measured = row.get("speedup_vs_dense")
     return _ratio(dense, row) if measured is None else f"{measured:.2f} ×"
 
 
 def _section(title: str, note: str, source: str, table: str) -> str:
-    """A heading, a paragraph that says what the table shows and where it was measured, and the table."""
+    """A heading, a paragraph that explains what the table shows and where it was measured, and the table."""
     paragraph = textwrap.fill(f"{note} ({source})", 120, break_long_words=False, break_on_hyphens=False)
     return f"#### {title}\n\n{paragraph}\n\n{table}"
 
@@ -196,7 +196,7 @@ def selection(folder: Path) -> str:
         cells = [_number(row, "time_us", "{:,.1f} µs") for row in found]
         lines.append((f"{NAMES[model]}, {batch}", *cells))
     header = ("shapes, batch", "density .1", "density .3", "XLA, density .3")
-    note = "Device time of picking the top neurons from the router's scores, beside XLA's own top-k."
+    note = "Device time of picking the top neurons from the router's scores, compared with XLA's own top-k."
     return _section("Selection of neurons", note, results.source(), _table(header, lines))
 
 
@@ -219,7 +219,7 @@ def steps(folder: Path) -> str:
     header = (
         "shapes, batch, cache",
         "computed",
-        "ms a step",
+        "ms per step",
         "tokens/s",
         "of the byte floor",
         "speedup over dense",
@@ -232,17 +232,19 @@ def steps(folder: Path) -> str:
 
 
 def markdown(folder: Path = RESULTS) -> str:
-    """All tables, as they stand between the markers."""
+    """All tables, as they appear between the markers."""
     sections = (attention, mlp, selection, steps)
     return "\n\n".join(section(folder) for section in sections)
 
 
 def spliced(readme: str, tables: str) -> str:
-    """`readme` with `tables` between its markers. Raises ValueError unless there is one pair of them."""
+    """`readme` with `tables` between its markers. Raises ValueError unless it has exactly one pair of markers."""
     before, begin, rest = readme.partition(BEGIN)
     _, end, after = rest.partition(END)
     if not begin or not end or BEGIN in after:
-        raise ValueError(f"README: the markers of its tables are not one pair; expected {BEGIN} and {END}")
+        raise ValueError(
+            f"README: needs exactly one pair of markers around its tables; expected {BEGIN} and {END}"
+        )
     return f"{before}{BEGIN}\n\n{tables}\n\n{END}{after}"
 
 

@@ -1,4 +1,4 @@
-"""Measured rows as a table for people, and as JSON lines that say where they come from."""
+"""Measured rows as a table for people, and as JSON lines with their device, versions and commit."""
 
 import json
 import os
@@ -14,7 +14,7 @@ ROOT = Path(__file__).parents[1]
 
 
 def provenance(**more: Any) -> dict[str, Any]:
-    """Device, driver-independent versions and commit, for the head of a results file."""
+    """Device, platform, JAX version, commit and `more`, to add to each row of a results file."""
     device = jax.devices()[0]
     return {
         "device": device.device_kind,
@@ -37,7 +37,7 @@ def _commit() -> str:
 
 
 def table(rows: Sequence[Mapping[str, Any]], columns: Sequence[str]) -> str:
-    """`columns` of `rows` as aligned text, numbers to about three figures."""
+    """`columns` of `rows` as aligned text, numbers to about three digits."""
     cells = [list(columns), *([_show(row.get(name)) for name in columns] for row in rows)]
     widths = [max(len(line[i]) for line in cells) for i in range(len(columns))]
     return "\n".join(
@@ -71,13 +71,13 @@ def read_jsonl(path: Path) -> list[dict[str, Any]]:
 
 
 def of_one_device(rows: Iterable[dict[str, Any]]) -> list[dict[str, Any]]:
-    """The rows of the device with the most rows: times of two devices do not belong in one table."""
+    """The rows of the device with the most rows, because one table must not mix devices."""
     rows = list(rows)
     devices = Counter(row.get("device") for row in rows).most_common(1)
     return [row for row in rows if row.get("device") == devices[0][0]]
 
 
 def results_path(default: str) -> Path | None:
-    """Where to write JSON lines: in the folder named by the variable OUT; None if it is not set."""
+    """Where to write JSON lines: in the folder given by the variable OUT; None if it is not set."""
     folder = os.environ.get("OUT")
     return Path(folder) / default if folder else None

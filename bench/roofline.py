@@ -1,9 +1,9 @@
-"""A picture of bench/results/*.jsonl: bytes per second against the bytes that must move, copy bandwidth as the roof.
+"""A plot of bench/results/*.jsonl: bytes per second against the bytes that must move, copy bandwidth as the roof.
 
     python3 -m bench.roofline                 draws bench/results/roofline.png (needs matplotlib)
 
-A kernel that moves its bytes at copy bandwidth lies on the roof; reading alone may pass above it. The dashed line is
-what the bandwidth leaves of a call of which 5 microseconds move nothing.
+A kernel that moves its bytes at copy bandwidth lies on the roof; reading alone may exceed it. The dashed line is what
+a call can reach if it is idle for 5 microseconds.
 """
 
 import argparse
@@ -12,14 +12,14 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from bench import report
-from bench.readme_tables import BESIDE, RESULTS
+from bench.readme_tables import OTHERS, RESULTS
 
 PICTURE = RESULTS / "roofline.png"
 IDLE = 5e-6  # seconds
 
 
 class Series(NamedTuple):
-    """Points of one kind of call: bytes that must move, bytes per second relative to a copy of the same run."""
+    """Points of one kind of call: bytes that must move, and bytes per second relative to a copy in the same run."""
 
     label: str
     color: str
@@ -37,7 +37,7 @@ def _points(rows: list[dict[str, Any]], chosen) -> tuple[tuple[float, float], ..
 
 
 def series(folder: Path = RESULTS) -> list[Series]:
-    """Everything in the results files, without kinds that have no rows."""
+    """All kinds of calls that have rows in the results files."""
 
     def read(name):
         path = folder / f"{name}.jsonl"
@@ -46,7 +46,7 @@ def series(folder: Path = RESULTS) -> list[Series]:
     attention, mlp, steps = (read(name) for name in ("decode_attention", "sparse_mlp", "decode"))
     first: dict[tuple[str, str], dict[str, Any]] = {}  # the heuristic's configuration of each run
     for row in mlp:
-        if row["kernel"] not in BESIDE:
+        if row["kernel"] not in OTHERS:
             first.setdefault((row["case"], row.get("commit", "")), row)
 
     def ours(row):
@@ -72,7 +72,7 @@ def series(folder: Path = RESULTS) -> list[Series]:
 
 
 def draw(found: list[Series], path: Path, title: str) -> None:
-    """Writes the picture. Raises ValueError if there is nothing to draw."""
+    """Writes the plot. Raises ValueError if there is nothing to draw."""
     if not found:
         raise ValueError(
             f"{path.name}: no rows with a time and a copy bandwidth; got none. Hint: run the benches."
@@ -87,7 +87,7 @@ def draw(found: list[Series], path: Path, title: str) -> None:
     every = [size for each in found for size, _ in each.points]
     sizes = np.geomspace(min(every) / 1.5, max(every) * 1.5, 200)
     axes.axhline(100, color="black", linewidth=1, label="copy bandwidth")
-    copy = 4.2e12  # bytes per second: only the bend of the dashed line depends on it
+    copy = 4.2e12  # bytes per second; only the bend of the dashed line depends on it
     axes.plot(
         sizes,
         100 / (1 + IDLE * copy / sizes),
@@ -111,7 +111,7 @@ def draw(found: list[Series], path: Path, title: str) -> None:
 
 
 def title(folder: Path = RESULTS) -> str:
-    """Device, versions and copy bandwidths of what is drawn."""
+    """Devices, versions and copy bandwidths of the rows in the plot."""
     rows = [
         row
         for path in sorted(folder.glob("*.jsonl"))

@@ -1,4 +1,4 @@
-"""Device time of a call: many calls chained inside one jit, timed by the device's own clock through the profiler."""
+"""Device time of a call: chains many calls inside one jit and takes the device's own times from the profiler."""
 
 import statistics
 import tempfile
@@ -21,14 +21,14 @@ def require_gpu() -> None:
         _device.require_hopper(_device.current())
     except NotImplementedError as reason:
         raise SystemExit(
-            f"bench: {reason}. Hint: run it where there is one, with polarjax[cuda13]."
+            f"bench: {reason}. Hint: run it on a machine with one, with polarjax[cuda13]."
         ) from None
 
 
 def chained(call: Callable[..., jax.Array], calls: int) -> jax.stages.Wrapped:
     """Jitted (x, sets) -> the first and last of `calls` results; each call takes the previous result and the next set.
 
-    The result of a call must have the shape and dtype of its first operand; so no two calls overlap.
+    The result of a call must have the shape and dtype of its first operand. That way no two calls overlap.
     """
     inner = jax.jit(call)
 
@@ -42,10 +42,10 @@ def chained(call: Callable[..., jax.Array], calls: int) -> jax.stages.Wrapped:
 
 
 class Timing(NamedTuple):
-    """Time of one of the calls that a program chains, in seconds.
+    """Time of one call in a chain, in seconds.
 
-    device: how long the device was at work, by its own clock: median over runs. spread: max - min of it.
-    wall: by the host's clock, with the launches in between. launches: what the device did for it, in number.
+    device: how long the device was busy, by its own clock; median over runs. spread: its max - min over runs.
+    wall: the time by the host's clock, including launches. launches: number of device activities per call.
     """
 
     device: float
@@ -55,7 +55,7 @@ class Timing(NamedTuple):
 
 
 class Event(NamedTuple):
-    """One activity of a device, in nanoseconds."""
+    """One activity of a device; start and length in nanoseconds."""
 
     start: float
     length: float
@@ -63,7 +63,7 @@ class Event(NamedTuple):
 
 
 def time_call(run: Callable[[], Any], calls: int, *, repeats: int = 5) -> Timing:
-    """Time of one of the `calls` that a run of `run` makes. Raises RuntimeError if the profiler sees no device."""
+    """Time of one of the `calls` that each `run()` makes. Raises RuntimeError if the profiler sees no device."""
     for _ in range(2):
         jax.block_until_ready(run())
     started = time.perf_counter()
@@ -104,7 +104,7 @@ def _busy(seen: Sequence[Event]) -> float:
 
 
 def timeline(run: Callable[[], Any]) -> list[tuple[str, int, float, float]]:
-    """(kernel, count, median microseconds, median microseconds since the one before it), by name, of three runs."""
+    """(kernel, count, median microseconds, median gap before it in microseconds), by name, over three runs."""
     jax.block_until_ready(run())
     found: dict[str, list[tuple[float, float]]] = {}
     end = None
@@ -124,7 +124,7 @@ def calls_needed(seconds: float) -> int:
 
 
 def speed(size: int, timing: Timing, peak: float) -> dict[str, float]:
-    """The columns of a call that moves `size` bytes, where a copy moves `peak` bytes per second."""
+    """The columns for a call that moves `size` bytes, relative to a copy at `peak` bytes per second."""
     rate = size / timing.device
     return {
         "time_us": timing.device * 1e6,
@@ -141,7 +141,7 @@ def sets_needed(touched_bytes: int) -> int:
 
 
 def copy_bandwidth(size: int = 2 * 2**30) -> float:
-    """Bytes per second of a device-to-device copy of `size` bytes, reads and writes counted; see `require_gpu`."""
+    """Bytes per second, reads plus writes, of a device-to-device copy of `size` bytes; needs a GPU (`require_gpu`)."""
     require_gpu()
     x = jax.random.bits(jax.random.key(0), (size // 4,), jnp.uint32)
     flip = jax.jit(lambda x: x ^ jnp.uint32(0x5A5A5A5A))

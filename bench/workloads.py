@@ -5,9 +5,9 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True)
 class ModelShape:
-    """What a layer of a published model looks like to the kernels.
+    """The shapes of one layer of a published model.
 
-    `critical` is its published head density, `threshold` what a pre-activation of its ReLU must exceed.
+    `critical` is its published head density; `threshold` is the value that a pre-activation of its ReLU must exceed.
     """
 
     name: str
@@ -23,7 +23,7 @@ class ModelShape:
 
     @property
     def queries(self) -> int:
-        """Query heads a KV group."""
+        """Query heads per KV group."""
         return self.heads // self.kv_heads
 
 
@@ -47,11 +47,11 @@ MLP_MODELS = MODELS | {
         ModelShape("prosparse-llama-2-7b", 4096, 11008, 32, 32, 128, "relu", True, 0.5, 0.01),
     )
 }
-"""Those, and two that differ from llama-2-7b in the activation alone."""
+"""The same, and two that differ from llama-2-7b only in the activation."""
 BATCHES = (1, 8, 16, 64, 256)
 DENSITIES = (0.1, 0.3, 0.5, 0.625, 1.0)
 CACHES = (1920, 3968, 8192)
-CACHE_OF = {"opt": (1920,), "llama-2": (1920, 3968)}  # models whose positions end before the longer caches
+CACHE_OF = {"opt": (1920,), "llama-2": (1920, 3968)}  # models with too few positions for the longer caches
 
 
 @dataclass(frozen=True)
@@ -65,7 +65,7 @@ class AttentionCase:
 
     @property
     def selected(self) -> int | None:
-        """Groups a sequence: floor(density · K), at least 1; None is all of them."""
+        """Groups per sequence: floor(density · K), at least 1; None means all."""
         return None if self.density == 1 else max(1, int(self.density * self.model.kv_heads + 1e-9))
 
     @property

@@ -16,12 +16,12 @@ BOS_ID = 1
 
 
 def novels(path: Path) -> list[str]:
-    """The documents of a text file that has form feeds between them."""
+    """The documents in a text file, which are separated by form feeds."""
     return [text.strip() + "\n" for text in read_text(path).split(DOCUMENT_SEPARATOR) if text.strip()]
 
 
 def code() -> list[str]:
-    """The standard library's train split, then the sources of its `test` package (part of no split)."""
+    """The standard library's train split, then the sources of its `test` package, which is in no split."""
     library = list(standard_library_documents("train").values())
     return library + list(_test_package(Path(sysconfig.get_path("stdlib")) / "test"))
 
@@ -31,12 +31,12 @@ def _test_package(folder: Path) -> Iterator[str]:
         try:
             text = path.read_bytes().decode("utf-8")
         except UnicodeDecodeError:
-            continue  # files whose encoding is itself under test
+            continue  # some files test other encodings
         if text.strip():
             yield text
 
 
-def tokenise(tokenizer: Tokenizer, documents: list[str], bos: int) -> np.ndarray:
+def tokenize(tokenizer: Tokenizer, documents: list[str], bos: int) -> np.ndarray:
     """All documents as one uint16 stream, `bos` before each."""
     tokenizer.encode_special_tokens = True
     encodings = tokenizer.encode_batch(documents, add_special_tokens=False)
@@ -66,7 +66,7 @@ def main() -> None:
     args = parser.parse_args()
     tokenizer = Tokenizer.from_file(str(args.tokenizer / "tokenizer.json"))
     for name, documents in zip(TRAIN_FILES, (novels(args.novels), code()), strict=True):
-        stream = tokenise(tokenizer, documents, BOS_ID)
+        stream = tokenize(tokenizer, documents, BOS_ID)
         file = args.out / f"{name}.u16.xz"
         write_stream(file, stream)
         size = sum(len(text.encode()) for text in documents)

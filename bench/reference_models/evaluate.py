@@ -1,4 +1,4 @@
-"""Held-out perplexity of a bundled model beside a unigram baseline, by transformers' own torch classes."""
+"""Held-out perplexity of a bundled model and of a unigram baseline, using transformers' own torch classes."""
 
 import argparse
 import json
@@ -25,21 +25,21 @@ def unigram_log_probability(streams: list[np.ndarray], vocab: int, code_share: f
 
 
 def encode(tokenizer, text: str, bos: int) -> np.ndarray:
-    """Documents as one stream, `bos` before each; special tokens in the text are not recognised as such."""
+    """Documents as one stream, `bos` before each; special tokens in the text are not recognized as such."""
     backend = tokenizer.backend_tokenizer
     backend.encode_special_tokens = True
     return token_stream(text, lambda t: backend.encode(t, add_special_tokens=False).ids, separator=bos)
 
 
 def windows(model, tokenizer, text: str) -> np.ndarray:
-    """Non-overlapping rows [n T] over the model's whole context, each opened by BOS."""
+    """Non-overlapping rows [n T] over the model's whole context, each starting with BOS."""
     bos = tokenizer.bos_token_id
     return cut(encode(tokenizer, text, bos), model.config.max_position_embeddings, first=bos)
 
 
 @torch.inference_mode()
 def negative_log_likelihood(model, rows: np.ndarray) -> float:
-    """Mean over all tokens of rows [n T] but each row's first, in nats; rows are scored by themselves."""
+    """Mean over all tokens of rows [n T] except each row's first, in nats; rows are scored independently."""
     total = 0.0
     for i in range(0, len(rows), BATCH):
         tokens = torch.from_numpy(rows[i : i + BATCH].astype(np.int64))
@@ -51,7 +51,7 @@ def negative_log_likelihood(model, rows: np.ndarray) -> float:
 
 @torch.inference_mode()
 def neuron_density(model, rows: np.ndarray) -> list[float]:
-    """Share of positive pre-activations in each layer of an OPT model, a mean over tokens and neurons."""
+    """Share of positive pre-activations in each layer of an OPT model, averaged over tokens and neurons."""
     shares: list[list[float]] = [[] for _ in model.model.decoder.layers]
     hooks = [
         layer.fc1.register_forward_hook(

@@ -1,4 +1,4 @@
-"""Write a decoder of the OPT or LLaMA shape as a HuggingFace folder."""
+"""Writes a decoder of the OPT or LLaMA architecture as a HuggingFace folder."""
 
 import argparse
 import json
@@ -130,7 +130,7 @@ def save_weights(path: Path, config: ModelConfig, flat: Mapping[str, np.ndarray]
 
 def main() -> None:
     parser = argparse.ArgumentParser(
-        description="Put trained weights, tokenizer and configs into one HF folder."
+        description="Puts trained weights, tokenizer and configs into one HF folder."
     )
     parser.add_argument("--model", choices=MODELS, required=True)
     parser.add_argument("--weights", type=Path, required=True, help="model.safetensors written by train.py")

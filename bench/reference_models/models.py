@@ -1,4 +1,4 @@
-"""The shapes of the bundled models, and micro ones to try the scripts with."""
+"""Configurations of the bundled models, and tiny ones to try the scripts with."""
 
 import dataclasses
 

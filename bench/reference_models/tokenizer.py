@@ -1,4 +1,4 @@
-"""Train the bundled models' byte-level BPE and write it as a HuggingFace tokenizer folder."""
+"""Trains the bundled models' byte-level BPE and writes it as a HuggingFace tokenizer folder."""
 
 import argparse
 import json
@@ -9,13 +9,13 @@ from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, 
 from bench.reference_models import corpus
 
 VOCAB_SIZE = 4096
-PAD, BOS = "<|pad|>", "<|endoftext|>"  # ids 0 and 1; BOS opens and ends a document
+PAD, BOS = "<|pad|>", "<|endoftext|>"  # ids 0 and 1; BOS starts and ends a document
 NOVEL_CHARACTERS = 18_000_000
 CODE_CHARACTERS = 8_000_000
 
 
 def train(novels: list[str], code: list[str]) -> Tokenizer:
-    """A byte-level BPE without an unknown token: every text comes back exactly."""
+    """A byte-level BPE without an unknown token: every text round-trips exactly."""
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=True)
     tokenizer.decoder = decoders.ByteLevel()
@@ -40,7 +40,7 @@ def _sample(documents: list[str], characters: int) -> list[str]:
 
 
 def save(tokenizer: Tokenizer, folder: Path, max_positions: int) -> None:
-    """`tokenizer.json` and the `tokenizer_config.json` that makes AutoTokenizer take it as it is."""
+    """Writes `tokenizer.json`, and a `tokenizer_config.json` with which AutoTokenizer uses it unchanged."""
     folder.mkdir(parents=True, exist_ok=True)
     tokenizer.save(str(folder / "tokenizer.json"), pretty=False)
     settings = {

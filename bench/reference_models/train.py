@@ -1,7 +1,7 @@
-"""Train a bundled model: AdamW in float32 over bfloat16 compute, warm-up, constant rate, linear decay to zero.
+"""Trains a bundled model: AdamW in float32 over bfloat16 compute, warm-up, constant rate, linear decay to zero.
 
-The token streams lie on the device, a batch is drawn by step number alone, and one jitted call runs many
-steps; a run is repeated exactly by its `--steps` and `--seed` (the log's last line says both).
+The token streams stay on the device, a batch depends on the step number alone, and one jitted call runs many steps. The
+same `--steps` and `--seed` repeat a run exactly; the log's last line has both.
 """
 
 import argparse
@@ -40,7 +40,7 @@ class Recipe:
 
     batch: int = 128  # rows of max_positions tokens
     code_share: float = 0.3
-    bos_share: float = 0.9  # rows that open with BOS, as prompts do; the others start mid-text
+    bos_share: float = 0.9  # rows that start with BOS, as prompts do; the others start mid-text
     peak_rate: float = 2.5e-3
     warmup_steps: int = 200
     decay_share: float = 0.35
@@ -51,7 +51,7 @@ class Recipe:
 
 
 def initial(config: ModelConfig, seed: int) -> Flat:
-    """Float32 parameters: normal(0.03), residual outputs scaled by (2 L) ** -0.5, unit scales, zero biases."""
+    """Initial float32 parameters: normal(0.03), residual outputs times (2 L) ** -0.5, unit scales, zero biases."""
     shapes = parameters(abstract(config))
     keys = jax.random.split(jax.random.key(seed), len(shapes))
     return {
@@ -105,7 +105,7 @@ def optimizer(flat: Flat, recipe: Recipe) -> optax.GradientTransformation:
 
 
 def start(config: ModelConfig, recipe: Recipe) -> State:
-    """Fresh parameters and the optimizer's memory of them."""
+    """Fresh parameters and optimizer state."""
     flat = initial(config, recipe.seed)
     return flat, optimizer(flat, recipe).init(flat)
 
@@ -150,7 +150,7 @@ def dev_loss(flat: Flat, rows: jax.Array, config: ModelConfig) -> jax.Array:
 
 
 class Log:
-    """Lines of JSON in a file, echoed."""
+    """Writes lines of JSON to a file and prints them."""
 
     def __init__(self, path: Path):
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -164,7 +164,7 @@ class Log:
 
 
 def cut_dev(stream: np.ndarray, length: int) -> tuple[np.ndarray, np.ndarray]:
-    """(what is trained on, the last DEV_ROWS windows [n length], each opened by BOS)."""
+    """(the part to train on, the last DEV_ROWS windows [n length], each starting with BOS)."""
     size = DEV_ROWS * length
     rows = stream[-size:].reshape(DEV_ROWS, length).astype(np.int32)
     rows[:, 0] = corpus.BOS_ID
@@ -179,7 +179,7 @@ def prepare(streams: list[np.ndarray], length: int) -> tuple[tuple[jax.Array, ..
 
 
 def steps_until(deadline: float, pace: float, recipe: Recipe) -> int:
-    """Whole chunks that fit before `deadline` (monotonic seconds) at `pace` seconds a step."""
+    """Steps, in whole chunks, that fit before `deadline` (monotonic seconds) at `pace` seconds per step."""
     left = deadline - CLOSING_SECONDS - time.monotonic()
     return max(1, int(left / (1.01 * pace) / recipe.chunk)) * recipe.chunk
 
@@ -193,7 +193,7 @@ def train(
     steps: int | None,
     deadline: float | None = None,
 ) -> None:
-    """Runs `steps` (whole chunks), or as many as end before `deadline`; leaves weights and log in `out`."""
+    """Runs `steps` (whole chunks), or as many as finish before `deadline`; writes weights and log to `out`."""
     log = Log(out / "log.jsonl")
     log(device=jax.devices()[0].device_kind, recipe=dataclasses.asdict(recipe), model=config.to_json())
     kept, dev = prepare(streams, config.max_positions + 1)
@@ -219,7 +219,9 @@ def train(
             speed = round(recipe.batch * config.max_positions / pace)
             log(step=step, loss=loss, **scores, tokens_per_second=speed, seconds=time.monotonic() - STARTED)
         if not np.isfinite(loss):
-            raise SystemExit(f"the loss is {loss} at step {step}; the last weights saved are from before it")
+            raise SystemExit(
+                f"the loss is {loss} at step {step}; the last saved weights are from an earlier step"
+            )
         if time.monotonic() - saved > SAVE_SECONDS or step == total:
             save_weights(out / "model.safetensors", config, jax.device_get(state[0]))
             saved = time.monotonic()
