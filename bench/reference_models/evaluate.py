@@ -10,8 +10,9 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from bench.reference_models import corpus
-from polarjax.text.corpus import read_text, standard_library_text, token_stream
-from polarjax.text.corpus import windows as cut
+from polarjax.text.corpus import read_text, standard_library_text
+from polarjax.text.token_windows import token_stream
+from polarjax.text.token_windows import windows as cut
 
 BATCH = 16
 

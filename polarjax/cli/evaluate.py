@@ -3,17 +3,15 @@
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
-import numpy as np
 import typer
 
 from polarjax.errors import InputError
 from polarjax.selection.plans import densities
 
 if TYPE_CHECKING:
-    from polarjax.evaluation.scoring import Mode
+    from polarjax.evaluation.checks import Mode
     from polarjax.evaluation.text_perplexity import Perplexity
     from polarjax.selection.selectors import Sparsity
-    from polarjax.text.tokenizer import Tokenizer
 
 
 def evaluate(
@@ -32,7 +30,8 @@ def evaluate(
     """Measure how well the model predicts a text, dense and sparse, masked at every position and as decoded."""
     from polarjax.checkpoint.bundle import load_with_tokenizer
     from polarjax.evaluation import agreement, perplexity
-    from polarjax.text.corpus import read_text, text_windows
+    from polarjax.text.corpus import read_text
+    from polarjax.text.token_windows import scored_windows
 
     if dense and head_density is not None:
         raise InputError("--dense and --head-density contradict each other", hint="give one of them")
@@ -41,18 +40,18 @@ def evaluate(
     length = min(512, bundle.model.config.max_positions) if window is None else window
     source = ", ".join(map(str, text))
     sparse: dict[Mode, Sparsity] = {}
-    if not dense:  # what can't be measured is refused before anything is
+    if not dense:  # refused here, before anything is measured
         sparse = {
             "masked": bundle.sparsity(1, head_density),
             "decode": bundle.sparsity(batch_size, head_density),
         }
         _check_context(context, length)
-    windows = text_windows(texts, tokenizer, length, most=max_tokens // max(length, 1), source=source)
+    windows = scored_windows(texts, tokenizer, length, most=max_tokens // max(length, 1), source=source)
+    tokens, num_bytes = windows.tokens, windows.scored_bytes(context)
     options: dict[str, Any] = {"batch_size": batch_size, "context": context}
-    measured = perplexity(bundle.model, windows, **options, description="dense")
-    num_bytes = _scored_bytes(windows, context, tokenizer)
+    measured = perplexity(bundle.model, tokens, scored=windows.scored, **options, description="dense")
     result: dict[str, Any] = {
-        "windows": len(windows),
+        "windows": len(tokens),
         "window": length,
         **options,
         "scored_tokens": measured.tokens,
@@ -61,19 +60,20 @@ def evaluate(
     }
     _print_dense(result)
     for mode, sparsity in sparse.items():
-        common: dict[str, Any] = {"mode": mode, **options, "description": f"sparse, {mode}"}
+        common: dict[str, Any] = {"mode": mode, **options, "scored": windows.scored}
+        common["description"] = f"sparse, {mode}"
         result[mode] = {
             "density": densities(sparsity.plan, bundle.model.config),
-            **_numbers(perplexity(bundle.model, windows, sparsity=sparsity, **common), num_bytes),
-            **agreement(bundle.model, windows, sparsity, **common).to_json(),
+            **_numbers(perplexity(bundle.model, tokens, sparsity=sparsity, **common), num_bytes),
+            **agreement(bundle.model, tokens, sparsity, **common).to_json(),
         }
         _print_sparse(mode, result)
     return result
 
 
 def _check_context(context: int, length: int) -> None:
-    """Raises `InputError` where decoding, which comes last, would have no token to score."""
-    from polarjax.evaluation.scoring import largest_context
+    """Raises `InputError` if decoding, the last measurement, would have no token to score."""
+    from polarjax.evaluation.checks import largest_context
 
     largest = largest_context(length, "decode")
     if not 0 <= context <= largest:
@@ -84,11 +84,6 @@ def _check_context(context: int, length: int) -> None:
             expected=f"0 to {largest}" if largest >= 0 else "a longer window",
             hint="lower --context or raise --window",
         )
-
-
-def _scored_bytes(windows: np.ndarray, context: int, tokenizer: "Tokenizer") -> int:
-    texts = tokenizer.decode(windows[:, max(context, 1) :])
-    return sum(len(text.encode()) for text in texts)
 
 
 def _numbers(measured: "Perplexity", num_bytes: int) -> dict[str, float]:

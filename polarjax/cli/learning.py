@@ -68,7 +68,8 @@ def load_and_cut(
 ) -> tuple["Bundle", Int32[np.ndarray, "n T"]]:
     """The model directory, and the texts cut into token windows."""
     from polarjax.checkpoint.bundle import load_with_tokenizer
-    from polarjax.text.corpus import read_text, text_windows
+    from polarjax.text.corpus import read_text
+    from polarjax.text.token_windows import text_windows
 
     texts = [read_text(path) for path in text]
     bundle, tokenizer = load_with_tokenizer(folder, dtype, to_learn=True)

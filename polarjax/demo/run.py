@@ -1,6 +1,7 @@
 """The stages of the demo; each returns what `results.json` keeps of it."""
 
 import dataclasses
+import functools
 import tempfile
 import time
 from collections.abc import Callable
@@ -15,7 +16,6 @@ from polarjax import costs
 from polarjax.checkpoint.bundle import Bundle, load_with_tokenizer, write_plans, write_routers
 from polarjax.evaluation import perplexity
 from polarjax.generation.generate import Generation, generate
-from polarjax.model.decoder import Decoder
 from polarjax.selection.plans import SparsityPlan, dense_plan, uniform_groups
 from polarjax.selection.routers import Routers
 from polarjax.selection.selectors import Oracle, Random, Selector, Sparsity, Static
@@ -24,7 +24,8 @@ from polarjax.sparsity.activations import Activations, open_activations
 from polarjax.sparsity.calibration import measure_recall
 from polarjax.sparsity.options import CollectOptions, TrainOptions
 from polarjax.sparsity.training import train_routers
-from polarjax.text.corpus import Split, standard_library_text, text_windows
+from polarjax.text.corpus import Split, standard_library_text
+from polarjax.text.token_windows import ScoredWindows, scored_windows
 from polarjax.text.tokenizer import Tokenizer
 
 DENSITIES = (1.0, 0.75, 0.625, 0.5, 0.375)
@@ -75,21 +76,21 @@ def run(folder: Path, options: DemoOptions | None = None) -> dict[str, Any]:
     learn = _windows("calibration", tokenizer, options.length, options.learn)
     held_out = _windows("evaluation", tokenizer, options.length, options.measure)
     started = time.perf_counter()
-    bundle, selectors, learnt = _learn(bundle, folder, learn, options)
+    bundle, selectors, learnt = _learn(bundle, folder, learn.tokens, options)
     return {
         "settings": dataclasses.asdict(options)
         | {"device": jax.devices()[0].device_kind, "jax": jax.__version__},
         "learning": learnt | {"seconds": time.perf_counter() - started},
-        "plans": _plans(bundle, held_out),
+        "plans": _plans(bundle, held_out.tokens),
         "generation": _generation(bundle, options),
         "quality": _quality(bundle, selectors, held_out, options),
         "costs": _costs(bundle, options),
     }
 
 
-def _windows(split: Split, tokenizer: Tokenizer, length: int, most: int) -> np.ndarray:
+def _windows(split: Split, tokenizer: Tokenizer, length: int, most: int) -> ScoredWindows:
     text = standard_library_text(split)
-    return text_windows([text], tokenizer, length, most=most, source="the standard library")
+    return scored_windows([text], tokenizer, length, most=most, source="the standard library")
 
 
 def _learn(
@@ -204,22 +205,30 @@ def _generation(bundle: Bundle, options: DemoOptions) -> dict[str, Any]:
     }
 
 
-def _quality(bundle: Bundle, learnt: Selectors, windows: np.ndarray, options: DemoOptions) -> dict[str, Any]:
+def _quality(
+    bundle: Bundle, learnt: Selectors, windows: ScoredWindows, options: DemoOptions
+) -> dict[str, Any]:
     """Perplexity of every selection at every head density; selection at every position, neurons dense.
 
     Twice: with the first layer dense and routers trained for each density, as published; and with the important
     layer dense, as many groups kept, and one router that predicts norms.
     """
     random, static = Random(jax.random.key(2)), learnt.static
-    dense = perplexity(bundle.model, windows, batch_size=11, description="perplexity, dense")
+    measure = functools.partial(
+        perplexity, bundle.model, windows.tokens, scored=windows.scored, batch_size=11
+    )
+    dense = measure(description="perplexity, dense")
+
+    def masked(name: str, selector: Selector, density: float, layer: int) -> float:
+        groups = uniform_groups(bundle.model.config, density, dense_layers=(layer,))
+        sparsity = Sparsity(selector, SparsityPlan(dense_plan(bundle.model.config).neurons, groups))
+        label = f"perplexity, {name} at {density:g}, layer {layer} dense"
+        return measure(sparsity=sparsity, description=label).perplexity
 
     def rows(selectors: Callable[[float], dict[str, Selector]], densities: tuple[float, ...], layer: int):
         return [
             {"density": density}
-            | {
-                name: _masked_perplexity(bundle.model, windows, name, selector, density, dense_layer=layer)
-                for name, selector in selectors(density).items()
-            }
+            | {name: masked(name, selector, density, layer) for name, selector in selectors(density).items()}
             for density in densities
         ]
 
@@ -237,15 +246,6 @@ def _quality(bundle: Bundle, learnt: Selectors, windows: np.ndarray, options: De
         "important_layer": learnt.important,
         "important_rows": rows(important, options.densities[1:], learnt.important),
     }
-
-
-def _masked_perplexity(
-    model: Decoder, windows: np.ndarray, name: str, selector: Selector, density: float, *, dense_layer: int
-) -> float:
-    groups = uniform_groups(model.config, density, dense_layers=(dense_layer,))
-    sparsity = Sparsity(selector, SparsityPlan(dense_plan(model.config).neurons, groups))
-    label = f"perplexity, {name} at {density:g}, layer {dense_layer} dense"
-    return perplexity(model, windows, sparsity=sparsity, batch_size=11, description=label).perplexity
 
 
 def _costs(bundle: Bundle, options: DemoOptions) -> list[dict[str, Any]]:

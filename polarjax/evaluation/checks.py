@@ -1,17 +1,76 @@
-"""Checks of what a model computed before it becomes a statistic."""
+"""Checks of what is to be scored, and of what a model computed before it becomes a statistic."""
+
+from typing import Literal, get_args
 
 import numpy as np
 
 from polarjax.errors import InputError
+from polarjax.types import Bool
+
+type Mode = Literal["masked", "decode"]
 
 
-def check_numbers(values: np.ndarray, *, where: str) -> None:
-    """Raises `InputError` where a token's statistic is NaN, as it is where the model's logits are."""
-    wrong = np.argwhere(np.isnan(values))
+def largest_context(length: int, mode: str) -> int:
+    """Most tokens at the start of a window of `length` that leave one to score."""
+    return length - 1 - (mode == "decode")
+
+
+def check_scoring(shape: tuple[int, ...], mode: str, batch_size: int, context: int) -> None:
+    """Raises `InputError` unless windows of this shape can be scored in this way."""
+    if mode not in get_args(Mode.__value__):
+        raise InputError("no such mode", where="evaluation", got=repr(mode), expected="'masked' or 'decode'")
+    if batch_size < 1:
+        raise InputError("batch_size is too small", where="evaluation", got=batch_size, expected="at least 1")
+    if len(shape) != 2 or shape[0] < 1 or shape[1] < 2:
+        raise InputError(
+            "nothing to score",
+            where="windows",
+            got=f"shape {shape}",
+            expected="[n T] with T at least 2",
+            hint="cut the text into windows of at least two tokens",
+        )
+    largest = largest_context(shape[1], mode)
+    if not 0 <= context <= largest:
+        raise InputError(
+            "no token is left to score",
+            where="context",
+            got=context,
+            expected=f"0 to {largest}",
+        )
+
+
+def scored_after(
+    scored: Bool[np.ndarray, "n T"] | None, shape: tuple[int, ...], context: int
+) -> Bool[np.ndarray, "n after"]:
+    """Which tokens after the first `context`, at least one, count: [n, T - max(context, 1)]; None is all of them.
+
+    Raises:
+      InputError: `scored` is not boolean [n T] = `shape`, or no token is left.
+    """
+    if scored is None:
+        scored = np.ones(shape, bool)
+    scored = np.asarray(scored)
+    if scored.shape != tuple(shape) or scored.dtype != bool:
+        got, expected = f"{scored.dtype} {scored.shape}", f"bool {tuple(shape)}, like the windows"
+        raise InputError("unusable mask of scored tokens", where="scored", got=got, expected=expected)
+    counted = scored[:, max(context, 1) :]
+    if not counted.any():
+        raise InputError(
+            "no token is left to score",
+            where="scored",
+            got=f"{int(scored.sum())} scored tokens, none after the first {max(context, 1)} of a window",
+            hint="give more text, longer windows or less context",
+        )
+    return counted
+
+
+def check_numbers(values: np.ndarray, counted: Bool[np.ndarray, "n after"], *, where: str) -> None:
+    """Raises `InputError` if the statistic of a counted token is NaN, as it is if the model's logits are."""
+    wrong = np.argwhere(np.isnan(values) & counted)
     if len(wrong):
         raise InputError(
             "the model computes NaN",
             where=where,
-            got=f"{len(wrong)} of {values.size} scored tokens, the first in window {wrong[0][0]}",
+            got=f"{len(wrong)} of {int(counted.sum())} scored tokens, the first in window {wrong[0][0]}",
             hint="compute in float32 (--dtype float32), or convert the checkpoint again",
         )

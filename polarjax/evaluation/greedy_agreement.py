@@ -1,4 +1,4 @@
-"""How often, and how closely, the sparse model says what the dense one says."""
+"""How often the sparse model predicts the same token as the dense one, and how far their distributions differ."""
 
 import dataclasses
 
@@ -6,8 +6,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from polarjax.evaluation.checks import check_numbers
-from polarjax.evaluation.scoring import Mode, score
+from polarjax.evaluation.checks import Mode, check_numbers
+from polarjax.evaluation.scoring import score
 from polarjax.model.decoder import Decoder
 from polarjax.selection.selectors import Sparsity
 from polarjax.types import Array, Bool, Float, Int
@@ -40,10 +40,11 @@ def agreement(
     mode: Mode = "masked",
     batch_size: int = 8,
     context: int = 0,
+    scored: Bool[np.ndarray, "n T"] | None = None,
     description: str = "agreement",
 ) -> Agreement:
     """Compares next-token distributions over windows of true text; arguments and errors as of `perplexity`."""
-    same, divergence = score(
+    (same, divergence), counted = score(
         model,
         windows,
         (None, sparsity),
@@ -51,13 +52,14 @@ def agreement(
         mode=mode,
         batch_size=batch_size,
         context=context,
+        scored=scored,
         description=description,
     )
-    check_numbers(divergence, where=description)
+    check_numbers(divergence, counted, where=description)
     return Agreement(
-        top1=float(same.mean(dtype=np.float64)),
-        kl=float(divergence.mean(dtype=np.float64)),
-        tokens=same.size,
+        top1=float(same[counted].mean(dtype=np.float64)),
+        kl=float(divergence[counted].mean(dtype=np.float64)),
+        tokens=int(counted.sum()),
     )
 
 

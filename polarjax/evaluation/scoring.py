@@ -2,23 +2,22 @@
 
 import functools
 from collections.abc import Callable
-from typing import Any, Literal, get_args
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from polarjax.errors import InputError
+from polarjax.evaluation.checks import Mode, check_scoring, scored_after
 from polarjax.model.cache import init_cache
 from polarjax.model.checks import check_windows
 from polarjax.model.decoder import Decoder, decode_step, forward, prefill
 from polarjax.progress import task
 from polarjax.selection.selectors import Sparsity
-from polarjax.types import Array, Float, Int
+from polarjax.types import Array, Bool, Float, Int
 
-type Mode = Literal["masked", "decode"]
 type Statistic = Callable[[tuple[Float[Array, "... V"], ...], Int[Array, "..."]], Any]
-"""(logits of each variant [... V], the tokens that came [...]) -> a tree of arrays [...]."""
+"""(logits of each variant [... V], the true next tokens [...]) -> a tree of arrays [...]."""
 
 
 def score(
@@ -30,19 +29,20 @@ def score(
     mode: Mode,
     batch_size: int,
     context: int,
+    scored: Bool[np.ndarray, "n T"] | None,
     description: str,
-) -> Any:
-    """The statistic of every scored token of every window, a tree of arrays [n, T - max(context, 1)].
+) -> tuple[Any, Bool[np.ndarray, "n after"]]:
+    """The statistic of every token after the context, a tree of arrays [n, T - max(context, 1)], and which ones count.
 
-    See `polarjax.evaluation.perplexity` for the arguments and what they mean. `variants` are run side by side
-    on the same tokens, None being the dense model; `statistic` must be a module-level function, since it is
-    part of the compiled program's name.
+    See `polarjax.evaluation.perplexity` for the arguments. `variants` run side by side on the same tokens; None
+    is the dense model. `statistic` must be a module-level function, because it is a key of the compilation cache.
 
     Raises:
-      InputError: windows, mode, context or batch size that cannot be scored.
+      InputError: windows, mode, context, mask or batch size that cannot be scored.
       SparsityError: routers or plan are for another model, or a selector that cannot decode in mode "decode".
     """
-    _check(np.shape(windows), mode, batch_size, context)
+    check_scoring(np.shape(windows), mode, batch_size, context)
+    counted = scored_after(scored, np.shape(windows), context)
     windows = check_windows(windows, model.config)
     for variant in variants:
         if variant is not None:
@@ -54,7 +54,7 @@ def score(
             batch = windows[start : start + batch_size]
             rows.append(jax.device_get(run(model, jnp.asarray(batch), variants)))
             advance(batch.shape[0])
-    return jax.tree.map(lambda *parts: np.concatenate(parts), *rows)
+    return jax.tree.map(lambda *parts: np.concatenate(parts), *rows), counted
 
 
 @functools.partial(jax.jit, static_argnames=("statistic", "context"))
@@ -69,7 +69,7 @@ def _masked(model: Decoder, tokens, variants, *, statistic: Statistic, context: 
 
 @functools.partial(jax.jit, static_argnames=("statistic", "context"))
 def _decoded(model: Decoder, tokens, variants, *, statistic: Statistic, context: int):
-    """One scan over the tokens: each is fed to every variant, whose logits are scored against the next."""
+    """One scan over the tokens: every variant reads it, and its logits are scored against the next one."""
     batch_size, length = tokens.shape
     cache = lambda: init_cache(model.config, batch_size=batch_size, capacity=length, dtype=model.dtype)
     caches = tuple(cache() for _ in variants)
@@ -92,31 +92,3 @@ def _decoded(model: Decoder, tokens, variants, *, statistic: Statistic, context:
     by_row = jax.tree.map(lambda values: values.T, after)  # [steps B] -> [B steps]
     first = [jax.tree.map(lambda value: value[:, None], item) for item in before]
     return jax.tree.map(lambda *parts: jnp.concatenate(parts, 1), *first, by_row)
-
-
-def largest_context(length: int, mode: str) -> int:
-    """Most tokens at the start of a window of `length` that leave one to score."""
-    return length - 1 - (mode == "decode")
-
-
-def _check(shape: tuple[int, ...], mode: str, batch_size: int, context: int) -> None:
-    if mode not in get_args(Mode.__value__):
-        raise InputError("no such mode", where="evaluation", got=repr(mode), expected="'masked' or 'decode'")
-    if batch_size < 1:
-        raise InputError("batch_size is too small", where="evaluation", got=batch_size, expected="at least 1")
-    if len(shape) != 2 or shape[0] < 1 or shape[1] < 2:
-        raise InputError(
-            "nothing to score",
-            where="windows",
-            got=f"shape {shape}",
-            expected="[n T] with T at least 2",
-            hint="cut the text into windows of at least two tokens",
-        )
-    largest = largest_context(shape[1], mode)
-    if not 0 <= context <= largest:
-        raise InputError(
-            "no token is left to score",
-            where="context",
-            got=context,
-            expected=f"0 to {largest}",
-        )

@@ -7,11 +7,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from polarjax.evaluation.checks import check_numbers
-from polarjax.evaluation.scoring import Mode, score
+from polarjax.evaluation.checks import Mode, check_numbers
+from polarjax.evaluation.scoring import score
 from polarjax.model.decoder import Decoder
 from polarjax.selection.selectors import Sparsity
-from polarjax.types import Array, Float, Int
+from polarjax.types import Array, Bool, Float, Int
 
 
 @dataclasses.dataclass(frozen=True)
@@ -21,8 +21,8 @@ class Perplexity:
     Attributes:
       nll: mean negative log-likelihood, in nats per scored token.
       tokens: scored tokens.
-      token_nll: negative log-likelihood of each scored token, float32 [n, T - max(context, 1)]; differences
-        between two runs over the same windows are paired.
+      token_nll: negative log-likelihood of each token after the context, float32 [n, T - max(context, 1)]; NaN
+        where a token is not scored. Differences between two runs over the same windows are paired.
     """
 
     nll: float
@@ -59,18 +59,19 @@ def perplexity(
     mode: Mode = "masked",
     batch_size: int = 8,
     context: int = 0,
+    scored: Bool[np.ndarray, "n T"] | None = None,
     description: str = "perplexity",
 ) -> Perplexity:
     """Perplexity over non-overlapping windows; nothing is carried from one window to the next.
 
-    The first token of a window (BOS, where the tokenizer has one: `polarjax.data.windows(..., first=bos)`) is
-    not scored, nor is any of the first `context` tokens. A last batch of fewer windows runs at its own size.
+    The first token of a window (BOS, if the tokenizer has one) is not scored, nor are the first `context` tokens.
+    A last batch of fewer windows runs at its own size.
 
     Mode "masked" is the published protocol: `forward` with the selection applied as a mask at every position,
     the first included, and neurons chosen for each token alone. Mode "decode" is what generation does:
-    `decode_step` is fed the true tokens of `batch_size` windows at a time, neurons are chosen once for that
-    batch, and the first `context` tokens are read by the dense `prefill`. At batch size 1 and context 0 the two
-    are equal to rounding. Each plan, batch size and window length compiles anew.
+    `decode_step` reads the true tokens of `batch_size` windows at a time, neurons are chosen once for that
+    batch, and the dense `prefill` reads the first `context` tokens. At batch size 1 and context 0 the two
+    are equal to rounding. Each plan, batch size and window length compiles once.
 
     Args:
       model: the decoder.
@@ -79,13 +80,15 @@ def perplexity(
       mode: "masked" or "decode".
       batch_size: B, windows that run together.
       context: tokens at the start of each window that are given, not scored.
+      scored: bool [n T]; False leaves a token out of the score, such as the BOS of a document inside a window (see
+        `polarjax.text.token_windows.scored_windows`). None scores all tokens after the context.
       description: for the progress bar.
 
     Raises:
-      InputError: windows, mode, context or batch size that cannot be scored.
+      InputError: windows, mode, context, mask or batch size that cannot be scored, or the model computes NaN.
       SparsityError: routers or plan for another model, or an oracle or random selector in mode "decode".
     """
-    losses = score(
+    losses, counted = score(
         model,
         windows,
         (sparsity,),
@@ -93,10 +96,13 @@ def perplexity(
         mode=mode,
         batch_size=batch_size,
         context=context,
+        scored=scored,
         description=description,
     )
-    check_numbers(losses, where=description)
-    return Perplexity(nll=float(losses.mean(dtype=np.float64)), tokens=losses.size, token_nll=losses)
+    check_numbers(losses, counted, where=description)
+    nll = float(losses[counted].mean(dtype=np.float64))
+    losses = np.where(counted, losses, np.float32(np.nan))
+    return Perplexity(nll=nll, tokens=int(counted.sum()), token_nll=losses)
 
 
 def token_nll(logits: tuple[Float[Array, "... V"], ...], targets: Int[Array, "..."]) -> Float[Array, "..."]:

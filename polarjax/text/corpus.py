@@ -1,17 +1,12 @@
-"""Text and token windows: reading files, the standard library as a corpus, cutting token streams."""
+"""Texts to learn from and to measure on: files, and the standard library as a corpus."""
 
 import hashlib
 import lzma
 import sysconfig
-from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Literal, get_args
 
-import numpy as np
-
 from polarjax.errors import InputError
-from polarjax.text.tokenizer import Tokenizer
-from polarjax.types import Int
 
 Split = Literal["train", "calibration", "evaluation"]
 
@@ -101,49 +96,6 @@ def standard_library_text(split: Split) -> str:
     return DOCUMENT_SEPARATOR.join(text.replace(DOCUMENT_SEPARATOR, "") for text in documents)
 
 
-def token_stream(text: str, encode: Callable[[str], Sequence[int]], *, separator: int | None) -> np.ndarray:
-    """All documents of `text` as one int32 stream; `separator` (the BOS id; None = nothing) precedes each.
-
-    `encode` turns a document into token ids without adding special tokens.
-    """
-    head = [] if separator is None else [separator]
-    documents = filter(str.strip, text.split(DOCUMENT_SEPARATOR))
-    parts = [np.asarray([*head, *encode(document)], np.int32) for document in documents]
-    return np.concatenate(parts) if parts else np.zeros(0, np.int32)
-
-
-def windows(
-    tokens: Sequence[int] | np.ndarray,
-    length: int,
-    *,
-    first: int | None = None,
-    at_least: int = 1,
-    source: str = "the text",
-) -> np.ndarray:
-    """Consecutive, non-overlapping windows [n length] int32 of a token stream; the short tail is dropped.
-
-    With `first` (a BOS id) each window is that token followed by length - 1 tokens of the stream.
-    Raises InputError when fewer than `at_least` windows come out; it names `source` and the tokens got and needed.
-    """
-    taken = length if first is None else length - 1
-    if taken < 1:
-        raise InputError("the window is too short", got=f"length {length}", expected="room for a token")
-    stream = np.asarray(tokens, np.int32)
-    count = len(stream) // taken
-    if count < at_least:
-        raise InputError(
-            "the text is too short",
-            where=source,
-            got=f"{len(stream)} tokens",
-            expected=f"at least {at_least * taken} tokens ({at_least} windows of {taken})",
-            hint="give a longer text or a smaller window",
-        )
-    rows = stream[: count * taken].reshape(count, taken)
-    if first is None:
-        return rows
-    return np.concatenate([np.full((count, 1), first, np.int32), rows], axis=1)
-
-
 def _module_name(relative: Path) -> str | None:
     """`email/message.py` -> `email.message`, `json/__init__.py` -> `json`; None for what is left out."""
     parts = relative.with_suffix("").parts
@@ -152,28 +104,3 @@ def _module_name(relative: Path) -> str | None:
     if not parts or not all(part.isidentifier() for part in parts) or not SKIPPED_NAMES.isdisjoint(parts):
         return None
     return ".".join(parts)
-
-
-def text_windows(
-    texts: Sequence[str], tokenizer: Tokenizer, length: int, *, most: int | None = None, source: str
-) -> Int[np.ndarray, "n T"]:
-    """Windows of `length` tokens of all `texts`, each begun by BOS where the tokenizer has one.
-
-    Args:
-      texts: documents, or several separated by form feeds.
-      tokenizer: of the model.
-      length: T, BOS included.
-      most: at most so many windows, evenly spread over the text; None takes all.
-      source: what an error calls the texts.
-
-    Raises:
-      InputError: the text does not fill one window, or `length` or `most` is too small.
-    """
-    if most is not None and most < 1:
-        raise InputError("no window is left", where=source, got=most, expected="at least 1 window")
-    encode = lambda text: tokenizer.hf.encode(text, add_special_tokens=False, verbose=False)
-    stream = token_stream(DOCUMENT_SEPARATOR.join(texts), encode, separator=tokenizer.bos_id)
-    rows = windows(stream, length, first=tokenizer.bos_id, source=source)
-    if most is None or len(rows) <= most:
-        return rows
-    return rows[np.arange(most) * len(rows) // most]

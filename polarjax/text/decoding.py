@@ -33,11 +33,16 @@ def decode(hf: Any, ids: Sequence[int], *, skip_special_tokens: bool) -> str:
 
 def falls_back_to_bytes(hf: Any) -> bool:
     """Whether a tokenizer of the tokenizers library joins tokens such as <0xE0> to characters."""
+    return "ByteFallback" in decoder_types(hf)
+
+
+def decoder_types(hf: Any) -> set[str]:
+    """The steps by which a tokenizer of the tokenizers library turns tokens into text; empty for any other."""
     decoder = getattr(getattr(hf, "backend_tokenizer", None), "decoder", None)
     if decoder is None:
-        return False
+        return set()
     state = json.loads(decoder.__getstate__())
-    return "ByteFallback" in {each["type"] for each in state.get("decoders", [state])}
+    return {each["type"] for each in state.get("decoders", [state])}
 
 
 def _with_replacements(tokens: Sequence[str]) -> list[str]:

@@ -11,7 +11,8 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import polarjax as pj
 from checkpoints_convert import convert_checkpoint
-from polarjax.text.corpus import standard_library_text, token_stream, windows
+from polarjax.text.corpus import standard_library_text
+from polarjax.text.token_windows import token_stream, windows
 from tests.tolerances import OWN_ERRORS
 
 ASSETS = Path(pj.__file__).parent / "assets"

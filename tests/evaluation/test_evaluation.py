@@ -59,6 +59,23 @@ def test_dense_perplexity_is_that_of_numpy(mode, batch_size, context):
     assert result.bits_per_byte(100) == pytest.approx(expected.sum() / math.log(2) / 100, rel=1e-5)
 
 
+@pytest.mark.parametrize("mode", ["masked", "decode"])
+def test_only_tokens_of_the_mask_are_scored(mode):
+    scored = np.random.default_rng(1).random(WINDOWS.shape) < 0.7
+    options = {"mode": mode, "batch_size": 5, "context": 5}
+    counted, expected = scored[:, 5:], numpy_nll(first=5)
+    dense = perplexity(MODEL, WINDOWS, scored=scored, **options)
+    assert dense.tokens == counted.sum() < counted.size
+    assert dense.nll == pytest.approx(expected[counted].mean(), rel=1e-5)
+    assert_close(dense.token_nll[counted], expected[counted], "rounding")
+    assert np.isnan(dense.token_nll[~counted]).all()
+    pieces = [agreement(MODEL, WINDOWS, HALF, scored=each, **options) for each in (scored, ~scored, None)]
+    assert pieces[0].tokens + pieces[1].tokens == pieces[2].tokens == counted.size
+    for name in ("top1", "kl"):
+        parts = sum(getattr(each, name) * each.tokens for each in pieces[:2])
+        assert parts == pytest.approx(getattr(pieces[2], name) * counted.size, rel=1e-5)
+
+
 @pytest.mark.parametrize(
     ("nll", "expected"), [(709.0, math.exp(709)), (711.0, math.inf), (math.inf, math.inf)]
 )
@@ -157,6 +174,17 @@ def test_selectors_for_studies_mask_but_do_not_decode(selector):
         (WINDOWS[:, :1], {}, "nothing to score"),
         (WINDOWS[:0], {}, "nothing to score"),
         (np.zeros((1, 33), np.int32), {}, "got 33 tokens, expected at most 32"),
+        (
+            WINDOWS,
+            {"scored": np.ones((5, 11), bool)},
+            r"scored: unusable mask .* bool \(5, 11\), expected bool",
+        ),
+        (WINDOWS, {"scored": np.ones((5, 12))}, "unusable mask of scored tokens; got float64"),
+        (
+            WINDOWS,
+            {"scored": np.arange(12)[None] < [[5]] * 5, "context": 5},
+            "got 25 scored tokens, none after",
+        ),
         (WINDOWS + 40, {}, "outside the vocabulary"),
         (WINDOWS - 40, {}, "outside the vocabulary"),
     ],

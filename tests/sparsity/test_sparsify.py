@@ -23,7 +23,8 @@ from polarjax.sparsity import collect, sparsify
 from polarjax.sparsity.calibration import measure_recall
 from polarjax.sparsity.collection import fingerprint
 from polarjax.sparsity.options import CalibrateOptions, CollectOptions, TrainOptions
-from polarjax.text.corpus import standard_library_text, text_windows
+from polarjax.text.corpus import standard_library_text
+from polarjax.text.token_windows import text_windows
 from tests.convert import hf_models
 from tests.model import zoo
 from tests.one_line import refuses

@@ -1,4 +1,4 @@
-"""Reading text, splitting the standard library, cutting windows."""
+"""Reading text, splitting the standard library."""
 
 import contextlib
 import json
@@ -9,7 +9,6 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import get_args
 
-import numpy as np
 import pytest
 
 from polarjax.errors import InputError
@@ -19,8 +18,6 @@ from polarjax.text.corpus import (
     split_of,
     standard_library_documents,
     standard_library_text,
-    token_stream,
-    windows,
 )
 from polarjax.text.prompts import read_prompt_file
 from tests.one_line import refuses
@@ -175,25 +172,3 @@ def test_library_without_sources_and_unknown_split_are_refused(tmp_path: Path):
         standard_library_documents("train", tmp_path)
     with pytest.raises(InputError, match=r"train \| calibration \| evaluation"):
         standard_library_documents("valid")  # pyright: ignore[reportArgumentType]
-
-
-def test_token_stream_puts_the_separator_before_each_document():
-    stream = token_stream("ab\fc\f \f", lambda text: [ord(c) for c in text], separator=1)
-    assert stream.dtype == np.int32
-    assert stream.tolist() == [1, 97, 98, 1, 99]
-    assert token_stream("ab\fc", lambda text: [5] * len(text), separator=None).tolist() == [5, 5, 5]
-    assert token_stream("", lambda text: [5], separator=1).tolist() == []
-
-
-def test_windows_drop_the_tail_and_take_a_first_token():
-    plain = windows(np.arange(11), 4)
-    assert plain.dtype == np.int32
-    assert plain.tolist() == [[0, 1, 2, 3], [4, 5, 6, 7]]
-    assert windows(range(7), 4, first=9).tolist() == [[9, 0, 1, 2], [9, 3, 4, 5]]
-
-
-def test_short_text_is_refused_with_the_numbers():
-    with pytest.raises(InputError, match=r"story.txt: .*got 7 tokens, expected at least 8 tokens"):
-        windows(range(7), 4, at_least=2, source="story.txt")
-    with pytest.raises(InputError, match="window is too short"):
-        windows(range(7), 1, first=0)

@@ -1,0 +1,144 @@
+"""Token windows: texts as one stream of tokens, cut into rows of one length."""
+
+import dataclasses
+from collections.abc import Callable, Sequence
+
+import numpy as np
+
+from polarjax.errors import InputError
+from polarjax.text.corpus import DOCUMENT_SEPARATOR
+from polarjax.text.token_bytes import encode_with_bytes
+from polarjax.text.tokenizer import Tokenizer
+from polarjax.types import Bool, Int
+
+
+@dataclasses.dataclass(frozen=True)
+class ScoredWindows:
+    """Windows of a text, and what a score of them counts.
+
+    Attributes:
+      tokens: int32 [n T].
+      scored: bool [n T]; False for a token that is not of the text, such as BOS before a document.
+      num_bytes: UTF-8 bytes of the text that each token stands for, int32 [n T]; 0 where not scored.
+    """
+
+    tokens: Int[np.ndarray, "n T"]
+    scored: Bool[np.ndarray, "n T"]
+    num_bytes: Int[np.ndarray, "n T"]
+
+    def scored_bytes(self, context: int) -> int:
+        """Bytes of the tokens that are scored when the first `context` of each window, at least one, are given."""
+        return int(self.num_bytes[:, max(context, 1) :].sum(dtype=np.int64))
+
+
+def token_stream(text: str, encode: Callable[[str], Sequence[int]], *, separator: int | None) -> np.ndarray:
+    """All documents of `text` as one int32 stream; `separator` (the BOS id; None = nothing) precedes each.
+
+    `encode` turns a document into token ids without adding special tokens.
+    """
+    return _joined([np.asarray(encode(document), np.int32) for document in _documents(text)], separator)
+
+
+def windows(
+    tokens: Sequence[int] | np.ndarray,
+    length: int,
+    *,
+    first: int | None = None,
+    at_least: int = 1,
+    source: str = "the text",
+) -> np.ndarray:
+    """Consecutive, non-overlapping windows [n length] int32 of a token stream; the short tail is dropped.
+
+    With `first` (a BOS id) each window is that token followed by length - 1 tokens of the stream.
+    Raises InputError when fewer than `at_least` windows come out; it names `source` and the tokens got and needed.
+    """
+    stream = np.asarray(tokens, np.int32)
+    taken = length if first is None else length - 1
+    at = _cut(np.zeros(len(stream), bool), taken, at_least=at_least, length=length, source=source)
+    return _begun(stream[at], first)
+
+
+def text_windows(
+    texts: Sequence[str], tokenizer: Tokenizer, length: int, *, most: int | None = None, source: str
+) -> Int[np.ndarray, "n T"]:
+    """Windows of `length` tokens of all `texts`, each begun by BOS where the tokenizer has one.
+
+    BOS also precedes each document, once: a window that a document begins with has no second one.
+
+    Args:
+      texts: documents, or several separated by form feeds.
+      tokenizer: of the model.
+      length: T, BOS included.
+      most: at most so many windows, evenly spread over the text; None takes all.
+      source: what an error calls the texts.
+
+    Raises:
+      InputError: the text does not fill one window, or `length` or `most` is too small.
+    """
+    return scored_windows(texts, tokenizer, length, most=most, source=source).tokens
+
+
+def scored_windows(
+    texts: Sequence[str], tokenizer: Tokenizer, length: int, *, most: int | None = None, source: str
+) -> ScoredWindows:
+    """The windows of `text_windows`, which tokens of them a score counts, and their bytes; same arguments and errors."""
+    if most is not None and most < 1:
+        raise InputError("no window is left", where=source, got=most, expected="at least 1 window")
+    bos = tokenizer.bos_id
+    if_bos = lambda value: None if bos is None else value
+    documents = _documents(DOCUMENT_SEPARATOR.join(texts))
+    encoded = [encode_with_bytes(tokenizer.hf, document) for document in documents]
+    stream = _joined([ids for ids, _ in encoded], bos)
+    num_bytes = _joined([sizes for _, sizes in encoded], if_bos(0))
+    is_text = _joined([np.ones(len(ids)) for ids, _ in encoded], if_bos(0)) > 0
+    at = _cut(~is_text, length - (bos is not None), at_least=1, length=length, source=source)
+    if most is not None and len(at) > most:
+        at = at[np.arange(most) * len(at) // most]
+    return ScoredWindows(
+        _begun(stream[at], bos), _begun(is_text[at], if_bos(False)), _begun(num_bytes[at], if_bos(0))
+    )
+
+
+def _documents(text: str) -> list[str]:
+    return list(filter(str.strip, text.split(DOCUMENT_SEPARATOR)))
+
+
+def _joined(parts: Sequence[np.ndarray], first: int | None) -> np.ndarray:
+    """All parts, each with `first` before it unless that is None, int32."""
+    head = [] if first is None else [first]
+    return np.concatenate(
+        [np.zeros(0, np.int32), *(np.append(head, part).astype(np.int32) for part in parts)]
+    )
+
+
+def _begun(rows: np.ndarray, first: int | None) -> np.ndarray:
+    if first is None:
+        return rows
+    return np.insert(rows, 0, first, axis=1)
+
+
+def _cut(
+    is_separator: np.ndarray, taken: int, *, at_least: int, length: int, source: str
+) -> Int[np.ndarray, "n taken"]:
+    """Positions in a stream of consecutive windows of `taken` tokens; none begins with a separator."""
+    if taken < 1:
+        raise InputError("the window is too short", got=f"length {length}", expected="room for a token")
+    count, starts, start, skipped = len(is_separator), [], 0, 0
+    while start < count:
+        if is_separator[start]:
+            skipped += 1
+            start += 1
+        else:
+            starts.append(start)
+            start += taken
+    if start > count:  # the last one is not full
+        starts.pop()
+    if len(starts) < at_least:
+        raise InputError(
+            "the text is too short",
+            where=source,
+            got=f"{count - skipped} tokens",
+            expected=f"at least {at_least * taken} tokens ({at_least} windows of {taken})",
+            hint="give a longer text or a smaller window",
+        )
+    return np.reshape(np.asarray(starts, np.int64), (-1, 1)) + np.arange(taken)
