@@ -25,7 +25,7 @@ from pallas_kernels.decode_attention import mosaic, reference, xla
 LIMIT = 8e-3  # |out - oracle| / |oracle|, both as vectors
 CHECKED = 3  # sequences compared with the oracle
 CHUNK = 40  # programs compiled at the same time
-MAX_BYTES = 20e9  # of a whole cache
+MAX_BYTES = 20e9  # largest whole cache to measure
 FIRST = ("opt-6.7b", "opt-66b", "llama-3.1-8b", "llama-2-7b", "llama-3.1-70b", "opt-30b", "qwen2.5-14b")
 COLUMNS = ("case", "kernel", "time_us", "spread_us", "bytes", "gbps", "pct_peak", "speedup_vs_dense", "error")
 
@@ -136,7 +136,7 @@ def lowered(unit: Unit) -> dict[Any, Any]:
         operands = (kv, kv, lengths, index(unit.at(density).selected))
         try:
             programs[kernel, density] = jax.jit(timing.chained(call, calls)).lower(q, [operands] * calls)
-        except Exception as failure:  # what can't be lowered is a row of the table
+        except Exception as failure:  # recorded as a row of the table
             programs[kernel, density] = failure
     return programs
 
@@ -147,7 +147,7 @@ def compiled(program: Any) -> Any:
         return program
     try:
         return program.compile()
-    except Exception as failure:  # as above
+    except Exception as failure:  # also recorded
         return failure
 
 
@@ -193,7 +193,7 @@ def measure(unit: Unit, programs: dict[Any, Any], peak: float) -> Iterator[dict[
         sets = operands.sets(density)
         try:
             yield row | _timed(programs[kernel, density], operands.q, sets, calls, peak, row, oracle, rows)
-        except Exception as failure:  # as above
+        except Exception as failure:  # also recorded
             yield row | {"failed": f"{type(failure).__name__}: {str(failure)[:200]}"}
 
 

@@ -151,7 +151,7 @@ def _try(case, sets, job, kernel, peak) -> dict[str, Any]:
     try:
         program, calls = job.result()
         row = measure(case, sets, program, calls, kernel, peak)
-    except Exception as failure:  # a configuration that fails is a row of the table
+    except Exception as failure:  # recorded as a row of the table
         row = {
             "case": str(case),
             "kernel": kernel,

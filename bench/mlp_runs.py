@@ -187,7 +187,7 @@ class Bench:
         row: dict[str, Any] = {"case": str(run.case), "kernel": run.kernel, "bytes": run.case.bytes}
         try:
             row |= run.time(job.result(), self.peak)
-        except Exception as failure:  # a configuration that fails is a row of the table
+        except Exception as failure:  # recorded as a row of the table
             row["failed"] = f"{type(failure).__name__}: {str(failure)[:300]}"
         key = (run.case.model.name, run.case.batch)
         if run.dense and "time_us" in row:

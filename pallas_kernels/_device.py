@@ -46,7 +46,7 @@ def require_hopper(device: Device) -> None:
         raise NotImplementedError(f"needs compute capability 9.x; got {found} ({device.kind})")
 
 
-def require_numbers(*arrays: jax.Array) -> None:
+def require_static_shapes(*arrays: jax.Array) -> None:
     """Raises NotImplementedError if an axis of the arrays has a symbolic size, as under `jax.export`."""
     for array in arrays:
         if not all(isinstance(size, int) for size in array.shape):

@@ -31,7 +31,7 @@ STARTED = time.monotonic()
 DEV_ROWS = 64  # windows at the end of each stream, never trained on
 CLOSING_SECONDS = 6.0
 SAVE_SECONDS = 45.0
-UNPLANNED = 10**9  # steps, while the pace is being measured
+UNPLANNED = 10**9  # steps, while the speed is being measured
 
 
 @dataclasses.dataclass(frozen=True)
@@ -209,9 +209,8 @@ def train(
         loss = float(mean)
         pace = (time.monotonic() - began) / recipe.chunk
         step += recipe.chunk
-        if (
-            total is None and deadline is not None and step >= 2 * recipe.chunk
-        ):  # the first chunk also warms up
+        warm = step >= 2 * recipe.chunk  # the first chunk also warms up
+        if total is None and deadline is not None and warm:
             total = step + steps_until(deadline, pace, recipe)
             log(total_steps=total, seconds_per_step=pace)
         if step % (10 * recipe.chunk) == 0 or step == total:

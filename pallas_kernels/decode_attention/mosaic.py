@@ -21,7 +21,7 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 from jax.experimental.pallas.mosaic_gpu import ACC  # pyright: ignore[reportPrivateImportUsage]
 from jaxtyping import Array, Float, Int
 
-from pallas_kernels._device import Device, require_hopper, require_numbers
+from pallas_kernels._device import Device, require_hopper, require_static_shapes
 from pallas_kernels.decode_attention import exchange
 from pallas_kernels.decode_attention.exchange import PER_HEAD, ROWS
 from pallas_kernels.decode_attention.tiles import WIDE, Problem, Tiles, choose
@@ -51,7 +51,7 @@ def sparse_decode_attention(
     Raises NotImplementedError for a device, dtype or shape that the kernel can't do.
     """
     require_hopper(device)
-    require_numbers(q, k, lengths if group_index is None else group_index)
+    require_static_shapes(q, k, lengths if group_index is None else group_index)
     if q.dtype not in (jnp.bfloat16, jnp.float16):
         raise NotImplementedError(f"needs bfloat16 or float16; got {q.dtype}")
     selected = q.shape[1] if group_index is None else group_index.shape[1]

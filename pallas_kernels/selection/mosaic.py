@@ -32,7 +32,7 @@ def select_top_k(
     """
     if not interpret:
         _device.require_hopper(device)
-    _device.require_numbers(scores)
+    _device.require_static_shapes(scores)
     batch, n = scores.shape
     if n > tiles.MAX_ROW:
         raise NotImplementedError(f"needs rows of up to {tiles.MAX_ROW} entries; got {n}")

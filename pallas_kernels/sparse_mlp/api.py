@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Int
 
-from pallas_kernels._device import Device, require_hopper, require_numbers
+from pallas_kernels._device import Device, require_hopper, require_static_shapes
 from pallas_kernels._dispatch import dispatch
 from pallas_kernels.sparse_mlp import xla
 from pallas_kernels.sparse_mlp.batching import Weights, batchable
@@ -70,7 +70,7 @@ def sparse_mlp(
 def _hopper(x: Array, index: Array, weights: Weights, *, device: Device, **act: Any) -> Array:
     """Runs the Hopper kernel with the measured tiles; works under vmap."""
     require_hopper(device)
-    require_numbers(x, weights["w_up"], index)
+    require_static_shapes(x, weights["w_up"], index)
     from pallas_kernels.sparse_mlp.mosaic import launch  # takes half a second; CPUs don't need it
 
     def call(x: Array, index: Array, weights: Weights) -> Array:

@@ -95,7 +95,7 @@ class Block:
         if self.tiles.marked:
             self.wait(MARKS, self.call.grid)
 
-    # The ring of weights. Stage t lies in slot t % stages; those of the up-projection come first.
+    # The ring of weights. Stage t is in slot t % stages; those of the up-projection come first.
 
     def slot(self, t):
         """The ring slot of stage t."""

@@ -24,7 +24,7 @@ from pallas_kernels.sparse_mlp.schedule import Split
 
 MARK = -1  # all bits set: a NaN that no conversion produces
 WGMMA = plgpu.Layout.WGMMA
-REGISTERS = 64  # of a thread, for partial sums in flight
+REGISTERS = 64  # per thread, for partial sums in flight
 PLACES = {False: 8, True: 3}  # partial sums awaited together, by whether the MLP is gated; more would spill
 
 
