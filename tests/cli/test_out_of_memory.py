@@ -58,8 +58,8 @@ def test_fault_28_the_memory_really_runs_out(home):
     done = subprocess.run(command, capture_output=True, text=True, env=environment, check=False)
     assert done.returncode == 2, done.stderr[-2000:]
     last = done.stderr.splitlines()[-1]
-    assert last.startswith("polarjax: 90,000 sequences of up to 56 positions: the device ran out of memory")
-    assert "2.58 GB of cache" in last and "try 45,000 sequences" in last
+    assert last.startswith("polarjax: 90,000 sequences of up to 64 positions: the device ran out of memory")
+    assert "2.95 GB of cache" in last and "try 45,000 sequences" in last
     assert "Traceback" not in done.stderr
 
 
@@ -72,7 +72,7 @@ def test_fault_28_largest_fitting_batch_is_reported(home, capsys, monkeypatch, w
     monkeypatch.setattr(memory, "_device_memory", lambda: 525_000)
     code, _, err = told()
     assert code == 2
-    assert "3 sequences of up to 28 positions: the device ran out of memory" in err
+    assert "3 sequences of up to 32 positions: the device ran out of memory" in err
     assert "and temporaries in 0.00 GB, expected at most 2 such sequences" in err
     monkeypatch.setattr(memory, "_device_memory", lambda: 1000)
     assert "expected at most 0 such sequences. Hint: shorten the texts, or use a narrower dtype" in told()[2]

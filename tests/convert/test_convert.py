@@ -300,7 +300,7 @@ def test_interrupted(source, tmp_path, monkeypatch, error, count):
 
 def small_batches(new_model, monkeypatch):
     """Lets arrays reach the disk early, so that an interruption finds some there."""
-    monkeypatch.setattr("polarjax.checkpoint.writer.BATCH_BYTES", 1000)
+    monkeypatch.setattr("polarjax.storage.arrays.BATCH_BYTES", 1000)
     return new_model
 
 
@@ -337,9 +337,9 @@ HALTING = """if True:
     import itertools, signal, sys, time
     signal.signal(signal.SIGINT, signal.default_int_handler)  # a job in the background inherits that it is ignored
     from checkpoints_convert import convert
-    import polarjax.checkpoint
+    import polarjax.storage.arrays
     from polarjax.cli.main import main
-    polarjax.checkpoint.writer.BATCH_BYTES = 1000
+    polarjax.storage.arrays.BATCH_BYTES = 1000
     fill, calls = convert._fill, itertools.count()
     def halting(*args, **options):
         if next(calls) == 8:

@@ -158,7 +158,7 @@ def test_hub_inspect_fetches_only_config_json(folders, tmp_path, monkeypatch, ca
     ("words", "line"),
     [
         (["--memory", "0"], "--memory: no memory"),
-        (["--dtype", "int8"], "--dtype: no such dtype"),
+        (["--dtype", "int8"], "--dtype: unusable dtype"),
         (["--cache-length", "0"], "cache_length is too small"),
     ],
 )
