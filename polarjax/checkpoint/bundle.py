@@ -23,15 +23,11 @@ from polarjax.checkpoint.belonging import (
     KEEP_OR_DROP,
     ONE_TRAINING,
     check_routers_of_plans,
-    check_shape,
     check_weights,
 )
 from polarjax.checkpoint.learned import (
-    CALIBRATE,
     PLANS,
     ROUTERS,
-    SPARSIFY,
-    fingerprint_of_routers,
     kept_for,
     marked,
     read_plans,
@@ -56,7 +52,7 @@ from polarjax.selection.plans import PlanTable
 from polarjax.selection.routers import Routers
 from polarjax.selection.selectors import Sparsity
 from polarjax.storage.arrays import read_arrays
-from polarjax.storage.atomic import absolute, atomic_file, atomic_folder, dump_json, write_json
+from polarjax.storage.atomic import absolute, write_json
 from polarjax.storage.dtypes import check_dtype
 from polarjax.text.assembly import Completion
 from polarjax.text.continuation import ContinueOptions, Skip, continue_all, count_new_tokens
@@ -293,39 +289,6 @@ def _read(path: str | os.PathLike[str], dtype: DTypeLike | None, *, routers: boo
         source_config=read_source_config(folder),
         weights=weights,
     )
-
-
-def write_routers(path: str | os.PathLike[str], routers: Routers) -> None:
-    """Puts trained routers into the model directory `path`, replacing earlier ones in one step.
-
-    Plans are removed: they were calibrated for the earlier routers.
-
-    Raises:
-      CheckpointError: `path` is no model directory.
-      SparsityError: the routers are for another model, or for other weights.
-    """
-    folder = absolute(path)
-    weights, where = str(read_manifest(folder).get("fingerprint", "")), folder / ROUTERS
-    check_shape(routers, read_config(folder), where=where, hint=SPARSIFY)
-    check_weights(routers, weights, where=where, hint=SPARSIFY)
-    with atomic_folder(where, overwrite=True, obsolete=folder / PLANS) as temporary:
-        store_routers(temporary, routers)
-
-
-def write_plans(path: str | os.PathLike[str], plans: PlanTable) -> None:
-    """Puts a calibrated table into the model directory `path`, replacing an earlier one in one step.
-
-    Raises:
-      CheckpointError: `path` is no model directory.
-      SparsityError: the plans are for another model, for other weights, or for other routers than those there.
-    """
-    folder = absolute(path)
-    weights, where = str(read_manifest(folder).get("fingerprint", "")), folder / PLANS
-    check_shape(plans, read_config(folder), where=where, hint=SPARSIFY)
-    check_weights(plans, weights, where=where, hint=CALIBRATE)
-    check_routers_of_plans(plans, fingerprint_of_routers(folder / ROUTERS), where=where, hint=CALIBRATE)
-    with atomic_file(where, overwrite=True) as stream:
-        dump_json(stream, plans.to_json())
 
 
 def _read_tokenizer(folder: Path, model_type: str | None) -> Tokenizer | None:

@@ -1,18 +1,19 @@
 """Routers and plans as files of a model directory."""
 
 import dataclasses
+import os
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from polarjax.checkpoint.belonging import check_routers_of_plans, check_shape, check_weights
-from polarjax.checkpoint.manifest import FORMAT, read_part
+from polarjax.checkpoint.manifest import FORMAT, read_config, read_manifest, read_part
 from polarjax.configs import ModelConfig
 from polarjax.selection.plans import PlanTable
 from polarjax.selection.routers import LayerRouter, Routers
 from polarjax.storage.arrays import ArrayWriter, read_arrays
-from polarjax.storage.atomic import write_json
+from polarjax.storage.atomic import absolute, atomic_file, atomic_folder, dump_json, write_json
 from polarjax.storage.record import check_record
 from polarjax.types import Array
 
@@ -71,10 +72,43 @@ def read_plans(file: Path, config: ModelConfig, weights: str, routers: Routers |
     return plans
 
 
+def write_routers(path: str | os.PathLike[str], routers: Routers) -> None:
+    """Puts trained routers into the model directory `path`, replacing earlier ones in one step.
+
+    Plans are removed: they were calibrated for the earlier routers.
+
+    Raises:
+      CheckpointError: `path` is no model directory.
+      SparsityError: the routers are for another model, or for other weights.
+    """
+    folder = absolute(path)
+    weights, where = str(read_manifest(folder).get("fingerprint", "")), folder / ROUTERS
+    check_shape(routers, read_config(folder), where=where, hint=SPARSIFY)
+    check_weights(routers, weights, where=where, hint=SPARSIFY)
+    with atomic_folder(where, overwrite=True, obsolete=folder / PLANS) as temporary:
+        store_routers(temporary, routers)
+
+
+def write_plans(path: str | os.PathLike[str], plans: PlanTable) -> None:
+    """Puts a calibrated table into the model directory `path`, replacing an earlier one in one step.
+
+    Raises:
+      CheckpointError: `path` is no model directory.
+      SparsityError: the plans are for another model, for other weights, or for other routers than those there.
+    """
+    folder = absolute(path)
+    weights, where = str(read_manifest(folder).get("fingerprint", "")), folder / PLANS
+    check_shape(plans, read_config(folder), where=where, hint=SPARSIFY)
+    check_weights(plans, weights, where=where, hint=CALIBRATE)
+    check_routers_of_plans(plans, fingerprint_of_routers(folder / ROUTERS), where=where, hint=CALIBRATE)
+    with atomic_file(where, overwrite=True) as stream:
+        dump_json(stream, plans.to_json())
+
+
 def kept_for(
     config: ModelConfig, weights: str, routers: Routers | None, plans: PlanTable | None
 ) -> tuple[Routers | None, PlanTable | None]:
-    """Routers and plans marked as those of the model with this fingerprint; `SparsityError` if its shape is another."""
+    """Routers and plans marked as made for the model with this fingerprint; `SparsityError` if its shape differs."""
     if routers is not None:
         routers.check(config)
         routers = dataclasses.replace(routers, weights=weights)

@@ -20,7 +20,7 @@ def calibrate(
     import jax
 
     from polarjax import sparsity
-    from polarjax.checkpoint.bundle import write_plans
+    from polarjax.checkpoint.learned import write_plans
     from polarjax.sparsity.calibration import measure_recall
 
     keys = jax.random.split(random_key(seed))

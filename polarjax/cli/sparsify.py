@@ -36,7 +36,7 @@ def sparsify(
 ) -> dict[str, Any]:
     """Learn from text what a model directory can skip: collect, train-routers and calibrate in one go."""
     from polarjax import sparsity
-    from polarjax.checkpoint.bundle import write_plans, write_routers
+    from polarjax.checkpoint.learned import write_plans, write_routers
 
     if activations is not None and os.path.lexists(absolute(activations)):
         raise InputError(

@@ -18,7 +18,7 @@ def train_routers(
 ) -> dict[str, Any]:
     """Train the routers of a model directory; earlier routers, and the plans made for them, are replaced."""
     from polarjax import sparsity
-    from polarjax.checkpoint.bundle import write_routers
+    from polarjax.checkpoint.learned import write_routers
 
     key = random_key(seed)
     options = learning.train_options(learning_rate, batch, epochs, head_objective)

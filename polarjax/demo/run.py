@@ -13,7 +13,8 @@ import jax.numpy as jnp
 import numpy as np
 
 from polarjax import costs
-from polarjax.checkpoint.bundle import Bundle, load_with_tokenizer, write_plans, write_routers
+from polarjax.checkpoint.bundle import Bundle, load_with_tokenizer
+from polarjax.checkpoint.learned import write_plans, write_routers
 from polarjax.evaluation import perplexity
 from polarjax.generation.generate import Generation, generate
 from polarjax.selection.plans import SparsityPlan, dense_plan, uniform_groups

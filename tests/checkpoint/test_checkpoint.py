@@ -15,7 +15,7 @@ import pytest
 from flax import nnx
 
 import polarjax as pj
-from polarjax.checkpoint.bundle import write_plans, write_routers
+from polarjax.checkpoint.learned import write_plans, write_routers
 from polarjax.checkpoint.manifest import FORMAT
 from polarjax.checkpoint.writer import new_model
 from polarjax.model.parameters import parameters

@@ -10,7 +10,7 @@ import pytest
 
 import polarjax as pj
 from checkpoints_convert import convert_checkpoint
-from polarjax.checkpoint.bundle import write_plans, write_routers
+from polarjax.checkpoint.learned import write_plans, write_routers
 from polarjax.cli.main import main
 from polarjax.selection.routers import init_routers
 

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 import polarjax as pj
-from polarjax.checkpoint.bundle import write_plans, write_routers
+from polarjax.checkpoint.learned import write_plans, write_routers
 from polarjax.cli import main as command
 from polarjax.model.parameters import abstract, parameters, with_parameters
 from polarjax.selection.routers import init_routers
