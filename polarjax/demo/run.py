@@ -2,7 +2,6 @@
 
 import dataclasses
 import functools
-import tempfile
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -25,6 +24,7 @@ from polarjax.sparsity.activations import Activations, open_activations
 from polarjax.sparsity.calibration import measure_recall
 from polarjax.sparsity.options import CollectOptions, TrainOptions
 from polarjax.sparsity.training import train_routers
+from polarjax.storage.atomic import temporary_folder
 from polarjax.text.corpus import Split, standard_library_text
 from polarjax.text.token_windows import ScoredWindows, scored_windows
 from polarjax.text.tokenizer import Tokenizer
@@ -98,8 +98,8 @@ def _learn(
     bundle: Bundle, folder: Path, windows: np.ndarray, options: DemoOptions
 ) -> tuple[Bundle, "Selectors", dict[str, Any]]:
     training = TrainOptions(learning_rate=1e-3, neuron_batch=256, group_batch=256, max_epochs=options.epochs)
-    with tempfile.TemporaryDirectory(prefix="polarjax-demo-") as temporary:
-        keep = Path(temporary, "activations")
+    with temporary_folder("polarjax-demo") as temporary:
+        keep = temporary / "activations"
         routers, plans, report = sparsify(
             bundle.model,
             windows,
@@ -161,8 +161,8 @@ def _plans(bundle: Bundle, windows: np.ndarray) -> list[dict[str, Any]]:
     plans, routers, config = bundle.plans, bundle.routers, bundle.model.config
     if plans is None or routers is None:
         return []
-    with tempfile.TemporaryDirectory(prefix="polarjax-demo-") as temporary:
-        other = collect(bundle.model, windows, Path(temporary, "activations"), held_out=(0.0, 0.0))
+    with temporary_folder("polarjax-demo") as temporary:
+        other = collect(bundle.model, windows, temporary / "activations", held_out=(0.0, 0.0))
         recall = measure_recall(other, routers, plans, key=jax.random.key(1), part=None)
     return [
         {

@@ -1,11 +1,9 @@
 """From a model and text to routers and plans: collect, train, calibrate, and measure on text held out from all."""
 
 import dataclasses
-import tempfile
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
-from pathlib import Path
+from contextlib import ExitStack, contextmanager
 from typing import Any
 
 import jax
@@ -27,6 +25,7 @@ from polarjax.sparsity.collection import (
 )
 from polarjax.sparsity.options import CalibrateOptions, CollectOptions, TrainOptions
 from polarjax.sparsity.training import TrainReport, train_routers
+from polarjax.storage.atomic import temporary_folder
 
 _ELSEWHERE = (
     "make room in the folder for temporary files, set TMPDIR to another one, or keep the activations in a folder of "
@@ -155,14 +154,14 @@ def _folder(options: CollectOptions) -> Iterator[types.Path]:
     if options.folder is not None:
         yield options.folder
         return
-    try:
-        temporary = tempfile.TemporaryDirectory(prefix="polarjax-")
-    except OSError as error:
-        got = error.strerror or str(error)
-        raise CheckpointError("no temporary folder can be made", got=got, hint=_ELSEWHERE) from error
-    with temporary as folder:
+    with ExitStack() as stack:
         try:
-            yield Path(folder, "activations")
+            folder = stack.enter_context(temporary_folder("polarjax-activations"))
+        except OSError as error:
+            got = error.strerror or str(error)
+            raise CheckpointError("no temporary folder can be made", got=got, hint=_ELSEWHERE) from error
+        try:
+            yield folder / "activations"
         except CheckpointError as error:
             raise CheckpointError(error.what, where=error.where, got=error.got, hint=_ELSEWHERE) from error
 

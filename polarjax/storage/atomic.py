@@ -1,8 +1,8 @@
 """Folders and files on disk that appear whole or not at all, and JSON files.
 
-What is being made lies beside its place under a name of its own, `.NAME.polarjax-tmp-TOKEN`; with `.old` after it, what
-stood there before, for the moment of the change. Whoever holds the lock on the file with `.lock` after it owns the
-three; the system releases it when the process dies, and the next one that wants the same place clears up.
+A folder or file is made next to its final place, as `.NAME.polarjax-tmp-TOKEN`. During the rename, what it replaces is
+kept with `.old` after that name. The process holding the `.lock` file owns all three paths; the system releases the lock
+when the process dies, and the next process that writes to the same place removes what is left.
 """
 
 import contextlib
@@ -12,6 +12,7 @@ import json
 import os
 import secrets
 import shutil
+import tempfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, TextIO
@@ -90,13 +91,30 @@ def atomic_file(path: Path, *, overwrite: bool = False) -> Iterator[TextIO]:
             _sync(path.parent)
 
 
+@contextlib.contextmanager
+def temporary_folder(name: str) -> Iterator[Path]:
+    """Yields a new, empty folder in the system's folder for temporary files (TMPDIR); it is removed at the end.
+
+    Those that killed processes left under the same `name` are removed first; those of running processes stay.
+
+    Raises:
+      OSError: the folder can't be made.
+    """
+    path = Path(tempfile.gettempdir(), name)
+    path.parent.stat()  # a missing TMPDIR is an error; it is not made
+    remove_stale(path)
+    with _claimed(path) as temporary:
+        temporary.mkdir(mode=0o700)
+        yield temporary
+
+
 def absolute(path: str | os.PathLike[str]) -> Path:
-    """`path` with `~` expanded, relative to nothing, without `..`; symbolic links are kept."""
+    """The absolute `path`, with `~` expanded and without `..`; symbolic links are kept."""
     return Path(os.path.abspath(Path(path).expanduser()))
 
 
 def check_writable(folder: Path) -> None:
-    """Raises `CheckpointError` unless files can be made in a folder: before long work whose result belongs there."""
+    """Raises `CheckpointError` unless files can be made in a folder; for use before long work that ends there."""
     folder = absolute(folder)
     with _refusals(folder), _claimed(folder / "probe"):
         pass
@@ -199,7 +217,7 @@ def _remove(path: Path) -> None:
 
 
 def _check_name(path: Path) -> None:
-    """Many a library that writes files takes names in UTF-8 alone."""
+    """Raises `CheckpointError` for a name that is not UTF-8, which some libraries can't write to."""
     try:
         str(path).encode()
     except UnicodeEncodeError as error:
@@ -257,7 +275,7 @@ def _put(temporary: Path, path: Path) -> None:
 
 @contextlib.contextmanager
 def _refusals(path: Path) -> Iterator[None]:
-    """Tells what the system refuses: at `path`, or at the file that the error names, if it is another."""
+    """Turns a system error into a `CheckpointError` that names `path`, or the other file that the error is about."""
     try:
         yield
     except BrokenPipeError:  # of a stream that has nothing to do with `path`

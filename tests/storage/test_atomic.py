@@ -3,13 +3,16 @@
 import errno
 import itertools
 import os
+import subprocess
+import sys
+import tempfile
 from pathlib import Path
 
 import pytest
 
 from polarjax.errors import CheckpointError
 from polarjax.storage import atomic as storage
-from polarjax.storage.atomic import atomic_file, atomic_folder, check_writable, remove_stale
+from polarjax.storage.atomic import atomic_file, atomic_folder, check_writable, remove_stale, temporary_folder
 from tests.one_line import refuses
 
 
@@ -158,3 +161,50 @@ def test_closed_pipe_is_not_a_file_error(tmp_path):
     with pytest.raises(BrokenPipeError), atomic_file(tmp_path / "out"):
         raise BrokenPipeError(errno.EPIPE, "Broken pipe")
     assert names(tmp_path) == []
+
+
+_HOLD = """
+from polarjax.storage.atomic import temporary_folder
+with temporary_folder("held") as folder:
+    (folder / "data").write_text("x")
+    print(folder, flush=True)
+    input()
+"""
+
+
+def hold(folder: Path) -> tuple[subprocess.Popen, Path]:
+    """A process that has a temporary folder in `folder`, until it reads a line."""
+    pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "text": True}
+    held = subprocess.Popen([sys.executable, "-c", _HOLD], env=os.environ | {"TMPDIR": str(folder)}, **pipes)
+    return held, Path(held.stdout.readline().strip())
+
+
+def test_a_killed_process_leaves_its_temporary_folder_to_the_next_one(tmp_path, monkeypatch):
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    (killed, stale), (living, kept) = hold(tmp_path), hold(tmp_path)
+    with killed, living:
+        killed.kill()
+        killed.wait()
+        assert (stale / "data").exists()
+        with temporary_folder("other"):
+            assert (stale / "data").exists()
+        with temporary_folder("held") as mine:
+            assert list(mine.iterdir()) == [] and mine.stat().st_mode & 0o77 == 0
+            assert not stale.exists()
+            assert (kept / "data").exists()
+        assert not mine.exists()
+        living.communicate("\n")
+    assert living.returncode == 0
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_temporary_folder_goes_with_an_error_too(tmp_path, monkeypatch):
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    with pytest.raises(KeyboardInterrupt), temporary_folder("held") as mine:
+        (mine / "sub").mkdir()
+        raise KeyboardInterrupt
+    assert list(tmp_path.iterdir()) == []
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path / "gone"))
+    with pytest.raises(FileNotFoundError), temporary_folder("held"):
+        pass
+    assert list(tmp_path.iterdir()) == []
