@@ -1,4 +1,4 @@
-"""HuggingFace checkpoints into polarjax model directories. The only place that knows HuggingFace's names."""
+"""Converts HuggingFace checkpoints to polarjax model directories. Only this package knows HuggingFace's names."""
 
 from checkpoints_convert.convert import Conversion, convert_checkpoint
 from checkpoints_convert.describe import Description, describe_checkpoint

@@ -1,7 +1,7 @@
 """Reading the keys of a HuggingFace config.json.
 
-A key is read where the family's class in transformers reads it. What the class does not read can't change its result and
-is ignored, with a note; what says that the weights mean something else is refused by name (`foreign_weights`).
+We read the keys that the family's class in transformers reads. Other keys can't change its result: they are ignored,
+with a note, unless they say that the weights mean something else; those are refused by name (`foreign_weights`).
 """
 
 from collections.abc import Mapping
@@ -27,7 +27,7 @@ HARMLESS = frozenset(
     _flash_attn_2_enabled
     """.split()
 )
-"""Keys without influence on the logits of a trained model: names, training, token ids, generation defaults."""
+"""Keys that don't affect the logits of a trained model: names, training, token ids, generation defaults."""
 
 DEFAULTS: dict[str, tuple[Any, ...]] = {
     "add_cross_attention": (False,),
@@ -41,7 +41,7 @@ DEFAULTS: dict[str, tuple[Any, ...]] = {
     "torchscript": (False,),
     "use_mrope": (False,),
 }
-"""Keys that no family reads, with the values that are not worth a word."""
+"""Keys that no family reads, and the values for which no note is given."""
 
 FATRELU = "fatrelu"
 """ReLU with a threshold, in ProSparse's spelling; transformers itself does not know it."""
@@ -60,11 +60,11 @@ _ACTIVATIONS: dict[str, Activation] = {"relu": "relu", "silu": "silu", "swish": 
 _REQUIRED = object()
 
 MOST, MOST_LAYERS, MOST_NUMBER = 2**31 - 1, 10_000, 1e30
-"""Bounds of sizes, so that a damaged config.json is refused and not laid out in memory."""
+"""Upper bounds, so that a damaged config.json is refused before memory is allocated."""
 
 
 class ConfigReader:
-    """The keys of one config.json; remembers which were asked for.
+    """The keys of one config.json; remembers which were read.
 
     Args:
       data: the parsed file.
@@ -78,21 +78,19 @@ class ConfigReader:
         self._ignored: list[str] = []
 
     def get(self, key: str, default: Any, kind: type | tuple[type, ...], expected: str) -> Any:
-        """The value of `key`, or the default where the key is absent or null; raises if it is of another kind."""
+        """The value of `key`, or the default where the key is absent or null; raises if it has another type."""
         self._used.add(key)
         value = self._data.get(key)
         if value is None:
             if default is _REQUIRED:
-                raise self.refuse(
-                    key, "a key is missing", None, expected, "take config.json from the source again"
-                )
+                raise self.refuse(key, "a key is missing", None, expected, "download config.json again")
             return default
         if not isinstance(value, kind) or (isinstance(value, bool) and kind is not bool):
-            raise self.refuse(key, "a value of the wrong kind", value, expected, "correct config.json")
+            raise self.refuse(key, "a value of the wrong type", value, expected, "correct config.json")
         return value
 
     def has(self, key: str) -> bool:
-        """Whether the key is there, be it as null."""
+        """Whether the key is present, even as null."""
         return key in self._data
 
     def size(self, key: str, default: int | None = None) -> int:
@@ -118,7 +116,7 @@ class ConfigReader:
         return value
 
     def layer_types(self) -> list[str] | None:
-        """The kind of attention of each layer, where config.json lists it."""
+        """The kind of attention of each layer; None if config.json doesn't list it."""
         kinds = self.get("layer_types", None, list, "a list")
         if kinds is None:
             return None
@@ -142,11 +140,11 @@ class ConfigReader:
         return self.get(key, default, bool, "true or false")
 
     def activation(self, key: str, default: str) -> Activation:
-        """The activation function, in our spelling."""
+        """The activation function, under our name for it."""
         value = self.get(key, default, str, "a name")
         if value not in _ACTIVATIONS:
             expected = ", ".join(sorted(_ACTIVATIONS))
-            hint = _PROSPARSE if value == FATRELU else "take a model with one of these"
+            hint = _PROSPARSE if value == FATRELU else "use a model with one of these"
             raise self.refuse(key, "an unsupported activation", value, expected, hint)
         return _ACTIVATIONS[value]
 
@@ -159,11 +157,11 @@ class ConfigReader:
         return float(value)
 
     def ignore(self, key: str) -> None:
-        """Counts `key` as read: the model's own code does nothing with it."""
+        """Marks `key` as read, although it has no effect."""
         self._used.add(key)
 
     def rope(self, max_positions: int) -> RopeConfig:
-        """The rotary embedding, in the old spelling (rope_theta, rope_scaling) or the new (rope_parameters)."""
+        """The rotary embedding, from the old keys (rope_theta, rope_scaling) or the new one (rope_parameters)."""
         theta = self.number("rope_theta", 10_000.0)
         read = {
             key: self._rope(key, theta, max_positions)
@@ -173,17 +171,17 @@ class ConfigReader:
         if len(read) == 2 and read["rope_scaling"] != read["rope_parameters"]:
             old, new = (self._data[key] for key in read)
             hint = "keep one of the two"
-            raise self.refuse("rope_scaling", "it contradicts rope_parameters", old, new, hint)
+            raise self.refuse("rope_scaling", "rope_scaling and rope_parameters disagree", old, new, hint)
         return next(iter(read.values()), RopeConfig(theta=theta))
 
     def _rope(self, key: str, theta: float, max_positions: int) -> RopeConfig:
-        """What `rope_scaling` or `rope_parameters` says; the defaults are those beside it."""
+        """Reads `rope_scaling` or `rope_parameters`; missing values come from the keys beside it."""
         inner = ConfigReader(self._data[key], f"{self._where} ({key})")
         inner.only("partial_rotary_factor", 1, "only full rotary embedding is supported")
         for name, value in inner._data.items():
             if isinstance(value, Mapping):
-                hint = "take a model whose layers share one"
-                raise inner.refuse(name, "a RoPE of its own for a kind of layers", value, None, hint)
+                hint = "use a model whose layers share one RoPE"
+                raise inner.refuse(name, "separate RoPE settings per layer type", value, None, hint)
         kind = inner._rope_type()
         factors = {
             name: inner.number(name, cast(Any, _REQUIRED))
@@ -191,7 +189,7 @@ class ConfigReader:
             if name in ROPE_KEYS[kind]
         }
         if kind == "llama3":
-            beside = self.size(ORIGINAL, inner.size(ORIGINAL, max_positions))  # which overrides
+            beside = self.size(ORIGINAL, inner.size(ORIGINAL, max_positions))  # the outer key overrides
             factors["original_max_positions"] = beside
         theta = inner.number("rope_theta", theta)
         self._ignored += [f"{key}.{name}" for name in inner.ignored()]
@@ -202,12 +200,12 @@ class ConfigReader:
         kinds = {self.get(key, None, str, "a name") for key in ("rope_type", "type")} - {None}
         kind = kinds.pop() if len(kinds) == 1 else ("default" if not kinds else f"{sorted(kinds)}")
         if kind not in ROPE_KEYS:
-            hint = "take a model with one of these"
+            hint = "use a model with one of these"
             raise self.refuse("rope_type", "an unsupported RoPE", kind, ", ".join(ROPE_KEYS), hint)
         return kind
 
     def ignored(self) -> tuple[str, ...]:
-        """The keys that nothing has asked for and that are worth a word; null counts as absent."""
+        """The keys that nothing has read and that deserve a note; null counts as absent."""
         others = self._data.keys() - self._used - HARMLESS
         named = [
             key
@@ -217,7 +215,7 @@ class ConfigReader:
         return tuple(sorted([*named, *self._ignored]))
 
     def unread(self) -> dict[str, Any]:
-        """The keys that nothing has asked for, with their values; null counts as absent."""
+        """The keys that nothing has read, with their values; null counts as absent."""
         return {
             key: value for key, value in self._data.items() if key not in self._used and value is not None
         }

@@ -15,7 +15,7 @@ from checkpoints_convert.hub import locate
 from checkpoints_convert.json_files import read_json
 from checkpoints_convert.rules import Family, Layout, Plan, Step, make_plan
 from checkpoints_convert.tensor_names import some
-from checkpoints_convert.weights_io import DTYPES, Tensor, open_weights, passed_over, read_rows
+from checkpoints_convert.weights_io import DTYPES, Tensor, open_weights, read_rows, unused_weights
 from polarjax.checkpoint.manifest import SOURCE_CONFIG
 from polarjax.checkpoint.writer import ModelWriter, new_model
 from polarjax.configs import ModelConfig
@@ -27,7 +27,7 @@ from polarjax.types import Path as PathLike
 type Progress = Callable[[str, int, str], AbstractContextManager[Callable[..., None]]]
 
 _MB = 1_000_000
-_BLOCK = 1 << 18  # elements looked at in one go: a buffer that stays in the cache
+_BLOCK = 1 << 18  # elements checked at once; the buffer stays in cache
 
 
 @dataclasses.dataclass(frozen=True)
@@ -37,14 +37,14 @@ class Conversion:
     Attributes:
       path: the model directory.
       model_type: the HuggingFace family.
-      config: of the model.
-      dtype: of its parameters.
+      config: the model's configuration.
+      dtype: the parameters' dtype.
       tensors: how many source tensors became parameters.
       num_bytes: their size in the source.
-      skipped: source tensors that follow from the config or from others.
-      copied: tokenizer and generation files.
-      notes: what was mended in them or is left out, a line each.
-      seconds: that it took.
+      skipped: source tensors that can be computed from the config or from others.
+      copied: names of the tokenizer and generation files copied.
+      notes: what was fixed or left out, one line each.
+      seconds: how long it took.
     """
 
     path: Path
@@ -69,28 +69,28 @@ def convert_checkpoint(
     allow_nonfinite: bool = False,
     progress: Progress | None = None,
 ) -> Conversion:
-    """Converts a HuggingFace checkpoint; the result is at `out` whole, or not at all.
+    """Converts a HuggingFace checkpoint; `out` appears complete or not at all.
 
-    Holds about twice the largest tensor in memory. Nothing of the source is executed or changed.
+    Holds about twice the largest tensor in memory. Nothing in the source is executed or changed.
 
     Args:
       src: folder with config.json and weights (safetensors, or .bin files, which need torch; a single file or
         shards with their index), or the id of a model on the HuggingFace hub.
       out: the model directory to make.
       revision: branch, tag or commit of a model on the hub.
-      dtype: float32, float16 or bfloat16 for all parameters; None keeps the source's, exactly.
+      dtype: float32, float16 or bfloat16 for all parameters; None keeps the source's dtype and bits.
       overwrite: whether an existing model directory is replaced.
-      allow_nonfinite: whether NaN and infinity are let through.
+      allow_nonfinite: whether NaN and infinity are accepted.
       progress: called with a description, a total and its unit; `polarjax.progress.task` is one.
 
     Raises:
       CheckpointError: the source is incomplete or damaged, does not fit its config, or `out` cannot be written.
-      UnsupportedConfigError: config.json asks for what polarjax cannot do.
+      UnsupportedConfigError: polarjax doesn't support what config.json asks for.
     """
     started = time.monotonic()
     source, target = locate(src, revision=revision), absolute(out)
     family, config, notes = read_config(source)
-    check_apart(source, target)
+    check_disjoint(source, target)
     tensors = open_weights(source)
     config, plan, more = _plan(family, config, tensors, source)
     notes = (*notes, *_weights_note(source), *more)
@@ -104,7 +104,7 @@ def convert_checkpoint(
         write_json(writer.folder / SOURCE_CONFIG, source_config)
         copied, more = writer.copy_tokenizer(source, source_config)
         if "auto_map" in source_config:
-            notes = (f"{CONFIG} asks for code of its own (auto_map): never run", *notes)
+            notes = (f"{CONFIG} asks for its own code (auto_map), which is never run", *notes)
         with counter(progress, sum(tensor.num_bytes for tensor in used), "converting") as advance:
             _transfer(plan.steps, tensors, writer, dtype=wanted, finite=not allow_nonfinite, advance=advance)
     return Conversion(
@@ -121,16 +121,18 @@ def convert_checkpoint(
     )
 
 
-def check_apart(source: Path, target: Path) -> None:
-    """Raises `CheckpointError` if one of two folders lies within the other, links followed."""
+def check_disjoint(source: Path, target: Path) -> None:
+    """Raises `CheckpointError` if one of two folders is inside the other, after resolving links."""
     inner, outer = target.resolve(), source.resolve()
     if inner.is_relative_to(outer) or outer.is_relative_to(inner):
         hint = "choose an output outside the source"
-        raise CheckpointError("output and source lie within one another", where=target, got=source, hint=hint)
+        raise CheckpointError(
+            "the output and the source contain one another", where=target, got=source, hint=hint
+        )
 
 
 def parameter_dtype(dtype: DTypeLike | None, tensors: Sequence[Tensor], where: Path) -> np.dtype:
-    """What all parameters are stored as: `dtype`, or else the one that all tensors have."""
+    """The dtype to store parameters in: `dtype`, or the one that all tensors share."""
     if dtype is not None:
         if np.dtype(dtype) not in DTYPES.values():
             expected = " or ".join(each.name for each in DTYPES.values())
@@ -147,21 +149,21 @@ def parameter_dtype(dtype: DTypeLike | None, tensors: Sequence[Tensor], where: P
 def _plan(
     family: Family, config: ModelConfig, tensors: Mapping[str, Tensor], source: Path
 ) -> tuple[ModelConfig, Plan, tuple[str, ...]]:
-    """The plan, and what there is to note; like transformers, two tied tensors that differ are not tied."""
+    """The config, plan and notes. As in transformers, tied tensors that differ are untied."""
     shapes = {name: each.shape for name, each in tensors.items()}
     plan = make_plan(family, config, shapes, where=source)
     if all(_same(tensors[head], tensors[table]) for head, table in plan.equal):
         return config, plan, ()
     config = dataclasses.replace(config, tie_embeddings=False)
-    note = f"{CONFIG} ties the head to the embeddings, but the weights hold two that differ: both are kept"
+    note = f"{CONFIG} ties the head to the embeddings, but the two tensors differ: both are kept"
     return config, make_plan(family, config, shapes, where=source), (note,)
 
 
 def _weights_note(source: Path) -> tuple[str, ...]:
-    name, others = passed_over(source)
+    name, others = unused_weights(source)
     if not others:
         return ()
-    return (f"the weights of {name} are read, as in transformers; passed over: {', '.join(others)}",)
+    return (f"the weights of {name} are read, as in transformers; not read: {', '.join(others)}",)
 
 
 def _same(one: Tensor, two: Tensor, block: int = 1 << 24) -> bool:
@@ -185,7 +187,7 @@ def _transfer(
     finite: bool,
     advance: Callable[[int], None],
 ) -> None:
-    """Reads the tensors in the order in which they lie on the disk; after a bad one it only looks for more."""
+    """Converts the tensors in their order on disk; after a bad one, only checks the rest."""
     bad: list[str] = []
     steps = sorted(steps, key=lambda step: (tensors[step.source].file, tensors[step.source].offset))
     with contextlib.closing(read_rows([tensors[step.source] for step in steps])) as rows:
@@ -202,12 +204,12 @@ def _transfer(
             f"{len(bad)} tensors hold NaN or infinity as {dtype.name}",
             where=tensors[bad[0]].file.parent,
             got=some(bad),
-            hint="take an undamaged checkpoint or a wider dtype, or pass allow_nonfinite (--allow-nonfinite)",
+            hint="use an undamaged checkpoint or a wider dtype, or pass allow_nonfinite (--allow-nonfinite)",
         )
 
 
 def _fill(array: np.ndarray, layout: Layout, rows: Iterator[np.ndarray], *, count: int, finite: bool) -> bool:
-    """Puts the next `count` rows into the memory of a parameter; whether they may be there, if they must be finite."""
+    """Copies the next `count` rows into a parameter. False if `finite` is set and a value is NaN or infinite."""
     done, good = 0, True
     while done < count:
         part = _cast(next(rows), array.dtype)
@@ -218,12 +220,12 @@ def _fill(array: np.ndarray, layout: Layout, rows: Iterator[np.ndarray], *, coun
 
 
 def _cast(array: np.ndarray, dtype: np.dtype) -> np.ndarray:
-    with np.errstate(over="ignore", invalid="ignore"):  # what overflows is found as infinity
+    with np.errstate(over="ignore", invalid="ignore"):  # overflow gives infinity, which the caller finds
         return array.astype(dtype, copy=False)
 
 
 def all_finite(array: np.ndarray) -> bool:
-    """Whether no element of a float array is NaN or infinite; read from the bits, in blocks."""
+    """Whether every element of a float array is finite; checks the bits, in blocks."""
     infinity = np.array(np.inf, array.dtype).view(f"u{array.itemsize}")[()]
     magnitude = infinity.dtype.type(np.iinfo(infinity.dtype).max >> 1)  # all bits but the sign
     bits = array.reshape(-1).view(infinity.dtype)
@@ -232,7 +234,7 @@ def all_finite(array: np.ndarray) -> bool:
 
 @contextlib.contextmanager
 def counter(progress: Progress | None, total: int, description: str) -> Iterator[Callable[[int], None]]:
-    """Counts bytes; reports them in whole megabytes with their rate."""
+    """Reports bytes done, in whole megabytes, with the rate."""
     if progress is None:
         yield lambda size: None
         return

@@ -1,4 +1,4 @@
-"""What a HuggingFace folder holds and whether it can be converted, from config.json and headers alone."""
+"""What a HuggingFace folder contains and whether it can be converted; reads config.json and headers only."""
 
 import dataclasses
 from pathlib import Path
@@ -21,13 +21,13 @@ class Description:
 
     Attributes:
       path: its folder.
-      model_type: the family; None where it is not supported.
-      config: of the model; None where it is not supported.
-      files: of the weights; empty where the folder has none (a model of the hub that was not fetched).
+      model_type: the family; None if unsupported.
+      config: the model's configuration; None if unsupported.
+      files: names of the weights files; empty if there are none (a hub model that was not downloaded).
       tensors: how many tensors become parameters; None without readable weights.
       num_bytes: their size in the source; None without readable weights.
-      dtype: that the parameters would have; None without readable weights.
-      refused: why it cannot be converted, as `convert_checkpoint` would raise it; empty where it can.
+      dtype: the parameters' dtype after conversion; None without readable weights.
+      refused: why it cannot be converted, as `convert_checkpoint` would raise it; empty if it can.
     """
 
     path: Path
@@ -43,12 +43,12 @@ class Description:
 def describe_checkpoint(
     src: PathLike, *, revision: str | None = None, dtype: DTypeLike | None = None
 ) -> Description:
-    """Looks at a HuggingFace checkpoint without reading its weights (NaN is found by converting only).
+    """Describes a HuggingFace checkpoint without reading its weights (only conversion finds NaN).
 
     Args:
-      src: a folder, or the id of a model on the hub, of which config.json alone is fetched.
+      src: a folder, or the id of a model on the hub; only its config.json is downloaded.
       revision: branch, tag or commit of a model on the hub.
-      dtype: that parameters shall have; None keeps the source's.
+      dtype: the parameters' dtype after conversion; None keeps the source's.
 
     Raises:
       CheckpointError: there is no such folder or model, or it has no config.json.

@@ -1,4 +1,4 @@
-"""A model directory -> a HuggingFace folder with safetensors, one tensor at a time; the way back of `convert`."""
+"""A model directory -> a HuggingFace folder with safetensors, one tensor at a time; the inverse of `convert`."""
 
 import dataclasses
 import json
@@ -12,7 +12,7 @@ import numpy as np
 from safetensors import safe_open
 
 from checkpoints_convert.config_reader import ConfigReader
-from checkpoints_convert.convert import Progress, check_apart, counter
+from checkpoints_convert.convert import Progress, check_disjoint, counter
 from checkpoints_convert.families import FAMILIES
 from checkpoints_convert.hf_config import CONFIG, interpret, read_config
 from checkpoints_convert.rules import Family, Step, expected_tensors, letter_sizes
@@ -35,11 +35,11 @@ class Export:
     Attributes:
       path: the HuggingFace folder.
       model_type: its family.
-      dtype: of its tensors.
+      dtype: the tensors' dtype.
       tensors: how many were written.
       num_bytes: their size.
-      files: everything in the folder.
-      seconds: that it took.
+      files: names of all files in the folder.
+      seconds: how long it took.
     """
 
     path: Path
@@ -59,30 +59,29 @@ def export_checkpoint(
     overwrite: bool = False,
     progress: Progress | None = None,
 ) -> Export:
-    """Writes a model directory as a HuggingFace folder that transformers loads; at `out` whole, or not at all.
+    """Writes a model directory as a HuggingFace folder that transformers loads; `out` appears complete or not at all.
 
-    Tensors have the bits of the parameters, hence of the checkpoint they came from. config.json is the source's
-    where the directory keeps it, without code to run. Routers and plans have no place there. Holds about twice
-    the largest tensor in memory.
+    Tensors are bit-identical to the parameters. config.json is the source's if the directory has kept it, minus
+    auto_map. Routers and plans are not exported. Holds about twice the largest tensor in memory.
 
     Args:
       src: a model directory.
       out: the folder to make.
-      shard_bytes: most bytes of tensors in one file; a larger tensor has a file of its own.
+      shard_bytes: maximum bytes of tensors per file; a larger tensor gets its own file.
       overwrite: whether an earlier export is replaced.
       progress: called with a description, a total and its unit; `polarjax.progress.task` is one.
 
     Raises:
       InputError: `shard_bytes` is not positive.
       CheckpointError: the model directory is damaged, or `out` cannot be written.
-      UnsupportedConfigError: no family of transformers says this configuration.
+      UnsupportedConfigError: no transformers family can express this configuration.
     """
     started = time.monotonic()
     if shard_bytes < 1:
-        hint = "leave it out"
-        raise InputError("no shard is that small", where="shard_bytes", got=shard_bytes, hint=hint)
+        hint = "omit it for 5 GB"
+        raise InputError("not a positive number of bytes", where="shard_bytes", got=shard_bytes, hint=hint)
     source, target = ModelReader(src), absolute(out)
-    check_apart(source.folder, target)
+    check_disjoint(source.folder, target)
     family, data = hf_config(source)
     steps = list(expected_tensors(family, source.config).values())
     shards = _shards(steps, source, shard_bytes)
@@ -111,10 +110,10 @@ def export_checkpoint(
 
 
 def hf_config(source: ModelReader) -> tuple[Family, dict[str, Any]]:
-    """The family and config.json of a model directory: the source's own where it is kept, otherwise made anew.
+    """The family and config.json of a model directory: the source's if it was kept, otherwise generated.
 
     Raises:
-      UnsupportedConfigError: no family of transformers says this configuration.
+      UnsupportedConfigError: no transformers family can express this configuration.
     """
     dtype = source.dtype.name
     kept = source.source_config
@@ -131,15 +130,15 @@ def hf_config(source: ModelReader) -> tuple[Family, dict[str, Any]]:
         if data is not None:
             return family, {**data, "torch_dtype": dtype, **_token_ids(source.tokenizer_folder)}
     raise UnsupportedConfigError(
-        "no family of transformers says this configuration",
+        "no transformers family can express this configuration",
         where=source.folder,
         expected=" or ".join(family.model_type for family in families),
-        hint="keep the model directory; polarjax reads it",
+        hint="keep using the model directory with polarjax",
     )
 
 
 def written_config(family: Family, config: ModelConfig) -> dict[str, Any] | None:
-    """config.json of a configuration in the words of a family; None where it cannot say it."""
+    """config.json of a configuration in a family's keys; None if the family can't express it."""
     keys = family.write_config(config)
     data = {"architectures": [family.architecture], "model_type": family.model_type, **keys}
     try:
@@ -150,7 +149,7 @@ def written_config(family: Family, config: ModelConfig) -> dict[str, Any] | None
 
 
 def is_hf_export(folder: Path) -> bool:
-    """Whether a folder holds nothing but a config, safetensors and small files beside them, as an export does."""
+    """Whether a folder contains only what an export writes: config, safetensors and tokenizer files."""
     names = [path.name for path in folder.iterdir()] if folder.is_dir() else []
     kinds = (".json", ".safetensors", ".jinja", ".txt", ".model")
     weights = any(name.endswith(".safetensors") for name in names)
@@ -164,7 +163,7 @@ def _token_ids(folder: Path) -> dict[str, Any]:
 
 
 def _shards(steps: Sequence[Step], source: ModelReader, most: int) -> dict[str, list[Step]]:
-    """Which tensors go into which file, in the order of the rules."""
+    """Assigns tensors to files, in the order of the rules."""
     parts: list[list[Step]] = [[]]
     filled = 0
     for step in steps:
@@ -185,7 +184,7 @@ def _num_bytes(step: Step, source: ModelReader) -> int:
 
 
 def _write_shard(file: Path, steps: Sequence[Step], source: ModelReader) -> Iterator[int]:
-    """Writes one file in the layout of safetensors, tensor by tensor; yields the size of each when it is written."""
+    """Writes one file in the layout of safetensors, tensor by tensor; yields the bytes of each once written."""
     sizes = letter_sizes(source.config)
     header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
     end = 0
@@ -202,7 +201,7 @@ def _write_shard(file: Path, steps: Sequence[Step], source: ModelReader) -> Iter
             stream.write(np.ascontiguousarray(array).reshape(-1).view(np.uint8).data)
             yield array.nbytes
     with safe_open(file, "np"):
-        pass  # the library accepts what was written
+        pass  # check that the library accepts the file
 
 
 def _index(shards: dict[str, list[Step]], source: ModelReader) -> dict[str, Any]:

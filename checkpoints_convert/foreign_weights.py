@@ -1,4 +1,4 @@
-"""Keys of config.json that say that the weights mean something else than the family's class makes of them."""
+"""Keys of config.json that give the weights a meaning the family's class doesn't know."""
 
 import re
 from collections.abc import Callable, Mapping
@@ -6,11 +6,11 @@ from typing import Any, NamedTuple
 
 from checkpoints_convert.config_reader import FATRELU, ROPE_KEYS, ConfigReader
 
-_ORIGINAL = "take the original weights"
+_ORIGINAL = "use the original weights"
 
 
 class _Refusal(NamedTuple):
-    """Keys that match `pattern` are refused, unless `harmless` says otherwise of the value."""
+    """Keys that match `pattern` are refused, unless their value is `harmless`."""
 
     pattern: str
     harmless: Callable[[Any], bool]
@@ -41,14 +41,14 @@ _REFUSED = (
     _Refusal(
         r"quanti[sz]|^quant_|_quant$|^compression_config$|^load_in_[48]bit$|^(w|weight_)?bits$",
         _empty,
-        "quantised weights",
-        f"quantised checkpoints are unsupported; {_ORIGINAL}",
+        "quantized weights",
+        f"quantized checkpoints are unsupported; {_ORIGINAL}",
     ),
     _Refusal(
         r"^auto_map$",
         _tokenizer_only,
-        "a model with code of its own, which polarjax never runs",
-        "take a model that transformers reads without trust_remote_code; if its code computes the same, remove "
+        "a model with its own code, which polarjax never runs",
+        "use a model that transformers loads without trust_remote_code; if its code computes the same, remove "
         "auto_map from config.json",
     ),
     _Refusal(
@@ -69,12 +69,12 @@ _REFUSED = (
         "an unsupported value",
         "only full rotary embedding is supported",
     ),
-    _Refusal(r"^rope_(scaling|parameters)$", _known_rope, "an unsupported RoPE", "take a model without it"),
+    _Refusal(r"^rope_(scaling|parameters)$", _known_rope, "an unsupported RoPE", "use a model without it"),
 )
 
 
 def check_weights_are_plain(reader: ConfigReader) -> None:
-    """Raises `UnsupportedConfigError` for a key that the family has not read and that changes what the weights mean."""
+    """Raises `UnsupportedConfigError` for a key that the family didn't read and that changes what the weights mean."""
     unread = reader.unread()
     for key in sorted(unread):
         for each in _REFUSED:

@@ -21,11 +21,11 @@ def config_from_hf(source: PathLike | Mapping[str, Any]) -> ModelConfig:
     """The configuration of a HuggingFace model.
 
     Args:
-      source: its folder, or what its config.json holds.
+      source: its folder, or the contents of its config.json.
 
     Raises:
       CheckpointError: there is no readable config.json.
-      UnsupportedConfigError: a key or value that polarjax does not know; it is named.
+      UnsupportedConfigError: an unsupported key or value; the message names it.
     """
     return read_config(source)[1]
 
@@ -34,9 +34,9 @@ class HfConfig(NamedTuple):
     """What a config.json says.
 
     Attributes:
-      family: of the model.
-      config: of the model.
-      notes: a line about the keys that are ignored, if there are any.
+      family: the model's family.
+      config: the model's configuration.
+      notes: one line about the ignored keys, if any.
     """
 
     family: Family
@@ -45,7 +45,7 @@ class HfConfig(NamedTuple):
 
 
 def read_config(source: PathLike | Mapping[str, Any]) -> HfConfig:
-    """The family beside the configuration; see `config_from_hf`."""
+    """The family, configuration and notes; see `config_from_hf`."""
     if isinstance(source, Mapping):
         return _interpret(source, CONFIG)
     file = Path(source) / CONFIG
@@ -59,11 +59,11 @@ def _missing(folder: Path) -> CheckpointError:
     if not folder.is_dir():
         what = "no such folder"
     elif (folder / ADAPTER_CONFIG).is_file():
-        what, hint = "an adapter (LoRA) without its model", MERGE_ADAPTER
+        what, hint = "this is an adapter (LoRA) without its model", MERGE_ADAPTER
     elif (folder / "params.json").is_file():
-        what, hint = "the original format of LLaMA or Mistral", "take the HuggingFace version of this model"
+        what, hint = "this is Meta's or Mistral's own format", "use the HuggingFace version of this model"
     elif any(folder.glob("*.gguf")):
-        what, hint = "a model of llama.cpp (GGUF)", "take the original weights"
+        what, hint = "this is a llama.cpp model (GGUF)", "use the original weights"
     return CheckpointError(what, where=folder, hint=hint)
 
 
@@ -75,7 +75,7 @@ def _interpret(data: Mapping[str, Any], where: object) -> HfConfig:
             where=where,
             got=repr(model_type),
             expected=" or ".join(FAMILIES),
-            hint="take a model of one of these families",
+            hint="use a model of one of these families",
         )
     family = FAMILIES[model_type]
     reader = ConfigReader(data, where)
@@ -86,11 +86,11 @@ def _interpret(data: Mapping[str, Any], where: object) -> HfConfig:
 
 
 def interpret(family: Family, reader: ConfigReader) -> ModelConfig:
-    """The configuration that a family reads; raises `UnsupportedConfigError` where the weights mean something else."""
+    """Reads a family's configuration; raises `UnsupportedConfigError` if the weights mean something else."""
     if family.own_code:
         reader.ignore("auto_map")
-    reader.only("is_encoder_decoder", False, "take a decoder alone")
-    reader.only("per_layer_config", {}, "take a model whose layers have one shape")
+    reader.only("is_encoder_decoder", False, "use a decoder-only model")
+    reader.only("per_layer_config", {}, "use a model whose layers all have the same shape")
     config = family.read_config(reader)
     check_weights_are_plain(reader)
     return config

@@ -1,4 +1,4 @@
-"""Where a source lies: a folder, or a model of the HuggingFace hub, fetched into its cache or found there."""
+"""Finds the source: a folder, or a HuggingFace hub model in the local cache, downloaded if needed."""
 
 import re
 from pathlib import Path
@@ -14,19 +14,19 @@ _ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
 
 
 def locate(source: PathLike, *, revision: str | None = None, weights: bool = True) -> Path:
-    """The folder of a checkpoint; a hub id is fetched: config first, then safetensors or, without any, .bin files.
+    """The folder of a checkpoint. A hub id is downloaded: config first, then safetensors, or .bin files if it has none.
 
-    Nothing is fetched where the environment says HF_HUB_OFFLINE=1; then the cache must hold the model.
+    With HF_HUB_OFFLINE=1 nothing is downloaded; the cache must have the model.
 
     Args:
-      source: a folder, or an id on the hub such as "facebook/opt-125m". What exists on the disk is a folder.
+      source: a folder, or an id on the hub such as "facebook/opt-125m". A path that exists is taken as a folder.
       revision: a branch, tag or commit of the hub; None is its main branch.
-      weights: whether weights and tokenizer are fetched too; without, the folder may hold config.json alone.
+      weights: whether to download weights and tokenizer too; if not, the folder may only have config.json.
 
     Raises:
-      InputError: a revision of a folder.
-      CheckpointError: the hub or its cache does not give the model.
-      UnsupportedConfigError: its config.json is not supported; then no weights are fetched.
+      InputError: `revision` is given for a folder.
+      CheckpointError: the model is neither on the hub nor in the cache, or the download failed.
+      UnsupportedConfigError: its config.json is not supported; no weights are downloaded then.
     """
     folder = absolute(source)
     if folder.exists() or not _ID.fullmatch(str(source)):
@@ -54,20 +54,20 @@ def _fetch(model: str, revision: str | None, patterns: tuple[str, ...]) -> Path:
     try:
         return Path(hub.snapshot_download(model, revision=revision, allow_patterns=list(patterns)))
     except errors.GatedRepoError as error:
-        hint = "ask for access on its page, then log in: hf auth login"
+        hint = "request access on its hub page, then log in: hf auth login"
         raise CheckpointError("this model is gated", where=model, hint=hint) from error
     except errors.RepositoryNotFoundError as error:
         hint = "check the name; if the model is private, log in: hf auth login"
         raise CheckpointError("neither a folder nor a model on the hub", where=model, hint=hint) from error
     except errors.RevisionNotFoundError as error:
-        hint = "name a branch, a tag or a commit"
+        hint = "give a branch, a tag or a commit"
         raise CheckpointError("no such revision", where=model, got=revision, hint=hint) from error
     except errors.LocalEntryNotFoundError as error:
         raise _absent(model, revision, offline=hub.constants.HF_HUB_OFFLINE) from error
     except (OSError, errors.HFValidationError) as error:
         got = f"{type(error).__name__}: {error}"[:200]
-        raise CheckpointError("the hub does not give this model", where=model, got=got) from error
-    except errors.HTTPError as error:  # pyright: ignore[reportPrivateImportUsage]  # of its client; no OSError
+        raise CheckpointError("the hub refused this model", where=model, got=got) from error
+    except errors.HTTPError as error:  # pyright: ignore[reportPrivateImportUsage]  # of its HTTP client; not an OSError
         got = f"{type(error).__name__}: {error}"[:200]
         hint = "check the network and its proxy, or give the folder of the model"
         raise CheckpointError("the hub cannot be reached", where=model, got=got, hint=hint) from error
@@ -78,7 +78,7 @@ def _absent(model: str, revision: str | None, *, offline: bool) -> CheckpointErr
     at = "" if revision is None else f" at {revision[:12]}"
     hint = "unset HF_HUB_OFFLINE" if offline else "connect to the network"
     return CheckpointError(
-        f"neither a folder nor whole in the hub's cache{at}, and {why}",
+        f"not a folder, not complete in the hub cache{at}, and {why}",
         where=model,
         hint=f"{hint}, or give the folder of the model",
     )

@@ -1,4 +1,4 @@
-"""JSON objects from files that come from elsewhere."""
+"""Reading JSON objects from untrusted files."""
 
 import json
 from pathlib import Path
@@ -8,11 +8,11 @@ from polarjax.errors import CheckpointError
 
 
 def read_json(file: Path, *, last_wins: bool = False) -> dict[str, Any]:
-    """A JSON object from a file; raises `CheckpointError` when it is anything else.
+    """A JSON object from a file; raises `CheckpointError` if the file holds anything else.
 
     Args:
-      file: to read.
-      last_wins: whether a key may occur twice; its last value counts, as in transformers.
+      file: the file to read.
+      last_wins: whether a key may occur twice; the last value wins, as in transformers.
     """
     hint = "download the file again"
     if not file.is_file():
@@ -27,7 +27,7 @@ def read_json(file: Path, *, last_wins: bool = False) -> dict[str, Any]:
 
 
 def parse_json(text: bytes, *, last_wins: bool = False) -> Any:
-    """Like `json.loads`, but raises `ValueError` for boundless nesting and, unless `last_wins`, for doubled keys."""
+    """Like `json.loads`, but raises `ValueError` if nested too deeply and, unless `last_wins`, for duplicate keys."""
     try:
         return json.loads(text, object_pairs_hook=dict if last_wins else _unique)
     except RecursionError as error:

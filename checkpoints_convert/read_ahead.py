@@ -1,7 +1,7 @@
-"""Reading parts of large files one after another, each while the caller works on the one before.
+"""Reads parts of large files in order, each while the caller processes the previous one.
 
-Weights are read once, so they go past the system's page cache where that is possible: there each of their bytes costs
-a page that is found, filled and given back, which took more of the processor than everything else about reading.
+Weights are read once, so reads bypass the page cache where possible: managing its pages took more CPU time than the
+rest of reading.
 """
 
 import itertools
@@ -16,12 +16,12 @@ from typing import NamedTuple
 import numpy as np
 
 PART_BYTES = 1 << 24
-"""A good size of a part."""
+"""A good part size."""
 
 _BUFFERS = 3  # one with the caller, one being filled, one waiting for the disk
-_SMALL = 1 << 20  # less is read in the ordinary way
-_PAGE = 4096  # what direct access aligns to: a multiple of any disk's blocks
-_DIRECT = getattr(os, "O_DIRECT", 0)  # Linux alone has it
+_SMALL = 1 << 20  # smaller parts are read through the page cache
+_PAGE = 4096  # alignment of direct I/O: a multiple of any disk's block size
+_DIRECT = getattr(os, "O_DIRECT", 0)  # Linux only
 
 
 class Part(NamedTuple):
@@ -33,7 +33,7 @@ class Part(NamedTuple):
 
 
 def read_ahead(parts: Sequence[Part]) -> Generator[np.ndarray, None, None]:
-    """The bytes of each part, uint8 [size], or fewer where the file ends; valid until the next is asked for.
+    """Yields the bytes of each part, uint8 [size], fewer at the end of the file; valid until the next one is read.
 
     Raises:
       OSError: a file cannot be read.
@@ -54,13 +54,13 @@ def read_ahead(parts: Sequence[Part]) -> Generator[np.ndarray, None, None]:
 
 
 def _pages(size: int) -> np.ndarray:
-    """Memory that begins where a page does, uint8 [size]."""
+    """Page-aligned memory, uint8 [size]."""
     memory = np.empty(size + _PAGE, np.uint8)
     return memory[-memory.ctypes.data % _PAGE :][:size]
 
 
 def _read(part: Part, buffer: np.ndarray) -> np.ndarray:
-    """Reads a part; within the buffer it begins as far from a page's start as within the file."""
+    """Reads a part; its offset within a page is the same in the buffer as in the file."""
     memory = buffer[part.offset % _PAGE :][: part.size]
     done = 0
     with open(part.file, "rb", buffering=0) as stream:
@@ -74,7 +74,7 @@ def _read(part: Part, buffer: np.ndarray) -> np.ndarray:
 
 
 def _read_direct(part: Part, buffer: np.ndarray) -> int:
-    """Reads what direct access gives of a part, in whole pages; 0 where the file system refuses."""
+    """Reads a part with direct I/O, in whole pages; returns the bytes read, 0 if the file system refuses."""
     skip = part.offset % _PAGE
     pages = buffer[: -(-(skip + part.size) // _PAGE) * _PAGE]
     try:
@@ -84,14 +84,14 @@ def _read_direct(part: Part, buffer: np.ndarray) -> int:
         finally:
             os.close(handle)
     except OSError:
-        return 0  # the ordinary way follows, and tells what is wrong
+        return 0  # the caller's normal read reports the error
 
 
 def _in_page_cache(stream: FileIO, offset: int) -> bool:
-    """Whether the system holds a byte of a file in memory; True where it cannot tell."""
+    """Whether the byte at `offset` is in the page cache; True if unknown."""
     try:
         return os.preadv(stream.fileno(), [bytearray(1)], offset, os.RWF_NOWAIT) > 0
     except BlockingIOError:
         return False
-    except (OSError, AttributeError):  # of file systems and platforms
+    except (OSError, AttributeError):  # unsupported by the file system or platform
         return True

@@ -1,8 +1,7 @@
-"""Rules from HuggingFace tensors to parameters, and the accounting that every one is used exactly once.
+"""Rules from HuggingFace tensors to parameters, and the check that every tensor is used exactly once.
 
 A rule's layout is written in the project's letters, for example `(K G H) D -> D K G H`: how the axes of the
-source tensor split, and in which order ours follow. Ours are always the source's, rotated, so a layout can be
-run backwards for export.
+source tensor split, and the order of ours. Ours are always a rotation of the source's, so export can invert a layout.
 """
 
 import dataclasses
@@ -19,10 +18,8 @@ from polarjax.configs import ModelConfig
 from polarjax.errors import CheckpointError
 from polarjax.model.shapes import shapes
 
-_ROWS = 128  # of a block that is transposed at once: keeps it within the cache
-_APART = (
-    32  # elements between its rows, so that columns of a width like 4096 do not all fall on one cache line
-)
+_ROWS = 128  # per block that is transposed at once, so that it stays in cache
+_PAD = 32  # elements of padding per row, so that the rows of a power-of-two width don't share cache sets
 
 
 @dataclasses.dataclass(frozen=True)
@@ -49,15 +46,15 @@ class Layout:
 
     @property
     def turn(self) -> int:
-        """How many source axes move to the end: 1 is a transposition, 0 none."""
+        """How many source axes move to the end: 1 is a transpose, 0 keeps the order."""
         return next((i for i, axis in enumerate(self.source) if axis[0] == self.target[0]), 0)
 
     def source_shape(self, sizes: Mapping[str, int]) -> tuple[int, ...]:
-        """Shape of the source tensor when each letter has the given size."""
+        """Shape of the source tensor, given the size of each letter."""
         return tuple(math.prod(sizes[letter] for letter in axis) for axis in self.source)
 
     def place(self, rows: np.ndarray, start: int, out: np.ndarray) -> None:
-        """Puts rows of the source matrix, from row `start` on, into the memory of the parameter: `out` [size]."""
+        """Copies rows of the source matrix, starting at row `start`, into the parameter's memory `out` [size]."""
         rows, out = _bits(rows), _bits(out)
         if self.turn:
             _transpose(rows, out.reshape(rows.shape[1], -1)[:, start : start + len(rows)])
@@ -77,9 +74,9 @@ def transposed(array: np.ndarray) -> np.ndarray:
 
 
 def _transpose(array: np.ndarray, out: np.ndarray) -> None:
-    """Writes the transpose of a matrix in blocks, several times faster than in one go."""
+    """Writes the transpose of a matrix in blocks, several times faster than NumPy's copy."""
     rows, columns = array.shape
-    block = np.empty((min(_ROWS, rows), columns + _APART), array.dtype)[:, :columns]
+    block = np.empty((min(_ROWS, rows), columns + _PAD), array.dtype)[:, :columns]
     for row in range(0, rows, _ROWS):
         part = block[: rows - row]
         part[:] = array[row : row + _ROWS]
@@ -87,7 +84,7 @@ def _transpose(array: np.ndarray, out: np.ndarray) -> None:
 
 
 def _bits(array: np.ndarray) -> np.ndarray:
-    """The array as unsigned integers, which NumPy copies faster than the dtypes that it does not know."""
+    """The array as unsigned integers, which NumPy copies faster than dtypes like bfloat16."""
     return array.view(f"u{array.itemsize}")
 
 
@@ -101,25 +98,25 @@ class Rule:
 
 
 def rules(table: str, *, source: str = "", target: str = "") -> tuple[Rule, ...]:
-    """Reads a table with the columns source name, parameter name and layout; the prefixes go before the names."""
+    """Reads a table with the columns source name, parameter name and layout; the prefixes are prepended to the names."""
     rows = [line.split(None, 2) for line in table.strip().splitlines()]
     return tuple(Rule(source + row[0], target + row[1], Layout.parse(row[2])) for row in rows)
 
 
 @dataclasses.dataclass(frozen=True)
 class Family:
-    """What there is to know of one HuggingFace `model_type`.
+    """Everything we need to know about one HuggingFace `model_type`.
 
     Attributes:
       model_type: its name in config.json.
-      architecture: the name of its class in transformers.
-      covers: the published models that have this type, a few words.
-      read_config: the configuration from the keys of config.json.
-      write_config: keys that `read_config` reads as the same configuration, where the family can say it.
-      rules: for every parameter that any member has; those that a config does not ask for are left out.
-      prefixes: what names may begin with on disk, and what they then begin with in `rules`.
-      buffers: pattern of tensors that follow from the config and are skipped, besides those of rotary embeddings.
-      own_code: whether its models came with code of their own, which the family stands for.
+      architecture: its class in transformers.
+      covers: a few words on the published models with this type.
+      read_config: makes the configuration from the keys of config.json.
+      write_config: the inverse of `read_config`, if the family can express the configuration.
+      rules: for every parameter that any model of the family has; unused ones are skipped.
+      prefixes: pairs of a prefix that names may have on disk and its replacement in `rules`.
+      buffers: pattern of computed tensors to skip, besides those of rotary embeddings.
+      own_code: whether its models ship with their own code, which this family replaces.
     """
 
     model_type: str
@@ -135,7 +132,7 @@ class Family:
 
 @dataclasses.dataclass(frozen=True)
 class Step:
-    """One tensor's way: from `source` (as named on disk) to the parameter `target` of `shape`."""
+    """One tensor: from `source` (its name on disk) to the parameter `target` of `shape`."""
 
     source: str
     target: str
@@ -148,9 +145,9 @@ class Plan:
     """Everything a conversion does.
 
     Attributes:
-      steps: every source tensor but the skipped, every parameter exactly once.
+      steps: every parameter exactly once, from every source tensor that isn't skipped.
       equal: pairs of source tensors that must hold the same values (an explicit head of a tied model).
-      skipped: source tensors that follow from the config.
+      skipped: source tensors that can be computed from the config.
     """
 
     steps: tuple[Step, ...]
@@ -176,10 +173,10 @@ def letter_sizes(config: ModelConfig) -> dict[str, int]:
 
 
 def expected_tensors(family: Family, config: ModelConfig) -> dict[str, Step]:
-    """The steps that fill every parameter of `config`, by the source's name in the rules.
+    """The steps that fill every parameter of `config`, keyed by source name in the rules.
 
     Raises:
-      CheckpointError: the rules leave a parameter out or fill one twice (a fault of the table).
+      CheckpointError: the rules miss a parameter or fill one twice (a bug in the table).
     """
     wanted = shapes(config)
     steps = {step.source: step for step in _expand(family.rules, config.num_layers, wanted)}
@@ -203,16 +200,16 @@ def make_plan(
 ) -> Plan:
     """Matches the tensors of a checkpoint with the parameters of its config.
 
-    A tied model may hold the embeddings, the head or both.
+    A tied checkpoint may hold the embeddings, the head or both.
 
     Args:
-      family: whose rules apply.
-      config: what is to be filled.
+      family: the rules to apply.
+      config: the model's configuration.
       found: shape of every tensor of the checkpoint, by its name on disk.
-      where: the checkpoint, for the report.
+      where: the checkpoint, for the message.
 
     Raises:
-      CheckpointError: tensors are missing, unknown, doubled or of the wrong shape; one report of all of it.
+      CheckpointError: tensors are missing, unknown, duplicated or mis-shaped; one message lists them all.
     """
     expected = expected_tensors(family, config)
     names, doubled = _canonical(family, found)
@@ -227,7 +224,7 @@ def make_plan(
     faults = {
         "missing": sorted(expected.keys() - names.keys()),
         "unknown": unknown,
-        "of the same meaning": doubled,
+        "duplicated under another name": doubled,
         "of the wrong shape": _misshaped(expected, names, found, letter_sizes(config)),
     }
     check_tensors(where, found, faults)
@@ -237,7 +234,7 @@ def make_plan(
 
 
 def is_buffer(family: Family, name: str) -> bool:
-    """Whether a tensor follows from the config, so that nothing is lost with it."""
+    """Whether a tensor can be computed from the config, so that skipping it loses nothing."""
     return bool(re.search(ROTARY_BUFFERS, name) or (family.buffers and family.buffers.search(name)))
 
 
@@ -256,7 +253,7 @@ def _misshaped(
 
 
 def _canonical(family: Family, found: Mapping[str, object]) -> tuple[dict[str, str], list[str]]:
-    """Names on disk by their name in the rules, and those on disk that mean the same as another."""
+    """Names on disk, keyed by name in the rules; and the names on disk that map to the same one."""
     names: dict[str, str] = {}
     doubled = []
     for name in sorted(found):

@@ -1,4 +1,4 @@
-"""What the names of a checkpoint's tensors say about it, where they are not those of its family."""
+"""Explains a checkpoint whose tensor names are not those of its family."""
 
 import re
 from collections.abc import Collection, Mapping, Sequence
@@ -6,15 +6,15 @@ from collections.abc import Collection, Mapping, Sequence
 from polarjax.errors import CheckpointError
 
 SHOWN = 10
-"""How many names a report lists of each kind of fault."""
+"""How many names a message lists per kind of fault."""
 
 HEAD = "lm_head.weight"
 ROTARY_BUFFERS = (
     r"(^|\.)(rotary_emb|rotary_pos_emb|rotary|rope)\.\w+$|(^|\.)(inv_freq|cos_cached|sin_cached|freqs_cis)$"
 )
-"""Names of the tables that rotary embeddings compute from the config and that older versions saved."""
+"""Names of rotary tables, computed from the config, that older versions saved."""
 
-QUANTISED = (
+QUANTIZED = (
     r"\.(qweight|qzeros|scales|biases|g_idx|SCB|weight_scale(_inv)?|weight_format|absmax|quant_map)$"
     r"|\.quant_state\."
 )
@@ -34,32 +34,32 @@ def some(names: Sequence[str]) -> str:
 
 
 def check_tensors(where: object, found: Collection[str], faults: Mapping[str, list[str]]) -> None:
-    """Raises `CheckpointError` with one report of all faults, or with what the names say is behind them.
+    """Raises `CheckpointError` listing all faults, or naming their cause if the names reveal it.
 
     Args:
       where: the checkpoint.
       found: the names on disk.
       faults: names by kind of fault; "missing" and "unknown" are among the kinds.
     """
-    told = [f"{len(names)} {fault}: {some(names)}" for fault, names in faults.items() if names]
-    if not told:
+    report = [f"{len(names)} {fault}: {some(names)}" for fault, names in faults.items() if names]
+    if not report:
         return
     missing, unknown = faults["missing"], faults["unknown"]
     prefix = _prefix(found, missing, unknown)
     if prefix is not None:
         raise CheckpointError(
-            f"the tensors' names have {prefix!r} in them, which the model's have not",
+            f"the tensors' names contain {prefix!r}, which the model's do not",
             where=where,
             got=some(unknown[:2]),
-            hint=f"save the model that is inside the wrapper, or take {prefix!r} out of the names: "
+            hint=f"save the unwrapped model, or remove {prefix!r} from the names: "
             f'{{name.replace("{prefix}", ""): value for name, value in state_dict.items()}}',
         )
     hint = _hint(missing, unknown)
-    raise CheckpointError("the tensors do not fit config.json", where=where, got="; ".join(told), hint=hint)
+    raise CheckpointError("the tensors do not fit config.json", where=where, got="; ".join(report), hint=hint)
 
 
 def _prefix(found: Collection[str], missing: Collection[str], unknown: Collection[str]) -> str | None:
-    """What a wrapper put into the names; without it, nothing that is missing is missing."""
+    """The prefix that a wrapper added: one whose removal supplies every missing name."""
     if any(re.search(_COMPILED, name) for name in unknown):
         return "_orig_mod."
     if not missing or any(re.search(_ADAPTER, name) for name in unknown):
@@ -72,12 +72,12 @@ def _prefix(found: Collection[str], missing: Collection[str], unknown: Collectio
 
 
 def _hint(missing: list[str], unknown: list[str]) -> str:
-    if any(re.search(QUANTISED, name) for name in unknown):
-        return "quantised checkpoints are unsupported; take the original weights"
+    if any(re.search(QUANTIZED, name) for name in unknown):
+        return "quantized checkpoints are unsupported; use the original weights"
     if any(re.search(_ADAPTER, name) for name in unknown):
         return f"these are the weights of an adapter (LoRA): {MERGE_ADAPTER}"
     if any(re.search(_TASK_HEAD, name) for name in unknown) and missing in ([], [HEAD]):
-        return "this is a classifier or a reward model, which writes no text; take the language model it was made of"
+        return "this is a classifier or a reward model, which writes no text; use the language model it was made from"
     if missing == [HEAD]:
         return "set tie_word_embeddings to true in config.json if the head shares the embeddings"
     return "check that config.json and the weights belong together and that every shard was downloaded"

@@ -1,8 +1,8 @@
-"""The tensors of PyTorch's .bin files: torch reads the pickle, allowed weights only; the bytes are read as ours.
+"""The tensors of PyTorch's .bin files: torch reads the pickle (weights only), we read the bytes.
 
-A .bin file is a zip archive of one pickle and one uncompressed record for every storage. torch maps the file
-into memory and makes the tensors from the pickle; where those lie in the mapping tells where they lie in the
-file, once storages and records are seen to be the same in number, order and size.
+A .bin file is a zip archive of one pickle and one uncompressed record per storage. torch maps the file into memory
+and builds the tensors from the pickle; their addresses in the mapping give their offsets in the file, once storages
+and records match in number, order and size.
 """
 
 import mmap
@@ -18,20 +18,20 @@ from typing import Any, NamedTuple
 
 from polarjax.errors import CheckpointError
 
-_SAFE = "take the safetensors of this model, or load it once with PyTorch and save it as safetensors"
+_SAFE = "use this model's safetensors, or load it once with PyTorch and save it as safetensors"
 _DOWNLOAD = "download the file again"
 _LOCAL_HEADER = struct.Struct("<26xHH")  # lengths of the name and of the extra field, at bytes 26 and 28
 _KINDS = {"float32": "F32", "float16": "F16", "bfloat16": "BF16"}
 
 
 class Placed(NamedTuple):
-    """Where a tensor of a .bin file lies.
+    """Where a tensor is in a .bin file.
 
     Attributes:
-      kind: its dtype, as safetensors spells it where that is one that a weight may have.
-      shape: of the tensor.
-      offset: of its first element in the file, in bytes.
-      strides: in elements; None where it is contiguous.
+      kind: its dtype, in safetensors' spelling if a weight may have it.
+      shape: the tensor's shape.
+      offset: byte offset of its first element in the file.
+      strides: in elements; None if it is contiguous.
     """
 
     kind: str
@@ -46,10 +46,10 @@ class _Record(NamedTuple):
 
 
 def read_torch_header(file: Path) -> dict[str, Placed]:
-    """The tensors of one .bin file, by name; nothing of the file is executed.
+    """The tensors of one .bin file, by name; nothing in the file is executed.
 
     Raises:
-      CheckpointError: PyTorch is not installed, or the file is damaged, of another kind, or not to be trusted.
+      CheckpointError: PyTorch is not installed, or the file is damaged, of another kind, or unsafe.
     """
     records = _records(file)
     state = _load(file)
@@ -58,13 +58,13 @@ def read_torch_header(file: Path) -> dict[str, Placed]:
     others = sorted(str(name) for name, value in state.items() if not _is_weight(name, value))
     if others:
         got = f"{', '.join(others[:10])} of other kinds"
-        raise CheckpointError("not a dictionary of tensors alone", where=file, got=got, hint=_SAFE)
+        raise CheckpointError("not a dictionary of only tensors", where=file, got=got, hint=_SAFE)
     base = _base(file, records, state.values())
     return {name: _placed(tensor, tensor.data_ptr() - base) for name, tensor in state.items()}
 
 
 def _records(file: Path) -> list[_Record]:
-    """The storages' records in the order of the file; refuses archives that torch.save would not write."""
+    """The storages' records in file order; refuses archives that torch.save would not write."""
     try:
         with zipfile.ZipFile(file) as archive, open(file, "rb") as stream:
             members = archive.infolist()
@@ -80,10 +80,10 @@ def _records(file: Path) -> list[_Record]:
         OSError,
     ) as error:
         raise CheckpointError(
-            "no .bin file of today's PyTorch (1.6 or later), or a damaged one",
+            "damaged, or not a .bin file of PyTorch 1.6 or later",
             where=file,
             got=str(error)[:200],
-            hint=f"{_DOWNLOAD}, or, if it is an old one, {_SAFE}",
+            hint=f"{_DOWNLOAD}, or, if it is from an older PyTorch, {_SAFE}",
         ) from error
     _check_members(file, members)
     if any(each.strip() != b"little" for each in order):
@@ -102,7 +102,7 @@ def _check_members(file: Path, members: Iterable[zipfile.ZipInfo]) -> None:
     outside = len(roots) != 1 or parts & {"", ".", ".."} or len(set(names)) != len(names)
     packed = [each.filename for each in members if each.compress_type or each.file_size != each.compress_size]
     if outside or packed:
-        what = "members that unpack" if packed else "members outside one folder, or the same twice"
+        what = "compressed members" if packed else "members outside one folder, or duplicates"
         raise CheckpointError(
             f"an archive that PyTorch would not write: {what}",
             where=file,
@@ -124,10 +124,10 @@ def _load(file: Path) -> Any:
         raise CheckpointError(
             "a .bin file needs PyTorch",
             where=file,
-            hint="pip install 'polarjax[torch]', or take the safetensors of this model",
+            hint="pip install 'polarjax[torch]', or use this model's safetensors",
         ) from error
     try:
-        with warnings.catch_warnings(action="ignore"):  # about what is refused below
+        with warnings.catch_warnings(action="ignore"):  # about files that are refused below
             return torch.load(file, map_location="cpu", weights_only=True, mmap=True)
     except pickle.UnpicklingError as error:
         raise CheckpointError(
@@ -156,13 +156,13 @@ def _is_weight(name: object, value: Any) -> bool:
 
 
 def _base(file: Path, records: list[_Record], tensors: Iterable[Any]) -> int:
-    """The address of the file's first byte: storages and records must be the same, one by one."""
+    """The address of the file's first byte; storages and records must match one to one."""
     storages = {each.untyped_storage().data_ptr(): each.untyped_storage().nbytes() for each in tensors}
     found = sorted((address, size) for address, size in storages.items() if size)
     base = found[0][0] - records[0].offset if found and records else 0
     if [(address - base, size) for address, size in found] != records or base % mmap.PAGESIZE:
         raise CheckpointError(
-            "tensors and stored bytes do not fit",
+            "the tensors do not match the stored bytes",
             where=file,
             got=f"{len(found)} storages of {sum(size for _, size in found)} bytes",
             expected=f"{len(records)} records of {sum(size for _, size in records)} bytes",

@@ -1,7 +1,7 @@
-"""The tensors of a HuggingFace folder: where each lies, and reading them one at a time.
+"""The tensors of a HuggingFace folder: where each one is, and reading them one at a time.
 
-The safetensors library validates the headers, torch those of .bin files. The bytes are then read straight from
-the file: through the libraries' memory maps they would be held twice.
+The safetensors library validates the headers; torch, those of .bin files. The bytes are then read directly from the
+file: through the libraries' memory maps they would be in memory twice.
 """
 
 import contextlib
@@ -33,7 +33,7 @@ DTYPES = {
     "F16": np.dtype(np.float16),
     "BF16": np.dtype("bfloat16"),
 }
-"""The dtypes that a weight may have, as safetensors spells them."""
+"""The dtypes that a weight may have, keyed by safetensors' spelling."""
 
 DAMAGED = "a truncated or damaged weights file"
 _DOWNLOAD = "download the file again"
@@ -41,15 +41,15 @@ _DOWNLOAD = "download the file again"
 
 @dataclasses.dataclass(frozen=True)
 class Tensor:
-    """Where a tensor lies.
+    """Where a tensor is.
 
     Attributes:
-      name: in the checkpoint.
-      file: that holds it.
+      name: its name in the checkpoint.
+      file: the file that holds it.
       kind: its dtype as the file spells it.
-      shape: of the tensor.
-      offset: of its first byte in the file.
-      strides: in elements, where the file holds it in another order than rows; otherwise None.
+      shape: the tensor's shape.
+      offset: offset of its first byte in the file.
+      strides: in elements; None if the file holds it in row-major order.
     """
 
     name: str
@@ -84,11 +84,11 @@ class Tensor:
 
     @property
     def matrix(self) -> tuple[int, int]:
-        """Its rows and columns; what is no matrix is one row."""
+        """Its rows and columns; anything but a matrix is one row."""
         return (self.shape[0], self.shape[1]) if len(self.shape) == 2 else (1, self.size)
 
     def parts(self) -> list[Part]:
-        """Where the rows lie, a few at a time; nothing if the file holds it in another order."""
+        """File parts of a few rows each; none if the file holds it in another order."""
         rows, columns = self.matrix
         row = columns * self.dtype.itemsize
         if self.strides is not None or not rows * row:
@@ -100,7 +100,7 @@ class Tensor:
         ]
 
     def read(self) -> np.ndarray:
-        """Reads the tensor into memory of its own.
+        """Reads the whole tensor.
 
         Raises:
           CheckpointError: the file no longer holds it.
@@ -135,8 +135,8 @@ def _dtype_hint(kind: str) -> str:
             "load the model with transformers and save it in one of these: model.float().save_pretrained(...)"
         )
     if kind in ("I64", "int64", "I32", "int32", "BOOL", "bool", "C64", "complex64", "complex128"):
-        return "this is no weight of a language model; take the original weights"
-    return "quantised checkpoints are unsupported; take the original weights"
+        return "this is not a language model's weight; use the original weights"
+    return "quantized checkpoints are unsupported; use the original weights"
 
 
 def _span(shape: tuple[int, ...], strides: tuple[int, ...]) -> int:
@@ -145,7 +145,7 @@ def _span(shape: tuple[int, ...], strides: tuple[int, ...]) -> int:
 
 
 def read_rows(tensors: Sequence[Tensor]) -> Generator[np.ndarray, None, None]:
-    """All rows of the tensors one after another, a few of one tensor at a time; valid until the next are asked for.
+    """Yields all rows of the tensors in order, a few of one tensor at a time; valid until the next are read.
 
     Raises:
       CheckpointError: a file no longer holds them.
@@ -164,7 +164,7 @@ def open_weights(folder: Path) -> dict[str, Tensor]:
     """Every tensor of a HuggingFace folder, by name; only headers are read.
 
     Raises:
-      CheckpointError: there are no weights, or a file or the index is damaged; it is named.
+      CheckpointError: there are no weights, or a file or the index is damaged; the message names it.
     """
     for name in WEIGHTS:
         if _is_there(folder, name):
@@ -175,14 +175,14 @@ def open_weights(folder: Path) -> dict[str, Tensor]:
     raise _no_weights(folder)
 
 
-def passed_over(folder: Path) -> tuple[str, tuple[str, ...]]:
-    """The file that `open_weights` reads and those of other weights beside it, which transformers passes over too."""
+def unused_weights(folder: Path) -> tuple[str, tuple[str, ...]]:
+    """The file that `open_weights` reads, and the other weights files, which transformers ignores too."""
     first, *others = [name for name in WEIGHTS if _is_there(folder, name)]
     return first, tuple(others)
 
 
 def _is_there(folder: Path, name: str) -> bool:
-    """Whether transformers would take the file; without any, what bears its name is taken and then refused."""
+    """Whether to read this file, as transformers would; a broken link or folder counts only if there is no real file."""
     if (folder / name).is_file():
         return True
     return os.path.lexists(folder / name) and not any((folder / other).is_file() for other in WEIGHTS)
@@ -194,16 +194,16 @@ def _no_weights(folder: Path) -> CheckpointError:
     what = "no weights"
     adapters = [name for name in ADAPTERS if (folder / name).exists()]
     if adapters:
-        what, others, hint = "no weights but those of an adapter", adapters, MERGE_ADAPTER
+        what, others, hint = "only an adapter's weights", adapters, MERGE_ADAPTER
     elif models := sorted(path.name for path in folder.glob("*.gguf")):
-        what, others, hint = "no weights but those of llama.cpp", models, "take the original weights"
+        what, others, hint = "only llama.cpp weights", models, "use the original weights"
     got = some(others) if others else None
     expected = f"{SINGLE} or {INDEX}"
     return CheckpointError(what, where=folder, got=got, expected=expected, hint=hint)
 
 
 def _sharded(index: Path, read_header: Callable[[Path], dict[str, Tensor]]) -> dict[str, Tensor]:
-    """The tensors of all shards; like transformers, also those that the index does not list."""
+    """The tensors of all shards, including those not in the index, as in transformers."""
     weight_map = read_index(index)
     files = {name: _inside(index.parent, name) for name in sorted(set(weight_map.values()))}
     shards = {name: read_header(path) for name, path in files.items()}
@@ -224,7 +224,7 @@ def _sharded(index: Path, read_header: Callable[[Path], dict[str, Tensor]]) -> d
 
 
 def read_index(file: Path) -> Mapping[str, str]:
-    """The shard of each tensor; every shard is the plain name of a file beside the index."""
+    """The shard of each tensor: the plain name of a file beside the index."""
     weight_map = read_json(file).get("weight_map")
     if not isinstance(weight_map, dict) or not weight_map:
         raise CheckpointError("not an index of weights", where=file, expected="a weight_map", hint=_DOWNLOAD)
@@ -233,7 +233,7 @@ def read_index(file: Path) -> Mapping[str, str]:
             expected = "the name of a file beside the index"
             hint = "do not trust this checkpoint"
             raise CheckpointError(
-                "the index points out of its folder",
+                "the index points outside its folder",
                 where=file,
                 got=repr(shard),
                 expected=expected,
@@ -243,15 +243,15 @@ def read_index(file: Path) -> Mapping[str, str]:
 
 
 def _inside(folder: Path, name: str) -> Path:
-    """The file `name` of `folder`; links may lead into the folder itself or to a hub cache's blobs, no further."""
+    """The file `name` of `folder`; links may only point into the folder or to a hub cache's blobs."""
     path = folder / name
-    if not os.path.exists(path):  # False for names that the system does not take, too
+    if not os.path.exists(path):  # also False for names that the system rejects
         raise CheckpointError("a shard is missing", where=path, hint="download it too")
     root = folder.resolve()
     allowed = {root, root.parents[1] / "blobs"} if root.parent.name == "snapshots" else {root}
     if path.resolve().parent not in allowed:
         got, hint = path.resolve(), "copy the file into the folder if you trust it"
-        raise CheckpointError("a weights file links out of its folder", where=path, got=got, hint=hint)
+        raise CheckpointError("a weights file links outside its folder", where=path, got=got, hint=hint)
     return path
 
 
@@ -285,9 +285,9 @@ def _read_torch_header(file: Path) -> dict[str, Tensor]:
 
 
 def _diagnosis(file: Path) -> tuple[str, str]:
-    """What a file that is not safetensors is instead, and the hint."""
+    """Says what a file that is not safetensors is, with a hint."""
     if not file.is_file():
-        what = "a folder" if file.is_dir() else "something that is no file"
+        what = "a folder" if file.is_dir() else "a special file"
         return f"{what} where a weights file should be", _DOWNLOAD
     with open(file, "rb") as stream:
         start = stream.read(64)

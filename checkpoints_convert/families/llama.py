@@ -1,4 +1,4 @@
-"""LLaMA and its kin: RMS norms, gated MLP, rotary embedding. One table of rules; the configs differ by values."""
+"""LLaMA and related families: RMS norms, gated MLP, rotary embedding. They share one table of rules."""
 
 from typing import Any
 
@@ -47,7 +47,7 @@ def read_qwen2(reader: ConfigReader) -> ModelConfig:
 
 
 def read_qwen3(reader: ConfigReader) -> ModelConfig:
-    """Qwen3: norms of queries and keys, and a head width of its own."""
+    """Qwen3: norms of queries and keys, and its own head width."""
     biases = reader.flag("attention_bias", False)
     return _common(
         reader,
@@ -61,7 +61,7 @@ def read_qwen3(reader: ConfigReader) -> ModelConfig:
 
 
 def _layer_windows(reader: ConfigReader) -> int | tuple[int | None, ...] | None:
-    """Qwen's window: switched by `use_sliding_window`, in the layers from `max_window_layers` on or as listed."""
+    """Qwen's window: enabled by `use_sliding_window`, in layers from `max_window_layers` on or as listed."""
     used = reader.flag("use_sliding_window", False)
     first = reader.count("max_window_layers", 28)
     window = reader.optional_size("sliding_window", None if reader.has("sliding_window") else 4096)
@@ -88,13 +88,13 @@ def _common(
     activation: Activation | None = None,
     **fields: Any,
 ) -> ModelConfig:
-    """What the kin share; the arguments are the defaults of keys that are absent, and the fields that differ."""
+    """The shared part of the config; arguments are defaults of absent keys, and family-specific fields."""
     width, heads = reader.size("hidden_size"), reader.size("num_attention_heads")
     head_dim = reader.optional_size("head_dim", head_dim)
     if head_dim is None and width % heads:
         hint = "correct config.json"
         raise reader.refuse(
-            "hidden_size", "the heads do not divide it", width, f"a multiple of {heads}", hint
+            "hidden_size", "not divisible by the number of heads", width, f"a multiple of {heads}", hint
         )
     max_positions = reader.size("max_position_embeddings", max_positions)
     return ModelConfig(
@@ -123,7 +123,7 @@ def write_llama(config: ModelConfig) -> dict[str, Any]:
 
 
 def write_sparsellama(config: ModelConfig) -> dict[str, Any]:
-    """The keys from which `read_sparsellama` makes `config`, where ProSparse can say it."""
+    """The keys from which `read_sparsellama` makes `config`, if ProSparse can express it."""
     keys = write_llama(config)
     if config.activation_threshold:
         keys |= {"hidden_act": FATRELU, "hidden_act_param": config.activation_threshold}
@@ -131,12 +131,12 @@ def write_sparsellama(config: ModelConfig) -> dict[str, Any]:
 
 
 def write_mistral(config: ModelConfig) -> dict[str, Any]:
-    """The keys from which `read_mistral` makes `config`, where Mistral can say it."""
+    """The keys from which `read_mistral` makes `config`, if Mistral can express it."""
     return {**_write_common(config), "sliding_window": config.sliding_window}
 
 
 def write_qwen2(config: ModelConfig) -> dict[str, Any]:
-    """The keys from which `read_qwen2` makes `config`, where Qwen2 can say it."""
+    """The keys from which `read_qwen2` makes `config`, if Qwen2 can express it."""
     windows = [config.window(layer) for layer in range(config.num_layers)]
     width = next(filter(None, windows), None)
     if width is None:
@@ -151,7 +151,7 @@ def write_qwen2(config: ModelConfig) -> dict[str, Any]:
 
 
 def write_qwen3(config: ModelConfig) -> dict[str, Any]:
-    """The keys from which `read_qwen3` makes `config`, where Qwen3 can say it."""
+    """The keys from which `read_qwen3` makes `config`, if Qwen3 can express it."""
     return {**write_qwen2(config), "attention_bias": config.out_bias}
 
 
@@ -173,7 +173,7 @@ def _write_common(config: ModelConfig) -> dict[str, Any]:
 
 
 def _write_rope(rope: RopeConfig) -> dict[str, Any]:
-    """In the old spelling, which every version of transformers reads."""
+    """Uses the old keys, which every version of transformers reads."""
     scaling: dict[str, Any] = {"rope_type": rope.scaling, "factor": rope.factor}
     if rope.scaling == "llama3":
         scaling["low_freq_factor"] = rope.low_freq_factor

@@ -1,4 +1,4 @@
-"""OPT: learned positions from row 2 on, layer norms with biases, ReLU, a tied head."""
+"""OPT: learned positions starting at row 2, layer norms with biases, ReLU, a tied head."""
 
 import re
 from typing import Any
@@ -13,14 +13,14 @@ LAYER = BODY + "layers.{i}."
 
 
 def read_config(reader: ConfigReader) -> ModelConfig:
-    """The configuration of a checkpoint with model_type "opt"; OPT-350m is the post-norm one with projections."""
+    """The configuration of a checkpoint with model_type "opt". OPT-350m is post-norm, with projections."""
     width, heads = reader.size("hidden_size"), reader.size("num_attention_heads")
     if width % heads:
         hint = "correct config.json"
         raise reader.refuse(
-            "hidden_size", "the heads do not divide it", width, f"a multiple of {heads}", hint
+            "hidden_size", "not divisible by the number of heads", width, f"a multiple of {heads}", hint
         )
-    reader.only("layer_norm_elementwise_affine", True, "take a model whose norms have weights")
+    reader.only("layer_norm_elementwise_affine", True, "use a model whose norms have weights")
     embed_dim = reader.size("word_embed_proj_dim", width)
     biases = reader.flag("enable_bias", True)
     pre_norm = reader.flag("do_layer_norm_before", True)
@@ -52,7 +52,7 @@ def read_config(reader: ConfigReader) -> ModelConfig:
 
 
 def write_config(config: ModelConfig) -> dict[str, Any]:
-    """The keys from which `read_config` makes `config`, where OPT can say it."""
+    """The keys from which `read_config` makes `config`, if OPT can express it."""
     return {
         "vocab_size": config.vocab_size,
         "hidden_size": config.d_model,

@@ -1,1 +1,1 @@
-"""A model directory: written, read and checked."""
+"""Writes, reads and checks model directories."""

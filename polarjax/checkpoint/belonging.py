@@ -1,4 +1,7 @@
-"""Checks that routers and plans belong to the weights that they are saved beside or used with."""
+"""Checks that routers and plans belong to the weights they are stored or used with.
+
+Fingerprints sample large arrays (`polarjax.storage.fingerprint`), so a change outside the sample is not detected. Parts
+without a fingerprint, from an earlier version, pass."""
 
 from pathlib import Path
 
@@ -9,10 +12,10 @@ from polarjax.selection.routers import Routers
 from polarjax.storage.fingerprint import same_weights, short
 
 KEEP_OR_DROP = (
-    "learn them again for this model (polarjax sparsify); keep them all the same with "
-    "bundle.with_model(model, keep_sparsity=True); or leave them out with bundle.with_model(model)"
+    "retrain them for this model (polarjax sparsify), keep them anyway with "
+    "bundle.with_model(model, keep_sparsity=True), or drop them with bundle.with_model(model)"
 )
-ONE_TRAINING = "calibrate again (polarjax calibrate), or take routers and plans of one training"
+ONE_TRAINING = "calibrate again (polarjax calibrate), or use routers and plans of one training run"
 
 
 def check_shape(part: Routers | PlanTable, config: ModelConfig, *, where: Path, hint: str) -> None:
@@ -27,14 +30,14 @@ def check_shape(part: Routers | PlanTable, config: ModelConfig, *, where: Path, 
 def check_weights(
     part: Routers | PlanTable, weights: str, *, made_for: str = "", where: object, hint: str
 ) -> None:
-    """Raises `SparsityError` if routers or plans were made for other weights than those with this fingerprint.
+    """Raises `SparsityError` if routers or plans were made for weights with a fingerprint other than `weights`.
 
-    `made_for` counts for parts that don't know their weights.
+    `made_for` is the fingerprint for parts that don't record their own.
     """
     made_for = part.weights or made_for
     if not same_weights(made_for, weights):
         raise SparsityError(
-            f"the {'routers' if isinstance(part, Routers) else 'plans'} are for other weights than the model's",
+            f"the {'routers' if isinstance(part, Routers) else 'plans'} are not for this model's weights",
             where=where,
             got=f"weights {short(made_for)}",
             expected=short(weights),
@@ -43,7 +46,7 @@ def check_weights(
 
 
 def check_routers_of_plans(plans: PlanTable, routers: str, *, where: object, hint: str) -> None:
-    """Raises `SparsityError` if the plans were calibrated for other routers than those with this fingerprint."""
+    """Raises `SparsityError` if the plans were calibrated for routers with another fingerprint."""
     if not same_weights(plans.routers, routers):
         raise SparsityError(
             "the plans were calibrated for other routers",

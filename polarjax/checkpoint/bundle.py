@@ -2,10 +2,10 @@
 
 config.json     ModelConfig and the format version
 params/         orbax checkpoint of the parameters, one array for each dotted path
-tokenizer/      the HuggingFace files, generation_config.json among them
-routers/        manifest.json and arrays/, an orbax checkpoint, once routers were trained
-plans.json      the PlanTable, once it was calibrated
-hf_config.json  config.json of the HuggingFace folder that it was converted from
+tokenizer/      the HuggingFace files, including generation_config.json
+routers/        manifest.json and arrays/, an orbax checkpoint, once routers are trained
+plans.json      the PlanTable, once calibrated
+hf_config.json  config.json of the HuggingFace source
 manifest.json   format version, dtype, source, shapes and checksums of params/
 """
 
@@ -63,16 +63,15 @@ from polarjax.types import Array, DTypeLike, Key
 
 @dataclasses.dataclass(frozen=True)
 class Bundle:
-    """What a model directory holds.
+    """The contents of a model directory.
 
     Attributes:
       model: the decoder with its parameters.
-      tokenizer: None where the source had none.
-      routers: None until they are trained.
-      plans: None until they are calibrated.
-      model_type: the HuggingFace family that the model was converted from, if it was.
-      source_config: config.json of the HuggingFace folder that it was converted from, if it was.
-      weights: fingerprint of the model that the routers and plans came with; set when the bundle is made.
+      tokenizer: None if the source had none.
+      routers, plans: None until trained and calibrated.
+      model_type: the HuggingFace family that the model was converted from, if any.
+      source_config: config.json of the HuggingFace source, if any.
+      weights: fingerprint of the model that the routers and plans were made for; computed if not given.
     """
 
     model: Decoder
@@ -94,8 +93,7 @@ class Bundle:
 
         Args:
           model: of the same shape, if routers or plans are kept.
-          keep_sparsity: whether the routers and plans, made for other weights or other routers, are kept as those of
-            `model`; otherwise they are left out.
+          keep_sparsity: keep routers and plans and mark them as made for `model`; otherwise drop them.
 
         Raises:
           SparsityError: routers or plans are kept and don't fit the model's shape.
@@ -108,7 +106,7 @@ class Bundle:
 
     @property
     def generation(self) -> GenerationSettings:
-        """Stop ids, stop strings and sampling defaults that the model asks for; empty without a tokenizer."""
+        """The model's own stop ids, stop strings and sampling defaults; empty without a tokenizer."""
         return GenerationSettings() if self.tokenizer is None else self.tokenizer.generation
 
     def complete(
@@ -124,22 +122,22 @@ class Bundle:
         batch_size: int | None = None,
         key: Key[Array, ""] | int = 0,
     ) -> list[Completion]:
-        """The texts that follow prompts, as `polarjax generate` makes them.
+        """Completes prompts, as `polarjax generate` does.
 
-        What is not given is what the model's generation_config.json asks for (`generation`).
+        Defaults come from the model's generation_config.json (`generation`).
 
         Args:
-          prompts: texts, and conversations for the chat template: lists of messages such as
-            `{"role": "user", "content": "Hi"}`. One text, or one conversation, is a list of one.
-          max_new_tokens: the most tokens of a text; None is what the model asks for, or 64, or what there is room for.
+          prompts: texts, or conversations for the chat template: lists of messages such as
+            `{"role": "user", "content": "Hi"}`. A single text or conversation works too.
+          max_new_tokens: most tokens per completion; None is the model's, or 64, limited by the positions left.
           sampler: `Greedy()`, `Categorical(...)`, or any `Sampler`; None is the model's.
-          stop_strings: texts that end a text and are cut off it; None is the model's, () is none.
-          stop_ids: ids that end a text, 0 to 2**31 - 1; None is the model's, () is none.
-          repetition_penalty: above 1, makes ids less likely that a text holds already; None is the model's, 1 is none.
-          sparsity: "auto" skips what routers and plans say, if the bundle has both, with the plan of each batch; None
-            is the dense model; a `Sparsity` (see `Bundle.sparsity`) is used for every batch.
-          batch_size: prompts at a time; None takes all at once.
-          key: random key, or a seed; only a sampler that draws uses it. The same key draws the same texts.
+          stop_strings: strings that end a completion and are cut off; None uses the model's, () none.
+          stop_ids: ids that end a completion, 0 to 2**31 - 1; None uses the model's, () none.
+          repetition_penalty: above 1, makes ids already in the text less likely; None uses the model's, 1 disables it.
+          sparsity: "auto" uses the routers and each batch's plan, if the bundle has both; None is the dense model; a
+            `Sparsity` (see `Bundle.sparsity`) is used for every batch.
+          batch_size: prompts per batch; None runs all at once.
+          key: random key or seed for samplers that draw. The same key gives the same texts.
 
         Returns:
           one `Completion` for each prompt, in the order of the prompts; its `ending` is "failed" where the model
@@ -147,8 +145,7 @@ class Bundle:
 
         Raises:
           CheckpointError: the bundle has no tokenizer.
-          InputError: a prompt is no text and no conversation, has no tokens, does not fit the model's positions or its
-            chat template, or an option is out of its range.
+          InputError: a prompt isn't a text or conversation, is empty or doesn't fit, or an option is out of range.
           SparsityError: `sparsity` is for another model.
         """
         tokenizer = _tokenizer(self, "Bundle.complete")
@@ -168,17 +165,17 @@ class Bundle:
 
     @property
     def missing(self) -> Literal["routers", "plans"] | None:
-        """The first part without which decoding can't be sparse; None if there are both."""
+        """The first part that sparse decoding still needs; None if both are there."""
         return "routers" if self.routers is None else "plans" if self.plans is None else None
 
     def _skip(self, sparsity: Sparsity | Literal["auto"] | None) -> Skip:
-        """The sparsity of each batch, as `complete` was asked for it."""
+        """The sparsity of each batch for `complete`."""
         if isinstance(sparsity, str) and sparsity == "auto":
             return (lambda _: None) if self.missing else self.sparsity
         if sparsity is None or isinstance(sparsity, Sparsity):
             return lambda _: sparsity
         raise InputError(
-            "no such sparsity",
+            "not a sparsity",
             where="sparsity",
             got=type(sparsity).__name__ if not isinstance(sparsity, str) else repr(sparsity),
             expected='"auto", None for the dense model, or a Sparsity',
@@ -189,12 +186,11 @@ class Bundle:
         """What to skip when decoding `batch_size` sequences.
 
         Args:
-          batch_size: B; neurons are taken from the plan of the next larger calibrated batch.
-          head_density: fraction of groups to keep, above 0 and at most 1; None takes the calibrated default.
+          batch_size: B; neurons follow the plan of the next larger calibrated batch.
+          head_density: fraction of groups to keep, above 0 and at most 1; None uses the calibrated default.
 
         Raises:
-          SparsityError: there are no routers or plans yet, they are for other weights than the model's, or the
-            density is not one.
+          SparsityError: routers or plans are missing or not for this model's weights, or the density is invalid.
         """
         sparsify = "run polarjax sparsify OUT --text FILE first"
         calibrate = f"run polarjax calibrate OUT --activations FOLDER, or {sparsify}"
@@ -218,7 +214,7 @@ class Bundle:
 
     @functools.cached_property
     def _fingerprints(self) -> tuple[str, str]:
-        """Of the model and of the routers, "" without routers and plans; computed once."""
+        """Fingerprints of the model and the routers; "" if absent, or without routers and plans. Computed once."""
         if self.routers is None and self.plans is None:
             return "", ""
         return fingerprint(self.model), "" if self.routers is None else self.routers.fingerprint
@@ -229,7 +225,7 @@ def save(path: str | os.PathLike[str], bundle: Bundle, *, overwrite: bool = Fals
 
     Raises:
       CheckpointError: `path` exists and `overwrite` is False, or the disk refuses.
-      SparsityError: routers or plans are for another model, or for other weights than its own.
+      SparsityError: routers or plans are for another model or other weights.
     """
     model = bundle.model
     bundle._check_sparsity("Bundle")
@@ -252,12 +248,12 @@ def load(path: str | os.PathLike[str], *, dtype: DTypeLike | None = None) -> Bun
 
     Args:
       path: the directory.
-      dtype: of the parameters, "float32", "bfloat16" or "float16"; None keeps the stored one. Routers keep theirs.
+      dtype: the parameters' dtype, "float32", "bfloat16" or "float16"; None keeps the stored one. Routers keep theirs.
 
     Raises:
       InputError: `dtype` is not one of these.
       CheckpointError: a part is missing or damaged, or was written by a newer polarjax.
-      SparsityError: routers or plans are for another model, or for other weights than its own.
+      SparsityError: routers or plans are for another model or other weights.
     """
     return _read(path, dtype, routers=True, plans=True)
 
@@ -265,7 +261,7 @@ def load(path: str | os.PathLike[str], *, dtype: DTypeLike | None = None) -> Bun
 def load_to_learn(
     path: str | os.PathLike[str], *, dtype: DTypeLike | None = None, routers: bool = False
 ) -> Bundle:
-    """`load` without the plans, and without the routers unless asked for: those that are about to be replaced."""
+    """`load` without the parts that are about to be replaced: the plans and, unless `routers`, the routers."""
     return _read(path, dtype, routers=routers, plans=False)
 
 
@@ -277,15 +273,16 @@ def _read(path: str | os.PathLike[str], dtype: DTypeLike | None, *, routers: boo
     flat = read_arrays(folder / "params", manifest["params"], dtype=dtype, hint=AGAIN)
     model = with_parameters(config, flat)
     weights = fingerprint(model)
-    stored = str(manifest.get("fingerprint") or weights)  # which earlier versions did not record
+    tokenizer, kind = folder / "tokenizer", manifest["model_type"]
+    stored = str(manifest.get("fingerprint") or weights)  # earlier versions did not record it
     found = read_routers(folder / ROUTERS, config, stored) if routers else None
     table = read_plans(folder / PLANS, config, stored, found) if plans else None
     return Bundle(
         model=model,
-        tokenizer=_read_tokenizer(folder / "tokenizer", manifest["model_type"]),
+        tokenizer=Tokenizer.load(tokenizer, model_type=kind) if has_tokenizer(tokenizer) else None,
         routers=marked(found, weights),
         plans=marked(table, weights),
-        model_type=manifest["model_type"],
+        model_type=kind,
         source_config=read_source_config(folder),
         weights=weights,
     )
@@ -298,13 +295,11 @@ def _read_tokenizer(folder: Path, model_type: str | None) -> Tokenizer | None:
 def load_with_tokenizer(
     folder: Path, dtype: str | None = None, *, to_learn: bool = False
 ) -> tuple[Bundle, Tokenizer]:
-    """The model directory `folder` and its tokenizer; `dtype` None keeps the stored one.
-
-    With `to_learn`, routers and plans are left out, because they are about to be replaced.
+    """Reads a model directory and its tokenizer; `to_learn` skips routers and plans, which will be replaced.
 
     Raises:
       CheckpointError: the directory is missing or damaged, or has no tokenizer.
-      InputError: `dtype` is no dtype that a decoder can have.
+      InputError: a decoder can't have this `dtype`.
     """
     if dtype is not None:
         check_dtype(dtype, where="--dtype")
@@ -315,8 +310,8 @@ def load_with_tokenizer(
 def _tokenizer(bundle: Bundle, where: object) -> Tokenizer:
     if bundle.tokenizer is None:
         raise CheckpointError(
-            "the model directory has no tokenizer, and text needs one",
+            "the model directory has no tokenizer, which text needs",
             where=where,
-            hint="put the tokenizer's HuggingFace files into its folder tokenizer",
+            hint="copy the HuggingFace tokenizer files into its tokenizer/ folder",
         )
     return bundle.tokenizer

@@ -1,4 +1,4 @@
-"""Routers and plans as files of a model directory."""
+"""Reads and writes the routers and plans of a model directory."""
 
 import dataclasses
 import os
@@ -25,7 +25,7 @@ _NO_NEURONS: dict[str, Any] = {"w_in": None, "w_out": None}
 
 
 def store_routers(folder: Path, routers: Routers) -> None:
-    """Writes the arrays of routers, their own fingerprint, and that of the model that they were trained on."""
+    """Writes routers: their arrays, their fingerprint, and that of the model they were trained on."""
     folder.mkdir(exist_ok=True)
     with ArrayWriter(folder / "arrays") as writer:
         for name, value in routers.parameters().items():
@@ -55,13 +55,13 @@ def read_routers(folder: Path, config: ModelConfig, weights: str) -> Routers | N
 
 
 def fingerprint_of_routers(folder: Path) -> str:
-    """The fingerprint of the routers in a folder, as it was recorded with them; "" if there is none."""
+    """The recorded fingerprint of the routers in a folder; "" if there is none."""
     file = folder / "manifest.json"
     return str(read_part(file, (), SPARSIFY).get("fingerprint", "")) if file.is_file() else ""
 
 
 def read_plans(file: Path, config: ModelConfig, weights: str, routers: Routers | None) -> PlanTable | None:
-    """The plans in a model directory, for its parameters and its routers; None if there are none."""
+    """The plans in a model directory, checked against its parameters and routers; None if there are none."""
     if not file.is_file():
         return None
     plans = PlanTable.from_json(read_part(file, (), CALIBRATE))
@@ -120,5 +120,5 @@ def kept_for(
 
 
 def marked(part: Any, weights: str) -> Any:
-    """Routers or plans that know the weights they are for, marked with the same weights in the dtype loaded."""
+    """Routers or plans with a recorded fingerprint, with that of the loaded weights, which may have another dtype."""
     return dataclasses.replace(part, weights=weights) if part is not None and part.weights else part

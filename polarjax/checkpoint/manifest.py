@@ -1,4 +1,4 @@
-"""The JSON files of a model directory, checked as they are read; `checkpoint` tells what lies where."""
+"""Reads and checks the JSON files of a model directory (for the layout, see `polarjax.checkpoint.bundle`)."""
 
 from pathlib import Path
 from typing import Any
@@ -9,16 +9,16 @@ from polarjax.storage.atomic import read_json
 from polarjax.storage.record import check_record
 
 FORMAT = 1
-"""Version of a model directory's layout; a reader refuses a newer one."""
+"""Version of a model directory's layout; readers refuse any other."""
 
 SOURCE_CONFIG = "hf_config.json"
 AGAIN = "convert the source again: polarjax convert HF_DIR OUT --overwrite"
 
 
 def read_manifest(folder: Path) -> dict[str, Any]:
-    """The manifest of a model directory; raises `CheckpointError` when it is none, or newer than this code."""
+    """The manifest of a model directory; raises `CheckpointError` if it is not one, or has another format."""
     if not folder.is_dir():
-        hint = "give a folder that polarjax convert wrote"
+        hint = "pass a folder that polarjax convert wrote"
         raise CheckpointError("no such model directory", where=folder, hint=hint)
     file = folder / "manifest.json"
     if not file.is_file():
@@ -27,9 +27,9 @@ def read_manifest(folder: Path) -> dict[str, Any]:
     manifest = read_part(file, ("format", "model_type", "dtype", "params"))
     check_record(manifest["params"], where=file, hint=AGAIN)
     if manifest["dtype"] not in [entry["dtype"] for entry in manifest["params"]["arrays"].values()]:
-        expected = "that of the parameters"
+        expected = "the parameters' dtype"
         raise CheckpointError(
-            "no such dtype", where=file, got=manifest["dtype"], expected=expected, hint=AGAIN
+            "wrong dtype in the manifest", where=file, got=manifest["dtype"], expected=expected, hint=AGAIN
         )
     return manifest
 
@@ -42,16 +42,16 @@ def read_config(folder: Path) -> ModelConfig:
 
 
 def read_source_config(folder: Path) -> dict[str, Any] | None:
-    """config.json of the HuggingFace folder that a model directory was converted from, if it was."""
+    """config.json of the HuggingFace source of a model directory, if any."""
     file = folder / SOURCE_CONFIG
     return read_json(file, hint=AGAIN) if file.is_file() else None
 
 
 def read_part(file: Path, keys: tuple[str, ...], hint: str = AGAIN) -> dict[str, Any]:
-    """The object in one of the files, which must have some keys, and this format if it tells one.
+    """The object in a file, which must have `keys`, and this format if it states one.
 
     Raises:
-      CheckpointError: it is missing, damaged, or of another format.
+      CheckpointError: the file is missing, damaged, or in another format.
     """
     data = read_json(file, hint=hint)
     if not all(key in data for key in keys):

@@ -1,4 +1,4 @@
-"""A model directory read one parameter at a time, without putting the model on a device."""
+"""Reads a model directory one parameter at a time, without putting the model on a device."""
 
 import math
 import os
@@ -35,7 +35,7 @@ class ModelReader:
         arrays = self._record["arrays"]
         expected = {name: list(shape) for name, shape in shapes(self.config).items()}
         if {name: entry["shape"] for name, entry in arrays.items()} != expected:
-            what = "config.json and manifest.json are of different models"
+            what = "config.json and manifest.json are for different models"
             raise CheckpointError(what, where=self.folder, hint=AGAIN)
 
     @property
@@ -44,12 +44,12 @@ class ModelReader:
 
     @property
     def model_type(self) -> str | None:
-        """The HuggingFace family that the model was converted from, if it was."""
+        """The HuggingFace family that the model was converted from, if any."""
         return self._manifest["model_type"]
 
     @property
     def dtype(self) -> np.dtype:
-        """Of the embedding table, and, unless somebody mixed them, of all parameters."""
+        """The embedding table's dtype: that of all parameters, unless they are mixed."""
         return np.dtype(self._manifest["dtype"])
 
     @property
@@ -59,7 +59,7 @@ class ModelReader:
 
     @property
     def source_config(self) -> dict[str, Any] | None:
-        """config.json of the HuggingFace folder that it was converted from, if it was."""
+        """config.json of the HuggingFace source, if any."""
         return read_source_config(self.folder)
 
     def dtype_of(self, name: str) -> np.dtype:
@@ -72,7 +72,7 @@ class ModelReader:
         return sum(math.prod(entry["shape"]) * self.dtype_of(name).itemsize for name, entry in arrays.items())
 
     def verify(self) -> None:
-        """Reads all files of the parameters once; raises `CheckpointError` if one has changed."""
+        """Hashes all parameter files; raises `CheckpointError` if one has changed."""
         verify(self.folder / "params", self._record, hint=AGAIN)
 
     def read(self, name: str) -> np.ndarray:

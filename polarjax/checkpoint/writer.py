@@ -1,4 +1,4 @@
-"""A model directory written one parameter at a time, which appears whole or not at all."""
+"""Writes a model directory one parameter at a time; it appears complete or not at all."""
 
 import contextlib
 import os
@@ -41,17 +41,17 @@ class ModelWriter:
     def copy_tokenizer(
         self, source: Path, config: Mapping[str, Any]
     ) -> tuple[tuple[str, ...], tuple[str, ...]]:
-        """Takes over the tokenizer of a HuggingFace folder, mended; names of files and notes (`copy_tokenizer`)."""
+        """Copies and fixes a HuggingFace folder's tokenizer; returns file names and notes (see `copy_tokenizer`)."""
         from polarjax.text.tokenizer_files import copy_tokenizer
 
         return copy_tokenizer(source, self.tokenizer_folder, model_type=self._model_type or "", config=config)
 
     def reserve(self, size: int) -> np.ndarray:
-        """Memory of `size` bytes in which the next parameter can be made: `ArrayWriter.reserve`."""
+        """Memory of `size` bytes for the next parameter; see `ArrayWriter.reserve`."""
         return self._params.reserve(size)
 
     def add(self, name: str, array: np.ndarray) -> None:
-        """Writes the parameter with the dotted path `name`; every one exactly once, in any order."""
+        """Writes the parameter with dotted path `name`; add each exactly once, in any order."""
         if name in self._params.arrays or array.shape != self._expected.get(name):
             expected = self._expected.get(name, "no such parameter")
             raise CheckpointError(
@@ -64,7 +64,7 @@ class ModelWriter:
         """Writes the configuration and the manifest; raises `CheckpointError` if parameters are missing."""
         missing = sorted(self._expected.keys() - self._params.arrays.keys())
         if missing:
-            got = f"none of {', '.join(missing[:10])}"
+            got = f"{', '.join(missing[:10])}"
             raise CheckpointError("parameters are missing", where="model directory", got=got)
         record = self._params.close()
         write_json(self.folder / "config.json", {"format": FORMAT, **self._config.to_json()})
@@ -89,18 +89,18 @@ def new_model(
     largest: int = 0,
     num_bytes: int = 0,
 ) -> Iterator[ModelWriter]:
-    """Makes a model directory that appears at `path` only when the block ends without an exception.
+    """Makes a model directory that appears at `path` only if the block ends without an exception.
 
     Args:
       path: the directory to make.
-      config: of the model; its parameters are all expected.
+      config: the model's configuration; all its parameters must be added.
       model_type: the HuggingFace family it comes from.
       overwrite: whether an existing model directory is replaced.
-      largest: bytes of the largest parameter, if known; that much is gathered before it is written.
-      num_bytes: of all parameters, if known; the disk must have room for so many.
+      largest: bytes of the largest parameter, if known; sets the minimum batch size.
+      num_bytes: bytes of all parameters, if known; that much disk space must be free.
 
     Raises:
-      CheckpointError: `path` exists, the disk refuses, or a parameter is missing, unknown or mis-shaped.
+      CheckpointError: `path` exists, writing fails, or a parameter is missing, unknown or mis-shaped.
     """
     from polarjax.storage.arrays import BATCH_BYTES, ArrayWriter  # imports orbax
 

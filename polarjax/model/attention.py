@@ -36,7 +36,7 @@ class Attention(nnx.Module):
 def project_qkv(
     layer: Attention, x: Float[Array, "B T D"], rotation: Rotation | None
 ) -> tuple[Float[Array, "B T K G H"], Float[Array, "B T K H"], Float[Array, "B T K H"]]:
-    """Queries, keys and values of `x`, normalized and rotated to their positions if the model does so."""
+    """Queries, keys and values of `x`, normalized and rotated if the model does so."""
     q = add_bias(jnp.einsum("btd,dkgh->btkgh", x, layer.wq[...]), layer.bq)
     k = add_bias(jnp.einsum("btd,dkh->btkh", x, layer.wk[...]), layer.bk)
     v = add_bias(jnp.einsum("btd,dkh->btkh", x, layer.wv[...]), layer.bv)
@@ -60,7 +60,7 @@ def attend(
     *,
     window: int | None,
 ) -> Float[Array, "B T K G H"]:
-    """Causal attention among the tokens of a right-padded batch; rows past `lengths` hold no meaning."""
+    """Causal attention among the tokens of a right-padded batch; rows past `lengths` are undefined."""
     B, T, K, G, H = q.shape
 
     def heads_of(q, k, v):
@@ -90,8 +90,8 @@ def group_norms(heads: Float[Array, "... K G H"]) -> Float[Array, "... K"]:
 
 
 def change(before: Float[Array, "... D"], update: Float[Array, "... D"]) -> Float[Array, "..."]:
-    """1 - cos(before, before + update), float32: how far attention turns the residual stream, hence how much a layer
-    needs it (0: not at all)."""
+    """1 - cos(before, before + update), float32: how much attention changes the residual stream's direction (0: not at
+    all), hence how important it is in this layer."""
     before, update = before.astype(jnp.float32), update.astype(jnp.float32)
     after = before + update
     lengths = _root(jnp.sum(before * before, -1)) * _root(jnp.sum(after * after, -1))
@@ -123,7 +123,7 @@ def attend_cached(
     window: int | None,
     implementation: Implementation,
 ) -> tuple[Float[Array, "B D"], tuple[Float[Array, "B K S H"], Float[Array, "B K S H"]]]:
-    """One new token a sequence: appends its key and value at `length`, attends with the selected groups only.
+    """One new token per sequence: appends its key and value at `length`, attends with the selected groups only.
 
     Rows that are not `live` attend to nothing.
     """

@@ -18,7 +18,7 @@ class KVCache:
     Attributes:
       k: L arrays [B K S H].
       v: L arrays [B K S H].
-      length: positions filled in each sequence, int32 [B]; what lies beyond is never read.
+      length: positions filled in each sequence, int32 [B]; the rest is never read.
     """
 
     k: tuple[Float[Array, "B K S H"], ...]
@@ -27,7 +27,7 @@ class KVCache:
 
     @property
     def capacity(self) -> int:
-        """S, the most positions that a sequence can hold."""
+        """S, the most positions per sequence."""
         return self.k[0].shape[2]
 
 
@@ -39,19 +39,19 @@ def init_cache(
     Args:
       config: the model's configuration.
       batch_size: B.
-      capacity: S, in tokens; the GPU kernels want a multiple of 8.
-      dtype: of keys and values; use the model's.
+      capacity: S, in tokens; the GPU kernels need a multiple of 8.
+      dtype: dtype of keys and values; use the model's.
 
     Raises:
       InputError: `batch_size` or `capacity` is not positive.
     """
     if batch_size < 1 or capacity < 1:
         raise InputError(
-            "the cache has no room",
+            "the cache would be empty",
             where="init_cache",
             got=f"batch_size {batch_size}, capacity {capacity}",
             expected="both at least 1",
-            hint="make room for the prompt and the new tokens",
+            hint="pass the number of sequences, and room for the prompt and the new tokens",
         )
     shape = (batch_size, config.num_kv_heads, capacity, config.head_dim)
     make = lambda: tuple(jnp.zeros(shape, dtype) for _ in range(config.num_layers))

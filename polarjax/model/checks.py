@@ -1,4 +1,4 @@
-"""What a model's tokens and cache must be, said once."""
+"""Checks of a model's tokens and cache."""
 
 import contextlib
 from typing import Any
@@ -19,7 +19,7 @@ def check_vocabulary(
     where: str,
     valid: Bool[np.ndarray, "B T"] | None = None,
 ) -> None:
-    """Raises `InputError`, which names the first one, where token ids (those `valid`) are outside [0, V)."""
+    """Raises `InputError`, naming the first one, if token ids (the `valid` ones) are outside [0, V)."""
     wrong = (tokens < 0) | (tokens >= config.vocab_size)
     if valid is not None:
         wrong &= valid
@@ -41,8 +41,8 @@ def check_windows(
 
     Args:
       windows: token ids, all T of each window valid.
-      config: of the model.
-      where: what an error calls them.
+      config: the model's configuration.
+      where: their name in an error.
     """
     windows = np.asarray(windows)
     if windows.ndim != 2 or windows.size == 0 or not np.issubdtype(windows.dtype, np.integer):
@@ -51,7 +51,7 @@ def check_windows(
             where=where,
             got=f"{windows.dtype} {list(windows.shape)}",
             expected="integers [n T], n, T > 0",
-            hint="pass rows of token ids, all of one length",
+            hint="pass rows of token ids, all of the same length",
         )
     if windows.shape[1] > config.max_positions:
         raise InputError(
@@ -68,10 +68,10 @@ def check_windows(
 def check_room(
     config: ModelConfig, prompt_tokens: int, new_tokens: int, *, where: str, option: str = "max_new_tokens"
 ) -> None:
-    """Raises `InputError` where a prompt and its new tokens outgrow the model; `option` sets how many are new."""
+    """Raises `InputError` if a prompt and its new tokens exceed the model's positions; `option` names the argument."""
     if prompt_tokens + new_tokens - 1 > config.max_positions:  # the last new token is never read
         raise InputError(
-            "the sequence would outgrow the model's positions",
+            "the sequence would exceed the model's positions",
             where=where,
             got=f"{prompt_tokens} prompt tokens + {new_tokens} new ones",
             expected=f"at most {config.max_positions} before the last one",
@@ -84,7 +84,7 @@ def as_prompts(
 ) -> tuple[Int[Array, "B T"], Int[Array, "B"]]:
     """Tokens and lengths as arrays; raises `InputError` unless they are whole numbers [B T] and [B] that fit.
 
-    T is known while a program is traced, so a learned position table is never read past its end.
+    T is known during tracing, so a learned position table is never read past its end.
     """
     tokens, lengths = _whole_numbers("tokens", tokens, where), _whole_numbers("lengths", lengths, where)
     if tokens.ndim != 2 or lengths.shape != tokens.shape[:1] or 0 in tokens.shape:
@@ -93,7 +93,7 @@ def as_prompts(
             where=where,
             got=f"tokens {list(tokens.shape)}, lengths {list(lengths.shape)}",
             expected="tokens [B T] and lengths [B], neither empty",
-            hint="pad the prompts on the right to one width and pass their lengths",
+            hint="pad the prompts on the right to the same width and pass their lengths",
         )
     T = tokens.shape[1]
     if config.positions == "learned" and isinstance(T, int) and config.max_positions < T:
@@ -124,7 +124,7 @@ def as_step(token: Any) -> Int[Array, "B"]:
 def check_cache(
     config: ModelConfig, dtype: DTypeLike, cache: KVCache, batch_size: int, *, where: str
 ) -> None:
-    """Raises `InputError` unless a cache is for this model, its dtype, and so many sequences."""
+    """Raises `InputError` unless a cache is for this model, its dtype and `batch_size` sequences."""
     if not isinstance(cache, KVCache):
         hint = "pass the KVCache that init_cache or prefill returned"
         raise InputError("not a cache", where=where, got=type(cache).__name__, hint=hint)
@@ -141,7 +141,7 @@ def check_cache(
         )
     if first.dtype != dtype:
         raise InputError(
-            "the cache has another dtype than the model",
+            "the cache's dtype is not the model's",
             where=where,
             got=first.dtype,
             expected=dtype,
@@ -171,7 +171,7 @@ def _whole_numbers(name: str, value: Any, where: str) -> Array:
         where=where,
         got=getattr(value, "dtype", type(value).__name__),
         expected="int32",
-        hint="pass token ids as a tokenizer gives them, and lengths as integers",
+        hint="pass token ids from a tokenizer, and integer lengths",
     )
 
 

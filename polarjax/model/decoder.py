@@ -1,4 +1,4 @@
-"""The one decoder: `forward` over whole sequences, `prefill` of a cache, `decode_step` of one token a sequence."""
+"""The one decoder: `forward` over whole sequences, `prefill` of a cache, `decode_step` of one token per sequence."""
 
 from collections.abc import Callable
 from typing import Any
@@ -18,7 +18,7 @@ from polarjax.selection.selectors import Sparsity
 from polarjax.types import Array, Bool, Float, Implementation, Int
 
 type Block = Callable[[Float[Array, "... D"]], tuple[Float[Array, "... D"], Any]]
-"""Half a layer: its input -> what it adds to the residual stream, and anything else that is needed later."""
+"""Half a layer: its input -> its update of the residual stream, and anything else needed later."""
 
 
 class Layer(nnx.Module):
@@ -35,9 +35,9 @@ class Decoder(nnx.Module):
     """A decoder-only language model; a pytree whose `config` is static.
 
     Args:
-      config: shapes and the choices that make the family.
-      rngs: random streams; `params` initialises the weights. None gives shapes and dtypes without memory.
-      dtype: of parameters and activations; logits, softmax, norms and router scores are float32.
+      config: shapes, and the variants that distinguish families.
+      rngs: random streams; `params` initializes the weights. None gives shapes and dtypes without memory.
+      dtype: dtype of parameters and activations; logits, softmax, norms and router scores are float32.
     """
 
     def __init__(self, config: ModelConfig, *, rngs: nnx.Rngs | None, dtype: jnp.dtype = jnp.float32):
@@ -75,12 +75,12 @@ def forward(
 ) -> tuple[Float[Array, "B T V"], Taps | None]:
     """Logits at every position of a right-padded batch; sparsity is applied by masking, per token.
 
-    Computes everything and zeroes what is not selected: the oracle of accuracy, not of speed.
+    Computes everything and zeroes what is not selected: for accuracy, not for speed.
 
     Args:
       model: the decoder.
       tokens: int32 [B T].
-      lengths: valid tokens of each row, int32 [B]; logits beyond them hold no meaning.
+      lengths: valid tokens of each row, int32 [B]; logits beyond them are undefined.
       sparsity: what to skip; None is the dense model.
       taps: what to record.
 
@@ -133,7 +133,7 @@ def _blocks(model, tokens, lengths, *, sparsity=None, taps=None):
     positions = jnp.broadcast_to(jnp.arange(tokens.shape[1], dtype=jnp.int32)[None], tokens.shape)
     valid = positions < lengths[:, None]
     x = model.embed(tokens, positions)
-    x = jnp.where(valid[..., None], x, 0)  # padding is read as zeros, whatever it holds
+    x = jnp.where(valid[..., None], x, 0)  # padding counts as zeros, whatever its ids
     rotation = _rotation(config, positions)
     records, kv = [], []
     for i, layer in enumerate(model.layers):
@@ -145,7 +145,7 @@ def _blocks(model, tokens, lengths, *, sparsity=None, taps=None):
 
 
 def _prompt_layer(layer: Layer, i: int, x, lengths, rotation, config: ModelConfig, sparsity):
-    """Layer `i` over [B T]: the hidden state, everything that can be recorded, and the keys and values."""
+    """Layer `i` over [B T]: the hidden state, all possible records, and the keys and values."""
 
     def attend(h):
         q, k, v = attention.project_qkv(layer.attn, h, rotation)
@@ -171,7 +171,7 @@ def _rotation(config: ModelConfig, positions: Int[Array, "B T"]) -> Rotation | N
 
 
 def _residual(norm: Norm, x: Float[Array, "... D"], block: Block, config: ModelConfig):
-    """The stream after a block, normalized before the block or after the sum, and what else the block returns."""
+    """The residual stream after a block, normalized before the block or after the sum, and the block's second result."""
     before = config.norm_position == "pre"
     update, more = block(norm(x) if before else x)
     x = x + update
@@ -188,21 +188,21 @@ def decode_step(
     live: Bool[Array, "B"] | None = None,
     implementation: Implementation = None,
 ) -> tuple[Float[Array, "B V"], KVCache]:
-    """Appends one token to each sequence, computing and reading only what is selected.
+    """Appends one token to each sequence; computes and reads only what is selected.
 
-    Groups are chosen for each sequence, neurons once for the batch; the cache itself stays complete.
+    Groups are chosen per sequence, neurons once per batch; the cache stays complete.
 
     Args:
       model: the decoder.
       token: int32 [B].
       cache: keys and values so far; donate it under `jax.jit`. A sequence that is full drops the new key.
       sparsity: what to skip; None is the dense model.
-      live: rows whose logits are wanted; the others read no cache and have no say in the choice of neurons.
-        None is all.
-      implementation: of the kernels; None takes the best for the device.
+      live: rows whose logits are wanted; the others read no cache and don't affect the choice of neurons.
+        None means all.
+      implementation: kernel implementation; None takes the best for the device.
 
     Returns:
-      float32 logits [B V] for the next token, without meaning in rows that are not live, and the cache one position
+      float32 logits [B V] for the next token, undefined in rows that are not live, and the cache one position
       longer.
 
     Raises:
@@ -228,7 +228,7 @@ def decode_step(
 def _step_layer(
     layer: Layer, i: int, x, cache: KVCache, rotation, config: ModelConfig, sparsity, live, implementation
 ):
-    """Layer `i` for one new token a sequence: the hidden state, and the cache's keys and values."""
+    """Layer `i` for one new token per sequence: the hidden state, and the cache's keys and values."""
 
     def attend(h):
         update, pair = attention.attend_cached(

@@ -12,7 +12,7 @@ from polarjax.types import Array, Float, Int
 
 
 class Maker:
-    """Makes initialised parameters; holds the random stream and the dtype while a decoder is built.
+    """Makes initialized parameters; holds the random stream and the dtype while a decoder is built.
 
     Without a random stream a parameter is a `jax.ShapeDtypeStruct`.
     """
@@ -87,7 +87,7 @@ class Embedding(nnx.Module):
 
 
 class Head(nnx.Module):
-    """The output projection of a model whose embeddings are not tied."""
+    """The output projection of a model with untied embeddings."""
 
     def __init__(self, config: ModelConfig, make: Maker):
         self.w = make.normal(shapes.head(config)["w"], fan_in=config.embed_dim or config.d_model)
@@ -121,7 +121,7 @@ type Rotation = tuple[Float[Array, "B T half"], Float[Array, "B T half"]]
 
 
 def rope_rotation(positions: Int[Array, "B T"], rope: RopeConfig, head_dim: int) -> Rotation:
-    """The rotation at each position, float32."""
+    """Cosine and sine of the rotation at each position, float32."""
     angle = positions[..., None].astype(jnp.float32) * rope_frequencies(rope, head_dim)[None, None]
     return jnp.cos(angle), jnp.sin(angle)
 

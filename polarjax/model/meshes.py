@@ -1,4 +1,4 @@
-"""Meshes with explicit axes: the decoder leaves it to the compiler how to spread its work, so it runs on auto axes."""
+"""Meshes with explicit axes: the compiler shards the decoder's work, so the decoder runs with auto axes."""
 
 import functools
 import inspect
@@ -14,13 +14,13 @@ from jax.sharding import NamedSharding, PartitionSpec
 def auto_axes(
     function: Callable[..., Any], rows: Any, *args: Any, out: Callable[..., Any] | None = None
 ) -> Any:
-    """`function(*args)`, with the explicit axes of the mesh that an argument is on, if any, as auto axes inside.
+    """Calls `function(*args)`, with explicit axes of the arguments' mesh turned into auto axes inside.
 
     Args:
-      function: of pytrees; traceable.
-      rows: an argument whose first axis is B; the results are spread as it is.
-      *args: arguments, arrays with explicit axes among them or not.
-      out: makes the shardings of the results from those of arrays [B ...] and of scalars; None if all are [B ...].
+      function: a traceable function of pytrees.
+      rows: an array whose first axis is B; the results are sharded like it.
+      *args: arguments of `function`.
+      out: makes the results' shardings from those of arrays [B ...] and of scalars; None if all are [B ...].
     """
     mesh = next(filter(None, map(_explicit_mesh, jax.tree.leaves(args))), None)
     if mesh is None:
@@ -40,7 +40,7 @@ def _explicit_mesh(leaf: Any) -> Any:
 
 
 def on_any_mesh[**P, R](rows: str) -> Callable[[Callable[P, R]], Callable[P, R]]:
-    """A decorator for functions of a model whose results are all [B ...]: see `auto_axes`; `rows` names an argument."""
+    """Decorates a function of a model whose results are all [B ...]; see `auto_axes`. `rows` names an argument."""
 
     def decorate(function: Callable[P, R]) -> Callable[P, R]:
         signature = inspect.signature(function)

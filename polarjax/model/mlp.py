@@ -1,4 +1,4 @@
-"""The MLP block: dense over a prompt, masked for accuracy studies, gathered in decoding."""
+"""The MLP block: dense over a prompt, masked for accuracy studies, gathered for decoding."""
 
 import jax
 import jax.numpy as jnp
@@ -14,7 +14,7 @@ _ACTIVATIONS = {"relu": jax.nn.relu, "silu": jax.nn.silu, "gelu": lambda x: jax.
 
 
 def active(pre: Float[Array, "... F"], config: ModelConfig) -> Bool[Array, "... F"]:
-    """Which pre-activations exceed the threshold; compared in float32, so that rounding the threshold moves none."""
+    """Which pre-activations exceed the threshold; compared in float32, so that the threshold isn't rounded."""
     return pre.astype(jnp.float32) > jnp.float32(config.activation_threshold)
 
 
@@ -67,7 +67,7 @@ def selected(
     config: ModelConfig,
     implementation: Implementation,
 ) -> Float[Array, "B D"]:
-    """The MLP computed from the selected neurons' rows alone."""
+    """The MLP computed from the selected neurons' rows only."""
     value = lambda parameter: None if parameter is None else parameter[...]
     y = sparse_mlp(
         x,

@@ -1,4 +1,4 @@
-"""The parameters of a decoder by dotted path, and a decoder made of them."""
+"""A decoder's parameters keyed by dotted path, and a decoder made from them."""
 
 from collections.abc import Mapping
 
@@ -18,13 +18,13 @@ def abstract(config: ModelConfig, dtype: jnp.dtype = jnp.float32) -> Decoder:
 
 
 def parameters(model: Decoder) -> dict[str, Array]:
-    """The parameters by dotted path, for example `layers.0.attn.wq`."""
+    """The parameters, keyed by dotted path, for example `layers.0.attn.wq`."""
     leaves, _ = jax.tree_util.tree_flatten_with_path(model)
     return {_dotted(path): leaf for path, leaf in leaves}
 
 
 def fingerprint(model: Decoder) -> str:
-    """Tells apart two trainings of one shape, but not a model and a cast of it: see `polarjax.storage.fingerprint`."""
+    """Identifies the weights; a model and a cast of it match. See `polarjax.storage.fingerprint`."""
     return fingerprint_of(parameters(model))
 
 
@@ -34,7 +34,7 @@ def _dotted(path: tuple) -> str:
 
 
 def with_parameters(config: ModelConfig, flat: Mapping[str, Array]) -> Decoder:
-    """The decoder that holds the parameters `flat` (as `parameters` names them).
+    """The decoder with the parameters `flat` (named as in `parameters`).
 
     Raises:
       CheckpointError: a parameter is missing, unknown, or of the wrong shape.

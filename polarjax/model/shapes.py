@@ -1,6 +1,6 @@
-"""The parameters of a decoder: name, logical axes and sizes of each, from the configuration alone and without JAX.
+"""Name, logical axes and sizes of a decoder's parameters, computed from the configuration without JAX.
 
-The layers make their parameters from these tables, so there is one place that says which there are.
+The layers make their parameters from these tables.
 """
 
 import functools
@@ -14,13 +14,13 @@ type Axes = dict[str, int]
 
 
 def norm(config: ModelConfig, width: int, *, axis: str = "embed", kind: str | None = None) -> dict[str, Axes]:
-    """Scale and bias of a norm over `width`; a norm of its own `kind` has no bias."""
+    """Scale and bias of a norm over `width`; one with an explicit `kind` has no bias."""
     biased = config.norm_bias and kind is None
     return {name: {axis: width} for name in (["bias"] if biased else []) + ["scale"]}
 
 
 def embedding(config: ModelConfig) -> dict[str, Axes]:
-    """The table of tokens, that of learned positions, and the projections of a table narrower than the model."""
+    """Token table, learned positions, and projections if the table is narrower than the model."""
     table, wide = _table(config), {"embed": config.d_model}
     axes = {}
     if config.positions == "learned":
@@ -31,12 +31,12 @@ def embedding(config: ModelConfig) -> dict[str, Axes]:
 
 
 def head(config: ModelConfig) -> dict[str, Axes]:
-    """The output projection where it is not the table of tokens."""
+    """The output projection of an untied model."""
     return {"w": {"vocab": config.vocab_size} | _table(config)}
 
 
 def attention(config: ModelConfig) -> dict[str, Axes]:
-    """Projections of queries, keys, values and the output, and their biases; `q_norm` and `k_norm` apart."""
+    """Projections of queries, keys, values and the output, and their biases, without `q_norm` and `k_norm`."""
     wide, kv = {"embed": config.d_model}, {"groups": config.num_kv_heads, "head": config.head_dim}
     q = {"groups": config.num_kv_heads, "queries": config.q_per_group, "head": config.head_dim}
     axes = {"bk": kv} if config.qkv_bias else {}
@@ -46,7 +46,7 @@ def attention(config: ModelConfig) -> dict[str, Axes]:
 
 
 def mlp(config: ModelConfig) -> dict[str, Axes]:
-    """Neuron-major weights, and biases; the gate's where there is one."""
+    """Neuron-major weights and biases, including the gate's if there is one."""
     wide, neurons = {"embed": config.d_model}, {"neurons": config.d_ff}
     names = ("down", "gate", "up") if config.gated_mlp else ("down", "up")
     biases = {f"b_{name}": wide if name == "down" else neurons for name in names}
@@ -55,7 +55,7 @@ def mlp(config: ModelConfig) -> dict[str, Axes]:
 
 @functools.cache
 def shapes(config: ModelConfig) -> Mapping[str, tuple[int, ...]]:
-    """The shape of every parameter by dotted path, for example `layers.0.attn.wq`; in the order of `parameters`."""
+    """Every parameter's shape, keyed by dotted path (`layers.0.attn.wq`), in the order of `parameters`."""
     return MappingProxyType({name: tuple(axes.values()) for name, axes in _all(config)})
 
 
@@ -84,5 +84,5 @@ def _under(block: str, axes: Mapping[str, Axes]) -> Iterator[tuple[str, Axes]]:
 
 
 def _table(config: ModelConfig) -> Axes:
-    """The width of the table of tokens: the model's own, or a narrower one."""
+    """The token table's width axis: the model's, or a narrower one."""
     return {"embed": config.d_model} if config.embed_dim is None else {"table": config.embed_dim}

@@ -1,4 +1,4 @@
-"""What a forward pass records for learning: router inputs, neuron activity, group norms."""
+"""Records of a forward pass for learning: router inputs, neuron activity, group norms."""
 
 import dataclasses
 from collections.abc import Sequence
@@ -17,7 +17,7 @@ class TapSpec:
       inputs: the output of each layer's pre-attention norm, which the routers read.
       activity: which neurons have a pre-activation above the threshold (0 for a plain ReLU), bit-packed.
       norms: the L2 norm of each group's attention output before the output projection.
-      change: how far attention turns the residual stream.
+      change: 1 - cos of the residual stream before and after attention.
     """
 
     inputs: bool = True
@@ -29,7 +29,7 @@ class TapSpec:
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True, eq=False)
 class Taps:
-    """The records of one forward pass; a field is empty where its `TapSpec` flag is off.
+    """The records of one forward pass; a field is empty if its `TapSpec` flag is off.
 
     Attributes:
       inputs: L arrays [B T D] in the model's dtype.
@@ -45,14 +45,14 @@ class Taps:
 
     @classmethod
     def of(cls, spec: TapSpec, records: Sequence[tuple[Array, Array, Array, Array]]) -> "Taps":
-        """What `spec` asks for of each layer's (inputs, activity, norms, change)."""
+        """The records that `spec` selects from each layer's (inputs, activity, norms, change)."""
         wanted = (spec.inputs, spec.activity, spec.norms, spec.change)
         columns = zip(wanted, zip(*records, strict=True), strict=True)
         return cls(*(column if keep else () for keep, column in columns))
 
 
 def pack(activity: Bool[Array, "... F"]) -> UInt8[Array, "... bytes"]:
-    """Eight neurons a byte, first neuron in the highest bit; the last byte is filled with zeros."""
+    """Eight neurons per byte, first neuron in the highest bit; the last byte is zero-padded."""
     return jnp.packbits(activity, axis=-1)
 
 

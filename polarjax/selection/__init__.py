@@ -1,1 +1,1 @@
-"""What decoding needs of sparsity: plans, routers and the selection itself."""
+"""The parts of sparsity that decoding needs: plans, routers and the selection itself."""

@@ -1,4 +1,4 @@
-"""Checks of what a caller passes as `sparsity`."""
+"""Checks of the `sparsity` argument."""
 
 from typing import Any
 

@@ -15,9 +15,9 @@ from polarjax.numeric import plain
 def dense_above(batch_size: int) -> float:
     """Fraction of a layer's neurons above which calibration keeps the layer dense at a batch size.
 
-    .8 is the published value. On an H200 (bench/results/sparse_mlp.jsonl) dense is the faster one from .83 on at
-    batches of 1 to 64, with some shapes never; at 256, where the products are bound by arithmetic, from .29 (OPT-6.7B)
-    to .63 (OPT-66B) on. Nothing between was measured.
+    .8 is the published value. On an H200 (bench/results/sparse_mlp.jsonl), dense is faster above .83 at batches of 1
+    to 64 (for some shapes never); at 256, where matmuls are compute-bound, above .29 (OPT-6.7B) to .63 (OPT-66B).
+    Batches in between were not measured.
     """
     return 0.8 if batch_size <= 128 else 0.3
 
@@ -27,7 +27,7 @@ def check_density(density: float, *, where: str) -> float:
     density = plain(density)
     if not (isinstance(density, int | float) and 0 < density <= 1):
         raise SparsityError(
-            "a density is a fraction of what is kept",
+            "not a density, the fraction that is kept",
             where=where,
             got=repr(density),
             expected="above 0 and at most 1",
@@ -48,7 +48,7 @@ def _check_counts(name: str, counts: tuple[int | None, ...]) -> None:
     for layer, count in enumerate(counts):
         if count is not None and not (type(count) is int and count > 0):
             raise SparsityError(
-                f"layer {layer} keeps no usable number of {name}",
+                f"layer {layer} has an invalid number of {name}",
                 where="sparsity plan",
                 got=repr(count),
                 expected="a positive whole number, or None for a dense layer",
@@ -61,8 +61,8 @@ class SparsityPlan:
     """Static: how many neurons and groups each layer keeps; None means that the layer is dense.
 
     Attributes:
-      neurons: L entries, k of each layer's MLP.
-      groups: L entries, k of each layer's attention.
+      neurons: L entries, neurons kept (k) in each layer's MLP.
+      groups: L entries, groups kept (k) in each layer's attention.
     """
 
     neurons: tuple[int | None, ...]
@@ -115,7 +115,7 @@ def uniform_groups(
 ) -> tuple[int | None, ...]:
     """The default group counts: `floor(density * K)`, at least 1, in every layer but `dense_layers`.
 
-    Density 1.0 selects all K groups by index, so that it exercises the sparse path and equals the dense model.
+    Density 1.0 selects all K groups by index: it runs the sparse path and equals the dense model.
 
     Raises:
       SparsityError: the density is not above 0 and at most 1.
@@ -127,16 +127,16 @@ def uniform_groups(
 
 @dataclasses.dataclass(frozen=True)
 class PlanTable:
-    """Calibrated plans by batch size, and the model they are for.
+    """Calibrated plans by batch size, and the shape of their model.
 
     Attributes:
       num_layers, num_neurons, num_groups: L, F, K of the model.
       batch_sizes: increasing.
-      neurons: for each batch size, k of each layer's MLP (None = dense).
+      neurons: for each batch size, neurons kept (k) in each layer (None = dense).
       recall: for each batch size, the measured recall of the truly active neurons in each layer.
       head_density: default density of groups in every layer but `dense_layers`.
-      dense_layers: whose attention keeps all groups.
-      weights, routers: fingerprints of the model and the routers that they were calibrated for, "" if unknown.
+      dense_layers: layers whose attention keeps all groups.
+      weights, routers: fingerprints of the model and routers they were calibrated for, "" if unknown.
     """
 
     num_layers: int
@@ -154,7 +154,7 @@ class PlanTable:
         object.__setattr__(self, "head_density", check_density(self.head_density, where="plan table"))
         if not all(type(layer) is int and 0 <= layer < self.num_layers for layer in self.dense_layers):
             raise SparsityError(
-                "a plan table keeps the attention of layers dense that there are not",
+                "dense_layers of a plan table names layers that don't exist",
                 where="plan table",
                 got=str(self.dense_layers),
                 expected=f"numbers from 0 to {self.num_layers - 1}",
@@ -190,10 +190,10 @@ class PlanTable:
     def for_batch(
         self, batch_size: int, config: ModelConfig, head_density: float | None = None
     ) -> SparsityPlan:
-        """The plan of the next larger batch size in the table; above the largest, dense MLPs.
+        """The plan of the smallest calibrated batch size that fits; above the largest, MLPs are dense.
 
         Args:
-          batch_size: B that will be decoded.
+          batch_size: B to decode.
           config: the model's configuration.
           head_density: overrides the table's default.
         """
@@ -212,7 +212,7 @@ class PlanTable:
 
     @classmethod
     def from_json(cls, data: dict[str, Any]) -> "PlanTable":
-        """Builds a table from `to_json` output; raises `SparsityError` when it is not one."""
+        """Builds a table from `to_json` output; raises `SparsityError` if it is not one."""
         try:
             rows = {name: tuple(map(tuple, data[name])) for name in ("neurons", "recall")}
             rows |= {name: tuple(data[name]) for name in ("batch_sizes", "dense_layers") if name in data}
@@ -225,7 +225,7 @@ class PlanTable:
 
 
 def densities(plan: SparsityPlan, config: ModelConfig) -> dict[str, float]:
-    """Mean fraction over all layers of the neurons and the groups that `plan` keeps."""
+    """Fraction of the neurons and groups that `plan` keeps, averaged over all layers."""
     mean = lambda counts, full: float(np.mean([(count or full) / full for count in counts]))
     return {
         "neurons": mean(plan.neurons, config.d_ff),

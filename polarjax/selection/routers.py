@@ -14,9 +14,9 @@ from polarjax.types import Array, Float
 def score_groups(
     x: Float[Array, "... D"], w_group: Float[Array, "D K"], b_group: Float[Array, "K"]
 ) -> Float[Array, "... K"]:
-    """Logits that a group is among the important ones, float32; the products are taken in the dtype of `x`."""
-    if _alone(x):
-        return score_groups(_several(x), w_group, b_group)[:1]
+    """Logits that a group is among the important ones, float32; computed in the dtype of `x`."""
+    if _is_one_row(x):
+        return score_groups(_repeated(x), w_group, b_group)[:1]
     scores = jnp.dot(x, w_group.astype(x.dtype), preferred_element_type=jnp.float32)
     return scores + jnp.expand_dims(b_group.astype(jnp.float32), range(x.ndim - 1))
 
@@ -24,19 +24,19 @@ def score_groups(
 def score_neurons(
     x: Float[Array, "... D"], w_in: Float[Array, "D R"], w_out: Float[Array, "R F"]
 ) -> Float[Array, "... F"]:
-    """Logits that a neuron is active, float32; the products are taken in the dtype of `x`."""
-    if _alone(x):
-        return score_neurons(_several(x), w_in, w_out)[:1]
+    """Logits that a neuron is active, float32; computed in the dtype of `x`."""
+    if _is_one_row(x):
+        return score_neurons(_repeated(x), w_in, w_out)[:1]
     hidden = jnp.dot(x, w_in.astype(x.dtype))
     return jnp.dot(hidden, w_out.astype(x.dtype), preferred_element_type=jnp.float32)
 
 
-def _alone(x: Float[Array, "... D"]) -> bool:
-    """Whether it is one row, which XLA multiplies by a router's narrow matrices in two passes over them."""
+def _is_one_row(x: Float[Array, "... D"]) -> bool:
+    """Whether `x` is one row; XLA then reads a router's narrow matrices twice."""
     return x.ndim == 2 and x.shape[0] == 1
 
 
-def _several(x: Float[Array, "1 D"]) -> Float[Array, "8 D"]:
+def _repeated(x: Float[Array, "1 D"]) -> Float[Array, "8 D"]:
     return jnp.broadcast_to(x, (8, x.shape[1]))
 
 
@@ -46,8 +46,8 @@ class LayerRouter:
     """The routers of one layer; both read the output of the layer's pre-attention norm.
 
     Attributes:
-      w_in: first map of the neuron router [D R], or None where neurons are not routed.
-      w_out: its second map [R F]; no bias and nothing between the two, as published.
+      w_in: first map of the neuron router [D R], or None if neurons are not routed.
+      w_out: its second map [R F]; no bias and no nonlinearity, as published.
       w_group: the group router [D K].
       b_group: its bias [K].
     """
@@ -61,18 +61,18 @@ class LayerRouter:
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True, eq=False)
 class Routers:
-    """The learned selector: one `LayerRouter` a layer.
+    """The learned selector: one `LayerRouter` per layer.
 
     Attributes:
-      layers: L of them.
-      weights: fingerprint of the model that they were trained on (`polarjax.storage.fingerprint`), "" if unknown.
+      layers: L routers.
+      weights: fingerprint of the model they were trained on (`polarjax.storage.fingerprint`), "" if unknown.
     """
 
     layers: tuple[LayerRouter, ...]
     weights: str = dataclasses.field(default="", metadata={"static": True})
 
     def parameters(self) -> dict[str, Array]:
-        """The arrays by dotted path, for example `layers.0.w_group`."""
+        """The arrays, keyed by dotted path, for example `layers.0.w_group`."""
         named = {
             f"layers.{i}.{field.name}": getattr(layer, field.name)
             for i, layer in enumerate(self.layers)
@@ -82,7 +82,7 @@ class Routers:
 
     @property
     def fingerprint(self) -> str:
-        """Tells these routers apart from others, as plans do that were calibrated for them."""
+        """Identifies these routers; plans record it when they are calibrated."""
         return fingerprint_of(self.parameters())
 
     def group_scores(
@@ -95,11 +95,11 @@ class Routers:
     def neuron_scores(
         self, layer: int, x: Float[Array, "... D"], *, activity: Float[Array, "... F"] | None = None
     ) -> Float[Array, "... F"]:
-        """Evidence that a neuron is active, above 0, float32: `-log(1 - p)` = softplus of the router's logit.
+        """Positive score that a neuron is active, float32: `-log(1 - p)` = softplus of the router's logit.
 
         Summed over a batch, as decoding does, it ranks neurons by the probability that any token makes them
-        active. The published score is the positive part of the logit: its corner ties all neurons below 0, so
-        that reaching a recall of .99 takes nearly all of them.
+        active. The published score is relu of the logit, which ties all neurons below 0, so a recall of .99
+        takes nearly all of them.
         """
         del activity
         router = self.layers[layer]
@@ -107,7 +107,7 @@ class Routers:
             raise SparsityError(
                 f"layer {layer} has no neuron router",
                 where="routers",
-                hint="train routers for a ReLU model, or use a plan whose neurons are dense",
+                hint="use routers trained for a ReLU model, or a plan with dense neurons",
             )
         return jax.nn.softplus(score_neurons(x, router.w_in, router.w_out))
 
@@ -139,20 +139,20 @@ class Routers:
 
 
 def router_rank(config: ModelConfig) -> int:
-    """R: 1024 as published, but no more than D, beyond which the product of the two maps gains no rank."""
+    """R: 1024 as published, at most D, since the product of the two maps can't have a higher rank."""
     return min(1024, config.d_model)
 
 
 def init_routers(
     config: ModelConfig, key: Array, *, rank: int | None = None, neurons: bool | None = None
 ) -> Routers:
-    """Untrained routers, float32. Group routers begin at zero: one linear map needs no symmetry broken.
+    """Untrained routers, float32. Group routers start at zero: a single linear map has no symmetry to break.
 
     Args:
       config: the model's configuration.
       key: random key.
       rank: R of the neuron routers; `router_rank(config)` when None.
-      neurons: whether to make neuron routers; by default for ReLU models.
+      neurons: whether to make neuron routers; None makes them for ReLU models.
     """
     rank = rank or router_rank(config)
     neurons = config.neuron_sparsity if neurons is None else neurons

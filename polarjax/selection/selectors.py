@@ -16,7 +16,7 @@ from polarjax.types import Array, Bool, Float, Int, Key
 
 @runtime_checkable
 class Selector(Protocol):
-    """A pytree that scores groups and neurons; the larger the score, the sooner something is kept."""
+    """A pytree that scores groups and neurons; the largest scores are kept."""
 
     def group_scores(
         self, layer: int, x: Float[Array, "... D"], *, norms: Float[Array, "... K"] | None = None
@@ -31,11 +31,11 @@ class Selector(Protocol):
         ...
 
     def check(self, config: ModelConfig) -> None:
-        """Raises `SparsityError` when the selector is for another model."""
+        """Raises `SparsityError` if the selector is for another model."""
         ...
 
 
-def _only_masks(selector: str) -> SparsityError:
+def _only_masking(selector: str) -> SparsityError:
     return SparsityError(
         f"{selector} selection is for accuracy studies and cannot skip work",
         where="decode_step",
@@ -46,18 +46,18 @@ def _only_masks(selector: str) -> SparsityError:
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True, eq=False)
 class Oracle:
-    """Selects by what routers predict: the true group norms and neuron outputs. Only for `forward`."""
+    """Selects by the values that routers predict: the true group norms and neuron outputs. Only for `forward`."""
 
     def group_scores(self, layer, x, *, norms=None):
         """The true norms."""
         if norms is None:
-            raise _only_masks("oracle")
+            raise _only_masking("oracle")
         return norms
 
     def neuron_scores(self, layer, x, *, activity=None):
         """The magnitude of each neuron's output."""
         if activity is None:
-            raise _only_masks("oracle")
+            raise _only_masking("oracle")
         return jnp.abs(activity.astype(jnp.float32))
 
     def check(self, config: ModelConfig) -> None:
@@ -67,7 +67,7 @@ class Oracle:
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True, eq=False)
 class Random:
-    """Selects at random, anew for every layer and token: the floor that a router must beat. Only for `forward`.
+    """Selects at random for every layer and token: the baseline that a router must beat. Only for `forward`.
 
     Attributes:
       key: random key; the same key gives the same selection for the same shapes.
@@ -82,13 +82,13 @@ class Random:
     def group_scores(self, layer, x, *, norms=None):
         """Uniform scores."""
         if norms is None:
-            raise _only_masks("random")
+            raise _only_masking("random")
         return self._uniform(layer, 0, norms.shape)
 
     def neuron_scores(self, layer, x, *, activity=None):
         """Uniform scores."""
         if activity is None:
-            raise _only_masks("random")
+            raise _only_masking("random")
         return self._uniform(layer, 1, activity.shape)
 
     def check(self, config: ModelConfig) -> None:
@@ -117,15 +117,15 @@ class Static:
         """The layer's fixed scores for every row of `x`."""
         if self.neurons is None:
             raise SparsityError(
-                "this static selector has no scores of neurons",
+                "this static selector has no neuron scores",
                 where="Static",
-                hint="pass neurons, or use a plan whose neurons are dense",
+                hint="pass neurons, or use a plan with dense neurons",
             )
         scores = self.neurons[layer]
         return jnp.broadcast_to(scores, (*x.shape[:-1], scores.shape[-1]))
 
     def check(self, config: ModelConfig) -> None:
-        """Raises `SparsityError` unless the scores are for L layers of K groups (and of F neurons)."""
+        """Raises `SparsityError` unless the scores are [L K] for groups (and [L F] for neurons)."""
         L, K, F = config.num_layers, config.num_kv_heads, config.d_ff
         for name, scores, expected in (("groups", self.groups, (L, K)), ("neurons", self.neurons, (L, F))):
             if scores is not None and scores.shape != expected:
@@ -134,16 +134,16 @@ class Static:
                     where="Static",
                     got=str(scores.shape),
                     expected=str(expected),
-                    hint="score the text with this model",
+                    hint="compute the scores with this model",
                 )
 
 
 def check_scores(name: str, scores: Float[Array, "..."], expected: tuple[int, ...]) -> Float[Array, "..."]:
-    """The scores in float32; raises `SparsityError` unless there is one for every group (or neuron) of every row."""
+    """The scores in float32; raises `SparsityError` unless every row has one per group (or neuron)."""
     scores = jnp.asarray(scores).astype(jnp.float32)
     if scores.shape != expected:
         raise SparsityError(
-            f"the selector scores another number of {name}",
+            f"the selector returned a wrong number of {name} scores",
             where="selector",
             got=list(scores.shape),
             expected=list(expected),
@@ -170,11 +170,11 @@ def top_mask(scores: Float[Array, "... n"], k: int) -> Bool[Array, "... n"]:
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True, eq=False)
 class Sparsity:
-    """What to skip: a selector (traced) and a plan (static). Hand it to `forward`, `decode_step` or `generate`.
+    """What to skip: a selector (traced) and a plan (static). Pass it to `forward`, `decode_step` or `generate`.
 
     Attributes:
       routers: any `Selector`: trained `Routers`, `Oracle()`, `Random(key)` or `Static(scores)`.
-      plan: how much each layer keeps.
+      plan: how many neurons and groups each layer keeps.
     """
 
     routers: Selector
@@ -188,7 +188,7 @@ class Sparsity:
     def group_mask(
         self, layer: int, x: Float[Array, "... D"], norms: Float[Array, "... K"]
     ) -> Bool[Array, "... K"] | None:
-        """The groups kept at each token, or None where the layer is dense."""
+        """The groups kept at each token, or None if the layer is dense."""
         k = self.plan.groups[layer]
         if k is None:
             return None
@@ -198,7 +198,7 @@ class Sparsity:
     def group_index(
         self, layer: int, x: Float[Array, "B D"], config: ModelConfig
     ) -> Int[Array, "B k"] | None:
-        """The groups kept for each sequence of a decoding step, ascending, or None where the layer is dense."""
+        """The groups kept for each sequence of a decoding step, ascending, or None if the layer is dense."""
         k = self.plan.groups[layer]
         if k is None:
             return None
@@ -210,7 +210,7 @@ class Sparsity:
     def neuron_mask(
         self, layer: int, x: Float[Array, "... D"], activity: Float[Array, "... F"]
     ) -> Bool[Array, "... F"] | None:
-        """The neurons kept at each token, or None where the layer is dense."""
+        """The neurons kept at each token, or None if the layer is dense."""
         k = self.plan.neurons[layer]
         if k is None:
             return None
@@ -220,16 +220,18 @@ class Sparsity:
     def neuron_index(
         self, layer: int, x: Float[Array, "B D"], config: ModelConfig, live: Bool[Array, "B"] | None = None
     ) -> Int[Array, "k"] | None:
-        """The neurons kept for the `live` rows of a decoding step, ascending, or None where the layer is dense.
+        """The neurons kept for the `live` rows of a decoding step, ascending, or None if the layer is dense.
 
-        They are those with the largest sums of scores over these rows.
+        These have the largest scores, summed over these rows.
         """
         k = self.plan.neurons[layer]
         if k is None:
             return None
         scores = self.routers.neuron_scores(layer, x)
         scores = check_scores("neurons", scores, (x.shape[0], config.d_ff))
-        if not isinstance(self.routers, Routers):  # whose scores are above 0, as `shared=True` wants them
+        if not isinstance(
+            self.routers, Routers
+        ):  # only routers' scores are above 0, as `shared=True` requires
             return select_top_k(_summed(scores, live), k, shared=False)[0]
         counted = scores > 0 if live is None else (scores > 0) & live[:, None]  # false for NaN too
         return select_top_k(jnp.where(counted, scores, 0), k, shared=True)

@@ -1,1 +1,1 @@
-"""Files, folders and arrays on disk that appear whole or not at all."""
+"""Files, folders and arrays on disk that appear complete or not at all."""

@@ -1,6 +1,6 @@
-"""Named arrays on disk: an orbax checkpoint written piece by piece, with a record that catches damage.
+"""Named arrays on disk: an orbax checkpoint written in batches, with a record that detects damage.
 
-Orbax's current format has no checksum over uncompressed array data, so the record keeps one for every file.
+Orbax doesn't checksum uncompressed arrays, so the record keeps a checksum of every file.
 """
 
 import contextlib
@@ -21,23 +21,23 @@ from polarjax.storage.record import Record, digest, digests, files, identity, ve
 from polarjax.types import Array, DTypeLike
 
 BATCH_BYTES = 3 << 26  # small arrays are written together, up to this many bytes
-_ROOM = "make room, or choose a folder that can be written"
-_OPEN = 64  # files that may wait for their hash, held open: a process may not hold many
-_LARGE = 1 << 20  # smaller files are hashed at the end: some are written again by then
+_ROOM = "make room, or choose a writable folder"
+_OPEN = 64  # most files held open for hashing; the process limit may be low
+_LARGE = 1 << 20  # smaller files are hashed at the end, because orbax rewrites some
 
 
 class ArrayWriter:
-    """Writes named arrays one after another, holding little more than the two largest in memory.
+    """Writes named arrays in order, holding little more than the two largest in memory.
 
-    While a batch is gathered, the one before is written and the files of the one before that are hashed, each by a
-    thread of its own. Memory for the arrays can be had here (`reserve`): two blocks, used in turns, because a system
-    hands out fresh memory more slowly than it copies.
+    Three stages overlap: one batch is gathered while the previous one is written by one thread and the files of the one
+    before are hashed by another. `reserve` gives memory for arrays from two alternating blocks, because allocating
+    fresh memory is slower than copying.
 
-    To be used in a `with` block: threads may be writing when an exception ends the work.
+    Use it in a `with` block, which stops the threads after an exception.
 
     Args:
-      folder: where the orbax checkpoint will be; must not exist.
-      batch_bytes: arrays are gathered up to this size before they are written.
+      folder: the orbax checkpoint to make; must not exist.
+      batch_bytes: bytes of arrays to gather before writing.
     """
 
     def __init__(self, folder: Path, *, batch_bytes: int = BATCH_BYTES):
@@ -65,8 +65,8 @@ class ArrayWriter:
     def reserve(self, size: int) -> np.ndarray:
         """Memory of `size` bytes in which the next array can be made, uint8 [size].
 
-        What is held is written out first if `size` more bytes would exceed the batch. Without an `add` the next call
-        gives the same memory.
+        Writes the current batch first if `size` more bytes would exceed its limit. Until `add` is called, the next call
+        returns the same memory.
         """
         self._make_room(size)
         if size > self._limit:
@@ -93,7 +93,7 @@ class ArrayWriter:
         return {"arrays": self._arrays, "files": digests(self._folder, files(self._folder), known=known)}
 
     def stop(self) -> None:
-        """Lets what is being written come to an end; nothing more is written."""
+        """Waits for the current write; cancels the rest."""
         self._writer.shutdown(cancel_futures=True)
         self._hasher.shutdown(cancel_futures=True)
         self._opened.close()
@@ -109,11 +109,11 @@ class ArrayWriter:
         batch, self._batch = self._batch, {}
         if batch:
             self._wait()
-            self._blocks.reverse()  # the other block was written
+            self._blocks.reverse()  # the other block is free now
             self._written = self._writer.submit(self._save, batch)
 
     def _wait(self) -> None:
-        """Waits for the batch before; raises what its writing raised."""
+        """Waits for the previous batch; raises its error, if any."""
         if self._written is not None:
             written, self._written = self._written, None
             written.result()
@@ -125,7 +125,7 @@ class ArrayWriter:
         wait(list(self._digests.values())[:-_OPEN])
         for file in self._folder.parent.glob(f"{glob.escape(self._folder.name)}*/**/*"):
             if file.is_file() and file.stat().st_size >= _LARGE and identity(file) not in self._digests:
-                # Opened now: it may have another name by then.
+                # Open it now: it may be renamed before it is hashed.
                 stream = self._opened.enter_context(open(file, "rb"))  # noqa: SIM115
                 self._digests[identity(file)] = self._hasher.submit(digest, stream)
 
@@ -153,20 +153,20 @@ def read_arrays(
     shardings: Mapping[str, jax.sharding.Sharding] | None = None,
     hint: str,
 ) -> dict[str, Array]:
-    """Reads back everything that a record names, after checking that no file changed.
+    """Reads all arrays of a record, after checking that no file has changed.
 
     Args:
       folder: the orbax checkpoint.
       record: what `ArrayWriter.close` returned.
-      dtype: to convert to; None keeps the stored one.
+      dtype: dtype to convert to; None keeps the stored one.
       shardings: where each array goes; None puts all on the default device.
-      hint: told to the reader when files are damaged.
+      hint: the error's hint if files are damaged.
 
     Raises:
-      CheckpointError: a file is missing or has changed, or the record does not fit.
+      CheckpointError: a file is missing or has changed, or the record does not match.
     """
     verify(folder, record, hint=hint)
-    device = jax.device_put(0).sharding  # where jax.default_device says
+    device = jax.device_put(0).sharding  # respects jax.default_device
     targets = {
         name: jax.ShapeDtypeStruct(
             tuple(entry["shape"]),
@@ -180,7 +180,7 @@ def read_arrays(
 
 
 def read_array(folder: Path, name: str, record: Record, *, hint: str) -> np.ndarray:
-    """Reads back one array alone, on the host where JAX has a CPU backend; the files are not checked (`verify`).
+    """Reads one array, onto the host if JAX has a CPU backend; doesn't check the files (see `verify`).
 
     Raises:
       CheckpointError: it cannot be read.

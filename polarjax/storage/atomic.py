@@ -1,4 +1,4 @@
-"""Folders and files on disk that appear whole or not at all, and JSON files.
+"""Folders and files on disk that appear complete or not at all, and JSON files.
 
 A folder or file is made next to its final place, as `.NAME.polarjax-tmp-TOKEN`. During the rename, what it replaces is
 kept with `.old` after that name. The process holding the `.lock` file owns all three paths; the system releases the lock
@@ -34,21 +34,21 @@ def atomic_folder(
     num_bytes: int = 0,
     obsolete: Path | None = None,
 ) -> Iterator[Path]:
-    """Yields a temporary sibling folder that becomes `path` when the block ends, and is removed if it raises.
+    """Yields a temporary sibling folder, renamed to `path` at the end of the block, or removed if the block raises.
 
-    Its files are flushed to the disk before the rename. Temporary folders that an earlier, killed process left
-    beside `path` are removed first; those of a process still running are left alone.
+    Flushes its files to disk before the rename. First removes temporary folders that killed processes left beside
+    `path`; those of running processes are left alone.
 
     Args:
-      path: the folder to make; its parents are made too.
+      path: the folder to make; missing parents are made too.
       overwrite: whether an existing `path` may be replaced.
-      may_replace: whether what exists at `path` is of the kind that may be replaced; asked only with `overwrite`.
-      num_bytes: that the files will have at least, if known; the disk must have room for so many.
-      obsolete: a file that means nothing beside the new folder; it is removed just before the folder appears.
+      may_replace: says whether the existing `path` may be replaced; called only with `overwrite`.
+      num_bytes: minimum size of the files, if known; that much disk space must be free.
+      obsolete: a file that the new folder makes invalid; removed just before the folder appears.
 
     Raises:
-      CheckpointError: `path` exists and must not be replaced, the disk refuses or has too little room, or a file
-        that is read meanwhile can't be.
+      CheckpointError: `path` exists and must not be replaced, writing fails, the disk has too little room, or a file
+        read in the block can't be read.
     """
     path = absolute(path)
     _check_name(path)
@@ -60,7 +60,7 @@ def atomic_folder(
             temporary.mkdir()
             yield temporary
             _flush(temporary)
-            _check_free(path, overwrite, may_replace)  # something may have come meanwhile
+            _check_free(path, overwrite, may_replace)  # something may have appeared meanwhile
             if obsolete is not None:
                 obsolete.unlink(missing_ok=True)
             _put(temporary, path)
@@ -68,11 +68,11 @@ def atomic_folder(
 
 @contextlib.contextmanager
 def atomic_file(path: Path, *, overwrite: bool = False) -> Iterator[TextIO]:
-    """Yields a text stream whose content is at `path` once the block ends; nothing is there if it raises.
+    """Yields a text stream whose content appears at `path` at the end of the block, or not at all if it raises.
 
     Raises:
-      CheckpointError: `path` exists and must not be replaced, is a directory, the disk refuses, or a file that is
-        read meanwhile can't be.
+      CheckpointError: `path` exists and must not be replaced, is a directory, writing fails, or a file read in
+        the block can't be read.
     """
     path = absolute(path)
     with _refusals(path):
@@ -121,7 +121,7 @@ def check_writable(folder: Path) -> None:
 
 
 def remove_stale(path: Path) -> None:
-    """Removes what killed processes left beside `path`; if one was about to replace it, puts it back first."""
+    """Removes what killed processes left beside `path`; restores `path` if one was killed while replacing it."""
     found = path.parent.glob(f".{glob.escape(path.name)}{_MARK}*")
     for name in {each.name.removesuffix(_LOCK).removesuffix(_OLD) for each in found}:
         temporary = path.with_name(name)
@@ -131,7 +131,7 @@ def remove_stale(path: Path) -> None:
 
 
 def write_json(file: Path, data: dict[str, Any]) -> None:
-    """Writes an object as JSON, down to the disk."""
+    """Writes an object as JSON and flushes it to disk."""
     with open(file, "w", encoding="utf-8") as stream:
         dump_json(stream, data)
         stream.flush()
@@ -139,13 +139,13 @@ def write_json(file: Path, data: dict[str, Any]) -> None:
 
 
 def dump_json(stream: TextIO, data: dict[str, Any]) -> None:
-    """Writes an object as JSON for people too."""
+    """Writes an object as indented JSON."""
     json.dump(data, stream, indent=2)
     stream.write("\n")
 
 
 def read_json(file: Path, *, hint: str) -> dict[str, Any]:
-    """The object in a JSON file; raises `CheckpointError` when there is none."""
+    """The object in a JSON file; raises `CheckpointError` if there is none."""
     try:
         data = json.loads(file.read_text("utf-8"))
     except FileNotFoundError as error:
@@ -163,12 +163,12 @@ def _beside(temporary: Path, suffix: str) -> Path:
 
 @contextlib.contextmanager
 def _claimed(path: Path) -> Iterator[Path]:
-    """A name beside `path` that no other process uses; what is left under it in the end is removed."""
+    """Yields a sibling name that no other process uses; removes what is left under it at the end."""
     path.parent.mkdir(parents=True, exist_ok=True)
     while True:
         temporary = path.with_name(f".{path.name}{_MARK}{secrets.token_hex(4)}")
         with _locked(temporary) as mine:
-            if not mine:  # another process takes it for stale
+            if not mine:  # another process is removing it as stale
                 continue
             try:
                 yield temporary
@@ -196,12 +196,12 @@ def _lock(handle: int, file: Path) -> bool:
     try:
         fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
         return os.path.samestat(os.fstat(handle), os.stat(file))
-    except (BlockingIOError, FileNotFoundError):  # another has it, or has just removed it
+    except (BlockingIOError, FileNotFoundError):  # another process has it, or has just removed it
         return False
 
 
 def _clear(temporary: Path, path: Path) -> None:
-    """Removes what was not finished; what was being replaced goes back, or goes if the new one is there."""
+    """Removes unfinished output; restores the replaced version unless the new one is in place."""
     old = _beside(temporary, _OLD)
     if os.path.lexists(old) and not os.path.lexists(path):
         old.rename(path)
@@ -266,7 +266,7 @@ def _sync(path: Path) -> None:
 
 
 def _put(temporary: Path, path: Path) -> None:
-    """Renames `temporary` to `path`; what was there is moved aside first (`_clear` removes it, or puts it back)."""
+    """Renames `temporary` to `path`; moves the old version aside first (`_clear` removes or restores it)."""
     if os.path.lexists(path):
         path.rename(_beside(temporary, _OLD))
     temporary.rename(path)
@@ -278,19 +278,19 @@ def _refusals(path: Path) -> Iterator[None]:
     """Turns a system error into a `CheckpointError` that names `path`, or the other file that the error is about."""
     try:
         yield
-    except BrokenPipeError:  # of a stream that has nothing to do with `path`
+    except BrokenPipeError:  # from a stream unrelated to `path`
         raise
     except OSError as error:
         got, named = error.strerror or str(error), error.filename
         if isinstance(named, str) and not _within(Path(named), path):
-            hint = "see that it exists and that you may read it"
+            hint = "check that it exists and that you may read it"
             raise CheckpointError("cannot read or write this", where=named, got=got, hint=hint) from error
-        hint = "make room, or choose a folder that can be written"
+        hint = "make room, or choose a writable folder"
         raise CheckpointError("cannot write here", where=path, got=got, hint=hint) from error
 
 
 def _within(file: Path, path: Path) -> bool:
-    """Whether a file is `path`, a parent of it, or what is being made in its place."""
+    """Whether a file is `path`, one of its parents, in it, or its temporary version."""
     file = absolute(file)
     ours = str(path.with_name(f".{path.name}{_MARK}"))
     return path.is_relative_to(file) or file.is_relative_to(path) or str(file).startswith(ours)

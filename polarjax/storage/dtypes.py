@@ -12,7 +12,7 @@ NUMPY_DTYPES = {name: np.dtype(getattr(ml_dtypes, name, name)) for name in DTYPE
 
 
 def check_dtype(dtype: DTypeLike, *, where: str = "dtype") -> np.dtype:
-    """The dtype as NumPy has it; raises `InputError` unless it is one of `DTYPES`."""
+    """The NumPy dtype; raises `InputError` unless it is one of `DTYPES`."""
     with contextlib.suppress(TypeError):
         found = NUMPY_DTYPES.get(dtype) if isinstance(dtype, str) else np.dtype(dtype)  # pyright: ignore[reportArgumentType]
         if found is not None and found in NUMPY_DTYPES.values():

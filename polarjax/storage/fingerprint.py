@@ -1,8 +1,9 @@
-"""Fingerprints of named arrays: they tell two trainings of one shape apart, in milliseconds and in any dtype.
+"""Fingerprints of named arrays: they distinguish two models of the same shape, in milliseconds and in any dtype.
 
 A fingerprint is one line: the dtype of the arrays, then a digest for each name in `DTYPES`, taken after a cast to that
-dtype. So a model and a cast of it match: the cast of the one to the dtype of the other has the same digest. Each array
-counts with all its values if they are 2,048 or fewer, else with 512, evenly spread from its first to its last.
+dtype. So a model and a cast of it match: casting one to the other's dtype gives the same digest. An array of up to 2,048
+values is hashed completely; of a larger one, 512 values are: 32 evenly spaced blocks of 16. A change that misses
+all of them is not detected.
 """
 
 import functools
@@ -19,19 +20,19 @@ from polarjax.types import DTYPES
 if TYPE_CHECKING:
     from polarjax.types import Array
 
-_WHOLE = 2048  # values of an array that counts as a whole
-_BLOCK, _BLOCKS = 16, 32  # of a larger one: values side by side (a cache line), and how many such blocks
+_WHOLE = 2048  # largest array that is hashed completely
+_BLOCK, _BLOCKS = 16, 32  # for larger arrays: values per block (a cache line), and blocks
 
 
 def fingerprint_of(arrays: "Mapping[str, Array | np.ndarray]") -> str:
-    """The fingerprint of named arrays; "" (unknown) where the values aren't there, as under `jax.eval_shape`."""
+    """The fingerprint of named arrays; "" (unknown) without values, as under `jax.eval_shape`."""
     if not all(_is_concrete(value) for value in arrays.values()):
         return ""
     return combine({name: sample(value) for name, value in arrays.items()})
 
 
 def combine(samples: Mapping[str, np.ndarray]) -> str:
-    """The fingerprint of the arrays that were sampled, in whatever order."""
+    """The fingerprint of sampled arrays, in any order."""
     digests = []
     for dtype in NUMPY_DTYPES.values():
         digest = hashlib.sha256()
@@ -45,7 +46,7 @@ def combine(samples: Mapping[str, np.ndarray]) -> str:
 
 
 def same_weights(one: str, other: str) -> bool:
-    """Whether two fingerprints can be of the same arrays; one that is unknown, or of another form, can be of any."""
+    """Whether two fingerprints match; an unknown or malformed one matches everything."""
     a, b = one.split(), other.split()
     if not all(len(each) == 1 + len(DTYPES) and each[0] in DTYPES for each in (a, b)):
         return True
@@ -59,10 +60,10 @@ def short(fingerprint: str) -> str:
 
 
 def sample(value: "Array | np.ndarray") -> np.ndarray:
-    """The values of an array that its fingerprint is made of, in its dtype [at most 2048]."""
+    """The values of an array that are hashed, in its dtype [at most 2048]."""
     places = _places(value.shape)
     if isinstance(value, np.ndarray):
-        return value[places].flatten()  # a copy: the memory may be used again
+        return value[places].flatten()  # a copy: the caller may reuse the memory
     import jax
 
     on_host = all(device.platform == "cpu" for device in value.devices())
@@ -70,7 +71,7 @@ def sample(value: "Array | np.ndarray") -> np.ndarray:
 
 
 def _gather(value: "Array") -> np.ndarray:
-    """The sample of an array on an accelerator, which stays there but for those values."""
+    """The sample of an array on an accelerator; only these values are copied to the host."""
     import jax
 
     return np.asarray(jax.device_get(_gathering()(value)))

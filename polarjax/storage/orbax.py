@@ -1,4 +1,4 @@
-"""Orbax and TensorStore as this project needs them: their options, errors, paths and threads."""
+"""Options and workarounds for orbax and TensorStore: errors, paths and threads."""
 
 import contextlib
 import logging
@@ -13,11 +13,11 @@ from orbax.checkpoint.experimental import v1 as ocp
 
 from polarjax.errors import CheckpointError, ran_out
 
-CHUNK_BYTES = 1 << 26  # the unit in which a shard of a large array can be read back
+CHUNK_BYTES = 1 << 26  # the smallest unit in which part of a large array can be read
 
 
 def saving_context() -> ocp.Context:
-    """How arrays are written: uncompressed, in chunks of `CHUNK_BYTES`, without a copy of them on the host."""
+    """How arrays are written: uncompressed, in chunks of `CHUNK_BYTES`, without copying them on the host."""
     context = ocp.Context()
     context.array_options.saving.use_compression = False
     context.array_options.saving.storage_options.chunk_byte_size = CHUNK_BYTES
@@ -27,7 +27,7 @@ def saving_context() -> ocp.Context:
 
 @contextlib.contextmanager
 def orbax_errors(what: str, folder: Path, hint: str | None = None) -> Iterator[None]:
-    """Raises `CheckpointError(what)` in the place of what orbax raises in the block, with its first line."""
+    """Turns errors that orbax raises in the block into `CheckpointError(what)`, with their first line."""
     try:
         yield
     except (ValueError, KeyError, RuntimeError) as error:
@@ -35,20 +35,20 @@ def orbax_errors(what: str, folder: Path, hint: str | None = None) -> Iterator[N
         if ran_out(error):
             what, hint = (
                 "the device has too little memory for the arrays",
-                "see polarjax inspect for their size",
+                "use a larger device, or JAX_PLATFORMS=cpu; polarjax inspect shows their size",
             )
         raise CheckpointError(what, where=folder, got=detail, hint=hint) from error
 
 
-_STILL = 1.0  # seconds without a change after which a folder counts as left alone
+_STILL = 1.0  # seconds without a change after which a folder counts as idle
 
 
 @contextlib.contextmanager
 def settled(folder: Path) -> Iterator[None]:
-    """After an error, waits until nothing in `folder` changes any more.
+    """After an error, waits until `folder` stops changing.
 
-    When one file fails, TensorStore goes on with the others of the batch, out of reach: it would fill the folder again
-    while, or after, it is removed.
+    When one file fails, TensorStore keeps writing the rest of the batch and can't be stopped: it would refill the folder
+    during or after its removal.
     """
     try:
         yield
@@ -62,7 +62,7 @@ def settled(folder: Path) -> Iterator[None]:
 
 
 def _sizes(folder: Path) -> dict[str, int]:
-    """What lies in `folder` at the moment, and of which size; files may come and go meanwhile."""
+    """Size of everything in `folder`; files may come and go meanwhile."""
     sizes = {}
     for root, folders, files in os.walk(folder):
         for name in (*folders, *files):
@@ -73,9 +73,7 @@ def _sizes(folder: Path) -> dict[str, int]:
 
 @contextlib.contextmanager
 def plain_path(folder: Path) -> Iterator[str]:
-    """`folder` by a name that can be given to orbax, for which paths are glob patterns, and to TensorStore, for which a
-    backslash parts folders.
-    """
+    """A path to `folder` without characters that orbax (glob patterns) or TensorStore (backslash) treat specially."""
     if not set("*?[\\") & set(str(folder)):
         yield str(folder)
         return
@@ -87,11 +85,11 @@ def plain_path(folder: Path) -> Iterator[str]:
 
 @contextlib.contextmanager
 def quiet_threads() -> Iterator[None]:
-    """In the block, errors that orbax logs are not shown, nor tensorstore's about an event loop that is closed.
+    """Hides errors that orbax logs in the block, and TensorStore's errors about a closed event loop.
 
-    Writes that were under way come to an end after one has failed: of them nothing is shown after the block either.
+    Also hides failures of writes that were still running when the first one failed, even after the block.
     """
-    logging.getLogger("asyncio").addFilter(_is_of_no_write)  # told whenever Python tidies up; added once
+    logging.getLogger("asyncio").addFilter(_is_not_late_write)  # logged at garbage collection; added once
     logger, shown = logging.getLogger("absl"), sys.unraisablehook
     level = logger.level
     logger.setLevel(logging.CRITICAL)
@@ -103,6 +101,6 @@ def quiet_threads() -> Iterator[None]:
         logger.setLevel(level)
 
 
-def _is_of_no_write(record: logging.LogRecord) -> bool:
-    """False for the failure of a write that nobody waited for, because another had failed before."""
+def _is_not_late_write(record: logging.LogRecord) -> bool:
+    """False for a failed write that nobody awaited because another one had failed first."""
     return record.exc_info is None or "os_error_code=" not in str(record.exc_info[1])

@@ -1,6 +1,6 @@
 """The record of an orbax checkpoint: shape and dtype of every array, size and checksum of every file.
 
-Orbax's current format has no checksum over uncompressed array data, so the record keeps one for every file.
+Orbax doesn't checksum uncompressed arrays, so the record keeps a checksum of every file.
 """
 
 import hashlib
@@ -24,7 +24,7 @@ _THREADS = 8
 def digests(
     folder: Path, names: list[str], *, known: Mapping[tuple[int, ...], dict[str, Any]] | None = None
 ) -> dict[str, dict[str, Any]]:
-    """Size and checksum of each file; of those already known, by identity, they are not taken again."""
+    """Size and checksum of each file. Files in `known`, keyed by `identity`, are not hashed again."""
     known = known or {}
     of = lambda name: known.get(identity(folder / name)) or digest((folder / name).open("rb"))
     with ThreadPoolExecutor(_THREADS) as pool:
@@ -32,25 +32,25 @@ def digests(
 
 
 def digest(stream: BufferedReader) -> dict[str, Any]:
-    """Of a file, which is closed."""
+    """Size and checksum of an open file; closes it."""
     with stream as file:
         size = os.fstat(file.fileno()).st_size
         return {"bytes": size, "sha256": hashlib.file_digest(file, "sha256").hexdigest()}
 
 
 def identity(path: Path) -> tuple[int, ...]:
-    """The same file, unchanged, under whatever name."""
+    """Identifies an unchanged file, whatever its name."""
     found = path.stat()
     return found.st_dev, found.st_ino, found.st_size, found.st_mtime_ns
 
 
 def files(folder: Path) -> list[str]:
-    """All files below a folder, by relative path, in order."""
+    """Relative paths of all files under a folder, sorted."""
     return sorted(path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file())
 
 
 def check_record(record: Any, *, where: Path, hint: str) -> None:
-    """Raises `CheckpointError` unless a record, as it was read from a file, has the form of those made here."""
+    """Raises `CheckpointError` unless a record read from a file is well-formed."""
     try:
         arrays, files = record["arrays"].values(), record["files"].values()
         sizes = [n for entry in arrays for n in (np.dtype(entry["dtype"]).itemsize, *entry["shape"])]
@@ -63,7 +63,7 @@ def check_record(record: Any, *, where: Path, hint: str) -> None:
 
 
 def verify(folder: Path, record: Record, *, hint: str) -> None:
-    """Raises `CheckpointError` unless every file is as it was when the record was made."""
+    """Raises `CheckpointError` unless every file matches the record."""
     expected = record["files"]
     missing = sorted(name for name in expected if not (folder / name).is_file())
     if missing:

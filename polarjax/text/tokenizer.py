@@ -228,7 +228,7 @@ def _from_transformers(folder: Path, model_type: str | None) -> Any:
     except Exception as error:  # the tokenizers library raises no narrower one
         what, got, hint = "unreadable tokenizer", _first(error), "copy the tokenizer's files again"
         if "trust_remote_code" in str(error):
-            what, got = "the tokenizer asks for code of its own (auto_map), which polarjax never runs", None
+            what, got = "the tokenizer asks for its own code (auto_map), which polarjax never runs", None
             hint = "take a model whose tokenizer transformers knows"
         if isinstance(error, RecursionError):
             what, got = "special tokens that are empty or unknown", _special_tokens(folder)

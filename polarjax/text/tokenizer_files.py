@@ -103,7 +103,9 @@ def repair(folder: Path, model_type: str, config: Mapping[str, Any]) -> tuple[st
         raise CheckpointError(
             "add_bos_token is neither true nor false", where=folder / SETTINGS, got=got, hint=_AGAIN
         )
-    notes = [f"{SETTINGS} asks for code of its own (auto_map): never run"] if "auto_map" in settings else []
+    notes = (
+        [f"{SETTINGS} asks for its own code (auto_map), which is never run"] if "auto_map" in settings else []
+    )
     bare = only_sentencepiece(folder)
     added = _missing(folder, settings, model_type, config, bare=bare)
     if added:

@@ -272,7 +272,7 @@ def test_damaged_records(saved, file, key):
 def test_a_manifest_of_no_dtype(saved, dtype):
     manifest = json.loads((saved / "manifest.json").read_text())
     (saved / "manifest.json").write_text(json.dumps({**manifest, "dtype": dtype}))
-    refused(saved, "no such dtype", "Hint: ")
+    refused(saved, "wrong dtype in the manifest", "Hint: ")
 
 
 def test_the_source_config_is_kept(tmp_path):

@@ -117,12 +117,12 @@ CASES = {
     "a prompt longer than the model's positions": (
         None,
         ("generate", "model", "--prompt", "word " * 2000),
-        "outgrow the model's positions",
+        "exceed the model's positions",
     ),
     "more new tokens than positions": (
         None,
         ("generate", "model", "--prompt", "a", "--max-new-tokens", "100000"),
-        "outgrow the model's positions",
+        "exceed the model's positions",
     ),
     "no new tokens": (
         None,

@@ -260,16 +260,16 @@ NOT_COMPLETED = {
     "an empty conversation": ([[]], {}, "prompt 1: messages is no list of objects"),
     "a number": (["a", 3], {}, "prompt 2: not a prompt; got int"),
     "half a character": (["a", "\ud800"], {}, "prompt 2: .*not a text"),
-    "too long": (["a", "a " * 70], {}, "prompt 2: the sequence would outgrow"),
+    "too long": (["a", "a " * 70], {}, "prompt 2: the sequence would exceed"),
     "no new token": ("a", {"max_new_tokens": 0}, "max_new_tokens: nothing to generate"),
     "no batch": ("a", {"batch_size": 0}, "batch_size: no prompts in a batch"),
     "a text as stop strings": ("a", {"stop_strings": "b"}, "stop_strings: unusable"),
     "a plan": (
         "a",
         {"sparsity": pj.SparsityPlan((None,), (None,))},
-        "sparsity: no such sparsity; got SparsityPlan",
+        "sparsity: not a sparsity; got SparsityPlan",
     ),
-    "a word": ("a", {"sparsity": "dense"}, "sparsity: no such sparsity; got 'dense'"),
+    "a word": ("a", {"sparsity": "dense"}, "sparsity: not a sparsity; got 'dense'"),
     "no seed": ("a", {"key": 1.5}, "key: no such seed"),
 }
 
@@ -284,7 +284,7 @@ def test_complete_refuses_in_one_line(home, case):
 def test_without_a_tokenizer_there_is_no_text(home):
     bundle = dataclasses.replace(pj.load(home), tokenizer=None)
     with refuses(
-        pj.CheckpointError, "Bundle.complete: the model directory has no tokenizer, and text needs one"
+        pj.CheckpointError, "Bundle.complete: the model directory has no tokenizer, which text needs"
     ):
         bundle.complete("a")
 
@@ -320,9 +320,9 @@ REFUSED = {
     "system alone": (("--prompt", "a", "--system", "s"), "--system is part of a chat"),
     "a long prompt is named": (
         ("--prompt", "a", "--prompt", "b " * 80),
-        "prompt 2: the sequence would outgrow",
+        "prompt 2: the sequence would exceed",
     ),
-    "too many tokens": (("--prompt", "a", "--max-new-tokens", "64"), "prompt 1: the sequence would outgrow"),
+    "too many tokens": (("--prompt", "a", "--max-new-tokens", "64"), "prompt 1: the sequence would exceed"),
     "no unicode": (("--prompt", "\udcff"), "prompt 1: Tokenizer.encode: not a text"),
     "output is a folder": (("--prompt", "a", "--output", ".", "--overwrite"), "directory is in the way"),
     "no such file": (("--prompts", "none.jsonl"), "none.jsonl: cannot read"),

@@ -36,7 +36,7 @@ _ROPES: dict[str, dict[str, Any]] = {
     "llama3": {"factor": 2.0, **_LLAMA3},
 }
 _REFUSED: dict[str, dict[str, Any]] = {
-    "quantised checkpoints": {"quantization_config": {"bits": 4}, "quantization": {"bits": 4}},
+    "quantized checkpoints": {"quantization_config": {"bits": 4}, "quantization": {"bits": 4}},
     **{
         f"{kind} RoPE": {"rope_scaling": {"rope_type": kind, "factor": 2.0}}
         for kind in ("yarn", "longrope", "dynamic")

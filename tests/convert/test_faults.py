@@ -69,11 +69,11 @@ FAULTS = {
     "11 transposed arrays on export": [
         "convert/test_export.py::test_fault_11_transposed_parameters_are_written_in_rows"
     ],
-    "12 dtypes and quantised checkpoints": [
+    "12 dtypes and quantized checkpoints": [
         "convert/test_convert.py::test_bits_are_kept",
         "convert/test_weights_io.py::test_other_dtypes_are_refused_when_they_are_needed",
         "convert/test_torch_files.py::test_fault_12_other_dtypes_are_refused_when_they_are_needed",
-        "convert/test_rules.py::test_quantised_tensors_are_called_so",
+        "convert/test_rules.py::test_quantized_tensors_are_called_so",
     ],
     "13 configs that are wrong": [
         "convert/test_hf_config.py::test_refused_by_name",
@@ -199,7 +199,7 @@ def test_fault_01_an_index_of_bin_files_out_of_the_folder(plain, tmp_path):
     (source / SINGLE).unlink()
     for place in ("../x.bin", "/etc/passwd", "a/b.bin"):
         (source / TORCH_INDEX).write_text(json.dumps({"weight_map": {"a": place}}))
-        with refuses(pj.CheckpointError, f"out of its folder; got '{place}'"):
+        with refuses(pj.CheckpointError, f"outside its folder; got '{place}'"):
             convert_checkpoint(source, tmp_path / "out")
 
 
@@ -350,7 +350,7 @@ def test_fault_33_code_is_never_run(plain, tmp_path, capsys):
     change_config(source, auto_map={"AutoModelForCausalLM": "evil.Model"})
     code, _, told = run(capsys, "convert", source, tmp_path / "out")
     assert code == 2
-    assert "code of its own, which polarjax never runs; got auto_map" in told
+    assert "its own code, which polarjax never runs; got auto_map" in told
     change_config(source, auto_map={"AutoTokenizer": "evil.Tokenizer"})
     code, out, _ = run(capsys, "convert", source, tmp_path / "out")
     assert code == 0

@@ -20,7 +20,7 @@ from checkpoints_convert.weights_io import (
     TORCH_SINGLE,
     WEIGHTS,
     open_weights,
-    passed_over,
+    unused_weights,
 )
 from polarjax.model.parameters import parameters
 from tests.convert import hf_models
@@ -90,7 +90,7 @@ def test_of_several_weights_those_are_read_that_transformers_reads(tmp_path, the
     for value, name in enumerate(names):
         write_weights(tmp_path, name, value)
     assert open_weights(tmp_path)["a"].read().max() == 0
-    assert passed_over(tmp_path) == (names[0], tuple(names[1:]))
+    assert unused_weights(tmp_path) == (names[0], tuple(names[1:]))
 
 
 def test_a_newer_model_in_the_folder_of_an_older_one(plain, tmp_path):
@@ -110,7 +110,7 @@ def test_a_newer_model_in_the_folder_of_an_older_one(plain, tmp_path):
             (source / name).write_bytes(data)
     second = convert_checkpoint(source, tmp_path / "second")
     assert same(first.path, expected) and same(second.path, expected)
-    note = f"the weights of {SINGLE} are read, as in transformers; passed over: {INDEX}"
+    note = f"the weights of {SINGLE} are read, as in transformers; not read: {INDEX}"
     assert first.notes == second.notes == (note,)
 
 
@@ -194,19 +194,19 @@ OTHERS = {
         lambda arrays: arrays.update({"v_head.summary.weight": np.zeros((1, 24), np.float32)}),
         "a classifier or a reward model",
     ),
-    "compiled": (_renamed(lambda name: f"_orig_mod.{name}"), "'_orig_mod.' in them"),
+    "compiled": (_renamed(lambda name: f"_orig_mod.{name}"), "names contain '_orig_mod.'"),
     "compiled by layer": (
         _renamed(lambda name: name.replace("layers.0.", "layers.0._orig_mod.")),
-        "'_orig_mod.' in them",
+        "names contain '_orig_mod.'",
     ),
-    "data parallel": (_renamed(lambda name: f"module.{name}"), "'module.' in them"),
+    "data parallel": (_renamed(lambda name: f"module.{name}"), "names contain 'module.'"),
     "float64": (
         lambda arrays: {name: each.astype(np.float64) for name, each in arrays.items()},
         r"got F64.*model.float\(\).save_pretrained",
     ),
     "bytes": (
         lambda arrays: arrays.update({HEAD: np.zeros((61, 24), np.int8)}),
-        "quantised checkpoints are unsupported",
+        "quantized checkpoints are unsupported",
     ),
 }
 
@@ -222,7 +222,7 @@ def test_other_kinds_of_weights_are_called_by_name(plain, tmp_path, kind):
 
 @pytest.mark.parametrize(
     ("file", "words"),
-    [("adapter_model.safetensors", "those of an adapter.*merge_and_unload"), ("m.gguf", "llama.cpp")],
+    [("adapter_model.safetensors", "only an adapter's weights.*merge_and_unload"), ("m.gguf", "llama.cpp")],
 )
 def test_a_config_without_weights_of_its_own(plain, tmp_path, file, words):
     shutil.copy(plain("llama-gqa") / "config.json", tmp_path)

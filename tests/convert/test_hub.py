@@ -68,7 +68,7 @@ def test_a_cached_model_of_bin_files(cache, tmp_path):
 @pytest.mark.parametrize(("model", "revision"), [("org/other", None), ("org/tiny", "v2")])
 def test_offline_and_not_cached(plain, cache, tmp_path, model, revision):
     put(cache, "org/tiny", plain)
-    pattern = f"^{model}: neither a folder nor whole in the hub's cache.*HF_HUB_OFFLINE is set. Hint: unset"
+    pattern = f"^{model}: not a folder, not complete in the hub cache.*HF_HUB_OFFLINE is set. Hint: unset"
     with refuses(pj.CheckpointError, pattern):
         convert_checkpoint(model, tmp_path / "out", revision=revision)
     assert not (tmp_path / "out").exists()

@@ -113,7 +113,7 @@ def test_what_is_refused_is_told_with_the_reason(folders, tmp_path, capsys):
     plain = json.loads(file.read_text())
     file.write_text(json.dumps(plain | {"quantization_config": {"bits": 4}}))
     result = told(capsys, "inspect", tmp_path / "hf")
-    assert "quantised checkpoints are unsupported" in result["refused"][0]
+    assert "quantized checkpoints are unsupported" in result["refused"][0]
     assert "config" not in result
     file.write_text(json.dumps(plain | {"vocab_size": 64}))
     result = told(capsys, "inspect", tmp_path / "hf")

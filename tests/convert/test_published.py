@@ -119,7 +119,7 @@ REFUSED: dict[str, tuple[str, dict[str, Any]]] = {
     ),
     "ProSparse, shifted": ("hidden_act = 'shiftrelu'", {**_PROSPARSE, "hidden_act": "shiftrelu"}),
     "Llama-2-7B-GPTQ": (
-        "quantization_config.*take the original weights",
+        "quantization_config.*use the original weights",
         {**_LLAMA_2, "quantization_config": {"bits": 4, "quant_method": "gptq"}},
     ),
     "Qwen2.5 beyond 32k": (

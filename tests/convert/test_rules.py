@@ -121,11 +121,11 @@ def test_a_report_names_ten_of_many():
 @pytest.mark.parametrize(
     "suffix", ["qweight", "g_idx", "SCB", "weight_scale_inv", "quant_state.bitsandbytes__nf4"]
 )
-def test_quantised_tensors_are_called_so(suffix):
+def test_quantized_tensors_are_called_so(suffix):
     def change(found):
         found[f"model.layers.0.mlp.up_proj.{suffix}"] = (1,)
 
-    with pytest.raises(pj.CheckpointError, match="quantised checkpoints are unsupported"):
+    with pytest.raises(pj.CheckpointError, match="quantized checkpoints are unsupported"):
         plan_of("llama-gqa", change)
 
 

@@ -192,7 +192,7 @@ def test_tensor_not_in_the_index(sharded, arrays):
 )
 def test_index_out_of_the_folder(sharded, name):
     write_index(sharded, {"a.weight": name})
-    refused(sharded, INDEX, "out of its folder")
+    refused(sharded, INDEX, "outside its folder")
 
 
 @pytest.mark.parametrize("content", ["{", "[]", "{}", '{"weight_map": {}}', '{"weight_map": []}'])
@@ -205,7 +205,7 @@ def test_link_out_of_the_folder(sharded, tmp_path_factory):
     outside = tmp_path_factory.mktemp("outside") / "x.safetensors"
     os.rename(sharded / shard(1), outside)
     (sharded / shard(1)).symlink_to(outside)
-    refused(sharded, "links out of its folder", shard(1))
+    refused(sharded, "links outside its folder", shard(1))
 
 
 def test_links_of_a_hub_cache_are_followed(tmp_path, arrays):

@@ -78,7 +78,7 @@ def test_a_token_follows_the_last_position(name):
         assert (pj.generate(small, tokens, lengths, **settings).tokens == expected).all()
     pieces = [piece.tokens for piece in pj.stream(small, tokens, lengths, **settings)]
     assert (np.concatenate(pieces, 1) == expected).all()
-    with refuses(pj.InputError, r"outgrow.*9 prompt tokens \+ 11 new.*at most 18 before the last one"):
+    with refuses(pj.InputError, r"exceed.*9 prompt tokens \+ 11 new.*at most 18 before the last one"):
         pj.generate(small, tokens, lengths, max_new_tokens=11)
 
 
@@ -175,11 +175,11 @@ SHORT = zoo.POSITIONS - 5
 BAD_PROMPTS = {
     "too long with what is to come": (
         _prompts(np.ones((2, SHORT), np.int32), np.array([3, SHORT])) | {"max_new_tokens": 7},
-        rf"outgrow.*{SHORT} prompt tokens \+ 7.*at most {zoo.POSITIONS}",
+        rf"exceed.*{SHORT} prompt tokens \+ 7.*at most {zoo.POSITIONS}",
     ),
     "longer than the positions": (
         _prompts(np.ones((1, 60), np.int32), np.array([60])),
-        rf"outgrow.*at most {zoo.POSITIONS}",
+        rf"exceed.*at most {zoo.POSITIONS}",
     ),
     "id above the vocabulary": (
         _prompts(np.array([[1, 2], [zoo.VOCAB, 2]]), np.array([2, 2])),
@@ -308,5 +308,5 @@ def test_prefill_refuses_a_cache_that_does_not_fit(cache, named):
 
 @pytest.mark.parametrize("sizes", [(0, 8), (2, 0), (-1, 8)])
 def test_a_cache_needs_room(sizes):
-    with refuses(pj.InputError, "no room.*both at least 1"):
+    with refuses(pj.InputError, "would be empty.*both at least 1"):
         pj.init_cache(zoo.CONFIGS["opt"], batch_size=sizes[0], capacity=sizes[1])

@@ -151,7 +151,7 @@ def test_two_streams_at_once_do_not_disturb_each_other():
 
 BAD = {
     "empty prompt": ({"lengths": np.array([1, 0, 1])}, pj.InputError, "row 1.*length"),
-    "too long": ({"max_new_tokens": 99}, pj.InputError, "outgrow"),
+    "too long": ({"max_new_tokens": 99}, pj.InputError, "exceed"),
     "half a token": ({"max_new_tokens": 1.5}, pj.InputError, "max_new_tokens.*got 1.5"),
     "stop id beyond int32": ({"stop_ids": (3_000_000_000,)}, pj.InputError, "stop_ids.*got 3000000000"),
     "no key": ({"sampler": pj.Categorical()}, pj.InputError, "needs a random key"),

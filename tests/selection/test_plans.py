@@ -49,7 +49,7 @@ def test_other_layers_can_stay_dense():
     "density", [0, -0.5, 1.01, math.nan, math.inf, "half", None, True + 1, np.float32(2)]
 )
 def test_densities_out_of_range(density):
-    with refuses(pj.SparsityError, r"^head density: a density is a fraction.*above 0 and at most 1"):
+    with refuses(pj.SparsityError, r"^head density: not a density.*above 0 and at most 1"):
         uniform_groups(CONFIG, density)
 
 
@@ -148,9 +148,9 @@ def test_old_table_keeps_first_layer_dense():
         ({"batch_sizes": (1, 2)}, "one plan each"),
         ({"batch_sizes": (0, 2, 8)}, "increasing batch sizes"),
         ({"recall": ()}, "one plan each"),
-        ({"head_density": 0}, "plan table: a density is a fraction"),
-        ({"dense_layers": (L,)}, rf"layers dense that there are not; got \({L},\), expected numbers from 0"),
-        ({"dense_layers": (-1,)}, "layers dense that there are not"),
+        ({"head_density": 0}, "plan table: not a density"),
+        ({"dense_layers": (L,)}, rf"layers that don't exist; got \({L},\), expected numbers from 0"),
+        ({"dense_layers": (-1,)}, "layers that don't exist"),
         ({"neurons": ((4, 5), (8, 9), (16, 16))}, "different numbers of layers"),
     ],
 )

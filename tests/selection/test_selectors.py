@@ -103,7 +103,7 @@ def test_static_selectors_know_their_model_and_may_lack_neurons():
         Static(jnp.zeros((L, K + 1))).check(CONFIG)
     with refuses(pj.SparsityError, "neurons are for another model"):
         Static(STATIC.groups, jnp.zeros((L + 1, F))).check(CONFIG)
-    with refuses(pj.SparsityError, "no scores of neurons"):
+    with refuses(pj.SparsityError, "no neuron scores"):
         pj.Sparsity(Static(STATIC.groups), PLAN).neuron_index(0, X, CONFIG)
 
 

@@ -214,7 +214,7 @@ def test_parts_of_another_model_are_refused():
     fewer = dataclasses.replace(table, num_layers=2, neurons=((2, 2),), recall=((1.0, 1.0),))
     with pytest.raises(pj.SparsityError, match="plans are for another model; got 2 layers"):
         measure_recall(activations, routers, fewer, key=KEY)
-    with pytest.raises(pj.SparsityError, match="a density is a fraction"):
+    with pytest.raises(pj.SparsityError, match="not a density"):
         calibrate(activations, routers, config, key=KEY, options=options, head_density=0.0)
 
 

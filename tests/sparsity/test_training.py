@@ -230,7 +230,7 @@ def test_a_gated_silu_model_has_no_neuron_routers():
 
 @pytest.mark.parametrize("density", [0, -0.5, 1.01, float("nan")])
 def test_a_bad_density_is_refused(density):
-    with pytest.raises(pj.SparsityError, match="a density is a fraction"):
+    with pytest.raises(pj.SparsityError, match="not a density"):
         trained(planted.activations(50), head_density=density)
 
 

@@ -217,12 +217,12 @@ def test_remote_code_is_named_and_never_run(tmp_path):
     settings = {"tokenizer_class": "Evil", "auto_map": {"AutoTokenizer": ["evil.Evil", "evil.Evil"]}}
     source = small.write_llama(tmp_path / "hf", settings)
     (source / "evil.py").write_text(f"open({str(ran)!r}, 'w')")
-    with refuses(pj.CheckpointError, r"hf: .*code of its own \(auto_map\), which polarjax never runs"):
+    with refuses(pj.CheckpointError, r"hf: .*its own code \(auto_map\), which polarjax never runs"):
         _taken(source, tmp_path / "out")
     known = small.write_llama(tmp_path / "known", settings | {"tokenizer_class": "LlamaTokenizer"})
     (known / "evil.py").write_text(f"open({str(ran)!r}, 'w')")
     loaded, notes = _taken(known, tmp_path / "copy")
-    assert "asks for code of its own (auto_map): never run" in notes[0]
+    assert "asks for its own code (auto_map), which is never run" in notes[0]
     assert all(row[0] == 1 for row in _ids(loaded))
     assert not ran.exists()
 
