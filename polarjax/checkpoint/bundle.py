@@ -288,10 +288,6 @@ def _read(path: str | os.PathLike[str], dtype: DTypeLike | None, *, routers: boo
     )
 
 
-def _read_tokenizer(folder: Path, model_type: str | None) -> Tokenizer | None:
-    return Tokenizer.load(folder, model_type=model_type) if has_tokenizer(folder) else None
-
-
 def load_with_tokenizer(
     folder: Path, dtype: str | None = None, *, to_learn: bool = False
 ) -> tuple[Bundle, Tokenizer]:

@@ -73,12 +73,12 @@ def read_plans(file: Path, config: ModelConfig, weights: str, routers: Routers |
 
 
 def write_routers(path: str | os.PathLike[str], routers: Routers) -> None:
-    """Puts trained routers into the model directory `path`, replacing earlier ones in one step.
+    """Puts trained routers into the model directory `path`, replacing earlier ones atomically.
 
     Plans are removed: they were calibrated for the earlier routers.
 
     Raises:
-      CheckpointError: `path` is no model directory.
+      CheckpointError: `path` is not a model directory.
       SparsityError: the routers are for another model, or for other weights.
     """
     folder = absolute(path)
@@ -90,11 +90,11 @@ def write_routers(path: str | os.PathLike[str], routers: Routers) -> None:
 
 
 def write_plans(path: str | os.PathLike[str], plans: PlanTable) -> None:
-    """Puts a calibrated table into the model directory `path`, replacing an earlier one in one step.
+    """Puts a calibrated table into the model directory `path`, replacing an earlier one atomically.
 
     Raises:
-      CheckpointError: `path` is no model directory.
-      SparsityError: the plans are for another model, for other weights, or for other routers than those there.
+      CheckpointError: `path` is not a model directory.
+      SparsityError: the plans are for another model, for other weights, or for other routers than the directory's.
     """
     folder = absolute(path)
     weights, where = str(read_manifest(folder).get("fingerprint", "")), folder / PLANS
