@@ -354,6 +354,6 @@ def test_fault_33_code_is_never_run(plain, tmp_path, capsys):
     change_config(source, auto_map={"AutoTokenizer": "evil.Tokenizer"})
     code, out, _ = run(capsys, "convert", source, tmp_path / "out")
     assert code == 0
-    assert "config.json asks for code of its own (auto_map): never run" in out
+    assert "config.json asks for its own code (auto_map), which is never run" in out
     assert not (tmp_path / "ran").exists()
     assert not list((tmp_path / "out").rglob("*.py"))

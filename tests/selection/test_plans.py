@@ -57,10 +57,10 @@ def test_densities_out_of_range(density):
     ("neurons", "groups", "named"),
     [
         ((1, 2), (1,), "different numbers of layers"),
-        ((0, 2), (1, 1), "layer 0 keeps no usable number of neurons"),
-        ((1, 2), (1, -1), "layer 1 keeps no usable number of groups"),
-        ((1, 2.0), (1, 1), "layer 1 keeps no usable number of neurons"),
-        ((1, True), (1, 1), "layer 1 keeps no usable number of neurons"),
+        ((0, 2), (1, 1), "layer 0 has an invalid number of neurons"),
+        ((1, 2), (1, -1), "layer 1 has an invalid number of groups"),
+        ((1, 2.0), (1, 1), "layer 1 has an invalid number of neurons"),
+        ((1, True), (1, 1), "layer 1 has an invalid number of neurons"),
         ([1, 2], (1, 1), "numbers of neurons are not a tuple"),
     ],
 )
