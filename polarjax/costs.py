@@ -3,13 +3,14 @@
 import dataclasses
 import math
 from collections.abc import Iterator
-
-import numpy as np
+from typing import Any
 
 from polarjax.configs import ModelConfig
 from polarjax.errors import InputError
 from polarjax.model.shapes import shapes
+from polarjax.numeric import check_type, plain, shown, whole_number
 from polarjax.selection.plans import SparsityPlan, dense_plan
+from polarjax.storage.dtypes import check_dtype
 from polarjax.types import DTypeLike
 
 
@@ -80,8 +81,8 @@ def decode_bytes(
       InputError: `batch_size` or `cache_length` is not positive.
       SparsityError: the plan is for another model.
     """
-    _check(config, batch_size, cache_length, plan)
-    rank = router_rank or _default_rank(config)
+    batch_size, cache_length = _check(config, batch_size, cache_length, plan)
+    rank = _rank(config, router_rank)
     width = config.embed_dim or config.d_model
     norm = config.d_model * (2 if config.norm_bias else 1)
     head = config.vocab_size * width + (norm if config.final_norm else 0) + batch_size * width
@@ -98,7 +99,7 @@ def decode_bytes(
         ),
         "routers": _router_weights(config, plan, rank, bias=True),
     }
-    size = np.dtype(dtype).itemsize
+    size = _bytes_each(dtype)
     return Cost(batch_size, **{name: size * count for name, count in parts.items()})
 
 
@@ -123,8 +124,8 @@ def decode_flops(
       InputError: `batch_size` or `cache_length` is not positive.
       SparsityError: the plan is for another model.
     """
-    _check(config, batch_size, cache_length, plan)
-    rank = router_rank or _default_rank(config)
+    batch_size, cache_length = _check(config, batch_size, cache_length, plan)
+    rank = _rank(config, router_rank)
     D, H = config.d_model, config.head_dim
     width = config.embed_dim or D
     kept = list(_kept(config, cache_length, plan))
@@ -142,12 +143,14 @@ def decode_flops(
 
 def weights_bytes(config: ModelConfig, dtype: DTypeLike = "bfloat16") -> int:
     """Bytes of all parameters of the model; a tied embedding table counts once."""
-    return np.dtype(dtype).itemsize * sum(map(math.prod, shapes(config).values()))
+    _check_config(config)
+    return _bytes_each(dtype) * sum(map(math.prod, shapes(config).values()))
 
 
 def cache_bytes_per_token(config: ModelConfig, dtype: DTypeLike = "bfloat16") -> int:
     """Bytes that one position of one sequence takes in the cache: e·2·L·K·H."""
-    return np.dtype(dtype).itemsize * 2 * config.num_layers * config.num_kv_heads * config.head_dim
+    _check_config(config)
+    return _bytes_each(dtype) * 2 * config.num_layers * config.num_kv_heads * config.head_dim
 
 
 def largest_batch(
@@ -169,20 +172,39 @@ def largest_batch(
     Raises:
       InputError: `cache_length` is not positive, or `memory` is not finite.
     """
-    _check(config, 1, cache_length, None)
-    if not -math.inf < memory < math.inf:
+    _, cache_length = _check(config, 1, cache_length, None)
+    memory = plain(memory)
+    if type(memory) not in (int, float) or not -math.inf < memory < math.inf:
         hint = "pass the device's memory in bytes"
-        raise InputError("memory is not finite", where="costs", got=memory, expected="bytes", hint=hint)
+        raise InputError(
+            "memory is not finite", where="costs", got=shown(memory), expected="bytes", hint=hint
+        )
     each = cache_length * cache_bytes_per_token(config, dtype) + 4 * config.vocab_size
     return max(0, int(memory - weights_bytes(config, dtype)) // each)
 
 
-def _check(config: ModelConfig, batch_size: int, cache_length: int, plan: SparsityPlan | None) -> None:
-    for name, value in (("batch_size", batch_size), ("cache_length", cache_length)):
-        if value < 1:
-            raise InputError(f"{name} is too small", where="costs", got=value, expected="at least 1")
+def _check(config: Any, batch_size: Any, cache_length: Any, plan: Any) -> tuple[int, int]:
+    """The batch size and the cache's length as integers."""
+    _check_config(config)
     if plan is not None:
+        check_type(plan, SparsityPlan, where="costs", hint="pass a SparsityPlan, or None for the dense model")
         plan.check(config)
+    return (
+        whole_number(batch_size, "batch_size", where="costs"),
+        whole_number(cache_length, "cache_length", where="costs"),
+    )
+
+
+def _check_config(config: Any) -> None:
+    check_type(config, ModelConfig, where="costs", hint="pass model.config")
+
+
+def _bytes_each(dtype: DTypeLike) -> int:
+    return check_dtype(dtype, where="costs").itemsize
+
+
+def _rank(config: ModelConfig, rank: Any) -> int:
+    return _default_rank(config) if rank is None else whole_number(rank, "router_rank", where="costs")
 
 
 def _kept(

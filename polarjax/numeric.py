@@ -1,9 +1,11 @@
-"""Numbers as callers pass them: Python numbers, or NumPy and JAX scalars."""
+"""Arguments as callers pass them: Python numbers, or NumPy and JAX scalars; and values of the wrong type."""
 
 import sys
 from typing import Any
 
 import numpy as np
+
+from polarjax.errors import InputError, PolarjaxError
 
 
 def plain(value: Any) -> Any:
@@ -16,6 +18,50 @@ def make_plain(instance: object, *names: str) -> None:
     """Applies `plain` to fields of a frozen dataclass, in its `__post_init__`."""
     for name in names:
         object.__setattr__(instance, name, plain(getattr(instance, name)))
+
+
+def whole_number(
+    value: Any,
+    name: str,
+    *,
+    where: object,
+    least: int = 1,
+    what: str | None = None,
+    error: type[PolarjaxError] = InputError,
+) -> int:
+    """A whole number of at least `least` as an int; raises `error` for anything else, booleans included."""
+    number = plain(value)
+    if type(number) is not int or number < least:
+        raise error(
+            what or f"{name} is not usable",
+            where=where,
+            got=shown(number),
+            expected=f"a whole number, at least {least}",
+            hint=f"pass for example {name}={max(least, 8)}",
+        )
+    return number
+
+
+def check_type[T](
+    value: Any, kind: type[T], *, where: object, hint: str, error: type[PolarjaxError] = InputError
+) -> T:
+    """`value` if it is a `kind`; raises `error` otherwise."""
+    if not isinstance(value, kind):
+        article = "an" if kind.__name__[0] in "AEIO" else "a"
+        raise error(f"not {article} {kind.__name__}", where=where, got=_type_and_value(value), hint=hint)
+    return value
+
+
+def shown(value: Any) -> str:
+    """A short form of a wrong value for a message."""
+    jax = sys.modules.get("jax")
+    if jax is not None and isinstance(value, jax.core.Tracer):
+        return "a traced value, where a static number is needed"
+    return repr(value)[:80]
+
+
+def _type_and_value(value: Any) -> str:
+    return repr(value)[:80] if isinstance(value, int | float | str | bytes | None) else type(value).__name__
 
 
 def _is_concrete(value: Any) -> bool:

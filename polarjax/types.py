@@ -31,11 +31,15 @@ type DTypeLike = jax.typing.DTypeLike
 type Path = str | os.PathLike[str]
 type Implementation = Literal["xla", "mosaic"] | None  # None: the best one available
 
+IMPLEMENTATIONS = ("mosaic", "xla")
+"""Names that the kernels' `implementation` takes."""
+
 DTYPES = ("float32", "bfloat16", "float16")
 """Names of the dtypes that a decoder can compute in."""
 
 __all__ = [
     "DTYPES",
+    "IMPLEMENTATIONS",
     "Array",
     "ArrayLike",
     "Bool",

@@ -103,7 +103,7 @@ def test_any_finite_memory_holds_a_batch():
 
 
 def test_refusals():
-    with pytest.raises(InputError, match="cache_length is too small; got 0"):
+    with pytest.raises(InputError, match="cache_length is not usable; got 0"):
         costs.decode_bytes(OPT, batch_size=1, cache_length=0)
     with pytest.raises(SparsityError, match="another number of layers"):
         costs.decode_flops(OPT, batch_size=1, cache_length=1, plan=SparsityPlan((None,), (None,)))

@@ -19,7 +19,8 @@ OPTIONAL = {"datasets", "google", "matplotlib", "sentencepiece", "torch"}
 KERNELS_MAY_USE = {"jax", "jaxlib", "numpy", "jaxtyping"}
 FLOORS = {
     "polarjax": (
-        "lazy types errors numeric progress",
+        "lazy types errors progress",
+        "numeric",
         "configs",
         "storage",
         "selection",

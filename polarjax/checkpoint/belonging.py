@@ -4,18 +4,34 @@ Fingerprints sample large arrays (`polarjax.storage.fingerprint`), so a change o
 without a fingerprint, from an earlier version, pass."""
 
 from pathlib import Path
+from typing import Any
 
 from polarjax.configs import ModelConfig
 from polarjax.errors import SparsityError
+from polarjax.model.checks import check_model
+from polarjax.numeric import check_type
 from polarjax.selection.plans import PlanTable
 from polarjax.selection.routers import Routers
 from polarjax.storage.fingerprint import same_weights, short
+from polarjax.text.tokenizer import Tokenizer
 
 KEEP_OR_DROP = (
     "retrain them for this model (polarjax sparsify), keep them anyway with "
     "bundle.with_model(model, keep_sparsity=True), or drop them with bundle.with_model(model)"
 )
 ONE_TRAINING = "calibrate again (polarjax calibrate), or use routers and plans of one training run"
+
+
+def check_parts(model: Any, tokenizer: Any, routers: Any, plans: Any) -> None:
+    """Raises `InputError` unless every part of a bundle is of its type, or None where it may be."""
+    check_model(model, where="Bundle")
+    for name, kind, part in (
+        ("tokenizer", Tokenizer, tokenizer),
+        ("routers", Routers, routers),
+        ("plans", PlanTable, plans),
+    ):
+        if part is not None:
+            check_type(part, kind, where=f"Bundle.{name}", hint="pass one that pj.load gives, or None")
 
 
 def check_shape(part: Routers | PlanTable, config: ModelConfig, *, where: Path, hint: str) -> None:

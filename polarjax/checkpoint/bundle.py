@@ -22,6 +22,7 @@ import numpy as np
 from polarjax.checkpoint.belonging import (
     KEEP_OR_DROP,
     ONE_TRAINING,
+    check_parts,
     check_routers_of_plans,
     check_weights,
 )
@@ -46,8 +47,10 @@ from polarjax.errors import CheckpointError, InputError, SparsityError
 from polarjax.generation.checks import random_key
 from polarjax.generation.sampling import Sampler
 from polarjax.generation.settings import GenerationSettings
+from polarjax.model.checks import check_model
 from polarjax.model.decoder import Decoder
 from polarjax.model.parameters import fingerprint, parameters, with_parameters
+from polarjax.numeric import check_type
 from polarjax.selection.plans import PlanTable
 from polarjax.selection.routers import Routers
 from polarjax.selection.selectors import Sparsity
@@ -83,6 +86,7 @@ class Bundle:
     weights: str = dataclasses.field(default="", repr=False, compare=False)
 
     def __post_init__(self) -> None:
+        check_parts(self.model, self.tokenizer, self.routers, self.plans)
         if self.routers is None and self.plans is None:
             object.__setattr__(self, "weights", "")
         elif not self.weights:
@@ -227,7 +231,9 @@ def save(path: str | os.PathLike[str], bundle: Bundle, *, overwrite: bool = Fals
       CheckpointError: `path` exists and `overwrite` is False, or the disk refuses.
       SparsityError: routers or plans are for another model or other weights.
     """
-    model = bundle.model
+    check_type(bundle, Bundle, where="save", hint="pass pj.save(path, pj.Bundle(model))")
+    check_model(bundle.model, where="save")
+    path, model = absolute(path), bundle.model
     bundle._check_sparsity("Bundle")
     with new_model(path, model.config, model_type=bundle.model_type, overwrite=overwrite) as writer:
         for name, value in parameters(model).items():

@@ -1,10 +1,12 @@
 """Checks of what is to be scored, and of what a model computed before it becomes a statistic."""
 
-from typing import Literal, get_args
+from typing import Any, Literal, get_args
 
 import numpy as np
 
 from polarjax.errors import InputError
+from polarjax.model.checks import host_array
+from polarjax.numeric import plain, shown, whole_number
 from polarjax.types import Bool
 
 type Mode = Literal["masked", "decode"]
@@ -15,12 +17,11 @@ def largest_context(length: int, mode: str) -> int:
     return length - 1 - (mode == "decode")
 
 
-def check_scoring(shape: tuple[int, ...], mode: str, batch_size: int, context: int) -> None:
-    """Raises `InputError` unless windows of this shape can be scored in this way."""
-    if mode not in get_args(Mode.__value__):
+def check_scoring(shape: tuple[int, ...], mode: Any, batch_size: Any, context: Any) -> tuple[int, int]:
+    """The batch size and context as integers; raises `InputError` unless windows of this shape can be scored so."""
+    if not isinstance(mode, str) or mode not in get_args(Mode.__value__):
         raise InputError("no such mode", where="evaluation", got=repr(mode), expected="'masked' or 'decode'")
-    if batch_size < 1:
-        raise InputError("batch_size is too small", where="evaluation", got=batch_size, expected="at least 1")
+    batch_size = whole_number(batch_size, "batch_size", where="evaluation")
     if len(shape) != 2 or shape[0] < 1 or shape[1] < 2:
         raise InputError(
             "nothing to score",
@@ -30,13 +31,15 @@ def check_scoring(shape: tuple[int, ...], mode: str, batch_size: int, context: i
             hint="cut the text into windows of at least two tokens",
         )
     largest = largest_context(shape[1], mode)
-    if not 0 <= context <= largest:
+    context = plain(context)
+    if type(context) is not int or not 0 <= context <= largest:
         raise InputError(
             "no token is left to score",
             where="context",
-            got=context,
+            got=shown(context),
             expected=f"0 to {largest}",
         )
+    return batch_size, context
 
 
 def scored_after(
@@ -49,7 +52,7 @@ def scored_after(
     """
     if scored is None:
         scored = np.ones(shape, bool)
-    scored = np.asarray(scored)
+    scored = host_array(scored)
     if scored.shape != tuple(shape) or scored.dtype != bool:
         got, expected = f"{scored.dtype} {scored.shape}", f"bool {tuple(shape)}, like the windows"
         raise InputError("unusable mask of scored tokens", where="scored", got=got, expected=expected)

@@ -10,9 +10,10 @@ import numpy as np
 
 from polarjax.evaluation.checks import Mode, check_scoring, scored_after
 from polarjax.model.cache import init_cache
-from polarjax.model.checks import check_windows
+from polarjax.model.checks import check_model, check_windows, host_array
 from polarjax.model.decoder import Decoder, decode_step, forward, prefill
 from polarjax.progress import task
+from polarjax.selection.checks import check_sparsity
 from polarjax.selection.selectors import Sparsity
 from polarjax.types import Array, Bool, Float, Int
 
@@ -41,18 +42,19 @@ def score(
       InputError: windows, mode, context, mask or batch size that cannot be scored.
       SparsityError: routers or plan are for another model, or a selector that cannot decode in mode "decode".
     """
-    check_scoring(np.shape(windows), mode, batch_size, context)
-    counted = scored_after(scored, np.shape(windows), context)
-    windows = check_windows(windows, model.config)
+    check_model(model, where="evaluation")
     for variant in variants:
-        if variant is not None:
-            variant.check(model.config)
+        check_sparsity(variant, model.config)
+    windows = host_array(windows)
+    batch_size, context = check_scoring(windows.shape, mode, batch_size, context)
+    counted = scored_after(scored, windows.shape, context)
+    windows = check_windows(windows, model.config)
     run = functools.partial(_masked if mode == "masked" else _decoded, statistic=statistic, context=context)
     rows = []
     with task(description, windows.shape[0], "windows") as advance:
         for start in range(0, windows.shape[0], batch_size):
             batch = windows[start : start + batch_size]
-            rows.append(jax.device_get(run(model, jnp.asarray(batch), variants)))
+            rows.append(jax.device_get(run(model, jax.device_put(batch), variants)))
             advance(batch.shape[0])
     return jax.tree.map(lambda *parts: np.concatenate(parts), *rows), counted
 

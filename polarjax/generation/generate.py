@@ -12,7 +12,7 @@ from polarjax.generation.overlap import overlapping_jit
 from polarjax.generation.sampling import Greedy, Sampler
 from polarjax.generation.token_loop import Generation, Rules, StopIds, decode_loop, ids_in
 from polarjax.model.cache import KVCache, init_cache
-from polarjax.model.checks import check_model
+from polarjax.model.checks import check_implementation, check_model
 from polarjax.model.decoder import Decoder, decode_step, prefill
 from polarjax.model.meshes import auto_axes
 from polarjax.selection.checks import check_sparsity
@@ -86,6 +86,7 @@ def generate(
     """
     check_model(model, where="generate")
     check_sparsity(sparsity, model.config)
+    check_implementation(implementation)
     max_new_tokens = check_new_tokens(max_new_tokens)
     copies = check_copies(num_return_sequences, sampler)
     rules = make_rules(

@@ -13,7 +13,7 @@ from polarjax.generation.generate import model_step, read_prompts
 from polarjax.generation.overlap import overlapping_jit
 from polarjax.generation.sampling import Greedy, Sampler
 from polarjax.generation.token_loop import Generation, LoopState, Rules, StopIds, ids_in
-from polarjax.model.checks import check_model
+from polarjax.model.checks import check_implementation, check_model
 from polarjax.model.decoder import Decoder
 from polarjax.model.meshes import auto_axes
 from polarjax.selection.checks import check_sparsity
@@ -47,6 +47,7 @@ def stream(
     check_model(model, where="stream")
     check_not_traced((model, tokens, lengths, key, sampler, stop_ids, repetition_penalty, sparsity))
     check_sparsity(sparsity, model.config)
+    check_implementation(implementation)
     max_new_tokens = check_new_tokens(max_new_tokens)
     copies = check_copies(num_return_sequences, sampler)
     rules = make_rules(

@@ -4,9 +4,11 @@ import dataclasses
 
 import jax
 import jax.numpy as jnp
+from jax import export
 
 from polarjax.configs import ModelConfig
-from polarjax.errors import InputError
+from polarjax.numeric import check_type, whole_number
+from polarjax.storage.dtypes import check_dtype
 from polarjax.types import Array, Float, Int
 
 
@@ -43,16 +45,13 @@ def init_cache(
       dtype: dtype of keys and values; use the model's.
 
     Raises:
-      InputError: `batch_size` or `capacity` is not positive.
+      InputError: `batch_size` or `capacity` is not a positive whole number, or no decoder computes in `dtype`.
     """
-    if batch_size < 1 or capacity < 1:
-        raise InputError(
-            "the cache would be empty",
-            where="init_cache",
-            got=f"batch_size {batch_size}, capacity {capacity}",
-            expected="both at least 1",
-            hint="pass the number of sequences, and room for the prompt and the new tokens",
-        )
+    check_type(config, ModelConfig, where="init_cache", hint="pass model.config")
+    if not export.is_symbolic_dim(batch_size):
+        batch_size = whole_number(batch_size, "batch_size", where="init_cache")
+    capacity = whole_number(capacity, "capacity", where="init_cache")
+    dtype = check_dtype(dtype)
     shape = (batch_size, config.num_kv_heads, capacity, config.head_dim)
     make = lambda: tuple(jnp.zeros(shape, dtype) for _ in range(config.num_layers))
     return KVCache(make(), make(), jnp.zeros((batch_size,), jnp.int32))

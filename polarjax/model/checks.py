@@ -3,13 +3,16 @@
 import contextlib
 from typing import Any
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 
 from polarjax.configs import ModelConfig
 from polarjax.errors import InputError
 from polarjax.model.cache import KVCache
-from polarjax.types import Array, Bool, DTypeLike, Int, Int32
+from polarjax.model.taps import TapSpec
+from polarjax.numeric import check_type
+from polarjax.types import IMPLEMENTATIONS, Array, Bool, DTypeLike, Int, Int32
 
 
 def check_vocabulary(
@@ -34,6 +37,13 @@ def check_vocabulary(
         )
 
 
+def host_array(value: Any) -> np.ndarray:
+    """The value as a NumPy array; one of objects if its rows have different lengths, or if it is traced."""
+    with contextlib.suppress(ValueError, TypeError):
+        return np.asarray(jax.device_get(value))
+    return np.empty((), object)
+
+
 def check_windows(
     windows: Int[np.ndarray, "n T"], config: ModelConfig, *, where: str = "windows"
 ) -> Int32[np.ndarray, "n T"]:
@@ -44,7 +54,7 @@ def check_windows(
       config: the model's configuration.
       where: their name in an error.
     """
-    windows = np.asarray(windows)
+    windows = host_array(windows)
     if windows.ndim != 2 or windows.size == 0 or not np.issubdtype(windows.dtype, np.integer):
         raise InputError(
             "not token windows",
@@ -119,6 +129,43 @@ def as_step(token: Any) -> Int[Array, "B"]:
             hint="pass tokens[:, i], or jnp.argmax(logits, -1)",
         )
     return token
+
+
+def as_live(live: Any, batch_size: int) -> Bool[Array, "B"] | None:
+    """The rows of a decoding step that are wanted; raises `InputError` unless they are None or booleans [B]."""
+    if live is None:
+        return None
+    with contextlib.suppress(TypeError, ValueError):
+        live = jnp.asarray(live)
+        if live.dtype == bool and live.shape == (batch_size,):
+            return live
+    raise InputError(
+        "not a choice of rows",
+        where="live",
+        got=f"{live.dtype}{list(live.shape)}" if isinstance(live, Array) else type(live).__name__,
+        expected="booleans [B], or None for all",
+        hint="pass one boolean for each sequence",
+    )
+
+
+def check_taps(taps: Any) -> None:
+    """Raises `InputError` unless `taps` says what to record, or is None."""
+    if taps is not None:
+        check_type(taps, TapSpec, where="taps", hint="pass None, or a TapSpec")
+
+
+def check_implementation(implementation: Any) -> None:
+    """Raises `InputError` unless `implementation` is None or one that the kernels have."""
+    if implementation is not None and (
+        not isinstance(implementation, str) or implementation not in IMPLEMENTATIONS
+    ):
+        raise InputError(
+            "no such implementation",
+            where="implementation",
+            got=repr(implementation)[:80],
+            expected=" | ".join(IMPLEMENTATIONS),
+            hint="leave it out for the best one of this device",
+        )
 
 
 def check_cache(

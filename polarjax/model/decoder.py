@@ -10,10 +10,20 @@ from flax import nnx
 from polarjax.configs import ModelConfig
 from polarjax.model import attention, mlp
 from polarjax.model.cache import KVCache, write_prompt
-from polarjax.model.checks import as_prompts, as_step, check_cache, check_capacity
+from polarjax.model.checks import (
+    as_live,
+    as_prompts,
+    as_step,
+    check_cache,
+    check_capacity,
+    check_implementation,
+    check_model,
+    check_taps,
+)
 from polarjax.model.layers import Embedding, Head, Maker, Norm, Rotation, rope_rotation
 from polarjax.model.meshes import on_any_mesh
 from polarjax.model.taps import Taps, TapSpec, pack
+from polarjax.selection.checks import check_sparsity
 from polarjax.selection.selectors import Sparsity
 from polarjax.types import Array, Bool, Float, Implementation, Int
 
@@ -91,6 +101,9 @@ def forward(
       InputError: tokens or lengths have the wrong shape or dtype, or T exceeds a learned position table.
       SparsityError: routers or plan are for another model.
     """
+    check_model(model, where="forward")
+    check_sparsity(sparsity, model.config)
+    check_taps(taps)
     tokens, lengths = as_prompts(model.config, tokens, lengths, where="forward")
     x, records, _ = _blocks(model, tokens, lengths, sparsity=sparsity, taps=taps)
     return logits(model, x), records
@@ -115,6 +128,7 @@ def prefill(
       InputError: T exceeds the cache's capacity or a learned position table, or the cache is for another batch,
         model or dtype.
     """
+    check_model(model, where="prefill")
     tokens, lengths = as_prompts(model.config, tokens, lengths, where="prefill")
     check_cache(model.config, model.dtype, cache, tokens.shape[0], where="prefill")
     check_capacity(cache, tokens.shape[1])
@@ -128,8 +142,6 @@ def prefill(
 def _blocks(model, tokens, lengths, *, sparsity=None, taps=None):
     """All layers over [B T]: the last hidden state, the records, and each layer's keys and values."""
     config = model.config
-    if sparsity is not None:
-        sparsity.check(config)
     positions = jnp.broadcast_to(jnp.arange(tokens.shape[1], dtype=jnp.int32)[None], tokens.shape)
     valid = positions < lengths[:, None]
     x = model.embed(tokens, positions)
@@ -209,11 +221,13 @@ def decode_step(
       InputError: the cache is for another batch, model or dtype.
       SparsityError: routers or plan are for another model, or the selector cannot skip work.
     """
+    check_model(model, where="decode_step")
+    check_sparsity(sparsity, model.config)
+    check_implementation(implementation)
     config = model.config
     token = as_step(token)
     check_cache(config, model.dtype, cache, token.shape[0], where="decode_step")
-    if sparsity is not None:
-        sparsity.check(config)
+    live = as_live(live, token.shape[0])
     x = model.embed(token, cache.length)
     rotation = _rotation(config, cache.length[:, None])
     pairs = []

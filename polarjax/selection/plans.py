@@ -9,7 +9,7 @@ import numpy as np
 
 from polarjax.configs import ModelConfig
 from polarjax.errors import SparsityError
-from polarjax.numeric import plain
+from polarjax.numeric import check_type, plain, whole_number
 
 
 def dense_above(batch_size: int) -> float:
@@ -36,15 +36,19 @@ def check_density(density: float, *, where: str) -> float:
     return float(density)
 
 
-def _check_counts(name: str, counts: tuple[int | None, ...]) -> None:
-    if not isinstance(counts, tuple):
+def _as_counts(name: str, counts: Any) -> tuple[int | None, ...]:
+    """A tuple, list or array of counts as a tuple of int or None, so that the plan is static and hashable."""
+    if not isinstance(counts, tuple | list | np.ndarray) or (
+        isinstance(counts, np.ndarray) and counts.ndim != 1
+    ):
         raise SparsityError(
             f"the numbers of {name} are not a tuple",
             where="sparsity plan",
-            got=repr(counts),
+            got=repr(counts)[:80],
             expected="one number, or None, for each layer",
             hint="pass a tuple",
         )
+    counts = tuple(map(plain, counts))
     for layer, count in enumerate(counts):
         if count is not None and not (type(count) is int and count > 0):
             raise SparsityError(
@@ -54,6 +58,7 @@ def _check_counts(name: str, counts: tuple[int | None, ...]) -> None:
                 expected="a positive whole number, or None for a dense layer",
                 hint="correct the plan",
             )
+    return counts
 
 
 @dataclasses.dataclass(frozen=True)
@@ -69,8 +74,8 @@ class SparsityPlan:
     groups: tuple[int | None, ...]
 
     def __post_init__(self) -> None:
-        _check_counts("neurons", self.neurons)
-        _check_counts("groups", self.groups)
+        for name in ("neurons", "groups"):
+            object.__setattr__(self, name, _as_counts(name, getattr(self, name)))
         if len(self.neurons) != len(self.groups):
             raise SparsityError(
                 "the plan's two halves cover different numbers of layers",
@@ -82,6 +87,7 @@ class SparsityPlan:
 
     def check(self, config: ModelConfig) -> None:
         """Raises `SparsityError` unless the plan fits a model of this configuration."""
+        check_type(config, ModelConfig, where="sparsity plan", hint="pass model.config")
         if len(self.groups) != config.num_layers:
             raise SparsityError(
                 "the plan is for another number of layers",
@@ -174,6 +180,7 @@ class PlanTable:
 
     def check(self, config: ModelConfig) -> None:
         """Raises `SparsityError` unless the table was calibrated for a model of this shape."""
+        check_type(config, ModelConfig, where="plan table", hint="pass model.config")
         got = (self.num_layers, self.num_neurons, self.num_groups)
         expected = (config.num_layers, config.d_ff, config.num_kv_heads)
         if got != expected:
@@ -196,7 +203,12 @@ class PlanTable:
           batch_size: B to decode.
           config: the model's configuration.
           head_density: overrides the table's default.
+
+        Raises:
+          InputError: `batch_size` is not a positive whole number.
+          SparsityError: the table is for another model, or the density is not one.
         """
+        batch_size = whole_number(batch_size, "batch_size", where="for_batch")
         self.check(config)
         density = self.head_density if head_density is None else head_density
         row = bisect.bisect_left(self.batch_sizes, batch_size)

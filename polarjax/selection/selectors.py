@@ -9,6 +9,7 @@ import jax.numpy as jnp
 from pallas_kernels import select_top_k
 from polarjax.configs import ModelConfig
 from polarjax.errors import SparsityError
+from polarjax.numeric import check_type
 from polarjax.selection.plans import SparsityPlan
 from polarjax.selection.routers import Routers
 from polarjax.types import Array, Bool, Float, Int, Key
@@ -167,6 +168,9 @@ def top_mask(scores: Float[Array, "... n"], k: int) -> Bool[Array, "... n"]:
     return mask.reshape(scores.shape)
 
 
+_PLAN = "pass pj.Sparsity(routers, plan), or bundle.sparsity(batch_size)"
+
+
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True, eq=False)
 class Sparsity:
@@ -182,6 +186,15 @@ class Sparsity:
 
     def check(self, config: ModelConfig) -> None:
         """Raises `SparsityError` unless both parts fit a model of this configuration."""
+        check_type(self.plan, SparsityPlan, where="sparsity", hint=_PLAN, error=SparsityError)
+        if isinstance(self.routers, type) or not isinstance(self.routers, Selector):
+            raise SparsityError(
+                "not a selector",
+                where="sparsity",
+                got=type(self.routers).__name__,
+                expected="Routers, or another Selector",
+                hint="pass bundle.routers, once they are trained",
+            )
         self.plan.check(config)
         self.routers.check(config)
 

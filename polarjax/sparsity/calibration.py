@@ -8,12 +8,13 @@ import numpy as np
 
 from polarjax.configs import ModelConfig
 from polarjax.errors import InputError
+from polarjax.generation.checks import random_key
 from polarjax.model.taps import unpack
 from polarjax.progress import task
-from polarjax.selection.plans import PlanTable, dense_above
+from polarjax.selection.plans import PlanTable, check_density, dense_above
 from polarjax.selection.routers import Routers
 from polarjax.sparsity.activations import Activations, Part
-from polarjax.sparsity.checks import check_plans, check_routers
+from polarjax.sparsity.checks import check_options, check_plans, check_routers
 from polarjax.sparsity.options import CalibrateOptions
 from polarjax.types import Array, Bool, Float, Int, Key
 
@@ -47,8 +48,10 @@ def calibrate(
       SparsityError: activations or routers of another model, or a bad density.
       InputError: too few validation tokens.
     """
-    options = options or CalibrateOptions()
+    options = check_options(options, CalibrateOptions, "options")
     check_routers(routers, activations, config)
+    check_density(head_density, where="head density")
+    key = random_key(key)
     dense_layers = (dense_layer(activations, options),)
     layers = [[(None, 1.0)] * len(options.batch_sizes)] * config.num_layers
     if config.neuron_sparsity:

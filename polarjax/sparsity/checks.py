@@ -1,21 +1,68 @@
 """Checks of what the stages of learning get: activations, routers and plans of one model."""
 
+from typing import Any
+
+import numpy as np
+
 from polarjax.checkpoint.belonging import check_routers_of_plans, check_weights
 from polarjax.configs import ModelConfig
 from polarjax.errors import InputError
+from polarjax.numeric import check_type, plain, shown
 from polarjax.selection.plans import PlanTable
 from polarjax.selection.routers import Routers
 from polarjax.sparsity.activations import Activations
+from polarjax.sparsity.options import HELD_OUT
 
 
-def check_batch_size(batch_size: int) -> None:
-    """Raises `InputError` unless a forward pass takes at least one window."""
-    if not batch_size >= 1:
-        raise InputError("no batch", where="batch_size", got=batch_size, expected="at least 1", hint="pass 8")
+def check_options[T](options: Any, kind: type[T], name: str) -> T:
+    """The options, the default ones for None; raises `InputError` if they are of another type."""
+    return (
+        kind()
+        if options is None
+        else check_type(options, kind, where=name, hint=f"pass {kind.__name__}(...)")
+    )
+
+
+def check_sources(activations: Any, config: Any, where: str) -> None:
+    """Raises `InputError` unless a stage gets activations and a model's configuration."""
+    hint = "pass what polarjax.sparsity.collect returned"
+    check_type(activations, Activations, where=where, hint=hint)
+    check_type(config, ModelConfig, where=where, hint="pass model.config")
+
+
+def check_flags(where: str, **flags: Any) -> None:
+    """Raises `InputError` unless every flag is True or False."""
+    for name, value in flags.items():
+        check_type(value, bool, where=f"{where}: {name}", hint="pass True or False")
+
+
+def check_size(max_bytes: Any) -> None:
+    """Raises `InputError` unless `max_bytes` is a number."""
+    number = plain(max_bytes)
+    if type(number) not in (int, float) or number != number:
+        raise InputError(
+            "not a size", where="max_bytes", got=shown(number), expected="bytes", hint="pass 10**9"
+        )
+
+
+def check_held_out(held_out: Any) -> None:
+    """Raises `InputError` unless `held_out` is two fractions, whose sum leaves text to train on."""
+    fractions = tuple(map(plain, held_out)) if isinstance(held_out, tuple | list | np.ndarray) else ()
+    numbers = len(fractions) == 2 and all(type(each) in (int, float) for each in fractions)
+    if not (numbers and min(fractions) >= 0 and sum(fractions) < 1):  # so that NaN fails
+        raise InputError(
+            "unusable fractions of held-out text",
+            where="held_out",
+            got=repr(held_out)[:80],
+            expected="two fractions, not negative, whose sum is below 1",
+            hint=f"pass for example {HELD_OUT}",
+        )
 
 
 def check_routers(routers: Routers, activations: Activations, config: ModelConfig) -> None:
     """Raises `SparsityError` unless routers and activations are of one model of this config, weights included."""
+    check_sources(activations, config, "calibration")
+    check_type(routers, Routers, where="calibration", hint="pass the routers that train_routers returned")
     routers.check(config)
     activations.check(config)
     hint = "take activations of the model that the routers were trained on, or train them again"

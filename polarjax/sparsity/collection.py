@@ -14,9 +14,10 @@ from polarjax import types
 from polarjax.configs import ModelConfig
 from polarjax.errors import InputError
 from polarjax.model import decoder
-from polarjax.model.checks import check_windows
+from polarjax.model.checks import check_model, check_windows
 from polarjax.model.parameters import fingerprint
 from polarjax.model.taps import Taps, TapSpec
+from polarjax.numeric import whole_number
 from polarjax.progress import task
 from polarjax.sparsity.activations import (
     Activations,
@@ -26,7 +27,7 @@ from polarjax.sparsity.activations import (
     row_bytes,
     write_meta,
 )
-from polarjax.sparsity.checks import check_batch_size
+from polarjax.sparsity.checks import check_flags, check_held_out, check_size
 from polarjax.sparsity.options import HELD_OUT, MAX_BYTES
 from polarjax.storage.atomic import absolute, atomic_folder
 
@@ -107,8 +108,11 @@ def collect(
       InputError: bad windows, too few of them, or more than `max_bytes`.
       CheckpointError: `out_dir` exists, or the disk refuses.
     """
+    check_model(model, where="collect")
     config, dtype, out = model.config, model.dtype, absolute(out_dir)
-    check_batch_size(batch_size)
+    batch_size = whole_number(batch_size, "batch_size", where="collect")
+    check_flags("collect", fit=fit, overwrite=overwrite)
+    check_size(max_bytes)
     windows = check_windows(windows, config)
     shape = (windows.shape[0], windows.shape[1])
     recording = plan_recording(config, dtype, shape, held_out=held_out, max_bytes=max_bytes, fit=fit)
@@ -133,14 +137,7 @@ def split_windows(
     Raises:
       InputError: the fractions are unusable, or nothing is left to train on.
     """
-    if not (min(held_out) >= 0 and sum(held_out) < 1):  # so that NaN fails
-        raise InputError(
-            "unusable fractions of held-out text",
-            where="held_out",
-            got=held_out,
-            expected="two fractions, not negative, whose sum is below 1",
-            hint=f"pass for example {HELD_OUT}",
-        )
+    check_held_out(held_out)
     sizes = [max(1, round(fraction * count)) if fraction > 0 else 0 for fraction in held_out]
     if sum(sizes) >= count:
         raise InputError(
@@ -194,7 +191,7 @@ def _record_all(
     with task("collect activations", count, "windows") as advance:
         for start in range(0, count, batch):
             stop = min(start + batch, count)
-            taps = _taps(model, windows[np.arange(start, start + batch) % count], spec)
+            taps = _taps(model, jax.device_put(windows[np.arange(start, start + batch) % count]), spec)
             low, high = np.searchsorted(kept, (start * length, stop * length))
             rows = kept[low:high] - start * length
             for name in arrays.keys() - {"part"}:

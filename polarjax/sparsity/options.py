@@ -4,9 +4,13 @@ import dataclasses
 import math
 from typing import Literal, get_args
 
+import numpy as np
+
 from polarjax.errors import InputError
+from polarjax.numeric import make_plain, plain, shown, whole_number
 from polarjax.types import Path
 
+_TINY = 1e-300
 MAX_BYTES = 32 * 10**9
 HELD_OUT = (0.1, 0.05)
 """Validation and test; plans are calibrated on the validation text, which therefore is twice the published 5 %."""
@@ -33,6 +37,10 @@ class CollectOptions:
     max_bytes: int = MAX_BYTES
     fit: bool = False
     batch_size: int = 8
+
+    def __post_init__(self) -> None:
+        make_plain(self, "max_bytes", "fit", "batch_size")
+        whole_number(self.batch_size, "batch_size", where="CollectOptions")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -68,10 +76,16 @@ class TrainOptions:
                 "no such objective", where="group objective", got=self.group_objective, expected=expected
             )
         whole = ("neuron_batch", "group_batch", "max_epochs", "patience", "memory_bytes")
-        for name in (*whole, "learning_rate", *(["rank"] if self.rank is not None else [])):
+        make_plain(self, *whole, "learning_rate", "weight_decay", "good_enough", "rank")
+        for name in (*whole, *(["rank"] if self.rank is not None else [])):
+            whole_number(getattr(self, name), name, where="TrainOptions")
+        for name, least in (("learning_rate", _TINY), ("weight_decay", 0), ("good_enough", 0)):
             value = getattr(self, name)
-            if not (value > 0 and math.isfinite(value)):
-                raise InputError(f"{name} is not usable", where="TrainOptions", got=value, expected="above 0")
+            if type(value) not in (int, float) or not least <= value < math.inf:
+                expected = "above 0" if least else "0 or more"
+                raise InputError(
+                    f"{name} is not usable", where="TrainOptions", got=shown(value), expected=expected
+                )
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -97,11 +111,17 @@ class CalibrateOptions:
     dense_attention: DenseAttention = "first"
 
     def __post_init__(self) -> None:
+        make_plain(self, "target_recall", "multiple", "num_batches", "max_tokens")
         sizes = self.batch_sizes
-        if not sizes or list(sizes) != sorted(set(sizes)) or sizes[0] < 1:
-            raise InputError("unusable batch sizes", got=sizes, expected="increasing whole numbers from 1")
-        if not 0 < self.target_recall <= 1:
-            raise InputError("unusable target recall", got=self.target_recall, expected="above 0, at most 1")
+        sizes = tuple(map(plain, sizes)) if isinstance(sizes, tuple | list | np.ndarray) else ()
+        counting = all(type(size) is int and size > 0 for size in sizes)
+        if not sizes or not counting or list(sizes) != sorted(set(sizes)):
+            got = shown(self.batch_sizes)
+            raise InputError("unusable batch sizes", got=got, expected="increasing whole numbers from 1")
+        object.__setattr__(self, "batch_sizes", sizes)
+        if type(self.target_recall) not in (int, float) or not 0 < self.target_recall <= 1:
+            got = shown(self.target_recall)
+            raise InputError("unusable target recall", got=got, expected="above 0, at most 1")
         if self.dense_attention not in get_args(DenseAttention):
             expected = " | ".join(get_args(DenseAttention))
             raise InputError(
@@ -111,5 +131,4 @@ class CalibrateOptions:
                 expected=expected,
             )
         for name in ("multiple", "num_batches", "max_tokens"):
-            if getattr(self, name) < 1:
-                raise InputError(f"{name} is not usable", got=getattr(self, name), expected="at least 1")
+            whole_number(getattr(self, name), name, where="CalibrateOptions")

@@ -12,12 +12,14 @@ import numpy as np
 from polarjax import types
 from polarjax.configs import ModelConfig
 from polarjax.errors import CheckpointError, InputError
+from polarjax.generation.checks import random_key
 from polarjax.model import decoder
-from polarjax.model.checks import check_windows
+from polarjax.model.checks import check_model, check_windows
 from polarjax.selection.plans import PlanTable, check_density
 from polarjax.selection.routers import Routers
 from polarjax.sparsity.activations import Activations
 from polarjax.sparsity.calibration import calibrate, measure_recall
+from polarjax.sparsity.checks import check_options
 from polarjax.sparsity.collection import (
     Recording,
     collect,
@@ -84,7 +86,11 @@ def sparsify(
       InputError: bad windows, too little text, or activations larger than allowed.
       SparsityError: a bad density.
     """
-    collecting, calibration = collecting or CollectOptions(), calibration or CalibrateOptions()
+    check_model(model, where="sparsify")
+    collecting = check_options(collecting, CollectOptions, "collecting")
+    training = check_options(training, TrainOptions, "training")
+    calibration = check_options(calibration, CalibrateOptions, "calibration")
+    key = random_key(key)
     check_density(head_density, where="head density")
     windows = check_windows(windows, model.config)
     recording = plan(model, windows.shape, collecting)

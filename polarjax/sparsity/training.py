@@ -13,10 +13,12 @@ import optax
 
 from polarjax.configs import ModelConfig
 from polarjax.errors import InputError, SparsityError
+from polarjax.generation.checks import random_key
 from polarjax.progress import task as progress
 from polarjax.selection.plans import check_density
 from polarjax.selection.routers import LayerRouter, Routers, init_routers
 from polarjax.sparsity.activations import Activations
+from polarjax.sparsity.checks import check_flags, check_options, check_sources
 from polarjax.sparsity.early_stopping import Best
 from polarjax.sparsity.minibatches import Feed, read
 from polarjax.sparsity.objectives import (
@@ -98,7 +100,11 @@ def train_routers(
       SparsityError: activations of another model, a bad density, or training that diverges.
       InputError: there is nothing to train on or to validate with.
     """
-    options = options or TrainOptions()
+    check_sources(activations, config, "train_routers")
+    options = check_options(options, TrainOptions, "options")
+    if neurons is not None:
+        check_flags("train_routers", neurons=neurons)
+    key = random_key(key)
     density = check_density(head_density, where="head density")
     activations.check(config)
     if neurons and not config.neuron_sparsity:

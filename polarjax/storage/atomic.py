@@ -17,7 +17,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, TextIO
 
-from polarjax.errors import CheckpointError
+from polarjax.errors import CheckpointError, InputError
 
 _MARK = ".polarjax-tmp-"
 _LOCK, _OLD = ".lock", ".old"
@@ -109,7 +109,18 @@ def temporary_folder(name: str) -> Iterator[Path]:
 
 
 def absolute(path: str | os.PathLike[str]) -> Path:
-    """The absolute `path`, with `~` expanded and without `..`; symbolic links are kept."""
+    """The absolute `path`, with `~` expanded and without `..`; symbolic links are kept.
+
+    Raises `InputError` on what is no path.
+    """
+    if not isinstance(path, str | os.PathLike) or not os.fspath(path) or "\0" in str(path):
+        raise InputError(
+            "not a path",
+            where="path",
+            got=repr(path)[:80],
+            expected="a str or a pathlib.Path",
+            hint="name a folder",
+        )
     return Path(os.path.abspath(Path(path).expanduser()))
 
 

@@ -159,7 +159,7 @@ def test_hub_inspect_fetches_only_config_json(folders, tmp_path, monkeypatch, ca
     [
         (["--memory", "0"], "--memory: no memory"),
         (["--dtype", "int8"], "--dtype: unusable dtype"),
-        (["--cache-length", "0"], "cache_length is too small"),
+        (["--cache-length", "0"], "cache_length is not usable"),
     ],
 )
 def test_bad_options(folders, capsys, words, line):

@@ -167,7 +167,7 @@ def test_selectors_for_studies_mask_but_do_not_decode(selector):
     ("windows", "options", "message"),
     [
         (WINDOWS, {"mode": "fast"}, "no such mode; got 'fast'"),
-        (WINDOWS, {"batch_size": 0}, "batch_size is too small; got 0"),
+        (WINDOWS, {"batch_size": 0}, "batch_size is not usable; got 0"),
         (WINDOWS, {"context": 12}, "no token is left to score; got 12, expected 0 to 11"),
         (WINDOWS, {"context": 11, "mode": "decode"}, "got 11, expected 0 to 10"),
         (WINDOWS, {"context": -1}, "no token is left to score; got -1"),

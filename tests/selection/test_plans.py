@@ -61,7 +61,7 @@ def test_densities_out_of_range(density):
         ((1, 2), (1, -1), "layer 1 has an invalid number of groups"),
         ((1, 2.0), (1, 1), "layer 1 has an invalid number of neurons"),
         ((1, True), (1, 1), "layer 1 has an invalid number of neurons"),
-        ([1, 2], (1, 1), "numbers of neurons are not a tuple"),
+        ("12", (1, 1), "numbers of neurons are not a tuple"),
     ],
 )
 def test_plans_that_cannot_be(neurons, groups, named):

@@ -258,6 +258,6 @@ def test_a_part_that_does_not_exist_is_refused(tmp_path):
 
 @pytest.mark.parametrize("batch_size", [0, -1])
 def test_a_batch_of_no_windows_is_refused(tmp_path, batch_size):
-    with pytest.raises(pj.InputError, match=f"no batch; got {batch_size}"):
+    with pytest.raises(pj.InputError, match=f"batch_size is not usable; got {batch_size}"):
         collect(odd_model(), windows(), tmp_path / "acts", batch_size=batch_size)
     assert list(tmp_path.iterdir()) == []
