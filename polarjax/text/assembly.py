@@ -9,6 +9,7 @@ import numpy as np
 from polarjax.errors import InputError
 from polarjax.generation.stream import TokenStream
 from polarjax.generation.token_loop import Generation
+from polarjax.numeric import check_type
 from polarjax.text.tokenizer import Tokenizer
 
 type Ending = Literal["stop_id", "stop_string", "length", "failed"]
@@ -116,6 +117,8 @@ class TextStream(Iterator[tuple[str, ...]]):
     def __init__(
         self, tokens: TokenStream, tokenizer: Tokenizer, *, stop_strings: Sequence[str] = ()
     ) -> None:
+        check_type(tokens, TokenStream, where="TextStream", hint="pass what pj.stream returned")
+        check_type(tokenizer, Tokenizer, where="TextStream", hint="pass bundle.tokenizer")
         self._tokens = tokens
         self._rows = [
             Assembler(tokenizer.decode_ids, context=context, stop_strings=check_stop_strings(stop_strings))

@@ -1,0 +1,353 @@
+"""Arguments as people pass them to public functions: each works, or is one clear line of a PolarjaxError."""
+
+import dataclasses
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+import polarjax as pj
+from polarjax import evaluation, sparsity
+from polarjax.generation.token_loop import Generation
+from polarjax.model.taps import TapSpec
+from polarjax.sparsity.options import CalibrateOptions, CollectOptions, TrainOptions
+from tests.model import zoo
+
+MODEL = zoo.model("opt")
+CONFIG = MODEL.config
+TOKENS, LENGTHS = zoo.batch()
+WINDOWS = np.asarray(TOKENS)
+RAGGED = [[1, 2, 3], [1, 2]]
+PLAN = zoo.half(CONFIG)
+SPARSE = pj.Sparsity(zoo.routers("opt"), PLAN)
+TABLE = pj.PlanTable(
+    num_layers=2,
+    num_neurons=CONFIG.d_ff,
+    num_groups=CONFIG.num_kv_heads,
+    batch_sizes=(1, 2),
+    neurons=((8, 8), (16, None)),
+    recall=((1.0, 1.0), (1.0, 1.0)),
+)
+JUNK = (3, "a", object(), [1])
+NOT_COUNTS = (-1, 0, 2.5, True, "a", None, [1])
+
+
+def names(value):
+    """A short id of a case."""
+    return getattr(value, "__name__", None) or str(value)[:30].replace("\n", "")
+
+
+def one_line(function, *args, **kwargs):
+    """Passes if the call raises one line that is polarjax's own."""
+    with pytest.raises(pj.PolarjaxError) as caught:
+        function(*args, **kwargs)
+    assert "\n" not in str(caught.value) and len(str(caught.value)) < 500
+
+
+def generate(model=MODEL, tokens=TOKENS, lengths=LENGTHS, key=None, **given):
+    return pj.generate(model, tokens, lengths, key, **{"max_new_tokens": 2} | given)
+
+
+def stream(model=MODEL, tokens=TOKENS, lengths=LENGTHS, key=None, **given):
+    return pj.stream(model, tokens, lengths, key, **{"max_new_tokens": 2} | given)
+
+
+def forward(model=MODEL, tokens=TOKENS, lengths=LENGTHS, **given):
+    return pj.forward(model, tokens, lengths, **given)
+
+
+def prefill(model=MODEL, tokens=TOKENS, lengths=LENGTHS, cache=None):
+    return pj.prefill(model, tokens, lengths, zoo.empty_cache(MODEL, 3) if cache is None else cache)
+
+
+def decode_step(model=MODEL, token=LENGTHS, cache=None, **given):
+    return pj.decode_step(model, token, zoo.empty_cache(MODEL, 3) if cache is None else cache, **given)
+
+
+def init_cache(config=CONFIG, **given):
+    return pj.init_cache(config, **{"batch_size": 1, "capacity": 8} | given)
+
+
+def perplexity(model=MODEL, windows=WINDOWS, **given):
+    return evaluation.perplexity(model, windows, **given)
+
+
+def agreement(model=MODEL, windows=WINDOWS, selected=SPARSE, **given):
+    return evaluation.agreement(model, windows, selected, **given)
+
+
+def decode_bytes(config=CONFIG, **given):
+    return pj.costs.decode_bytes(config, **{"batch_size": 1, "cache_length": 8} | given)
+
+
+def decode_flops(config=CONFIG, **given):
+    return pj.costs.decode_flops(config, **{"batch_size": 1, "cache_length": 8} | given)
+
+
+def largest_batch(config=CONFIG, **given):
+    return pj.costs.largest_batch(config, **{"memory": 1e9, "cache_length": 8} | given)
+
+
+def sparsify(model=MODEL, windows=WINDOWS, key=0, **given):
+    return sparsity.sparsify(model, windows, key, **given)
+
+
+def collect(model=MODEL, windows=WINDOWS, out_dir="never-made", **given):
+    return sparsity.collect(model, windows, out_dir, **given)
+
+
+MODELS = (None, *JUNK, pj.Decoder)
+PROMPTS = (RAGGED, None, "a", 3, 2.5, [[1.5]], [[]], [1, 2], [[["a"]]], np.ones((3, 9)), object())
+LENGTH = (None, 3, "a", [3], [1.0, 2.0, 3.0], [[1, 2, 3]], object())
+SPARSITIES = (PLAN, TABLE, pj.Sparsity, zoo.routers("opt"), 3, "a", pj.Sparsity(None, PLAN))  # type: ignore[arg-type]
+SPARSITIES += (pj.Sparsity(zoo.routers("opt"), (1, 2)), pj.Sparsity(3, PLAN))  # type: ignore[arg-type]
+IMPLEMENTATIONS = ("cuda", 3, [1], True)
+GENERATE = {
+    "model": MODELS,
+    "tokens": PROMPTS,
+    "lengths": LENGTH,
+    "max_new_tokens": NOT_COUNTS,
+    "num_return_sequences": (*NOT_COUNTS, 2),  # greedy
+    "stop_ids": ("a", [[1]], 2.5, True, -1, 2**31, object(), b"a"),
+    "sparsity": SPARSITIES,
+    "sampler": (None, "greedy", pj.Greedy, 3, lambda: 0, {}),
+    "implementation": IMPLEMENTATIONS,
+    "repetition_penalty": (None, "a", float("nan"), 0, -1.0, True, [1.0]),
+    "key": (2.5, "a", True, np.zeros(3, np.uint32), np.zeros((2, 2), np.uint32), object()),
+}
+SCORE = {
+    "model": MODELS,
+    "windows": PROMPTS,
+    "batch_size": NOT_COUNTS,
+    "context": (-1, 99, 2.5, "a", None),
+    "mode": ("x", None, 3, [1]),
+    "scored": (3, "a", np.ones((3, 9)), np.ones((2, 9), bool), RAGGED),
+}
+COUNTED = {"config": (None, *JUNK), "batch_size": NOT_COUNTS, "cache_length": NOT_COUNTS}
+COUNTED |= {"plan": JUNK, "router_rank": NOT_COUNTS[:5]}
+DTYPE = (3, "float64", "int8", None, object())
+WRONG = {
+    generate: GENERATE,
+    stream: GENERATE,
+    forward: {
+        "model": MODELS,
+        "tokens": PROMPTS,
+        "lengths": LENGTH,
+        "sparsity": SPARSITIES,
+        "taps": (3, "a", TapSpec, True),
+    },
+    prefill: {"model": MODELS, "tokens": PROMPTS, "lengths": LENGTH, "cache": JUNK},
+    decode_step: {
+        "model": MODELS,
+        "token": (RAGGED, None, "a", 3, [1.5, 1.5, 1.5], [1], [[1], [2], [3]]),
+        "cache": JUNK,
+        "sparsity": SPARSITIES,
+        "live": (3, "a", [True], [1, 0, 1]),
+        "implementation": IMPLEMENTATIONS,
+    },
+    init_cache: {
+        "config": (None, *JUNK),
+        "batch_size": NOT_COUNTS,
+        "capacity": NOT_COUNTS,
+        "dtype": (jnp.int32, *DTYPE[:3], object()),
+    },
+    perplexity: SCORE | {"sparsity": SPARSITIES},
+    agreement: SCORE | {"selected": SPARSITIES},
+    decode_bytes: COUNTED | {"dtype": DTYPE[:3]},
+    decode_flops: COUNTED,
+    largest_batch: {
+        "config": (None, *JUNK),
+        "memory": (None, "a", float("nan")),
+        "cache_length": NOT_COUNTS,
+        "dtype": DTYPE[:3],
+    },
+    pj.costs.weights_bytes: {"config": (None, *JUNK)},
+    pj.costs.cache_bytes_per_token: {"config": (None, *JUNK)},
+    collect: {
+        "model": MODELS,
+        "windows": PROMPTS,
+        "out_dir": (None, 3, ""),
+        "held_out": (None, 3, "ab", (0.5,), (0.5, 0.5), (-0.1, 0.1), ("a", "b"), (float("nan"), 0)),
+        "max_bytes": (None, "a", float("nan"), 0),
+        "fit": (None, "a", 3),
+        "overwrite": (None, "a", 3),
+        "batch_size": NOT_COUNTS,
+    },
+    sparsify: {
+        "model": MODELS,
+        "windows": PROMPTS,
+        "key": (None, "a", 2.5),
+        "head_density": ("x", 0, 1.5, None, float("nan")),
+        "collecting": JUNK,
+        "training": JUNK,
+        "calibration": JUNK,
+    },
+    pj.load: {"path": (None, 3, "", "a\0b", "no-such-folder", b"a"), "dtype": ("float64", 3)},
+    pj.Categorical: {
+        "temperature": (0, -1, "a", None, float("nan"), [], [0.0]),
+        "top_k": (0, 2.5, "a", True),
+        "top_p": (0, 2, "a", float("nan")),
+    },
+    pj.GenerationSettings: {"stop_ids": ((-1,), ("a",)), "max_new_tokens": (0, 2.5, "a")},
+    CollectOptions: {"batch_size": NOT_COUNTS},
+    TrainOptions: {
+        "max_epochs": NOT_COUNTS,
+        "rank": NOT_COUNTS[:5],
+        "learning_rate": (0, None, "a", float("nan"), float("inf")),
+        "group_objective": (None, 3, "x"),
+    },
+    CalibrateOptions: {
+        "batch_sizes": (None, 3, "a", (), (2, 1), (0,), ("a",), (1.5,)),
+        "target_recall": (0, 2, "a", None, float("nan")),
+        "multiple": NOT_COUNTS,
+        "dense_attention": (None, 3, "x"),
+    },
+}
+CASES = [
+    pytest.param(function, name, values, id=f"{names(function)}-{name}")
+    for function, given in WRONG.items()
+    for name, values in given.items()
+]
+
+
+@pytest.mark.parametrize(("function", "name", "values"), CASES)
+def test_wrong_arguments_are_one_line(function, name, values, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    if name == "dtype" and function is pj.load:
+        function = functools.partial(function, tmp_path)
+    for value in values:
+        one_line(function, **{name: value})
+    assert not list(tmp_path.iterdir())  # nothing is written
+
+
+@pytest.mark.parametrize("batch_size", NOT_COUNTS, ids=names)
+def test_no_plan_for_such_a_batch(batch_size):
+    one_line(TABLE.for_batch, batch_size, CONFIG)
+    one_line(pj.Bundle(MODEL, routers=zoo.routers("opt"), plans=TABLE).sparsity, batch_size)
+
+
+def test_no_plan_of_such_a_density():
+    bundle = pj.Bundle(MODEL, routers=zoo.routers("opt"), plans=TABLE)
+    for density in ("x", 0, 2, float("nan")):
+        one_line(bundle.sparsity, 1, density)
+    one_line(TABLE.for_batch, 1, None)
+
+
+@pytest.mark.parametrize("field", [field.name for field in dataclasses.fields(pj.ModelConfig)])
+def test_configs_of_wrong_types(field):
+    for value in ("a", 2.5, (1,), object()):
+        if not (field in ("norm_eps", "activation_threshold") and isinstance(value, float)):
+            one_line(dataclasses.replace, CONFIG, **{field: value})
+
+
+@pytest.mark.parametrize("part", ["model", "tokenizer", "routers", "plans"])
+def test_bundles_of_wrong_parts(part):
+    for value in JUNK:
+        one_line(pj.Bundle, **{"model": MODEL} | {part: value})
+
+
+def test_nothing_is_saved_of_wrong_types(tmp_path):
+    for bundle in (3, None, MODEL, "a"):
+        one_line(pj.save, tmp_path / "out", bundle)
+    for path in (None, 3, ""):
+        one_line(pj.save, path, pj.Bundle(MODEL))
+    assert not list(tmp_path.iterdir())
+
+
+def test_learning_from_the_wrong_things():
+    for wrong in (None, *JUNK, MODEL):
+        one_line(sparsity.train_routers, wrong, CONFIG, 0)
+        one_line(sparsity.calibrate, wrong, SPARSE.routers, CONFIG, key=0)
+
+
+def test_streams_of_text_need_tokens_and_a_tokenizer():
+    for wrong in (None, *JUNK):
+        one_line(pj.TextStream, wrong, None)
+        one_line(pj.TextStream, stream(), wrong)
+
+
+def test_streams_are_refused_inside_jit():
+    one_line(jax.jit(lambda tokens: [each.tokens for each in stream(tokens=tokens)]), TOKENS)
+
+
+@pytest.fixture(scope="module")
+def expected():
+    return np.asarray(generate().tokens)
+
+
+@pytest.mark.parametrize(
+    "given",
+    [
+        {"tokens": TOKENS.tolist(), "lengths": LENGTHS.tolist()},
+        {"tokens": np.asarray(TOKENS, np.int64), "lengths": np.asarray(LENGTHS, np.uint8)},
+        {"stop_ids": None},
+        {"stop_ids": np.array([], np.int32)},
+        {"max_new_tokens": np.int64(2), "num_return_sequences": np.int32(1)},
+        {"repetition_penalty": np.float32(1)},
+        {"key": 3},
+        {"key": np.zeros(2, np.uint32)},
+        {"implementation": "xla"},
+    ],
+    ids=names,
+)
+def test_arguments_as_people_give_them(given, expected):
+    np.testing.assert_array_equal(generate(**given).tokens, expected)
+
+
+def test_lists_are_prompts_of_the_model_functions():
+    logits, _ = prefill(tokens=TOKENS.tolist(), lengths=LENGTHS.tolist())
+    whole, _ = forward(tokens=TOKENS.tolist(), lengths=LENGTHS.tolist())
+    last = whole[np.arange(3), np.asarray(LENGTHS) - 1]
+    np.testing.assert_allclose(logits, last, rtol=1e-4, atol=1e-4)
+    assert decode_step(token=[1, 2, 3], live=[True, False, True])[0].shape == (3, zoo.VOCAB)
+
+
+@pytest.mark.parametrize("kind", [list, np.array, lambda counts: tuple(map(np.int64, counts))], ids=names)
+def test_plans_of_other_sequences(kind):
+    made = pj.SparsityPlan(kind([20, 20]), kind([2, 2]))
+    assert made == PLAN and hash(made) == hash(PLAN)
+    assert CalibrateOptions(batch_sizes=kind([1, 2])).batch_sizes == (1, 2)
+
+
+@pytest.mark.parametrize("temperature", [[0.5, 1.0, 2.0], np.float32(0.5), jnp.ones(3)], ids=names)
+def test_temperatures_of_rows(temperature):
+    made = generate(key=jax.random.key(0), sampler=pj.Categorical(temperature=temperature))
+    assert made.tokens.shape == (3, 2)
+
+
+@dataclasses.dataclass(frozen=True)
+class Always:
+    """A sampler that returns the same thing whatever the logits are."""
+
+    value: object
+    shape: tuple[int, ...] = (3,)
+    dtype: object = jnp.int32
+
+    def __call__(self, logits, key):
+        return jnp.full(self.shape, self.value, self.dtype)
+
+
+@pytest.mark.parametrize(
+    "sampler",
+    [Always(3, ()), Always(3, (3, 1)), Always(0.5, (3,), jnp.float32)],
+    ids=lambda each: str(each.shape),
+)
+def test_samplers_that_draw_no_ids(sampler):
+    one_line(generate, sampler=sampler)
+
+
+@pytest.mark.parametrize("value", [1000, -5])
+def test_ids_outside_the_vocabulary_fail_their_rows(value):
+    made = generate(sampler=Always(value))
+    assert np.asarray(made.failed).all()
+
+
+def test_comparing_never_raises():
+    taps = pj.forward(MODEL, TOKENS, LENGTHS, taps=TapSpec())[1]
+    made = Generation(TOKENS, LENGTHS, LENGTHS > 0, LENGTHS < 0)
+    for each in (zoo.routers("opt"), SPARSE, zoo.empty_cache(MODEL, 3), made, taps, PLAN, TABLE, CONFIG):
+        leaves, tree = jax.tree.flatten(each)
+        twin = jax.tree.unflatten(tree, leaves)
+        assert each == each and isinstance(each == twin, bool) and each != 3
