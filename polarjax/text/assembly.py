@@ -118,7 +118,9 @@ class TextStream(Iterator[tuple[str, ...]]):
         self, tokens: TokenStream, tokenizer: Tokenizer, *, stop_strings: Sequence[str] = ()
     ) -> None:
         check_type(tokens, TokenStream, where="TextStream", hint="pass what pj.stream returned")
-        check_type(tokenizer, Tokenizer, where="TextStream", hint="pass bundle.tokenizer")
+        if not callable(getattr(tokenizer, "decode_ids", None)):
+            got, hint = type(tokenizer).__name__, "pass bundle.tokenizer"
+            raise InputError("not a tokenizer", where="TextStream", got=got, hint=hint)
         self._tokens = tokens
         self._rows = [
             Assembler(tokenizer.decode_ids, context=context, stop_strings=check_stop_strings(stop_strings))
