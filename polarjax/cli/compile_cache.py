@@ -1,4 +1,4 @@
-"""JAX's persistent cache of compiled programs, in the user's cache folder: the second start need not compile again."""
+"""JAX's persistent cache of compiled programs, in the user's cache folder: later runs don't compile again."""
 
 import contextlib
 import os
@@ -13,8 +13,8 @@ OFF = "--no-compile-cache"
 def compile_cache(wanted: bool = True) -> Iterator[None]:
     """Turns the cache on for the block, unless the user has configured JAX's own.
 
-    Prints one line to standard error when it makes the folder, or when the folder can't be used; work then goes on
-    without.
+    Prints one line to standard error when it creates the folder, or when the folder can't be used; then runs without
+    a cache.
 
     Args:
       wanted: False does nothing.
@@ -40,15 +40,15 @@ def compile_cache(wanted: bool = True) -> Iterator[None]:
 
 
 def cache_folder() -> Path:
-    """Where compiled programs are kept: below XDG_CACHE_HOME, or the platform's cache folder of the user."""
+    """Folder of compiled programs: under XDG_CACHE_HOME, or the user's cache folder."""
     base = Path(os.environ.get("XDG_CACHE_HOME", ""))
-    if not base.is_absolute():  # a relative one is to be ignored, says the XDG specification
+    if not base.is_absolute():  # the XDG specification says to ignore relative paths
         base = Path.home() / ("Library/Caches" if sys.platform == "darwin" else ".cache")
     return base / "polarjax" / "compiled"
 
 
 def _usable() -> Path | None:
-    """The folder, made if need be; None where it can't be written."""
+    """The folder, created if needed; None if it isn't writable."""
     try:
         folder = cache_folder()
         new = not folder.is_dir()

@@ -13,7 +13,7 @@ from polarjax.progress import task
 
 
 class Dtype(StrEnum):
-    """What parameters may be stored as."""
+    """Dtypes of stored parameters."""
 
     KEEP = "keep"
     FLOAT32 = "float32"
@@ -27,15 +27,17 @@ def convert(
     ],
     out: Annotated[Path, typer.Argument(metavar="OUT", help="The model directory to make.")],
     revision: Annotated[str | None, typer.Option(help="Branch, tag or commit of a model on the hub.")] = None,
-    dtype: Annotated[Dtype, typer.Option(help="Of the parameters; keep: as in the source.")] = Dtype.KEEP,
+    dtype: Annotated[
+        Dtype, typer.Option(help="Dtype of the parameters; keep: as in the source.")
+    ] = Dtype.KEEP,
     overwrite: Annotated[
         bool, typer.Option("--overwrite", help="Replace an existing model directory.")
     ] = False,
     allow_nonfinite: Annotated[
-        bool, typer.Option("--allow-nonfinite", help="Let NaN and infinite weights through.")
+        bool, typer.Option("--allow-nonfinite", help="Accept NaN and infinite weights.")
     ] = False,
     dry_run: Annotated[
-        bool, typer.Option("--dry-run", help="Only tell what would be read, as inspect does; write nothing.")
+        bool, typer.Option("--dry-run", help="Only show what would be read, as inspect does; write nothing.")
     ] = False,
 ) -> dict[str, Any]:
     """Turn a HuggingFace checkpoint into a model directory."""

@@ -1,4 +1,4 @@
-"""`polarjax demo`: the whole way on the small model that comes with polarjax."""
+"""`polarjax demo`: runs everything on the small model that comes with polarjax."""
 
 import json
 import time
@@ -13,7 +13,7 @@ MODEL = Path(__file__).parents[1] / "assets" / "opt-6m"
 
 
 def demo(
-    out: Annotated[Path, typer.Option(help="Where everything is written.")] = Path("polarjax-demo"),
+    out: Annotated[Path, typer.Option(help="Output folder.")] = Path("polarjax-demo"),
     quick: Annotated[bool, typer.Option("--quick", help="A tenth of the work, for a first look.")] = False,
 ) -> dict[str, Any]:
     """Convert, record, train routers, calibrate, generate and measure; nothing is downloaded."""

@@ -14,7 +14,7 @@ from polarjax.progress import task
 def export(
     folder: Annotated[Path, typer.Argument(metavar="MODEL", help="A model directory.")],
     out: Annotated[Path, typer.Argument(metavar="HF_DIR", help="The HuggingFace folder to make.")],
-    shard_gb: Annotated[float, typer.Option(help="Most gigabytes (10^9 bytes) of one weights file.")] = 5.0,
+    shard_gb: Annotated[float, typer.Option(help="Maximum gigabytes (10^9 bytes) per weights file.")] = 5.0,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace an earlier export.")] = False,
 ) -> dict[str, Any]:
     """Write a model directory as a HuggingFace folder with safetensors, bit for bit what was converted."""

@@ -9,39 +9,39 @@ import typer
 PromptTexts = Annotated[list[str] | None, typer.Option(help="A prompt; may be given several times.")]
 PromptFile = Annotated[
     Path | None,
-    typer.Option(
-        help="A file or pipe with a prompt on each line: .jsonl objects, or text. Or a .json array."
-    ),
+    typer.Option(help="A file or pipe with one prompt per line (text or .jsonl), or a .json array."),
 ]
-Output = Annotated[Path | None, typer.Option(help="A .jsonl file for what is written.")]
+Output = Annotated[Path | None, typer.Option(help="A .jsonl file for the completions.")]
 Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace an existing --output.")]
-BatchSize = Annotated[int | None, typer.Option(help="Prompts at a time; default: all.")]
+BatchSize = Annotated[int | None, typer.Option(help="Prompts per batch; default: all.")]
 NewTokens = Annotated[
-    int | None, typer.Option(help="Most tokens for each prompt; default: the model's, or 64.")
+    int | None, typer.Option(help="Most new tokens per prompt; default: the model's, or 64.")
 ]
 Temperature = Annotated[float | None, typer.Option(help="Draw at this temperature.")]
 TopK = Annotated[int | None, typer.Option(help="Draw from the k most likely tokens; 0: all.")]
 TopP = Annotated[float | None, typer.Option(help="Draw from the nucleus of this probability.")]
-Penalty = Annotated[
-    float | None, typer.Option(help="Above 1: make tokens less likely that are there already.")
+Penalty = Annotated[float | None, typer.Option(help="Above 1: make tokens already in the text less likely.")]
+Greedy = Annotated[
+    bool, typer.Option("--greedy", help="Take the most likely tokens, whatever the model's settings.")
 ]
-Greedy = Annotated[bool, typer.Option("--greedy", help="Most likely tokens, whatever the model asks.")]
-Stop = Annotated[list[str] | None, typer.Option(help="Text to end before; may be repeated.")]
-StopId = Annotated[list[int] | None, typer.Option(help="Token id to end at, not the model's own.")]
+Stop = Annotated[list[str] | None, typer.Option(help="Stop before this text; may be repeated.")]
+StopId = Annotated[
+    list[int] | None, typer.Option(help="Stop at this token id, instead of the model's; may be repeated.")
+]
 Copies = Annotated[int, typer.Option(help="Sequences to draw for each prompt.")]
-Seed = Annotated[int, typer.Option(help="Of the draw.")]
-Chat = Annotated[bool, typer.Option("--chat", help="Prompts are what a user says; use the chat template.")]
-System = Annotated[str | None, typer.Option(help="With --chat: what the system says first.")]
-Stream = Annotated[bool, typer.Option("--stream", help="Show the text of one prompt while it comes.")]
-Dense = Annotated[bool, typer.Option("--dense", help="Skip nothing, even if there are routers.")]
+Seed = Annotated[int, typer.Option(help="Random seed.")]
+Chat = Annotated[bool, typer.Option("--chat", help="Prompts are user messages; use the chat template.")]
+System = Annotated[str | None, typer.Option(help="With --chat: the system message.")]
+Stream = Annotated[bool, typer.Option("--stream", help="Print the text of one prompt as it is generated.")]
+Dense = Annotated[bool, typer.Option("--dense", help="Run dense, even if there are routers.")]
 HeadDensity = Annotated[float | None, typer.Option(help="Fraction of heads (groups) to keep.")]
-Dtype = Annotated[str | None, typer.Option(help="Of the computation; default: as stored.")]
+Dtype = Annotated[str | None, typer.Option(help="Dtype of the computation; default: as stored.")]
 Timed = Annotated[bool, typer.Option("--timed", help="Run twice and time the compiled run.")]
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class GenerateOptions:
-    """The parameters of `generate`, by the same names."""
+    """The parameters of `generate`, with the same names."""
 
     folder: Path
     prompt: list[str] | None
@@ -69,7 +69,7 @@ class GenerateOptions:
 
     @property
     def drawing(self) -> dict[str, Any]:
-        """Those that say how tokens are drawn: arguments of `GenerationSettings.with_flags`."""
+        """The sampling options: arguments of `GenerationSettings.with_flags`."""
         names = ("temperature", "top_k", "top_p", "repetition_penalty")
         return {name: getattr(self, name) for name in names}
 
@@ -101,8 +101,7 @@ def generate(
 ) -> dict[str, Any]:
     """Continue prompts: sparse where the model has routers, dense otherwise.
 
-    How tokens are drawn, and at which ids a text ends, is what the model's generation_config.json asks for; the
-    options here override it.
+    Sampling and stop ids come from the model's generation_config.json; the options here override it.
     """
     options = GenerateOptions(**locals())
     from polarjax.cli import generating  # imports JAX

@@ -38,7 +38,7 @@ _LACKS = {
 
 
 def run(options: GenerateOptions) -> dict[str, Any]:
-    """Continues the prompts; prints what people read, writes `--output` whole or not at all, returns the numbers."""
+    """Continues the prompts; prints the texts, writes `--output` completely or not at all, returns the numbers."""
     check(options)
     key = random_key(options.seed)
     given = read(options)
@@ -63,7 +63,7 @@ def run(options: GenerateOptions) -> dict[str, Any]:
 
 
 def check(options: GenerateOptions) -> None:
-    """Raises `InputError` for options that contradict each other, or values that no model can be asked for."""
+    """Raises `InputError` for options that contradict each other, or values that no model accepts."""
     if options.dense and options.head_density is not None:
         raise InputError("--dense and --head-density contradict each other", hint="give one of them")
     if options.system is not None and not options.chat:
@@ -111,7 +111,7 @@ def prepare(options: GenerateOptions, given: Sequence[Prompt], key: Key[Array, "
 
 
 def _settings(asked: GenerationSettings, options: GenerateOptions) -> GenerationSettings:
-    """What the model asks for, overridden by options."""
+    """The model's settings, overridden by options."""
     return with_stops(
         with_options(asked, greedy=options.greedy, **options.drawing), options.stop, options.stop_id
     )
@@ -119,7 +119,7 @@ def _settings(asked: GenerationSettings, options: GenerateOptions) -> Generation
 
 @dataclasses.dataclass(frozen=True)
 class Job:
-    """All prompts, and how they are continued.
+    """All prompts, and how to continue them.
 
     Attributes:
       bundle: the model directory.
@@ -128,7 +128,7 @@ class Job:
       rows: their token ids.
       key: random key.
       how: sampler, limits and sizes.
-      dense: whether nothing is skipped.
+      dense: whether to skip nothing.
       head_density: fraction of groups to keep; None takes the calibrated default.
     """
 
@@ -148,12 +148,12 @@ class Job:
         )
 
     def skip(self, batch_size: int) -> Sparsity | None:
-        """What is skipped in a batch of so many sequences."""
+        """The sparsity of a batch of `batch_size` sequences."""
         return None if self.dense else self.bundle.sparsity(batch_size, self.head_density)
 
     @property
     def density(self) -> dict[str, float] | None:
-        """What the first batch keeps; None: everything."""
+        """Densities of the first batch; None if dense."""
         sparsity = self.skip((self.how.batch_size or len(self.rows)) * self.how.copies)
         return None if sparsity is None else densities(sparsity.plan, self.bundle.model.config)
 

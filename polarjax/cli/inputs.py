@@ -1,4 +1,4 @@
-"""What several verbs read in the same way: seeds and sizes."""
+"""Reads options that several verbs share: seeds and sizes."""
 
 from typing import TYPE_CHECKING
 
@@ -18,7 +18,7 @@ def random_key(seed: int) -> "Key[Array, '']":
 
 
 def bytes_of(gigabytes: float, option: str) -> int:
-    """How many bytes the number given for `option` is; raises `InputError` if it is no size."""
+    """The bytes in `gigabytes`; raises `InputError`, naming `option`, if it is not a size."""
     if not 0 <= gigabytes <= MOST_GIGABYTES:  # NaN is neither
         expected = f"gigabytes, at most {MOST_GIGABYTES:,.0f}"
         raise InputError(

@@ -1,4 +1,4 @@
-"""`polarjax inspect`: what a checkpoint or a model directory is, what fits and what is supported."""
+"""`polarjax inspect`: describes a checkpoint or model directory, what fits and what is supported."""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -16,7 +16,7 @@ from polarjax.configs import ModelConfig
 from polarjax.errors import InputError
 from polarjax.storage.dtypes import check_dtype
 
-MEMORY = 80.0  # gigabytes of the device, unless told
+MEMORY = 80.0  # default gigabytes of the device
 CACHE_LENGTHS = (1024, 4096, 16384, 65536)
 
 
@@ -24,14 +24,14 @@ def inspect(
     source: Annotated[
         Path, typer.Argument(metavar="PATH", help="A HuggingFace folder, a hub id, or a model directory.")
     ],
-    memory: Annotated[float, typer.Option(help="Of the device, in gigabytes (10^9 bytes).")] = MEMORY,
+    memory: Annotated[float, typer.Option(help="Device memory in gigabytes (10^9 bytes).")] = MEMORY,
     cache_length: Annotated[
         list[int] | None, typer.Option(help="Positions of each sequence; may be given several times.")
     ] = None,
-    dtype: Annotated[str | None, typer.Option(help="Of weights and cache; default: as stored.")] = None,
+    dtype: Annotated[str | None, typer.Option(help="Dtype of weights and cache; default: as stored.")] = None,
     revision: Annotated[str | None, typer.Option(help="Branch, tag or commit of a model on the hub.")] = None,
 ) -> dict[str, Any]:
-    """Tell what a checkpoint is, how many sequences fit, and what of it is supported; reads no weights."""
+    """Show what a checkpoint is, how many sequences fit, and what is supported; reads no weights."""
     if dtype is not None:
         check_dtype(dtype, where="--dtype")
     if not bytes_of(memory, "--memory"):
@@ -48,7 +48,7 @@ def inspect(
 
 
 def dry_run(found: Description, dtype: str | None) -> dict[str, Any]:
-    """Prints what `convert` would read; raises the refusal that it would raise."""
+    """Prints what `convert` would read; raises what it would raise."""
     result = _checkpoint(found, dtype)
     config = result.pop("model_config")
     if config is not None:
@@ -60,7 +60,7 @@ def dry_run(found: Description, dtype: str | None) -> dict[str, Any]:
 
 
 def supported(config: ModelConfig) -> dict[str, str | None]:
-    """What can be skipped: None where it can, otherwise why not."""
+    """What can be skipped: None if it can, otherwise why not."""
     one = "it has a single KV head, and without it no attention is left"
     apart = f"queries share KV heads, {config.q_per_group} each: groups are skipped as a whole"
     alone = "every query has its own KV head: heads are skipped one by one"
@@ -80,10 +80,10 @@ def sizes(
     """Parameters, cache and the largest batch at each cache length, in bytes and sequences.
 
     Args:
-      config: of the model.
-      dtype: of weights and cache; None counts as bfloat16.
-      memory: of the device, in gigabytes.
-      lengths: positions of the cache; None takes a few up to the model's longest.
+      config: the model's configuration.
+      dtype: dtype of weights and cache; None counts as bfloat16.
+      memory: device memory in gigabytes.
+      lengths: cache positions; None takes a few up to the model's maximum.
     """
     kind = dtype or "bfloat16"
     usual = [each for each in CACHE_LENGTHS if each < config.max_positions]
@@ -134,7 +134,7 @@ def _model_directory(path: Path, dtype: str | None) -> dict[str, Any]:
 
 
 def show(result: dict[str, Any]) -> None:
-    """Prints the result as a table for people."""
+    """Prints the result as a table."""
     for name, text in _rows(result):
         print(f"{name:<12}{text}")
 
@@ -150,7 +150,7 @@ def _rows(result: dict[str, Any]) -> list[tuple[str, str]]:
         rows += [
             ("shape", _shape(config)),
             ("parameters", f"{result['parameters']:,}, {gb:,.2f} GB as {result['dtype']}"),
-            ("cache", f"{result['cache_bytes_per_token']:,} bytes a token"),
+            ("cache", f"{result['cache_bytes_per_token']:,} bytes per token"),
             ("fits", f"in {memory}, sequences of so many positions: {'; '.join(batches)}"),
             ("supported", ", ".join(name for name, yes in result["supported"].items() if yes)),
         ]

@@ -1,7 +1,7 @@
 """The `polarjax` command. A verb's code is imported when that verb is called, so that help is instant.
 
-A verb is a plain function with typer annotations. It prints what a person wants to read and returns what a
-program wants to read: a dict that JSON can hold. With `--json`, which every verb gets here, standard output is
+A verb is a plain function with typer annotations. It prints text for people and returns a dict for
+programs, which must be convertible to JSON. With `--json`, which every verb gets here, standard output is
 that dict alone and the printed text goes to standard error. A new verb is one line in `VERBS`.
 """
 
@@ -30,7 +30,7 @@ INTERRUPTED = 128 + signal.SIGINT
 
 
 class Verb(NamedTuple):
-    """Where a verb's function is (`module:function`), the line that `polarjax --help` shows, and if it compiles."""
+    """Where a verb's function is (`module:function`), the line that `polarjax --help` shows, and whether it compiles."""
 
     function: str
     summary: str
@@ -43,7 +43,7 @@ VERBS = {
         "Turn a HuggingFace checkpoint into a model directory.",
         compiles=False,
     ),
-    "sparsify": Verb("polarjax.cli.sparsify:sparsify", "Collect, train routers and calibrate in one go."),
+    "sparsify": Verb("polarjax.cli.sparsify:sparsify", "Collect, train routers and calibrate in one step."),
     "collect": Verb("polarjax.cli.collect:collect", "Record which neurons and heads a text makes active."),
     "train-routers": Verb("polarjax.cli.train_routers:train_routers", "Learn to predict that activity."),
     "calibrate": Verb("polarjax.cli.calibrate:calibrate", "Find how many neurons each batch size needs."),
@@ -54,10 +54,10 @@ VERBS = {
     ),
     "inspect": Verb(
         "polarjax.cli.inspect:inspect",
-        "Tell what a checkpoint is, what fits and what is supported.",
+        "Show what a checkpoint is, what fits and what is supported.",
         compiles=False,
     ),
-    "demo": Verb("polarjax.cli.demo:demo", "All of it on the small model that comes with polarjax."),
+    "demo": Verb("polarjax.cli.demo:demo", "Run everything on the small model that comes with polarjax."),
 }
 
 
@@ -73,18 +73,18 @@ def main(arguments: Sequence[str] | None = None) -> None:
         _escape_unprintable(stream)
     try:
         _app(called)(args=words, prog_name="polarjax")
-    except KeyboardInterrupt:  # while the verb's code is imported; later typer catches it
+    except KeyboardInterrupt:  # during the verb's import; later typer catches it
         sys.exit(INTERRUPTED)
 
 
 def _escape_unprintable(stream: Any) -> None:
-    """Makes what the encoding of `stream` lacks `\\xe9` instead of an error; `:replace` and the like stay."""
+    """Prints characters that `stream` can't encode as `\\xe9` instead of failing; keeps `:replace` and the like."""
     if getattr(stream, "errors", None) in ("strict", "surrogateescape") and hasattr(stream, "reconfigure"):
         stream.reconfigure(errors="backslashreplace")
 
 
 def _app(called: str | None) -> typer.Typer:
-    """The command with the function of `called` loaded; of the other verbs only the names and summaries."""
+    """The command, with the function of `called` loaded; other verbs have only names and summaries."""
     app = typer.Typer(
         add_completion=False,
         no_args_is_help=True,
@@ -141,7 +141,9 @@ def _command(verb: Verb) -> Callable[..., None]:
 
             if not ran_out(error):
                 raise
-            hint = "compute less at a time, or take a device with more; polarjax inspect tells the sizes"
+            hint = (
+                "compute less at a time, or use a device with more memory; polarjax inspect tells the sizes"
+            )
             print(f"polarjax: the device ran out of memory. Hint: {hint}", file=sys.stderr)
             raise typer.Exit(BAD_INPUT) from error
         if as_json:
@@ -155,11 +157,11 @@ _FLAGS = {
     "as_json": typer.Option("--json", help="Print the result as JSON, and nothing else, on standard output."),
     "no_cache": typer.Option(OFF, help="Don't keep compiled programs in the user's cache folder."),
 }
-"""What verbs get besides their own options."""
+"""Options that verbs get in addition to their own."""
 
 
 def _add_flags(command: Any, function: Callable[..., Any], flags: Mapping[str, Any]) -> None:
-    """Makes `command` look as `function` with more options, which are False unless they are given."""
+    """Gives `command` the signature of `function` plus flags, which default to False."""
     signature = inspect.signature(function)
     kinds = {name: Annotated[bool, option] for name, option in flags.items()}
     added = [
@@ -174,8 +176,8 @@ def _add_flags(command: Any, function: Callable[..., Any], flags: Mapping[str, A
 
 @contextlib.contextmanager
 def unwound_by_sigterm() -> Iterator[None]:
-    """Makes SIGTERM an exception, so that what is unfinished is removed."""
-    if threading.current_thread() is not threading.main_thread():  # signals are the main thread's
+    """Turns SIGTERM into an exception, so that unfinished output is removed."""
+    if threading.current_thread() is not threading.main_thread():  # only the main thread can handle signals
         yield
         return
 
@@ -190,7 +192,7 @@ def unwound_by_sigterm() -> Iterator[None]:
 
 
 def _plain(value: Any) -> Any:
-    """The value as JSON holds it: text for paths, lists for arrays, nothing for infinity and NaN."""
+    """The value for JSON: text for paths, lists for arrays, null for infinity and NaN."""
     if isinstance(value, Mapping):
         return {str(key): _plain(each) for key, each in value.items()}
     if isinstance(value, list | tuple):

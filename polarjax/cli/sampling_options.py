@@ -9,7 +9,7 @@ from polarjax.text.assembly import check_stop_strings
 
 
 def check_options(**options: Any) -> None:
-    """Raises `InputError` for a value that no model can be asked for, named by its option.
+    """Raises `InputError` for a value that no model accepts, naming the option.
 
     Args:
       options: arguments of `GenerationSettings.with_flags`.
@@ -18,12 +18,12 @@ def check_options(**options: Any) -> None:
         try:
             GenerationSettings().with_flags(**{name: value})
         except InputError as error:
-            hint = "correct the value or leave it out; --greedy takes the most likely tokens"
+            hint = "correct the value or omit it; --greedy takes the most likely tokens"
             raise _reworded(error, where="--" + name.replace("_", "-"), hint=hint) from error
 
 
 def with_options(settings: GenerationSettings, *, greedy: bool, **options: Any) -> GenerationSettings:
-    """The model's settings with the options, which `check_options` has checked, in place of some.
+    """The model's settings, overridden by options that `check_options` has checked.
 
     Raises:
       InputError: an option contradicts `greedy`, or the model's file has an unusable value that would now be used.
@@ -40,7 +40,7 @@ def with_options(settings: GenerationSettings, *, greedy: bool, **options: Any) 
 def with_stops(
     settings: GenerationSettings, strings: list[str] | None, ids: list[int] | None
 ) -> GenerationSettings:
-    """The settings with these stop strings and ids in place of the model's, where there are any.
+    """The settings with these stop strings and ids, if any, instead of the model's.
 
     Raises:
       InputError: a string is empty, or an id is not a token id.
@@ -54,5 +54,5 @@ def with_stops(
 
 
 def _reworded(error: InputError, *, where: str, hint: str) -> InputError:
-    """The error in the words of the command line."""
+    """The error, reworded for the command line."""
     return InputError(error.what, where=where, got=error.got, expected=error.expected, hint=hint)

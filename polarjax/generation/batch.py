@@ -1,4 +1,4 @@
-"""A batch of prompts, and the rules of its continuation, as the compiled programs take them."""
+"""A batch of prompts and its generation rules, in the form that compiled programs take."""
 
 import dataclasses
 from typing import Any
@@ -17,12 +17,12 @@ from polarjax.model.decoder import Decoder
 from polarjax.types import Array, Int
 
 SMALLEST_BUCKET = 16
-_STOP_IDS = 8  # room for so many, doubled until all fit
+_STOP_IDS = 8  # initial room, doubled until all fit
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Prompts:
-    """A batch as the compiled programs take it.
+    """A batch in the form that compiled programs take.
 
     Attributes:
       tokens: int32 [B bucket].
@@ -39,7 +39,7 @@ class Prompts:
 
 def prepare(model: Decoder, tokens: Any, lengths: Any, *, max_new_tokens: int, copies: int = 1) -> Prompts:
     """Checks prompts, repeats each `copies` times and pads them to their bucket; see `generate`."""
-    config, sharding = model.config, _of_rows(tokens, model)
+    config, sharding = model.config, _row_sharding(tokens, model)
     tokens, lengths = checks.as_batch(tokens, lengths)
     checks.check_prompts(config, tokens, lengths, max_new_tokens)
     capacity = -(-positions(config, tokens.shape[1], max_new_tokens) // 8) * 8
@@ -51,23 +51,23 @@ def prepare(model: Decoder, tokens: Any, lengths: Any, *, max_new_tokens: int, c
 
 
 def positions(config: ModelConfig, length: int, max_new_tokens: int) -> int:
-    """Positions that prompts padded to `length` tokens and what follows them take up in the cache.
+    """Cache positions for prompts padded to `length` tokens and the tokens after them.
 
-    All counts of new tokens with the same `output_room` take up the same, unless the model's positions end there.
+    The same for all counts with the same `output_room`, unless limited by the model's positions.
     """
     bucket = bucket_length(length, config.max_positions)
     return max(bucket, min(bucket + output_room(max_new_tokens), config.max_positions))
 
 
 def bucket_length(length: int, limit: int) -> int:
-    """The padded prompt length: the next power of two from 16 on, at most `limit` tokens."""
+    """The padded prompt length: the next power of two, at least 16 and at most `limit`."""
     return max(length, min(limit, max(SMALLEST_BUCKET, 1 << (length - 1).bit_length())))
 
 
 def output_room(count: int) -> int:
     """Room for `count` new tokens: a power of two from 16 to 128, then a multiple of an eighth of the next one.
 
-    What is decoded for is cache memory, so that beyond 128 tokens at most a quarter of the room stays empty.
+    Room costs cache memory, so beyond 128 tokens at most a quarter of it is unused.
     """
     power = max(SMALLEST_BUCKET, 1 << (count - 1).bit_length())
     step = power if power <= 128 else power // 8
@@ -77,7 +77,7 @@ def output_room(count: int) -> int:
 def make_rules(
     key: Any, *, sampler: Sampler, max_new_tokens: int, stop_ids: Any = (), repetition_penalty: Any = 1.0
 ) -> Rules:
-    """Checked settings as the arrays that a compiled program takes: other numbers, the same program."""
+    """Checks settings and turns them into arrays, so that other values reuse the compiled program."""
     checks.check_sampler(sampler)
     key = None if key is None else checks.random_key(key)
     traced = isinstance(sampler, Greedy | Categorical) or checks.holds_arrays(sampler)
@@ -98,7 +98,7 @@ def make_rules(
 
 
 def _widen(tokens, lengths, width: int, copies: int) -> tuple[Int[Array, "B width"], Int[Array, "B"]]:
-    """Padded on the host where the ids are known there, as each T would otherwise compile a program."""
+    """Pads on the host if ids are concrete, since each T would otherwise compile a program."""
     xp = jnp if isinstance(tokens, Tracer) or isinstance(lengths, Tracer) else np
     tokens = xp.pad(xp.asarray(tokens), ((0, 0), (0, width - tokens.shape[1])))
     lengths = xp.asarray(lengths)
@@ -107,8 +107,8 @@ def _widen(tokens, lengths, width: int, copies: int) -> tuple[Int[Array, "B widt
     return jax.device_put((tokens.astype(np.int32), lengths.astype(np.int32)))
 
 
-def _of_rows(tokens: Any, model: Decoder) -> NamedSharding | None:
-    """How the rows of prompts are spread over the mesh that the model is on, if they are."""
+def _row_sharding(tokens: Any, model: Decoder) -> NamedSharding | None:
+    """Sharding of the prompts' rows over the model's mesh, if they are sharded."""
     table = model.embed.tokens[...]
     if any(isinstance(each, Tracer) or not isinstance(each, jax.Array) for each in (tokens, table)):
         return None

@@ -42,7 +42,7 @@ def _write(model: Decoder, logits, cache: KVCache, prompts, rules: Rules, sparsi
 
 
 def model_step(model: Decoder, token, cache, live, *, sparsity, implementation):
-    """A decoding step in the order of arguments that the token loop wants."""
+    """A decoding step with the token loop's argument order."""
     return decode_step(model, token, cache, sparsity=sparsity, live=live, implementation=implementation)
 
 
@@ -63,21 +63,21 @@ def generate(
     """Continues a right-padded batch of prompts: dense prefill, then (sparse) decoding, all on the device.
 
     Prompts are padded to a bucket (a power of two), and so is the room for new tokens; the compiled program is reused
-    for any lengths, `max_new_tokens`, stop ids, penalty and numbers of `Categorical` inside it. Where the room is wider
-    than M, the call waits for the result.
+    for any lengths, `max_new_tokens`, stop ids, penalty and `Categorical` values that fit. If the room is wider than M,
+    the call waits for the result.
 
     Args:
       model: the decoder.
-      tokens: prompts, int32 [B T]; what lies beyond `lengths` is ignored.
+      tokens: prompts, int32 [B T]; ids beyond `lengths` are ignored.
       lengths: valid tokens of each row, int32 [B], at least 1.
       key: random key; only a sampler that draws needs one.
       sampler: `Greedy()`, `Categorical(...)`, or any hashable `Sampler`, which is static.
       max_new_tokens: M; prompt and new tokens but the last, which is never read, fit into the model's positions.
       stop_ids: ids that end a row, 0 to 2**31 - 1; one id, several, or None.
-      repetition_penalty: above 1, makes ids less likely that a row holds already, its prompt included.
-      num_return_sequences: n; every prompt is continued n times, in rows that follow one another: B becomes n·B.
+      repetition_penalty: above 1, makes ids already in a row, including its prompt, less likely.
+      num_return_sequences: n; every prompt is continued n times, in consecutive rows: B becomes n·B.
       sparsity: what to skip while decoding; None is the dense model.
-      implementation: of the kernels; None takes the best for the device.
+      implementation: kernel implementation; None takes the best for the device.
 
     Raises:
       InputError: empty or too long prompts, lengths outside [1, T], ids outside the vocabulary, stop ids that can't
@@ -105,7 +105,7 @@ def generate(
 
 
 def _shortened(made: Generation, width: int) -> Generation:
-    """The first `width` tokens; cut on the host where they can be, as each width would otherwise compile a program."""
+    """The first `width` tokens; cut on the host if possible, since each width would otherwise compile a program."""
     tokens = made.tokens
     if isinstance(tokens, Tracer) or not tokens.is_fully_addressable:
         return dataclasses.replace(made, tokens=tokens[:, :width])

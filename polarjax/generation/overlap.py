@@ -1,4 +1,4 @@
-"""Compilation of the token loop so that kernels which don't need each other run at the same time."""
+"""Compiles the token loop so that independent kernels run concurrently."""
 
 import functools
 from collections.abc import Callable
@@ -8,20 +8,20 @@ import jax
 from jax.core import Tracer
 
 OVERLAP = {"xla_gpu_command_buffer_scheduling_mode": "CONCURRENT"}
-"""Compiler options for a decoding loop of your own: `jax.jit(loop, compiler_options=polarjax.OVERLAP)`.
+"""Compiler options for your own decoding loop: `jax.jit(loop, compiler_options=polarjax.OVERLAP)`.
 
-On a GPU, the kernels of a CUDA graph then wait only for those whose results they read: routers and selection, which
-need no more than a layer's input, run beside attention. `generate` and `stream` are compiled so where theirs is the
-outermost jit. Not for programs in which one `sparse_mlp` doesn't depend on another: its thread blocks wait for each
-other and must all fit on the card at a time.
+On a GPU, kernels of a CUDA graph then wait only for kernels whose results they read: routers and selection, which only
+need a layer's input, run alongside attention. `generate` and `stream` use it if theirs is the outermost jit. Don't
+use it for programs with independent `sparse_mlp` calls: their thread blocks wait for each other and must all be
+resident at once.
 """
 
 
 def overlapping_jit(function: Callable[..., Any], **jit_options: Any) -> Callable[..., Any]:
     """`jax.jit(function, **jit_options)`, compiled with `OVERLAP` on a GPU.
 
-    Compiler options belong to the outermost jit: called while something else is traced, this is plain `jax.jit`, and
-    the options of that outer program count.
+    Compiler options belong to the outermost jit: inside another trace this is plain `jax.jit`, and the outer program's
+    options apply.
     """
     plain = jax.jit(function, **jit_options)
     overlapping = jax.jit(function, compiler_options=OVERLAP, **jit_options)

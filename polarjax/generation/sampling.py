@@ -1,4 +1,4 @@
-"""How the next token is drawn: frozen values, called with logits and a key."""
+"""Samplers: frozen values that are called with logits and a key."""
 
 import dataclasses
 import math
@@ -40,8 +40,8 @@ class Greedy:
 class Categorical:
     """Draws from the softmax of the logits, after three optional cuts, applied in this order.
 
-    Each value is a number, or one number for each row of the logits. Under `jax.jit` the numbers are traced, so other
-    numbers compile nothing; which of the cuts there are is static.
+    Each value is a number, or one number for each row of the logits. Under `jax.jit` the numbers are traced, so changing
+    them compiles nothing; which cuts are used is static.
 
     Attributes:
       temperature: divides the logits; above 0.
@@ -100,14 +100,14 @@ _RANGES = {
 
 
 def _plain(value: Any) -> Any:
-    """A number as Python's own, numbers of rows as a tuple of them; traced values as they are."""
+    """A Python number, or a tuple of one per row; traced values unchanged."""
     if isinstance(value, jax.Array | np.ndarray) and not isinstance(value, Tracer) and value.ndim == 1:
         return tuple(jax.device_get(value).tolist())
     return tuple(map(plain, value)) if isinstance(value, list | tuple) else plain(value)
 
 
 def _host(value: Any, dtype: type) -> Any:
-    """Numbers as a NumPy array in the dtype that they have on a device, clipped to its range."""
+    """Numbers as a NumPy array in their device dtype, clipped to its range."""
     if value is None or isinstance(value, jax.Array):
         return value
     low, high = (_TINY, 1 / _TINY) if dtype is np.float32 else (-_LARGEST, _LARGEST)
@@ -130,7 +130,7 @@ jax.tree_util.register_pytree_node(Categorical, _flatten, _unflatten)
 
 
 def _keeps_all(top_p: Any) -> bool:
-    """Whether it is known that `top_p` cuts nothing off, so that nothing need be sorted."""
+    """Whether `top_p` is known to cut nothing off, which avoids a sort."""
     return top_p is None or (type(top_p) in (int, float) and top_p >= 1)
 
 
@@ -154,13 +154,13 @@ def _keep(logits: Float[Array, "B V"], floor: Float[Array, "B 1"]) -> Float[Arra
 
 
 def _largest(logits: Float[Array, "B V"], k: Int[Array, "*B"]) -> Float[Array, "B 1"]:
-    """The k-th largest logit of each row, the smallest where k exceeds V: k may be traced, and nothing is sorted.
+    """The k-th largest logit of each row, the smallest if k exceeds V; k may be traced, and nothing is sorted.
 
     Finds it bit by bit, as the largest value that k logits reach.
     """
     bits = jax.lax.bitcast_convert_type(logits, jnp.uint32)
     high = jnp.uint32(1 << 31)
-    ranks = jnp.where(bits >= high, ~bits, bits | high)  # unsigned numbers in the order of the floats
+    ranks = jnp.where(bits >= high, ~bits, bits | high)  # unsigned integers, ordered like the floats
     k = jnp.minimum(k, logits.shape[1])
 
     def lower(i, found):

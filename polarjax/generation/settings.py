@@ -1,4 +1,4 @@
-"""How a model asks to be sampled: stop ids and defaults out of generation_config.json."""
+"""A model's own generation settings: stop ids and sampling defaults from generation_config.json."""
 
 import dataclasses
 import math
@@ -23,7 +23,7 @@ KNOWN = (
     "stop_strings",
 )
 
-_TOP_K = 50  # what transformers samples with where the file does not tell
+_TOP_K = 50  # transformers' default
 _SILENT = frozenset(
     (
         "transformers_version _from_model_config _commit_hash _name_or_path bos_token_id pad_token_id "
@@ -56,18 +56,18 @@ _WITHOUT_EFFECT = {
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class GenerationSettings:
-    """What a model asks for; nothing uses it unless it is handed on, and flags of the command go before it.
+    """A model's settings. Never applied automatically; command-line flags override them.
 
     Attributes:
       stop_ids: ids that end a sequence.
-      stop_strings: texts that end a sequence and are cut off it.
+      stop_strings: strings that end a sequence and are cut off.
       do_sample: whether tokens are drawn; otherwise the most likely one is taken.
-      temperature: of the draw; None is 1.
-      top_k: of the draw; None keeps all tokens.
-      top_p: of the draw; None keeps all tokens.
-      repetition_penalty: 1 is none; it is there whether tokens are drawn or not.
-      max_new_tokens: where the file tells it.
-      ignored: entries of the file that would change the text and that polarjax does not have.
+      temperature: None is 1.
+      top_k: None keeps all tokens.
+      top_p: None keeps all tokens.
+      repetition_penalty: 1 disables it; applies to greedy decoding too.
+      max_new_tokens: None if the file doesn't set it.
+      ignored: entries of the file that would change the text but that polarjax doesn't support.
 
     Raises:
       InputError: a value is out of its range.
@@ -119,12 +119,12 @@ class GenerationSettings:
         """These settings with some replaced; a temperature, `top_k` (0: all tokens) or `top_p` means to draw.
 
         Raises:
-          InputError: a value is out of its range, or one is given beside `greedy`.
+          InputError: a value is out of its range, or one is combined with `greedy`.
         """
         given = {"temperature": temperature, "top_k": top_k, "top_p": top_p}
         given = {key: value for key, value in given.items() if value is not None}
         if greedy and given:
-            hint = "leave out one of them"
+            hint = "drop one of them"
             raise InputError("greedy and sampling contradict each other", got=", ".join(given), hint=hint)
         do_sample = bool(given) or (self.do_sample and not greedy)
         if given.get("top_k") == 0:
@@ -135,12 +135,10 @@ class GenerationSettings:
 
     @property
     def notes(self) -> tuple[str, ...]:
-        """A line about what is left out, if anything is."""
+        """One line about ignored entries, if there are any."""
         if not self.ignored:
             return ()
-        return (
-            f"{GENERATION_CONFIG} asks for what polarjax does not have; left out: {', '.join(self.ignored)}",
-        )
+        return (f"{GENERATION_CONFIG} has unsupported entries; ignored: {', '.join(self.ignored)}",)
 
     @property
     def _temperature(self) -> float:
@@ -148,20 +146,20 @@ class GenerationSettings:
 
     @classmethod
     def read(cls, folder: Path, *, eos_id: int | None = None) -> "GenerationSettings":
-        """The settings in `folder`; `eos_id` is the stop id where the file does not name one, or is missing.
+        """The settings in `folder`; `eos_id` is the stop id if the file is missing or names none.
 
         Raises:
           CheckpointError: generation_config.json is damaged, or a value in it is out of its range.
         """
         file = folder / GENERATION_CONFIG
         default = {} if eos_id is None else {"eos_token_id": eos_id}
-        data = read_json(file, hint=_MEND) if file.is_file() else {}
+        data = read_json(file, hint=_HINT) if file.is_file() else {}
         try:
             return cls.from_json(default | {key: value for key, value in data.items() if value is not None})
         except InputError as error:
             what = error.what.replace("stop_ids", "eos_token_id")  # its name in the file
             raise CheckpointError(
-                what, where=file, got=error.got, expected=error.expected, hint=_MEND
+                what, where=file, got=error.got, expected=error.expected, hint=_HINT
             ) from error
 
     @classmethod
@@ -201,11 +199,11 @@ class GenerationSettings:
         }
 
 
-_MEND = "correct the file or remove it"
+_HINT = "correct the file or remove it"
 
 
 def _matters(key: str, value: Any) -> bool:
-    """Whether leaving the entry out changes what is generated, as far as one can know."""
+    """Whether ignoring the entry may change the generated text."""
     return (
         key not in KNOWN and key not in _SILENT and value is not False and _WITHOUT_EFFECT.get(key) != value
     )
@@ -218,5 +216,5 @@ def _check(ok: bool, name: str, got: object, expected: str) -> None:
             where="GenerationSettings",
             got=repr(got),
             expected=expected,
-            hint="correct the value or leave it out",
+            hint="correct the value or omit it",
         )

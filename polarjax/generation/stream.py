@@ -1,4 +1,4 @@
-"""Tokens while they are made: the token loop in jitted chunks, with a look from the host after each."""
+"""Streams tokens: the token loop in jitted chunks, read by the host after each."""
 
 import dataclasses
 import functools
@@ -21,7 +21,7 @@ from polarjax.selection.selectors import Sparsity
 from polarjax.types import Array, Bool, Implementation, Int, Key
 
 CONTEXT = 8
-"""Tokens of each prompt that are kept for the text: what a token reads as hangs on those before it."""
+"""Tokens kept of each prompt: a token's text depends on the tokens before it."""
 
 
 def stream(
@@ -40,9 +40,9 @@ def stream(
 ) -> "TokenStream":
     """The tokens of `generate`, with the same arguments and errors, in pieces: first 1, then `CHUNK` at a time.
 
-    One compiled program does a chunk of steps on the device, whatever the prompts of a bucket, `max_new_tokens` within
-    the cache and the other numbers; the cache is donated to it and stays where it is. Not inside `jax.jit`: the tokens
-    go to the host while they are made.
+    One compiled program runs a chunk of steps on the device, for all prompts of a bucket, `max_new_tokens` within the
+    cache, and other settings; the cache is donated to it. Doesn't work inside `jax.jit`: tokens go to the host as they
+    are generated.
     """
     check_model(model, where="stream")
     check_not_traced((model, tokens, lengths, key, sampler, stop_ids, repetition_penalty, sparsity))
@@ -70,14 +70,14 @@ def stream(
 
 
 class TokenStream(Iterator[Generation]):
-    """Pieces of a generation: each a `Generation` of NumPy arrays, holding only the tokens that are new.
+    """Yields pieces of a generation: `Generation`s of NumPy arrays with only the new tokens.
 
     `tokens` [B c] are the new tokens, `lengths` how many of them each row has, `stopped` and `failed` the state of
-    the rows so far. Each row's pieces put together are the row of `generate`. Dropping the stream frees its cache.
+    the rows so far. A row's pieces concatenate to its row of `generate`. Dropping the stream frees its cache.
 
     Attributes:
       context: the last tokens of each row's prompt, at most `CONTEXT`.
-      finished: whether no piece will follow.
+      finished: whether the last piece was yielded.
     """
 
     def __init__(self, state: LoopState, advance, limit: int, context: list[list[int]]) -> None:
@@ -90,7 +90,7 @@ class TokenStream(Iterator[Generation]):
         self._first = True
 
     def halt(self, rows: Bool[np.ndarray, "B"]) -> None:
-        """Ends these rows; the others go on."""
+        """Ends these rows; the others continue."""
         self._halted |= rows
         if self._halted.all():
             self.close()
@@ -119,7 +119,7 @@ class TokenStream(Iterator[Generation]):
 
 
 def _spread(rows, scalar) -> LoopState:
-    """Shardings of a state from those of its arrays [B ...] and of its scalar."""
+    """Shardings of a state, given those of its arrays [B ...] and of its scalar."""
     return LoopState(scalar, *[rows] * (len(dataclasses.fields(LoopState)) - 1))
 
 

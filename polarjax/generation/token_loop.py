@@ -1,4 +1,4 @@
-"""The token loop: draws, counts and stops, knowing nothing of the model but a step function. All traceable."""
+"""The token loop: draws, counts and stops; knows the model only as a step function. All traceable."""
 
 import dataclasses
 from collections.abc import Callable, Sequence
@@ -13,14 +13,14 @@ from polarjax.generation.sampling import Sampler
 from polarjax.types import Array, Bool, Float, Int, Key
 
 CHUNK = 8
-"""Decoding steps between two looks at whether every sequence has stopped."""
+"""Decoding steps between checks whether every sequence has stopped."""
 
 LARGEST_ID = 2**31 - 1
 """The largest token id there can be: ids are int32."""
 
 
 def is_token_id(value: object) -> bool:
-    """Whether a value, a Python number if it is one, can be a token's id."""
+    """Whether a Python value can be a token id."""
     return type(value) is int and 0 <= value <= LARGEST_ID
 
 
@@ -28,7 +28,7 @@ type StopIds = int | Sequence[int] | Int[Array, "*n"] | Int[np.ndarray, "*n"] | 
 """Token ids that end a row, as a caller gives them."""
 
 type Step = Callable[[Int[Array, "B"], Any, Bool[Array, "B"]], tuple[Float[Array, "B V"], Any]]
-"""A decoding step: (token [B], cache, rows that go on [B]) -> (logits [B V], cache); all that the loop knows of a
+"""A decoding step: (token [B], cache, live rows [B]) -> (logits [B V], cache); all that the loop knows about a
 model."""
 
 
@@ -54,7 +54,7 @@ class Generation:
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True, eq=False)
 class LoopState:
-    """What the token loop carries.
+    """The token loop's state.
 
     Attributes:
       step: tokens drawn so far, int32 scalar.
@@ -62,7 +62,7 @@ class LoopState:
       stopped: rows that have met a stop id, bool [B].
       failed: rows whose logits were not finite or whose draw was not an id, bool [B].
       lengths: tokens generated in each row, int32 [B].
-      seen: ids that each row holds, its prompt included, bool [B V].
+      seen: ids in each row, including its prompt, bool [B V].
       cache: whatever the step function carries.
     """
 
@@ -78,7 +78,7 @@ class LoopState:
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class FixedSampler:
-    """A sampler of the caller's own, static under `jax.jit`."""
+    """A caller-defined sampler, static under `jax.jit`."""
 
     sampler: Sampler = dataclasses.field(metadata={"static": True})
 
@@ -88,7 +88,7 @@ class FixedSampler:
 
 
 def _ids(drawn: Any, rows: int) -> Int[Array, "B"]:
-    """What a sampler drew; raises `InputError` unless that is one whole number for each row."""
+    """A sampler's result; raises `InputError` unless it is one whole number per row."""
     dtype, shape = getattr(drawn, "dtype", None), tuple(getattr(drawn, "shape", ()))
     if dtype is None or shape != (rows,) or not jnp.issubdtype(dtype, jnp.integer):
         raise InputError(
@@ -104,15 +104,15 @@ def _ids(drawn: Any, rows: int) -> Int[Array, "B"]:
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True, eq=False)
 class Rules:
-    """How a loop draws and when it ends: arrays, so that other settings need no other program.
+    """How a loop draws and when it ends: arrays, so that other settings reuse the program.
 
     Attributes:
       sampler: draws the tokens; a pytree.
-      stop_ids: ids that end a row, int32 [n], or [B n] with each row's own; -1 is no id.
+      stop_ids: ids that end a row, int32 [n], or [B n] with each row's own; -1 is padding.
       limit: most tokens of a row, int32 scalar or [B].
       key: random key; only a sampler that draws needs one.
-      repetition_penalty: divides the positive logits of ids that a row holds already and multiplies the negative
-        ones (Keskar et al. 2019), float32 scalar or [B]; 1 is none.
+      repetition_penalty: divides the positive logits of ids already in a row and multiplies the negative
+        ones (Keskar et al. 2019), float32 scalar or [B]; 1 disables it.
     """
 
     sampler: Sampler
@@ -128,10 +128,10 @@ class Rules:
         return self.draw(logits, LoopState(jnp.int32(0), zeros, none, none, zeros, seen, cache))
 
     def draw(self, logits: Float[Array, "B V"], state: LoopState) -> LoopState:
-        """The state after a token more in every row that goes on."""
+        """The state after one more token in every live row."""
         key = None if self.key is None else jax.random.fold_in(self.key, state.step)
-        drawn = _ids(self.sampler(self._penalised(logits, state.seen), key), logits.shape[0])
-        # A maximum passes NaN on; -inf beside finite logits is fine.
+        drawn = _ids(self.sampler(self._penalized(logits, state.seen), key), logits.shape[0])
+        # max propagates NaN; -inf next to finite logits is fine.
         usable = jnp.isfinite(jnp.max(logits, -1)) & (drawn >= 0) & (drawn < logits.shape[1])
         going = self.going(state)
         live = going & usable
@@ -147,7 +147,7 @@ class Rules:
             cache=state.cache,
         )
 
-    def _penalised(self, logits: Float[Array, "B V"], seen: Bool[Array, "B V"]) -> Float[Array, "B V"]:
+    def _penalized(self, logits: Float[Array, "B V"], seen: Bool[Array, "B V"]) -> Float[Array, "B V"]:
         penalty = self.repetition_penalty.astype(logits.dtype)
         penalty = penalty[:, None] if penalty.ndim else penalty
         return jnp.where(seen, jnp.where(logits < 0, logits * penalty, logits / penalty), logits)
@@ -157,15 +157,15 @@ class Rules:
         return jnp.any(token[:, None] == ids, -1)
 
     def halted(self, state: LoopState, rows: Bool[Array, "B"]) -> LoopState:
-        """The state in which these rows have stopped too."""
+        """The state with these rows stopped as well."""
         return dataclasses.replace(state, stopped=state.stopped | rows)
 
     def going(self, state: LoopState) -> Bool[Array, "B"]:
-        """The rows that go on."""
+        """The live rows."""
         return ~(state.stopped | state.failed) & (state.lengths < self.limit)
 
     def advance(self, step: Step, state: LoopState) -> tuple[LoopState, Int[Array, "B CHUNK"]]:
-        """`CHUNK` steps more, and the tokens they drew; 0 in rows that have ended."""
+        """Runs `CHUNK` more steps; returns their tokens too, 0 in rows that have ended."""
 
         def one(state: LoopState, _) -> tuple[LoopState, Int[Array, "B"]]:
             logits, cache = step(state.token, state.cache, self.going(state))
@@ -177,7 +177,7 @@ class Rules:
 
 
 def ids_in(tokens: Int[Array, "B T"], lengths: Int[Array, "B"], vocab_size: int) -> Bool[Array, "B V"]:
-    """The ids that each prompt holds. Traceable."""
+    """The ids in each prompt. Traceable."""
     rows, width = tokens.shape
     valid = jnp.arange(width)[None] < lengths[:, None]
     ids = jnp.where(valid, tokens, vocab_size)  # outside: dropped
@@ -194,7 +194,7 @@ def decode_loop(
     *,
     room: int,
 ) -> tuple[Generation, Any]:
-    """Draws up to `rules.limit` tokens a row; returns them in [B room], and the final cache. Traceable.
+    """Draws up to `rules.limit` tokens per row; returns them in [B room], and the final cache. Traceable.
 
     Steps run in chunks of `CHUNK`; between chunks the loop ends early once every row has ended.
     """

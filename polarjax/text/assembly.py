@@ -1,4 +1,4 @@
-"""Tokens to text while they come: nothing is shown that later tokens may still change or cut off."""
+"""Converts tokens to text as they arrive; holds back text that later tokens may change or cut off."""
 
 import dataclasses
 from collections.abc import Callable, Iterator, Sequence
@@ -14,17 +14,17 @@ from polarjax.text.tokenizer import Tokenizer
 
 type Ending = Literal["stop_id", "stop_string", "length", "failed"]
 
-_INCOMPLETE = "\ufffd"  # what a decoder puts for bytes that are no character, or not yet
+_INCOMPLETE = "\ufffd"  # decoders emit it for invalid or incomplete UTF-8
 
 
 @dataclasses.dataclass(frozen=True)
 class Completion:
-    """What was written after a prompt.
+    """The text generated after a prompt.
 
     Attributes:
       text: without the stop string, if one ended it.
-      tokens: ids, to the one that ended it.
-      ending: why it ended; "failed": the model computed NaN or infinity.
+      tokens: ids, up to and including the one that ended it.
+      ending: why it ended; "failed" if the model computed NaN or infinity.
     """
 
     text: str
@@ -33,14 +33,14 @@ class Completion:
 
 
 class Assembler:
-    """The text of one sequence, token by token; what `push` and `finish` return adds up to `text`.
+    """Builds the text of one sequence, token by token; the results of `push` and `finish` add up to `text`.
 
-    Where a stop string ends first, the text ends before it; of several that end there, before the longest.
+    The text ends before the first completed stop string; if several end there, before the longest.
 
     Attributes:
-      text: so far, without a stop string; its end may not have been shown yet.
-      stopped: whether a stop string was met.
-      tokens: ids taken, to the one that completed the stop string.
+      text: the text so far, without a stop string; its end may be held back.
+      stopped: whether a stop string was found.
+      tokens: ids used, up to the one that completed the stop string.
     """
 
     def __init__(
@@ -52,14 +52,14 @@ class Assembler:
     ) -> None:
         self.text, self.stopped, self.tokens = "", False, []
         self._decode, self._stops = decode, stop_strings
-        self._window = list(context)  # decoded together: the last whole piece, and what came since
-        self._settled = len(self._window)  # how many of them came before what came since
-        self._prompt = decode(self._window) if self._window else ""  # may end in half a character
+        self._window = list(context)  # decoded together: the last complete piece and newer tokens
+        self._settled = len(self._window)  # how many of them are older than the newer tokens
+        self._prompt = decode(self._window) if self._window else ""  # may end in an incomplete character
         self._seen = len(self._prompt)  # characters of the window that are in `text`, or the prompt's
         self._shown = 0
 
     def push(self, ids: Sequence[int]) -> str:
-        """Takes tokens; returns the text that can be shown now."""
+        """Adds tokens; returns the text that can be shown now."""
         for each in [[token] for token in ids] if self._stops else [list(ids)]:
             if not self.stopped and each:
                 self.tokens += each
@@ -67,7 +67,7 @@ class Assembler:
         return self._show(len(self.text) - (0 if self.stopped else self._held()))
 
     def finish(self) -> str:
-        """No token follows; returns the text that was held back."""
+        """Ends the sequence; returns the text that was held back."""
         if not self.stopped:
             text = self._decode(self._window)
             self._accept(text, len(text))
@@ -86,7 +86,7 @@ class Assembler:
             self._settled = len(tail)
 
     def _accept(self, decoded: str, end: int) -> None:
-        """Adds what is new in the window's text up to `end`: also a character that began in the prompt."""
+        """Adds the window's new text up to `end`, including a character that began in the prompt."""
         if self._prompt and not self.text:
             self._seen = _shared(self._prompt, decoded)
         new, self._seen = decoded[self._seen : end], max(self._seen, end)
@@ -97,7 +97,7 @@ class Assembler:
             self.text, self.stopped = self.text[: min(ends)[1]], True
 
     def _held(self) -> int:
-        """Length of the longest end of the text with which a stop string begins."""
+        """Length of the longest suffix of the text that starts a stop string."""
         longest = min(max(map(len, self._stops), default=1) - 1, len(self.text))
         begins = lambda end: any(stop.startswith(end) for stop in self._stops)
         return next((n for n in range(longest, 0, -1) if begins(self.text[-n:])), 0)
@@ -108,7 +108,7 @@ class Assembler:
 
 
 class TextStream(Iterator[tuple[str, ...]]):
-    """New text of each row of a `TokenStream`, "" where there is none; a row that meets a stop string is halted.
+    """Yields the new text of each row of a `TokenStream`, possibly ""; halts rows at stop strings.
 
     Raises:
       InputError: a stop string is empty.
@@ -130,7 +130,7 @@ class TextStream(Iterator[tuple[str, ...]]):
 
     @property
     def completions(self) -> tuple[Completion, ...]:
-        """What every row holds so far; whole once the stream has ended."""
+        """Every row so far; complete once the stream has ended."""
         return tuple(
             Completion(row.text, tuple(row.tokens), ending or "length")
             for row, ending in zip(self._rows, self._endings, strict=True)
@@ -163,10 +163,10 @@ def complete(
     """The texts of a whole generation, cut at stop strings.
 
     Args:
-      made: of B rows.
-      tokenizer: of the model.
+      made: a generation of B rows.
+      tokenizer: the model's tokenizer.
       context: the last tokens of each row's prompt.
-      stop_strings: texts that end a row.
+      stop_strings: strings that end a row.
 
     Raises:
       InputError: a stop string is empty.
@@ -190,7 +190,7 @@ def check_stop_strings(strings: Sequence[str]) -> tuple[str, ...]:
 
 
 def _shared(left: str, right: str) -> int:
-    """Length of the longest start that both have."""
+    """Length of the longest common prefix."""
     return next(
         (i for i, (a, b) in enumerate(zip(left, right, strict=False)) if a != b), min(len(left), len(right))
     )

@@ -1,4 +1,4 @@
-"""From prompts to texts, batch by batch: what the command and `Bundle.complete` do."""
+"""Continues prompts batch by batch, for the command and `Bundle.complete`."""
 
 import dataclasses
 from collections.abc import Callable, Sequence
@@ -32,7 +32,7 @@ DEFAULT_NEW_TOKENS = 64
 type Row = Sequence[int]
 type Show = Callable[[tuple[str, ...]], None]
 type Skip = Callable[[int], Sparsity | None]
-"""What to skip when decoding a batch of so many sequences; None is the dense model."""
+"""Sparsity for a batch of this many sequences; None is the dense model."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -43,10 +43,10 @@ class ContinueOptions:
       sampler: draws the tokens.
       max_new_tokens: M, the most tokens of a sequence.
       stop_ids: ids that end a sequence.
-      stop_strings: texts that end a sequence and are cut off it; one that is a special token counts as a stop id.
-      repetition_penalty: 1 changes nothing.
-      copies: sequences of each prompt, which follow one another.
-      batch_size: prompts at a time; None takes all.
+      stop_strings: strings that end a sequence and are cut off; a special token counts as a stop id.
+      repetition_penalty: 1 disables it.
+      copies: sequences per prompt, in consecutive rows.
+      batch_size: prompts per batch; None takes all.
     """
 
     sampler: Sampler
@@ -59,7 +59,7 @@ class ContinueOptions:
 
     @classmethod
     def of(cls, settings: GenerationSettings, **given: Any) -> "ContinueOptions":
-        """What a model asks for; `given` fields that are not None override it.
+        """Options from a model's settings; `given` fields that are not None override them.
 
         Raises:
           InputError: a batch size, stop ids or stop strings that cannot be used.
@@ -76,7 +76,7 @@ class ContinueOptions:
 
 
 def check_batch_size(count: int | None, where: str = "batch_size") -> None:
-    """Raises `InputError` unless so many prompts can be continued at a time."""
+    """Raises `InputError` unless `count` is None or a positive whole number."""
     if count is not None and (type(plain(count)) is not int or count < 1):
         raise InputError("no prompts in a batch", where=where, got=repr(count), hint="give 1 or more")
 
@@ -90,15 +90,15 @@ def count_new_tokens(
     *,
     option: str = "max_new_tokens",
 ) -> int:
-    """How many tokens to make: those wanted, or what the model asks for, or `DEFAULT_NEW_TOKENS` if there is room.
+    """Tokens to generate: `wanted`, or the model's setting, or `DEFAULT_NEW_TOKENS` limited by the room.
 
     Args:
       wanted: M; None leaves it to the model.
       prompts: B prompts, which errors name.
       rows: their token ids.
       model: the decoder.
-      settings: what the model asks for.
-      option: what an error calls M.
+      settings: the model's settings.
+      option: name of M in an error.
 
     Raises:
       InputError: no token is wanted, or more than fit after the longest prompt.
@@ -124,15 +124,15 @@ def continue_all(
 ) -> list[Completion]:
     """Continues any number of prompts in batches; `copies` completions for each, in the order of the prompts.
 
-    A last batch that is smaller is filled up with repeats while it is dense, as it would compile a program of its own
-    otherwise; neurons are chosen for a batch as a whole, so repeats would change what a sparse one computes.
+    A smaller last batch is padded with repeats if it is dense, to avoid another compilation. A sparse one isn't: neurons
+    are chosen for the whole batch, so repeats would change the result.
 
     Args:
       model: the decoder.
-      tokenizer: of the model.
+      tokenizer: the model's tokenizer.
       rows: prompts as token ids.
       key: random key; the first batch draws with it, the others with keys folded from it.
-      options: how they are continued.
+      options: sampler, limits and batch size.
       skip: what to skip, by the number of sequences in a batch.
       show: called with the new text of each row of a batch while it is made.
 
@@ -168,9 +168,9 @@ def continue_rows(
     sparsity: Sparsity | None = None,
     show: Show | None = None,
 ) -> tuple[Completion, ...]:
-    """Continues a batch of prompts; the tokens come in one go, or in chunks if `show` or stop strings ask for it.
+    """Continues a batch of prompts; in one call, or in chunks if there is `show` or a stop string.
 
-    See `continue_all`, whose batches these are.
+    See `continue_all`, which makes the batches.
     """
     special = {each: tokenizer.special_id(each) for each in options.stop_strings}
     stop_strings = [each for each, token in special.items() if token is None]

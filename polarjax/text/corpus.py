@@ -1,4 +1,4 @@
-"""Texts to learn from and to measure on: files, and the standard library as a corpus."""
+"""Training and evaluation texts: files, and the standard library as a corpus."""
 
 import hashlib
 import lzma
@@ -17,7 +17,7 @@ SKIPPED_NAMES = frozenset(
 
 
 def read_text(path: str | Path) -> str:
-    """The text of a UTF-8 file or pipe; a name ending in `.xz` is unpacked. Form feeds separate documents.
+    """The text of a UTF-8 file or pipe; `.xz` files are decompressed. Form feeds separate documents.
 
     Raises InputError for a file that is missing, a directory or device, not UTF-8, damaged or empty.
     """
@@ -42,7 +42,7 @@ def read_text(path: str | Path) -> str:
 
 
 def _unreadable(path: Path) -> str | None:
-    """What stands at `path` if no text can be read from it; a terminal is read to its end, like a pipe."""
+    """Why `path` can't be read as text, or None; a terminal is read to its end, like a pipe."""
     if path.is_dir():
         return "a directory"
     if not path.exists():
@@ -60,7 +60,7 @@ def _is_terminal(path: Path) -> bool:
 def split_of(module: str) -> Split:
     """The split a standard-library module belongs to: 80 % train, 10 % calibration, 10 % evaluation.
 
-    It hangs on the dotted name alone, so a module stays in its split on every Python version.
+    It depends only on the dotted name, so a module keeps its split across Python versions.
     """
     bucket = hashlib.sha256(module.encode()).digest()[0] * 10 // 256
     return ("calibration", "evaluation")[bucket] if bucket < 2 else "train"
@@ -97,7 +97,7 @@ def standard_library_text(split: Split) -> str:
 
 
 def _module_name(relative: Path) -> str | None:
-    """`email/message.py` -> `email.message`, `json/__init__.py` -> `json`; None for what is left out."""
+    """`email/message.py` -> `email.message`, `json/__init__.py` -> `json`; None for excluded files."""
     parts = relative.with_suffix("").parts
     if parts[-1] == "__init__":
         parts = parts[:-1]

@@ -1,4 +1,4 @@
-"""Token ids to text, byte-fallback runs included."""
+"""Token ids to text, including byte-fallback runs."""
 
 import json
 import re
@@ -13,12 +13,12 @@ _REPLACEMENT = "\ufffd"
 def decode(hf: Any, ids: Sequence[int], *, skip_special_tokens: bool) -> str:
     """The text of token ids, as `hf.decode` gives it, except in runs of byte tokens that are not UTF-8.
 
-    There the tokenizers library replaces the whole run, so that one more byte changes the characters before it.
-    SentencePiece, and this function, keep the characters that are whole and replace each other byte by U+FFFD.
+    There the tokenizers library replaces the whole run, so one more byte changes earlier characters. Like
+    SentencePiece, this function keeps complete characters and replaces every other byte by U+FFFD.
 
     Args:
-      hf: the tokenizer of transformers.
-      ids: of one sequence.
+      hf: the transformers tokenizer.
+      ids: token ids of one sequence.
       skip_special_tokens: whether special tokens are left out.
     """
     text = hf.decode(list(ids), skip_special_tokens=skip_special_tokens)
@@ -32,7 +32,7 @@ def decode(hf: Any, ids: Sequence[int], *, skip_special_tokens: bool) -> str:
 
 
 def falls_back_to_bytes(hf: Any) -> bool:
-    """Whether a tokenizer of the tokenizers library joins tokens such as <0xE0> to characters."""
+    """Whether a tokenizer joins byte tokens such as <0xE0> into characters."""
     return "ByteFallback" in decoder_types(hf)
 
 
@@ -46,7 +46,7 @@ def decoder_types(hf: Any) -> set[str]:
 
 
 def _with_replacements(tokens: Sequence[str]) -> list[str]:
-    """The tokens with U+FFFD for each byte token that is no part of a character."""
+    """The tokens with U+FFFD for each byte token that isn't part of a character."""
     made: list[str] = []
     for is_bytes, group in groupby(tokens, lambda token: _BYTE.fullmatch(token) is not None):
         run = list(group)

@@ -1,4 +1,4 @@
-"""Prompts as programs and files have them: texts, and conversations in the form of messages."""
+"""Prompts from programs and files: texts, and conversations as lists of messages."""
 
 import dataclasses
 import json
@@ -19,13 +19,13 @@ type Message = Mapping[str, str]
 
 @dataclasses.dataclass(frozen=True)
 class Prompt:
-    """What is to be continued.
+    """A text or conversation to continue.
 
     Attributes:
-      name: what an error calls it: its line, or its number.
-      text: a text to continue, or what the user says in a chat.
-      messages: of a chat; None for a text.
-      entry: the object it came from; what is written in the end is this, completed.
+      name: its name in an error: its line or number.
+      text: the text to continue, or the user message of a chat.
+      messages: the messages of a chat; None for a text.
+      entry: the object it came from; the output is this plus the completions.
     """
 
     name: str
@@ -35,14 +35,14 @@ class Prompt:
 
     @classmethod
     def of(cls, text: str, name: str) -> "Prompt":
-        """A text."""
+        """A prompt from a text."""
         return cls(name, text, None, {"prompt": text})
 
     def ids(self, tokenizer: Tokenizer, *, chat: bool = False, system: str | None = None) -> list[int]:
         """Its tokens. With `chat`, the text is a user message, after the `system` message if there is one.
 
         Raises:
-          InputError: there is no chat template or it refuses the messages, or nothing is left to continue.
+          InputError: there is no chat template, it refuses the messages, or the prompt has no tokens.
         """
         try:
             if self.messages is None and not chat:
@@ -58,7 +58,7 @@ class Prompt:
             ) from error
 
     def completed(self, completions: Sequence[Completion]) -> str:
-        """A line of JSON: the object it came from with `completions`; half characters stay JSON escapes."""
+        """A line of JSON: its object plus `completions`; lone surrogates stay JSON escapes."""
         made = [
             {"text": each.text, "tokens": len(each.tokens), "ending": each.ending} for each in completions
         ]
@@ -67,13 +67,13 @@ class Prompt:
 
 
 def as_prompts(given: Any) -> list[Prompt]:
-    """Prompts as a program has them: texts, and conversations, which are lists of messages with `role` and `content`.
+    """Prompts from a program: texts, or conversations, which are lists of messages with `role` and `content`.
 
     Args:
       given: a sequence of prompts, or one prompt alone.
 
     Raises:
-      InputError: there is no prompt, or a value is not a prompt; its number is named.
+      InputError: there is no prompt, or a value is not a prompt; the message gives its number.
     """
     hint = "pass texts, or lists of messages with the texts role and content"
     alone = isinstance(given, str) or _is_conversation(given)
@@ -94,14 +94,14 @@ def as_prompts(given: Any) -> list[Prompt]:
 
 
 def read_prompt_file(path: Path) -> list[Prompt]:
-    """The prompts of a file in their order, by its name.
+    """Reads the prompts of a file, in order; the file's name gives the format.
 
     `.jsonl` holds an object on each line; `.json` one array of texts, objects and conversations; any other name a
     text with a prompt on each line. The name may be in capitals and end in `.xz`. A pipe, whose name says nothing,
     holds objects if its first line is one. Empty lines are skipped.
 
     Raises:
-      InputError: the file cannot be read or is empty, or lines are no prompts; they are named by their numbers.
+      InputError: the file cannot be read or is empty, or lines are not prompts; the message lists them.
     """
     text, name = read_text(path), path.name.lower().removesuffix(".xz")
     if name.endswith(".json"):
@@ -115,7 +115,7 @@ def read_prompt_file(path: Path) -> list[Prompt]:
 def _prompts(
     path: Path, unit: str, items: Iterable[tuple[int, Any]], read: Callable[[Any], Any]
 ) -> list[Prompt]:
-    """The prompts in numbered items; all those that are none are named at once."""
+    """The prompts in numbered items; one error lists all bad items."""
     found, bad = [], []
     for i, item in items:
         try:
@@ -125,7 +125,7 @@ def _prompts(
     if bad:
         rest = f" and {len(bad) - _MOST_NAMED} more" if len(bad) > _MOST_NAMED else ""
         raise InputError(
-            "lines that are no prompts" if unit == "line" else "entries that are no prompts",
+            "some lines are not prompts" if unit == "line" else "some entries are not prompts",
             where=path,
             got=", ".join(bad[:_MOST_NAMED]) + rest,
             expected=SHAPES,
@@ -157,7 +157,7 @@ def _starts_with_object(lines: Sequence[tuple[int, str]]) -> bool:
 
 
 def _object(line: str) -> Any:
-    """What a line of JSON holds; raises `ValueError` that says why it can't be read."""
+    """The value in a line of JSON; raises `ValueError` with the reason if it can't be read."""
     try:
         return json.loads(line)
     except (ValueError, RecursionError) as error:
@@ -165,25 +165,25 @@ def _object(line: str) -> Any:
 
 
 def _as_entry(value: Any) -> Any:
-    """A text or a conversation as the object that a line of a prompt file would hold."""
+    """A text or conversation as the object of a prompt-file line."""
     if isinstance(value, str):
         return {"prompt": str(value)}
     return {"messages": list(value)} if isinstance(value, list | tuple) else value
 
 
 def _prompt(entry: Any, name: str) -> Prompt:
-    """The prompt in an object; raises `ValueError` that says why there is none."""
+    """The prompt in an object; raises `ValueError` with the reason if there is none."""
     if not isinstance(entry, dict):
         raise ValueError(f"not an object: {type(entry).__name__}")
     if ("prompt" in entry) == ("messages" in entry):
         raise ValueError("both prompt and messages" if "prompt" in entry else "neither prompt nor messages")
     if not isinstance(entry.get("prompt", ""), str):
-        raise ValueError("prompt is no text")
+        raise ValueError("prompt is not a text")
     if "prompt" in entry:
         return Prompt(name, entry["prompt"], None, entry)
     messages = entry["messages"]
     if not isinstance(messages, list) or not messages or not all(map(_is_message, messages)):
-        raise ValueError("messages is no list of objects with the texts role and content")
+        raise ValueError("messages is not a list of objects with the texts role and content")
     return Prompt(name, "", tuple(messages), entry)
 
 

@@ -1,4 +1,4 @@
-"""tokenizer.model as SentencePiece reads it: transformers orders its merges by id and leaves out its normalization."""
+"""Reads tokenizer.model as SentencePiece does; transformers orders merges by id and drops the normalization."""
 
 import base64
 import json
@@ -14,12 +14,12 @@ _SPACE = "▁"
 
 
 def use_sentencepiece_rules(hf: Any, file: Path) -> None:
-    """Gives a tokenizer that transformers made from `file` the ids of SentencePiece, spaces included.
+    """Makes a transformers tokenizer of `file` produce SentencePiece's ids, including spaces.
 
-    Its special tokens and its post-processor stay. Models of whole words or characters stay as they are.
+    Keeps its special tokens and post-processor. Word and character models are left unchanged.
 
     Args:
-      hf: the tokenizer of transformers; changed.
+      hf: the transformers tokenizer; modified.
       file: the SentencePiece model.
 
     Raises:
@@ -55,13 +55,13 @@ def _read(file: Path) -> Any:
     try:
         proto.ParseFromString(file.read_bytes())
     except DecodeError as error:
-        hint = "take the file from the model's source again"
+        hint = "download the file again"
         raise CheckpointError("not a SentencePiece model", where=file, got=str(error), hint=hint) from error
     return proto
 
 
 def _model(proto: Any) -> dict[str, Any] | None:
-    """The model in the words of the tokenizers library; None for a kind that it does not have."""
+    """The model in the tokenizers library's format; None for a kind it doesn't support."""
     spec = proto.trainer_spec
     common = {"byte_fallback": spec.byte_fallback}
     if spec.model_type == _UNIGRAM:
@@ -79,10 +79,10 @@ def _model(proto: Any) -> dict[str, Any] | None:
 
 
 def _merges(proto: Any) -> Iterator[tuple[float, str, str]]:
-    """Score and halves of every merge. SentencePiece takes the best score first, and of equal ones the leftmost.
+    """Score and halves of every merge. SentencePiece merges the best score first; on a tie, the leftmost.
 
-    The tokenizers library knows an order of merges only; equal scores are those of runs of spaces, which grow from the
-    left where longer runs come first.
+    The tokenizers library only has an order of merges. Ties are runs of spaces, which grow from the left if longer runs
+    come first.
     """
     scores = {each.piece: each.score for each in proto.pieces if each.type == _NORMAL}
     for piece, score in scores.items():
@@ -106,8 +106,8 @@ def _normalizer(spec: Any) -> dict[str, Any]:
 def _pre_tokenizer(spec: Any) -> dict[str, Any] | None:
     """Puts a space before a text, even before one that begins with a space; not after a special token.
 
-    `Metaspace` puts none before a text that begins with its own sign, so the first step has another sign. Where spaces
-    at the beginning were removed, it no longer knows which text is the first, and every one gets its space.
+    `Metaspace` adds none to a text that begins with its own symbol, so the first step uses another symbol. If leading
+    spaces were removed, it can't tell which text is first, so every one gets a space.
     """
     if not spec.add_dummy_prefix:
         return None

@@ -1,4 +1,4 @@
-"""How many bytes of a text each of its tokens stands for."""
+"""Counts the bytes of text that each token stands for."""
 
 import re
 from typing import Any
@@ -15,13 +15,12 @@ _SPACE = "▁"  # a space, in SentencePiece's vocabularies
 def encode_with_bytes(hf: Any, text: str) -> tuple[Int[np.ndarray, "tokens"], Int[np.ndarray, "tokens"]]:
     """The token ids of `text` without added special tokens, and the UTF-8 bytes that each stands for.
 
-    The bytes of all tokens together are those of the text: what the tokenizer leaves out of a token (spaces that it
-    trims) counts for the next token, or for the last one at the end. A character that several tokens share is
-    divided among them by the bytes that each token itself stands for.
+    The bytes of all tokens add up to the text's. Spaces that the tokenizer trims count for the next token, or for the
+    last one at the end. A character shared by several tokens is divided among them by their own bytes.
 
     Args:
-      hf: the tokenizer of transformers.
-      text: to encode.
+      hf: the transformers tokenizer.
+      text: the text to encode.
 
     Returns:
       ids int32 and bytes int64, both [tokens].
@@ -45,7 +44,7 @@ def encode_with_bytes(hf: Any, text: str) -> tuple[Int[np.ndarray, "tokens"], In
 
 
 def _encode(hf: Any, text: str) -> tuple[np.ndarray, np.ndarray]:
-    """Ids int32 [tokens] and the characters [start, end) of each, [tokens 2]: the whole text, if it is not known."""
+    """Ids int32 [tokens] and the characters [start, end) of each, [tokens 2]; the whole text if unknown."""
     options = {"add_special_tokens": False, "verbose": False}
     if not hf.is_fast:
         ids = np.asarray(hf.encode(text, **options), np.int32)
@@ -65,7 +64,7 @@ def _byte_positions(text: str) -> np.ndarray:
 def _own_bytes(hf: Any, ids: np.ndarray) -> np.ndarray:
     """The bytes that each token stands for by its own name in the vocabulary, [tokens]."""
     unique, inverse = np.unique(ids, return_inverse=True)
-    is_byte_level = "ByteLevel" in decoder_types(hf)  # whose names have one character for each byte
+    is_byte_level = "ByteLevel" in decoder_types(hf)  # its names have one character per byte
 
     def size(name: str) -> int:
         if is_byte_level:

@@ -1,4 +1,4 @@
-"""Token windows: texts as one stream of tokens, cut into rows of one length."""
+"""Token windows: texts as one stream of tokens, cut into rows of equal length."""
 
 import dataclasses
 from collections.abc import Callable, Sequence
@@ -14,11 +14,11 @@ from polarjax.types import Bool, Int
 
 @dataclasses.dataclass(frozen=True)
 class ScoredWindows:
-    """Windows of a text, and what a score of them counts.
+    """Windows of a text, and which of their tokens are scored.
 
     Attributes:
       tokens: int32 [n T].
-      scored: bool [n T]; False for a token that is not of the text, such as BOS before a document.
+      scored: bool [n T]; False for tokens that aren't text, such as BOS before a document.
       num_bytes: UTF-8 bytes of the text that each token stands for, int32 [n T]; 0 where not scored.
     """
 
@@ -50,7 +50,7 @@ def windows(
     """Consecutive, non-overlapping windows [n length] int32 of a token stream; the short tail is dropped.
 
     With `first` (a BOS id) each window is that token followed by length - 1 tokens of the stream.
-    Raises InputError when fewer than `at_least` windows come out; it names `source` and the tokens got and needed.
+    Raises InputError if there are fewer than `at_least` windows; it names `source` and the tokens got and needed.
     """
     stream = np.asarray(tokens, np.int32)
     taken = length if first is None else length - 1
@@ -61,16 +61,16 @@ def windows(
 def text_windows(
     texts: Sequence[str], tokenizer: Tokenizer, length: int, *, most: int | None = None, source: str
 ) -> Int[np.ndarray, "n T"]:
-    """Windows of `length` tokens of all `texts`, each begun by BOS where the tokenizer has one.
+    """Windows of `length` tokens of all `texts`, each starting with BOS if the tokenizer has one.
 
-    BOS also precedes each document, once: a window that a document begins with has no second one.
+    BOS also precedes each document, but a window never starts with two.
 
     Args:
       texts: documents, or several separated by form feeds.
-      tokenizer: of the model.
+      tokenizer: the model's tokenizer.
       length: T, BOS included.
-      most: at most so many windows, evenly spread over the text; None takes all.
-      source: what an error calls the texts.
+      most: maximum number of windows, evenly spread over the text; None takes all.
+      source: name of the texts in an error.
 
     Raises:
       InputError: the text does not fill one window, or `length` or `most` is too small.

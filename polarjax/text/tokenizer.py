@@ -1,4 +1,4 @@
-"""A thin wrapper of a HuggingFace tokenizer: text to right-padded batches and back."""
+"""A thin wrapper around a HuggingFace tokenizer: text to right-padded batches and back."""
 
 import contextlib
 import dataclasses
@@ -35,7 +35,7 @@ def only_sentencepiece(folder: Path) -> bool:
 
 
 def can_read_sentencepiece() -> bool:
-    """Whether the libraries of the extra `sentencepiece` are there; without one, transformers misleads."""
+    """Whether the libraries of the extra `sentencepiece` are installed; without them, transformers' error misleads."""
     return all(_installed(name) for name in ("sentencepiece", "google.protobuf"))
 
 
@@ -44,9 +44,9 @@ class Tokenizer:
     """Text to token ids and back.
 
     Attributes:
-      folder: where its files lie.
-      hf: the tokenizer of transformers.
-      generation: what generation_config.json asks for; without one, that `eos_id` ends a text.
+      folder: the folder of its files.
+      hf: the transformers tokenizer.
+      generation: settings of generation_config.json; without one, only `eos_id` as stop id.
     """
 
     folder: Path
@@ -55,11 +55,11 @@ class Tokenizer:
 
     @classmethod
     def load(cls, folder: str | os.PathLike[str], *, model_type: str | None = None) -> "Tokenizer":
-        """Reads a folder of HuggingFace tokenizer files; runs no code from it and asks no network.
+        """Reads a folder of HuggingFace tokenizer files; runs no code from it and doesn't use the network.
 
         Args:
-          folder: with the tokenizer's files.
-          model_type: the HuggingFace family, by which transformers chooses a class where the files do not.
+          folder: the folder of the tokenizer's files.
+          model_type: the HuggingFace family, from which transformers picks a class if the files name none.
 
         Raises:
           CheckpointError: the folder has no tokenizer, transformers cannot read it, or generation_config.json is bad.
@@ -73,7 +73,7 @@ class Tokenizer:
             raise CheckpointError(
                 "this is a tiktoken vocabulary, not a SentencePiece model",
                 where=path / SENTENCEPIECE,
-                hint="take tokenizer.json too, from a copy of this model that has it",
+                hint="add tokenizer.json, from a copy of this model that has it",
             )
         if only_sentencepiece(path) and not can_read_sentencepiece():
             raise CheckpointError(
@@ -104,7 +104,7 @@ class Tokenizer:
 
     @property
     def pad_id(self) -> int:
-        """Id that fills up rows; what it is does not matter, because lengths are kept."""
+        """Id used for padding; any id would do, because lengths are kept."""
         ids = (self.hf.pad_token_id, self.hf.eos_token_id, 0)
         return next(each for each in ids if each is not None)
 
@@ -145,7 +145,7 @@ class Tokenizer:
         return tokens, lengths
 
     def encode_chat(self, messages: Sequence[Mapping[str, str]]) -> list[int]:
-        """Token ids of a conversation through the model's chat template, up to where the model is to answer.
+        """Token ids of a conversation through the model's chat template, up to where the model answers.
 
         Args:
           messages: each with the texts `role` ("system", "user", "assistant") and `content`.
@@ -154,7 +154,7 @@ class Tokenizer:
           InputError: the tokenizer has no chat template, or its template refuses the messages.
         """
         if not self.hf.chat_template:
-            hint = "write the prompt as one text (without --chat), or take a chat model"
+            hint = "write the prompt as one text (without --chat), or use a chat model"
             raise InputError("the tokenizer has no chat template", where=self.folder, hint=hint)
         if not _installed("jinja2"):
             raise InputError(
@@ -169,13 +169,13 @@ class Tokenizer:
                 [dict(each) for each in messages], add_generation_prompt=True, return_dict=False
             )
         except Exception as error:  # a template may raise anything
-            hint = "write the messages as the model's template wants them"
+            hint = "write the messages as the model's template expects"
             raise InputError(
                 "the chat template refuses the messages", got=_first(error), hint=hint
             ) from error
         if not ids:
             raise InputError(
-                "the chat template makes nothing of the messages", hint="write at least one message"
+                "the chat template returned no tokens for the messages", hint="write at least one message"
             )
         return list(ids)
 
@@ -183,10 +183,10 @@ class Tokenizer:
         templates = self.hf.chat_template
         if isinstance(templates, Mapping) and "default" not in templates:
             raise InputError(
-                "the tokenizer has several chat templates and none is called default",
+                "the tokenizer has several chat templates, none named default",
                 where=self.folder,
                 got=", ".join(map(str, templates)) or "an empty list",
-                hint="call the one to use default: in chat_template of tokenizer_config.json, or as "
+                hint="name the one to use default: in chat_template of tokenizer_config.json, or as "
                 "chat_template.jinja",
             )
 
@@ -218,18 +218,18 @@ class Tokenizer:
 def _from_transformers(folder: Path, model_type: str | None) -> Any:
     import transformers
 
-    model_type = "llama" if model_type == "sparsellama" else model_type  # which transformers does not know
+    model_type = "llama" if model_type == "sparsellama" else model_type  # transformers doesn't know it
     try:
         hf = transformers.AutoTokenizer.from_pretrained(
             folder, config=_bare_config(model_type), local_files_only=True, trust_remote_code=False
         )
         _ = hf.eos_token_id  # looks the special tokens up
         return hf
-    except Exception as error:  # the tokenizers library raises no narrower one
+    except Exception as error:  # the tokenizers library raises plain Exception
         what, got, hint = "unreadable tokenizer", _first(error), "copy the tokenizer's files again"
         if "trust_remote_code" in str(error):
             what, got = "the tokenizer asks for its own code (auto_map), which polarjax never runs", None
-            hint = "take a model whose tokenizer transformers knows"
+            hint = "use a model whose tokenizer transformers supports"
         if isinstance(error, RecursionError):
             what, got = "special tokens that are empty or unknown", _special_tokens(folder)
             hint = f"remove those that are empty from {SETTINGS} and special_tokens_map.json"
@@ -237,15 +237,15 @@ def _from_transformers(folder: Path, model_type: str | None) -> Any:
 
 
 def _special_tokens(folder: Path) -> str:
-    """What the settings call the special tokens."""
+    """The special tokens named in the settings."""
     files = [folder / name for name in ("special_tokens_map.json", SETTINGS)]
-    data = [read_json(file, hint="take the file again") for file in files if file.is_file()]
+    data = [read_json(file, hint="download the file again") for file in files if file.is_file()]
     tokens = {key: value for each in data for key, value in each.items() if key.endswith("_token")}
     return ", ".join(f"{key} {value!r:.40}" for key, value in tokens.items() if not key.startswith("add_"))
 
 
 def _bare_config(model_type: str | None) -> Any:
-    """A config that names its family, which is all that a tokenizer is chosen by; the family's own imports PyTorch."""
+    """A config with only the family's name, enough to pick a tokenizer; the real class imports PyTorch."""
     from transformers import PreTrainedConfig
     from transformers.models.auto import configuration_auto
 
@@ -256,7 +256,7 @@ def _bare_config(model_type: str | None) -> Any:
 
 
 def _is_unicode(text: str) -> bool:
-    """Whether there is no half of a surrogate pair in it, which no tokenizer takes."""
+    """Whether it has no lone surrogates, which no tokenizer accepts."""
     return not any("\ud800" <= each <= "\udfff" for each in text)
 
 
@@ -273,7 +273,7 @@ def _first(error: BaseException) -> str:
 
 @contextlib.contextmanager
 def _quiet() -> Iterator[None]:
-    """Keeps transformers from announcing at import that PyTorch is not there."""
+    """Silences transformers' warning at import that PyTorch is missing."""
     name = "TRANSFORMERS_NO_ADVISORY_WARNINGS"
     before = os.environ.get(name)
     os.environ[name] = "1"

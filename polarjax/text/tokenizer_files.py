@@ -1,7 +1,7 @@
-"""Copying a HuggingFace folder's tokenizer, and mending what its files leave unsaid and transformers then gets wrong.
+"""Copies a HuggingFace folder's tokenizer and fixes what its files omit and transformers then gets wrong.
 
-OPT and LLaMA read every text behind a BOS token. Where tokenizer_config.json is missing or silent, transformers
-leaves it out without a word (and reads a bare tokenizer.model without its leading space); see `repair`.
+OPT and LLaMA start every text with a BOS token. If tokenizer_config.json doesn't say so, transformers silently omits it
+(and reads a bare tokenizer.model without its leading space); see `repair`.
 """
 
 import shutil
@@ -38,7 +38,7 @@ IDS = {
     "sparsellama": {"bos_token": 1},
     "mistral": {"bos_token": 1},
 }
-"""Families that begin a text with BOS, and the ids of special tokens where config.json does not tell."""
+"""Families that begin a text with BOS, and their special token ids, unless config.json gives others."""
 
 _LLAMA_BOS = ("<s>", "<|begin_of_text|>")
 _BOS_NAMES = {
@@ -46,27 +46,27 @@ _BOS_NAMES = {
     "llama": _LLAMA_BOS,
     "sparsellama": _LLAMA_BOS,
     "mistral": _LLAMA_BOS,
-}  # others of a family do without BOS
+}  # other models of a family don't use BOS
 _SENTENCEPIECE = {0: "<unk>", 1: "<s>", 2: "</s>"}
-_AGAIN = "take the file from the model's source again"
+_AGAIN = "download the file again"
 
 
 def copy_tokenizer(
     source: Path, target: Path, *, model_type: str, config: Mapping[str, Any]
 ) -> tuple[tuple[str, ...], tuple[str, ...]]:
-    """Copies the tokenizer and generation settings of a HuggingFace folder, checks them and mends the copy.
+    """Copies the tokenizer and generation settings of a HuggingFace folder, checks them and fixes the copy.
 
     Args:
       source: the HuggingFace folder; it is not changed.
       target: an existing, empty folder.
       model_type: the family.
-      config: what the source's config.json holds.
+      config: the source's config.json.
 
     Returns:
-      the names of the copied files, and what there is to tell, a line each.
+      the names of the copied files, and notes, one line each.
 
     Raises:
-      CheckpointError: the tokenizer or generation_config.json is damaged, or asks for values that are none.
+      CheckpointError: the tokenizer or generation_config.json is damaged, or has invalid values.
     """
     names = tuple(name for name in FILES if (source / name).is_file())
     for name in names:
@@ -114,22 +114,22 @@ def repair(folder: Path, model_type: str, config: Mapping[str, Any]) -> tuple[st
         notes.append(
             "tokenizer.model can be read only with polarjax[sentencepiece]; the text verbs will ask for it"
         )
-        return (*notes, *_told(model_type, added, None))
+        return (*notes, *_fixes(model_type, added, None))
     tokenizer = Tokenizer.load(folder, model_type=None if bare else model_type)
     bos = _wanted_bos(tokenizer, settings, model_type, bare=bare)
     if bos is not None:
         tokenizer.hf.add_bos_token = True
     if bare or bos is not None:
         tokenizer.hf.save_pretrained(folder)
-    if bare:  # transformers would build LLaMA's own class anew and read only the merges of tokenizer.json
+    if bare:  # transformers would rebuild LLaMA's class from only the merges of tokenizer.json
         write_json(
             folder / SETTINGS, _read(folder / SETTINGS) | {"tokenizer_class": "PreTrainedTokenizerFast"}
         )
-    notes += _told(model_type, added, bos)
+    notes += _fixes(model_type, added, bos)
     size = config.get("vocab_size")
     if isinstance(size, int) and tokenizer.vocab_size > size:
         notes.append(
-            f"the tokenizer has {tokenizer.vocab_size} ids, the model {size}: text beyond is refused"
+            f"the tokenizer has {tokenizer.vocab_size} ids, the model {size}: text with ids beyond is refused"
         )
     return tuple(notes)
 
@@ -137,7 +137,7 @@ def repair(folder: Path, model_type: str, config: Mapping[str, Any]) -> tuple[st
 def _missing(
     folder: Path, settings: Mapping[str, Any], model_type: str, config: Mapping[str, Any], *, bare: bool
 ) -> dict[str, Any]:
-    """What tokenizer_config.json has to say besides: the class, and the special tokens by config.json's ids."""
+    """Entries to add to tokenizer_config.json: the class, and special tokens by config.json's ids."""
     added: dict[str, Any] = {}
     said = settings.keys() | _read(folder / "special_tokens_map.json").keys()
     if bare and model_type in ("llama", "sparsellama", "mistral"):
@@ -147,10 +147,10 @@ def _missing(
         added["tokenizer_class"] = config["tokenizer_class"]
     names = _SENTENCEPIECE if bare else _names_by_id(folder)
     kinds = ("eos_token", "pad_token", *(["bos_token"] if model_type in IDS else []))
-    told = {kind: config.get(f"{kind}_id") for kind in kinds}
-    ids = IDS.get(model_type, {}) | {kind: each for kind, each in told.items() if each is not None}
+    given = {kind: config.get(f"{kind}_id") for kind in kinds}
+    ids = IDS.get(model_type, {}) | {kind: each for kind, each in given.items() if each is not None}
     if model_type == "opt" and str(settings.get("tokenizer_class", "GPT2")).startswith("GPT2"):
-        ids["unk_token"] = ids["bos_token"]  # the class would add a token of its own
+        ids["unk_token"] = ids["bos_token"]  # the class would add its own token
     for key, value in ids.items():
         value = value[0] if isinstance(value, list) and value else value
         name = names.get(value) if isinstance(value, int) else None
@@ -163,7 +163,7 @@ def _missing(
 def _wanted_bos(
     tokenizer: Tokenizer, settings: Mapping[str, Any], model_type: str, *, bare: bool
 ) -> str | None:
-    """The BOS token that texts should begin with and do not; None where all is well."""
+    """The BOS token that texts should begin with but don't; None if nothing is wrong."""
     said, named = settings.get("add_bos_token"), settings.get("tokenizer_class")
     name, bos = tokenizer.hf.bos_token, tokenizer.bos_id
     if model_type not in IDS or said is False or bos is None:
@@ -174,12 +174,12 @@ def _wanted_bos(
     return name if tokenizer.hf.encode("a")[:1] != [bos] else None
 
 
-def _told(model_type: str, added: Mapping[str, Any], bos: str | None) -> list[str]:
+def _fixes(model_type: str, added: Mapping[str, Any], bos: str | None) -> list[str]:
     parts = [f"{key} {value}" for key, value in added.items()]
     if bos is not None:
         parts.append(f"texts begin with {bos}")
     return (
-        [f"tokenizer mended for {model_type}, as {SETTINGS} does not say: {', '.join(parts)}"]
+        [f"tokenizer fixed for {model_type}, because {SETTINGS} does not say: {', '.join(parts)}"]
         if parts
         else []
     )

@@ -1,6 +1,6 @@
-"""Keeps transformers from importing PyTorch, which takes seconds and which tokenizers never use.
+"""Keeps transformers from importing PyTorch, which takes seconds and which tokenizers don't use.
 
-Where PyTorch is installed, some modules of transformers import it as they are imported themselves.
+If PyTorch is installed, some transformers modules import it when they are imported.
 """
 
 import contextlib
@@ -14,17 +14,16 @@ from typing import Any
 
 @contextlib.contextmanager
 def torch_on_use() -> Iterator[None]:
-    """In the block, `import torch` gives a stand-in that becomes the real module on its first use, also later.
+    """In the block, `import torch` gives a stand-in that loads the real module on first use, even after the block.
 
-    Nothing changes where PyTorch was imported before or is not installed. After the block, `import torch` gives the
-    real module to everybody.
+    Does nothing if PyTorch is already imported or not installed. After the block, `import torch` gives the real module.
     """
     spec = None if "torch" in sys.modules else importlib.util.find_spec("torch")
     if spec is None:
         yield
         return
     stand_in = _StandIn("torch")
-    stand_in.__spec__ = spec  # transformers looks whether there is one
+    stand_in.__spec__ = spec  # transformers checks for it
     sys.modules["torch"] = stand_in
     try:
         yield
@@ -34,7 +33,7 @@ def torch_on_use() -> Iterator[None]:
 
 
 class _StandIn(ModuleType):
-    """The module `torch` until an attribute is asked for; then the real one takes its place."""
+    """Stands in for `torch` until an attribute is used; then the real module replaces it."""
 
     def __getattr__(self, name: str) -> Any:
         if sys.modules.get("torch") is self:

@@ -101,7 +101,7 @@ def test_the_models_settings_apply_and_flags_override_them(home, run, tmp_path):
         home, tmp_path / "m", eos_token_id=[stop, 4095], do_sample=True, top_k=5, min_p=0.1
     )
     one = run("--prompt", "def f", *SHORT, "--json", model=model)
-    assert "left out: min_p 0.1" in one[2]
+    assert "ignored: min_p 0.1" in one[2]
     drawn = _result(one)
     assert drawn["texts"] != plain["texts"]
     complete = lambda **options: pj.load(model).complete("def f", max_new_tokens=12, **options)
@@ -255,9 +255,13 @@ NOT_COMPLETED = {
     "no list": (3, {}, "prompts: not prompts; got int"),
     "bytes": (b"a", {}, "prompts: not prompts; got bytes"),
     "a message": ({"role": "user", "content": "a"}, {}, "prompts: not prompts; got dict"),
-    "token ids": ([[1, 2]], {}, "prompt 1: messages is no list of objects"),
-    "a message without content": (["a", [{"role": "user"}]], {}, "prompt 2: messages is no list of objects"),
-    "an empty conversation": ([[]], {}, "prompt 1: messages is no list of objects"),
+    "token ids": ([[1, 2]], {}, "prompt 1: messages is not a list of objects"),
+    "a message without content": (
+        ["a", [{"role": "user"}]],
+        {},
+        "prompt 2: messages is not a list of objects",
+    ),
+    "an empty conversation": ([[]], {}, "prompt 1: messages is not a list of objects"),
     "a number": (["a", 3], {}, "prompt 2: not a prompt; got int"),
     "half a character": (["a", "\ud800"], {}, "prompt 2: .*not a text"),
     "too long": (["a", "a " * 70], {}, "prompt 2: the sequence would exceed"),
@@ -340,7 +344,7 @@ LINES = {
     "a number": ("3", "line 2 (not an object: int)"),
     "no prompt": ("{}", "line 2 (neither prompt nor messages)"),
     "both": ('{"prompt": "a", "messages": []}', "line 2 (both prompt and messages)"),
-    "prompt is a number": ('{"prompt": 3}', "line 2 (prompt is no text)"),
+    "prompt is a number": ('{"prompt": 3}', "line 2 (prompt is not a text)"),
     "no messages": ('{"messages": []}', "line 2 (messages is no list"),
     "half a message": ('{"messages": [{"role": "user"}]}', "line 2 (messages is no list"),
     "half a character": (r'{"prompt": "\ud800"}', "line 2: Tokenizer.encode: not a text"),

@@ -46,7 +46,7 @@ def test_what_polarjax_does_not_have_is_named():
     settings = GenerationSettings.from_json(QWEN | {"tempratur": 3, "min_length": 0, "num_beams": 4})
     assert settings.sampler == pj.Categorical(0.7, top_k=20, top_p=0.8)
     (note,) = settings.notes
-    assert note.endswith("left out: tempratur 3, num_beams 4")
+    assert note.endswith("ignored: tempratur 3, num_beams 4")
     assert settings.repetition_penalty == 1.05
 
 

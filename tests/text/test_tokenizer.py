@@ -88,7 +88,7 @@ def test_named_chat_templates(tmp_path, names):
     if "default" in names:
         assert loaded.encode_chat(messages)
     else:
-        with pytest.raises(pj.InputError, match=f"none is called default; got {', '.join(names)}"):
+        with pytest.raises(pj.InputError, match=f"none named default; got {', '.join(names)}"):
             loaded.encode_chat(messages)
 
 

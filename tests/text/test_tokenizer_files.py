@@ -1,4 +1,4 @@
-"""Taking over tokenizers: what transformers reads silently wrongly is mended, the rest left as it is."""
+"""Taking over tokenizers: what transformers reads silently wrongly is fixed, the rest left as it is."""
 
 import json
 import shutil
@@ -74,7 +74,7 @@ def test_opt_folder_without_settings_is_completed(tmp_path, case):
     assert (loaded.bos_id, loaded.stop_ids, loaded.pad_id) == (2, (2,), 1)
     assert loaded.vocab_size == len(transformers.AutoTokenizer.from_pretrained(right))
     (note,) = notes
-    assert "mended for opt" in note
+    assert "fixed for opt" in note
     assert "\n" not in note
 
 
@@ -93,7 +93,7 @@ def test_opt_tokens_named_only_in_special_tokens_map(tmp_path):
     loaded, notes = _taken(source, tmp_path / "out")
     assert all(row[0] == 2 for row in _ids(loaded))
     assert notes == (
-        "tokenizer mended for opt, as tokenizer_config.json does not say: texts begin with </s>",
+        "tokenizer fixed for opt, because tokenizer_config.json does not say: texts begin with </s>",
     )
 
 
@@ -152,7 +152,7 @@ def test_llama_tokenizer_without_settings_gets_special_tokens(tmp_path):
     assert _ids(loaded) == _transformers(source)
     assert (loaded.bos_id, loaded.stop_ids) == (1, (2,))
     assert notes == (
-        "tokenizer mended for llama, as tokenizer_config.json does not say: bos_token <s>, eos_token </s>",
+        "tokenizer fixed for llama, because tokenizer_config.json does not say: bos_token <s>, eos_token </s>",
     )
 
 
@@ -209,7 +209,7 @@ def test_ids_beyond_the_model_are_reported(tmp_path):
     loaded, notes = _taken(source, tmp_path / "out", vocab_size=300)
     count = loaded.vocab_size
     assert count > 300
-    assert notes == (f"the tokenizer has {count} ids, the model 300: text beyond is refused",)
+    assert notes == (f"the tokenizer has {count} ids, the model 300: text with ids beyond is refused",)
 
 
 def test_remote_code_is_named_and_never_run(tmp_path):
@@ -262,9 +262,7 @@ def test_null_is_the_same_as_leaving_a_key_out(tmp_path):
     loaded, notes = _taken(source, tmp_path / "out")
     assert loaded.stop_ids == (2,)
     assert [row[0] for row in _ids(loaded)] == [1] * len(TEXTS)
-    assert notes == (
-        "generation_config.json asks for what polarjax does not have; left out: max_length 4096",
-    )
+    assert notes == ("generation_config.json has unsupported entries; ignored: max_length 4096",)
 
 
 def test_sampling_settings_of_an_old_config_json_are_kept(tmp_path):
