@@ -345,8 +345,8 @@ LINES = {
     "no prompt": ("{}", "line 2 (neither prompt nor messages)"),
     "both": ('{"prompt": "a", "messages": []}', "line 2 (both prompt and messages)"),
     "prompt is a number": ('{"prompt": 3}', "line 2 (prompt is not a text)"),
-    "no messages": ('{"messages": []}', "line 2 (messages is no list"),
-    "half a message": ('{"messages": [{"role": "user"}]}', "line 2 (messages is no list"),
+    "no messages": ('{"messages": []}', "line 2 (messages is not a list"),
+    "half a message": ('{"messages": [{"role": "user"}]}', "line 2 (messages is not a list"),
     "half a character": (r'{"prompt": "\ud800"}', "line 2: Tokenizer.encode: not a text"),
     "refused by the template": (
         '{"messages": [{"role": "tool", "content": ""}]}',
