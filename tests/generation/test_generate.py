@@ -308,5 +308,5 @@ def test_prefill_refuses_a_cache_that_does_not_fit(cache, named):
 
 @pytest.mark.parametrize("sizes", [(0, 8), (2, 0), (-1, 8)])
 def test_a_cache_needs_room(sizes):
-    with refuses(pj.InputError, "would be empty.*both at least 1"):
+    with refuses(pj.InputError, "is not usable.*at least 1"):
         pj.init_cache(zoo.CONFIGS["opt"], batch_size=sizes[0], capacity=sizes[1])
