@@ -13,7 +13,7 @@ import numpy as np
 from checkpoints_convert.hf_config import CONFIG, read_config
 from checkpoints_convert.hub import locate
 from checkpoints_convert.json_files import read_json
-from checkpoints_convert.rules import Family, Layout, Plan, Step, make_plan
+from checkpoints_convert.rules import ConversionPlan, Family, Layout, Step, make_plan
 from checkpoints_convert.tensor_names import some
 from checkpoints_convert.weights_io import DTYPES, Tensor, open_weights, read_rows, unused_weights
 from polarjax.checkpoint.manifest import SOURCE_CONFIG
@@ -148,7 +148,7 @@ def parameter_dtype(dtype: DTypeLike | None, tensors: Sequence[Tensor], where: P
 
 def _plan(
     family: Family, config: ModelConfig, tensors: Mapping[str, Tensor], source: Path
-) -> tuple[ModelConfig, Plan, tuple[str, ...]]:
+) -> tuple[ModelConfig, ConversionPlan, tuple[str, ...]]:
     """The config, plan and notes. As in transformers, tied tensors that differ are untied."""
     shapes = {name: each.shape for name, each in tensors.items()}
     plan = make_plan(family, config, shapes, where=source)

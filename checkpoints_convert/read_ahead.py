@@ -1,4 +1,4 @@
-"""Reads parts of large files in order, each while the caller processes the previous one.
+"""Reads ranges of large files in order, each while the caller processes the previous one.
 
 Weights are read once, so reads bypass the page cache where possible: managing its pages took more CPU time than the
 rest of reading.
@@ -15,16 +15,16 @@ from typing import NamedTuple
 
 import numpy as np
 
-PART_BYTES = 1 << 24
-"""A good part size."""
+RANGE_BYTES = 1 << 24
+"""A good size of a range."""
 
 _BUFFERS = 3  # one with the caller, one being filled, one waiting for the disk
-_SMALL = 1 << 20  # smaller parts are read through the page cache
+_SMALL = 1 << 20  # smaller ranges are read through the page cache
 _PAGE = 4096  # alignment of direct I/O: a multiple of any disk's block size
 _DIRECT = getattr(os, "O_DIRECT", 0)  # Linux only
 
 
-class Part(NamedTuple):
+class FileRange(NamedTuple):
     """Consecutive bytes of a file."""
 
     file: Path
@@ -32,19 +32,19 @@ class Part(NamedTuple):
     size: int
 
 
-def read_ahead(parts: Sequence[Part]) -> Generator[np.ndarray, None, None]:
-    """Yields the bytes of each part, uint8 [size], fewer at the end of the file; valid until the next one is read.
+def read_ahead(ranges: Sequence[FileRange]) -> Generator[np.ndarray, None, None]:
+    """Yields the bytes of each range, uint8 [size], fewer at the end of the file; valid until the next one is read.
 
     Raises:
       OSError: a file cannot be read.
     """
-    size = max((part.size for part in parts), default=0)
-    buffers = [_pages(size + 2 * _PAGE) for _ in range(min(_BUFFERS, len(parts)))]
+    size = max((span.size for span in ranges), default=0)
+    buffers = [_pages(size + 2 * _PAGE) for _ in range(min(_BUFFERS, len(ranges)))]
     pool = ThreadPoolExecutor(1)
     pending: deque[Future[np.ndarray]] = deque()
     try:
-        for part, buffer in zip(parts, itertools.cycle(buffers)):
-            pending.append(pool.submit(_read, part, buffer))
+        for span, buffer in zip(ranges, itertools.cycle(buffers)):
+            pending.append(pool.submit(_read, span, buffer))
             if len(pending) == len(buffers):
                 yield pending.popleft().result()
         while pending:
@@ -59,28 +59,28 @@ def _pages(size: int) -> np.ndarray:
     return memory[-memory.ctypes.data % _PAGE :][:size]
 
 
-def _read(part: Part, buffer: np.ndarray) -> np.ndarray:
-    """Reads a part; its offset within a page is the same in the buffer as in the file."""
-    memory = buffer[part.offset % _PAGE :][: part.size]
+def _read(span: FileRange, buffer: np.ndarray) -> np.ndarray:
+    """Reads a range; its offset within a page is the same in the buffer as in the file."""
+    memory = buffer[span.offset % _PAGE :][: span.size]
     done = 0
-    with open(part.file, "rb", buffering=0) as stream:
-        if part.size >= _SMALL and _DIRECT and not _in_page_cache(stream, part.offset + part.size // 2):
-            done = _read_direct(part, buffer)
-        while done < part.size and (
-            got := os.preadv(stream.fileno(), [memory[done:].data], part.offset + done)
+    with open(span.file, "rb", buffering=0) as stream:
+        if span.size >= _SMALL and _DIRECT and not _in_page_cache(stream, span.offset + span.size // 2):
+            done = _read_direct(span, buffer)
+        while done < span.size and (
+            got := os.preadv(stream.fileno(), [memory[done:].data], span.offset + done)
         ):
             done += got
     return memory[:done]
 
 
-def _read_direct(part: Part, buffer: np.ndarray) -> int:
-    """Reads a part with direct I/O, in whole pages; returns the bytes read, 0 if the file system refuses."""
-    skip = part.offset % _PAGE
-    pages = buffer[: -(-(skip + part.size) // _PAGE) * _PAGE]
+def _read_direct(span: FileRange, buffer: np.ndarray) -> int:
+    """Reads a range with direct I/O, in whole pages; returns the bytes read, 0 if the file system refuses."""
+    skip = span.offset % _PAGE
+    pages = buffer[: -(-(skip + span.size) // _PAGE) * _PAGE]
     try:
-        handle = os.open(part.file, os.O_RDONLY | _DIRECT)
+        handle = os.open(span.file, os.O_RDONLY | _DIRECT)
         try:
-            return max(0, min(os.preadv(handle, [pages.data], part.offset - skip) - skip, part.size))
+            return max(0, min(os.preadv(handle, [pages.data], span.offset - skip) - skip, span.size))
         finally:
             os.close(handle)
     except OSError:

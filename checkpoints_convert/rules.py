@@ -141,7 +141,7 @@ class Step:
 
 
 @dataclasses.dataclass(frozen=True)
-class Plan:
+class ConversionPlan:
     """Everything a conversion does.
 
     Attributes:
@@ -197,7 +197,7 @@ def _expand(table: Sequence[Rule], layers: int, wanted: Mapping[str, tuple[int, 
 
 def make_plan(
     family: Family, config: ModelConfig, found: Mapping[str, tuple[int, ...]], *, where: object
-) -> Plan:
+) -> ConversionPlan:
     """Matches the tensors of a checkpoint with the parameters of its config.
 
     A tied checkpoint may hold the embeddings, the head or both.
@@ -230,7 +230,7 @@ def make_plan(
     check_tensors(where, found, faults)
     steps = tuple(dataclasses.replace(step, source=names[name]) for name, step in expected.items())
     equal = ((names[HEAD], names[table]),) if spare_head else ()
-    return Plan(steps, equal, tuple(sorted(names[name] for name in skipped)))
+    return ConversionPlan(steps, equal, tuple(sorted(names[name] for name in skipped)))
 
 
 def is_buffer(family: Family, name: str) -> bool:

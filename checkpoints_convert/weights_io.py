@@ -17,7 +17,7 @@ import numpy as np
 from safetensors import SafetensorError, safe_open
 
 from checkpoints_convert.json_files import parse_json, read_json
-from checkpoints_convert.read_ahead import PART_BYTES, Part, read_ahead
+from checkpoints_convert.read_ahead import RANGE_BYTES, FileRange, read_ahead
 from checkpoints_convert.tensor_names import MERGE_ADAPTER, ROTARY_BUFFERS, some
 from checkpoints_convert.torch_files import read_torch_header
 from polarjax.errors import CheckpointError
@@ -87,15 +87,15 @@ class Tensor:
         """Its rows and columns; anything but a matrix is one row."""
         return (self.shape[0], self.shape[1]) if len(self.shape) == 2 else (1, self.size)
 
-    def parts(self) -> list[Part]:
-        """File parts of a few rows each; none if the file holds it in another order."""
+    def ranges(self) -> list[FileRange]:
+        """File ranges of a few rows each; none if the file holds it in another order."""
         rows, columns = self.matrix
         row = columns * self.dtype.itemsize
         if self.strides is not None or not rows * row:
             return []
-        step = max(PART_BYTES // row, 1)
+        step = max(RANGE_BYTES // row, 1)
         return [
-            Part(self.file, self.offset + start * row, (min(start + step, rows) - start) * row)
+            FileRange(self.file, self.offset + start * row, (min(start + step, rows) - start) * row)
             for start in range(0, rows, step)
         ]
 
@@ -109,7 +109,7 @@ class Tensor:
             self.num_bytes if self.strides is None else self.dtype.itemsize * _span(self.shape, self.strides)
         )
         with self._read_errors():
-            (memory,) = read_ahead([Part(self.file, self.offset, count)])
+            (memory,) = read_ahead([FileRange(self.file, self.offset, count)])
         array = self._whole(memory, count).view(self.dtype)
         if self.strides is None:
             return array.reshape(self.shape)
@@ -150,14 +150,14 @@ def read_rows(tensors: Sequence[Tensor]) -> Generator[np.ndarray, None, None]:
     Raises:
       CheckpointError: a file no longer holds them.
     """
-    with contextlib.closing(read_ahead([part for tensor in tensors for part in tensor.parts()])) as found:
+    with contextlib.closing(read_ahead([each for tensor in tensors for each in tensor.ranges()])) as found:
         for tensor in tensors:
             if tensor.strides is not None:
                 yield tensor.read().reshape(tensor.matrix)
-            for part in tensor.parts():
+            for each in tensor.ranges():
                 with tensor._read_errors():
                     memory = next(found)
-                yield tensor._whole(memory, part.size).view(tensor.dtype).reshape(-1, tensor.matrix[1])
+                yield tensor._whole(memory, each.size).view(tensor.dtype).reshape(-1, tensor.matrix[1])
 
 
 def open_weights(folder: Path) -> dict[str, Tensor]:

@@ -1,4 +1,4 @@
-"""`polarjax calibrate`: find how many neurons each layer needs at each batch size."""
+"""`polarjax calibrate`: finds how many neurons each layer needs at each batch size."""
 
 from typing import Any
 
@@ -16,7 +16,7 @@ def calibrate(
     dense_attention: learning.DenseAttention = "first",
     seed: learning.Seed = 0,
 ) -> dict[str, Any]:
-    """Make the plans of a model directory that has routers; earlier plans are replaced."""
+    """Make plans for a model directory that has routers; replaces existing plans."""
     import jax
 
     from polarjax import sparsity

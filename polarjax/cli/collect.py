@@ -1,4 +1,4 @@
-"""`polarjax collect`: record a model's activations on text."""
+"""`polarjax collect`: records a model's activations on text."""
 
 from pathlib import Path
 from typing import Annotated, Any
@@ -13,32 +13,24 @@ from polarjax.sparsity.options import CollectOptions
 def collect(
     folder: learning.Folder,
     text: learning.Texts,
-    to: Annotated[Path, typer.Option(help="The folder of activations to make.")],
+    to: Annotated[Path, typer.Option(help="The folder of activations to create.")],
     window: learning.Window = None,
     max_tokens: learning.MaxTokens = learning.MAX_TOKENS,
     max_gb: learning.MaxGb = learning.MAX_GB,
     fit: learning.Fit = False,
     validation: learning.Validation = learning.VALIDATION,
     test: learning.Test = learning.TEST,
-    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace earlier activations.")] = False,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace existing activations.")] = False,
     dtype: learning.Dtype = None,
 ) -> dict[str, Any]:
     """Record router inputs, active neurons and attention norms of a model on text, for train-routers."""
-    from polarjax import sparsity
+    from polarjax.sparsity.collection import record
 
     max_bytes = bytes_of(max_gb, "--max-gb")
     options = CollectOptions(held_out=(validation, test), max_bytes=max_bytes, fit=fit)
     bundle, windows = learning.load_and_cut(folder, text, window, max_tokens, dtype)
     recording = learning.announce(bundle, windows, options)
-    sparsity.collect(
-        bundle.model,
-        windows,
-        to,
-        held_out=options.held_out,
-        max_bytes=options.max_bytes,
-        fit=fit,
-        overwrite=overwrite,
-    )
+    record(bundle.model, windows, recording, to, overwrite=overwrite)
     print(f"Written to {to}. Next: polarjax train-routers {folder} --activations {to}")
     return {
         "activations": to,

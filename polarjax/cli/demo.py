@@ -1,4 +1,4 @@
-"""`polarjax demo`: runs everything on the small model that comes with polarjax."""
+"""`polarjax demo`: runs every step on the small bundled model."""
 
 import json
 import time
@@ -14,7 +14,7 @@ MODEL = Path(__file__).parents[1] / "assets" / "opt-6m"
 
 def demo(
     out: Annotated[Path, typer.Option(help="Output folder.")] = Path("polarjax-demo"),
-    quick: Annotated[bool, typer.Option("--quick", help="A tenth of the work, for a first look.")] = False,
+    quick: Annotated[bool, typer.Option("--quick", help="Do a tenth of the work, for a first look.")] = False,
 ) -> dict[str, Any]:
     """Convert, record, train routers, calibrate, generate and measure; nothing is downloaded."""
     from checkpoints_convert import convert_checkpoint
@@ -34,6 +34,6 @@ def demo(
     try:
         draw(results, out)
     except ImportError:
-        print("\nNo pictures, because matplotlib is not installed. Hint: pip install 'polarjax[plot]'")
-    print(f"\n{time.perf_counter() - started:.0f} s. Model, results.json and pictures are in {out}")
+        print("\nNo plots, because matplotlib is not installed. Hint: pip install 'polarjax[plot]'")
+    print(f"\n{time.perf_counter() - started:.0f} s. Model, results.json and plots are in {out}")
     return results

@@ -1,4 +1,4 @@
-"""`polarjax eval`: perplexity of a model directory on a text, dense and sparse, and their agreement."""
+"""`polarjax eval`: perplexity of a model on text, dense and sparse, and how often the two agree."""
 
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -19,28 +19,32 @@ def evaluate(
     text: Annotated[
         list[Path], typer.Option(help="A UTF-8 text (.txt, .txt.xz); may be given several times.")
     ],
-    window: Annotated[int | None, typer.Option(help="Tokens of a window; default: up to 512.")] = None,
-    max_tokens: Annotated[int, typer.Option(help="Most tokens to score, spread evenly.")] = 32_768,
-    batch_size: Annotated[int, typer.Option(help="Windows at a time, and the batch decoded.")] = 8,
-    context: Annotated[int, typer.Option(help="Tokens of a window read densely, unscored.")] = 1,
+    window: Annotated[int | None, typer.Option(help="Tokens per window; default: up to 512.")] = None,
+    max_tokens: Annotated[
+        int, typer.Option(help="Maximum number of tokens to score, spread evenly.")
+    ] = 32_768,
+    batch_size: Annotated[int, typer.Option(help="Windows per batch, also when decoding.")] = 8,
+    context: Annotated[
+        int, typer.Option(help="Tokens at the start of a window, read dense and not scored.")
+    ] = 1,
     head_density: Annotated[float | None, typer.Option(help="Fraction of heads (groups) to keep.")] = None,
-    dense: Annotated[bool, typer.Option("--dense", help="Measure the dense model alone.")] = False,
-    dtype: Annotated[str | None, typer.Option(help="Of the computation; default: as stored.")] = None,
+    dense: Annotated[bool, typer.Option("--dense", help="Measure only the dense model.")] = False,
+    dtype: Annotated[str | None, typer.Option(help="Dtype to compute in; default: as stored.")] = None,
 ) -> dict[str, Any]:
-    """Measure how well the model predicts a text, dense and sparse, masked at every position and as decoded."""
+    """Measure perplexity on text, dense and sparse: with selection masked at every position, and as in decoding."""
     from polarjax.checkpoint.bundle import load_with_tokenizer
     from polarjax.evaluation import agreement, perplexity
     from polarjax.text.corpus import read_text
     from polarjax.text.token_windows import scored_windows
 
     if dense and head_density is not None:
-        raise InputError("--dense and --head-density contradict each other", hint="give one of them")
+        raise InputError("--dense and --head-density contradict each other", hint="pass only one of them")
     texts = [read_text(path) for path in text]
     bundle, tokenizer = load_with_tokenizer(folder, dtype)
     length = min(512, bundle.model.config.max_positions) if window is None else window
     source = ", ".join(map(str, text))
     sparse: dict[Mode, Sparsity] = {}
-    if not dense:  # refused here, before anything is measured
+    if not dense:  # fail here, before anything is measured
         sparse = {
             "masked": bundle.sparsity(1, head_density),
             "decode": bundle.sparsity(batch_size, head_density),
@@ -72,7 +76,7 @@ def evaluate(
 
 
 def _check_context(context: int, length: int) -> None:
-    """Raises `InputError` if decoding, the last measurement, would have no token to score."""
+    """Raises `InputError` if mode "decode" would have no token to score."""
     from polarjax.evaluation.checks import largest_context
 
     largest = largest_context(length, "decode")

@@ -1,4 +1,4 @@
-"""What `collect`, `train-routers`, `calibrate` and `sparsify` share: options, the text, the tables they print."""
+"""Shared by `collect`, `train-routers`, `calibrate` and `sparsify`: options, reading text, printed tables."""
 
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, cast
@@ -28,20 +28,22 @@ if TYPE_CHECKING:
 
 Folder = Annotated[Path, typer.Argument(help="A model directory.")]
 Texts = Annotated[list[Path], typer.Option(help="A UTF-8 text (.txt, .txt.xz); may be given several times.")]
-Window = Annotated[int | None, typer.Option(help="Tokens of a window; default: up to 512.")]
-MaxTokens = Annotated[int, typer.Option(help="Most tokens to use, spread evenly.")]
-MaxGb = Annotated[float, typer.Option(help="Most disk space for activations, in GB.")]
-Fit = Annotated[bool, typer.Option("--fit", help="Record fewer tokens where they would exceed --max-gb.")]
-Validation = Annotated[float, typer.Option(help="Fraction of the text kept to choose epochs and plans by.")]
-Test = Annotated[float, typer.Option(help="Fraction of the text kept to measure the plans on.")]
-Dtype = Annotated[str | None, typer.Option(help="Of the computation; default: as stored.")]
+Window = Annotated[int | None, typer.Option(help="Tokens per window; default: up to 512.")]
+MaxTokens = Annotated[int, typer.Option(help="Maximum number of tokens to use, spread evenly.")]
+MaxGb = Annotated[float, typer.Option(help="Maximum size of the activations on disk, in GB.")]
+Fit = Annotated[bool, typer.Option("--fit", help="Record fewer tokens if all would exceed --max-gb.")]
+Validation = Annotated[
+    float, typer.Option(help="Fraction of the text held out for choosing epochs and plans.")
+]
+Test = Annotated[float, typer.Option(help="Fraction of the text held out for measuring the plans.")]
+Dtype = Annotated[str | None, typer.Option(help="Dtype to compute in; default: as stored.")]
 Recorded = Annotated[Path, typer.Option(help="Activations that polarjax collect wrote.")]
 HeadDensity = Annotated[float, typer.Option(help="Fraction of heads (groups) to keep.")]
-LearningRate = Annotated[float, typer.Option(help="Of AdamW.")]
-Batch = Annotated[int, typer.Option(help="Tokens of a training step.")]
-Epochs = Annotated[int, typer.Option(help="Most passes over the training tokens.")]
-Recall = Annotated[float, typer.Option(help="Of the active neurons, for the plans to reach.")]
-MaxBatch = Annotated[int, typer.Option(help="Largest batch to make a plan for.")]
+LearningRate = Annotated[float, typer.Option(help="AdamW's learning rate.")]
+Batch = Annotated[int, typer.Option(help="Tokens per training step.")]
+Epochs = Annotated[int, typer.Option(help="Maximum number of passes over the training tokens.")]
+Recall = Annotated[float, typer.Option(help="Fraction of the active neurons that plans must keep.")]
+MaxBatch = Annotated[int, typer.Option(help="Largest batch size to make a plan for.")]
 Objective = Annotated[
     str,
     typer.Option(
@@ -54,7 +56,7 @@ DenseAttention = Annotated[
         help="The layer whose attention skips nothing: first, or important (whose attention changes the most)."
     ),
 ]
-Seed = Annotated[int, typer.Option(help="Of the random choices.")]
+Seed = Annotated[int, typer.Option(help="Random seed.")]
 
 MAX_TOKENS = 65_536
 MAX_GB = MAX_BYTES / 1e9
@@ -66,7 +68,7 @@ DEFAULTS = TrainOptions()
 def load_and_cut(
     folder: Path, text: list[Path], window: int | None, max_tokens: int, dtype: str | None
 ) -> tuple["Bundle", Int32[np.ndarray, "n T"]]:
-    """The model directory, and the texts cut into token windows."""
+    """Loads the model directory, and cuts the texts into token windows."""
     from polarjax.checkpoint.bundle import load_with_tokenizer
     from polarjax.text.corpus import read_text
     from polarjax.text.token_windows import text_windows
@@ -79,27 +81,29 @@ def load_and_cut(
 
 
 def announce(bundle: "Bundle", windows: Int32[np.ndarray, "n T"], options: CollectOptions) -> "Recording":
-    """Prints how much will be recorded, before it is."""
-    from polarjax.sparsity.pipeline import plan
+    """Checks the windows, plans their recording, and prints how much will be recorded."""
+    from polarjax.model.checks import check_windows
+    from polarjax.sparsity.collection import plan_recording
 
-    recording = plan(bundle.model, windows.shape, options)
+    check_windows(windows, bundle.model.config)
+    recording = plan_recording(bundle.model, windows.shape, options)
     count, length = windows.shape
     print(f"{count} windows of {length} tokens; recording {recording}")
     return recording
 
 
 def open_for(folder: Path, activations: Path, *, routers: bool = False) -> "tuple[Bundle, Activations]":
-    """The model directory, to which the result will be written, and activations that were recorded from it.
+    """Opens a model directory that the result will be written to, and activations recorded from it.
 
-    Parts that are about to be replaced are not read: the plans, and unless asked for the routers.
+    Skips what is about to be replaced: the plans and, unless `routers`, the routers.
 
     Raises:
       CheckpointError: the directory can't be read or written.
       SparsityError: the activations were recorded from another model.
     """
     from polarjax.checkpoint.bundle import load_to_learn
+    from polarjax.model.parameters import fingerprint
     from polarjax.sparsity.activations import open_activations
-    from polarjax.sparsity.collection import fingerprint
 
     recorded = open_activations(activations)
     bundle = load_to_learn(folder, dtype=recorded.dtype, routers=routers)
@@ -109,7 +113,7 @@ def open_for(folder: Path, activations: Path, *, routers: bool = False) -> "tupl
 
 
 def train_options(learning_rate: float, batch: int, epochs: int, objective: str) -> TrainOptions:
-    """The published options but for what the command line sets."""
+    """The published options with these from the command line."""
     return TrainOptions(
         learning_rate=learning_rate,
         neuron_batch=batch,
@@ -120,10 +124,10 @@ def train_options(learning_rate: float, batch: int, epochs: int, objective: str)
 
 
 def calibrate_options(target_recall: float, max_batch: int, dense_attention: str) -> CalibrateOptions:
-    """Powers of two up to `max_batch`."""
+    """The published options with these, and batch sizes that are powers of two up to `max_batch`."""
     if max_batch < 1:
         raise InputError(
-            "no batch to make a plan for", where="--max-batch", got=max_batch, expected="1 or more"
+            "no batch size to make a plan for", where="--max-batch", got=max_batch, expected="1 or more"
         )
     sizes = tuple(2**i for i in range(max_batch.bit_length()))
     return CalibrateOptions(
@@ -134,7 +138,7 @@ def calibrate_options(target_recall: float, max_batch: int, dense_attention: str
 
 
 def print_training(report: "TrainReport") -> None:
-    """Validation quality, a line for each layer."""
+    """Prints the quality on validation tokens, one line per layer."""
     print(f"\nRouters, measured on {report.validation_tokens:,} validation tokens")
     print("layer   neurons: recall  precision     f1   groups: recall  precision     f1   top groups found")
     groups, neurons = report.groups, report.neurons
@@ -149,10 +153,10 @@ def print_training(report: "TrainReport") -> None:
 
 
 def print_plans(table: PlanTable, recall: tuple[tuple[float, ...], ...]) -> None:
-    """Neurons kept in each layer, a line for each batch size; `recall` is that on text held out from everything."""
+    """Prints the neurons kept in each layer, one line per batch size; `recall` is measured on the test tokens."""
     dense = ", ".join(map(str, table.dense_layers))
     print(
-        f"\nHeads kept: {table.head_density:.0%} in every layer but {dense}, unless generate is told otherwise"
+        f"\nHeads kept: {table.head_density:.0%} in every layer but {dense}, unless generate gets --head-density"
     )
     print(f"Neurons kept of {table.num_neurons}, by batch size (all: the layer is dense)")
     rows = zip(table.batch_sizes, table.neurons, recall, strict=True)

@@ -1,4 +1,4 @@
-"""`polarjax sparsify`: routers and plans for a model directory, from text, in one go."""
+"""`polarjax sparsify`: learns routers and plans for a model directory from text, in one command."""
 
 import os
 from pathlib import Path
@@ -9,6 +9,7 @@ import typer
 from polarjax.cli import learning
 from polarjax.cli.inputs import bytes_of, random_key
 from polarjax.errors import InputError
+from polarjax.selection.plans import check_density
 from polarjax.sparsity.options import CollectOptions
 from polarjax.storage.atomic import absolute, check_writable
 
@@ -22,7 +23,9 @@ def sparsify(
     fit: learning.Fit = False,
     validation: learning.Validation = learning.VALIDATION,
     test: learning.Test = learning.TEST,
-    activations: Annotated[Path | None, typer.Option(help="Keep the activations in this new folder.")] = None,
+    activations: Annotated[
+        Path | None, typer.Option(help="Keep the activations, in this new folder.")
+    ] = None,
     head_density: learning.HeadDensity = 0.5,
     learning_rate: learning.LearningRate = learning.DEFAULTS.learning_rate,
     batch: learning.Batch = learning.DEFAULTS.neuron_batch,
@@ -34,27 +37,28 @@ def sparsify(
     seed: learning.Seed = 0,
     dtype: learning.Dtype = None,
 ) -> dict[str, Any]:
-    """Learn from text what a model directory can skip: collect, train-routers and calibrate in one go."""
-    from polarjax import sparsity
+    """Learn from text what the model can skip: collect, train-routers and calibrate in one command."""
     from polarjax.checkpoint.learned import write_plans, write_routers
+    from polarjax.sparsity.pipeline import learn
 
-    if activations is not None and os.path.lexists(absolute(activations)):
-        raise InputError(
-            "the output already exists",
-            where="--activations",
-            got=activations,
-            hint="choose another name, or remove it",
-        )
+    _check_free(activations)
+    check_density(head_density, where="head density")
     key = random_key(seed)
-    collecting = CollectOptions(activations, (validation, test), bytes_of(max_gb, "--max-gb"), fit)
+    collecting = CollectOptions(
+        folder=activations,
+        held_out=(validation, test),
+        max_bytes=bytes_of(max_gb, "--max-gb"),
+        fit=fit,
+    )
     training = learning.train_options(learning_rate, batch, epochs, head_objective)
     calibration = learning.calibrate_options(target_recall, max_batch, dense_attention)
     bundle, windows = learning.load_and_cut(folder, text, window, max_tokens, dtype)
     check_writable(folder)
-    learning.announce(bundle, windows, collecting)
-    routers, plans, report = sparsity.sparsify(
+    recording = learning.announce(bundle, windows, collecting)
+    routers, plans, report = learn(
         bundle.model,
         windows,
+        recording,
         key,
         head_density=head_density,
         collecting=collecting,
@@ -70,3 +74,14 @@ def sparsify(
     spent = ", ".join(f"{stage} {seconds:.0f} s" for stage, seconds in report.seconds.items())
     print(f"{spent}. Routers and plans are in {folder}. Next: polarjax generate {folder} --prompt TEXT")
     return {"plans": plans.to_json(), **report.to_json()}
+
+
+def _check_free(activations: Path | None) -> None:
+    """Raises `InputError` if the folder for activations already exists."""
+    if activations is not None and os.path.lexists(absolute(activations)):
+        raise InputError(
+            "the output already exists",
+            where="--activations",
+            got=activations,
+            hint="choose another name, or remove it",
+        )

@@ -1,4 +1,4 @@
-"""`polarjax train-routers`: learn, from recorded activations, to predict them."""
+"""`polarjax train-routers`: trains routers on recorded activations."""
 
 from typing import Any
 
@@ -16,7 +16,7 @@ def train_routers(
     head_objective: learning.Objective = learning.DEFAULTS.group_objective,
     seed: learning.Seed = 0,
 ) -> dict[str, Any]:
-    """Train the routers of a model directory; earlier routers, and the plans made for them, are replaced."""
+    """Train the routers of a model directory; replaces existing routers and removes their plans."""
     from polarjax import sparsity
     from polarjax.checkpoint.learned import write_routers
 

@@ -1,4 +1,4 @@
-"""The whole way on the bundled model: convert, sparsify, generate, measure, draw."""
+"""Everything on the bundled model: convert, sparsify, generate, measure, plot."""
 
 from polarjax.demo.run import DemoOptions, run
 

@@ -1,4 +1,4 @@
-"""The demo's two pictures; matplotlib is the extra `polarjax[plot]`."""
+"""The demo's two plots; they need matplotlib (`polarjax[plot]`)."""
 
 from pathlib import Path
 from typing import Any
@@ -8,7 +8,7 @@ _LOOKS = {
     "oracle": ("#009E73", "s--"),
     "random": ("#D55E00", "^-"),
     "static": ("#CC79A7", "d:"),
-}  # colours that colour-blind readers can tell apart (Okabe and Ito)
+}  # colors that color-blind readers can tell apart (Okabe and Ito)
 
 
 def draw(results: dict[str, Any], out: Path) -> list[Path]:
@@ -34,8 +34,8 @@ def draw(results: dict[str, Any], out: Path) -> list[Path]:
 def _perplexity(results: dict[str, Any], figure: Any, axes: Any) -> None:
     quality = results["quality"]
     densities = [row["density"] for row in quality["rows"]]
-    for name, (colour, style) in _LOOKS.items():
-        axes.plot(densities, [row[name] for row in quality["rows"]], style, color=colour, label=name)
+    for name, (color, style) in _LOOKS.items():
+        axes.plot(densities, [row[name] for row in quality["rows"]], style, color=color, label=name)
     rows = quality["important_rows"]
     label = f"router, layer {quality['important_layer']} dense"
     axes.plot(
@@ -44,7 +44,7 @@ def _perplexity(results: dict[str, Any], figure: Any, axes: Any) -> None:
     axes.axhline(quality["dense"], color="0.5", linewidth=1, label="dense")
     axes.set(
         yscale="log",
-        xlabel="fraction of heads kept in every layer but one (the first, where no other is named)",
+        xlabel="fraction of heads kept in every layer but one (the first unless the legend names another)",
         ylabel="perplexity (log scale)",
         title=f"Which heads are kept matters: {quality['tokens']:,} held-out tokens",
     )
@@ -64,8 +64,8 @@ def _neurons(results: dict[str, Any], figure: Any, axes: Any) -> None:
     image = axes.imshow(list(zip(*densities, strict=True)), vmin=0, vmax=1, cmap="cividis", aspect="auto")
     for row, values in enumerate(zip(*densities, strict=True)):
         for column, value in enumerate(values):
-            colour = "white" if value < 0.6 else "black"
-            axes.text(column, row, f"{value:.0%}", ha="center", va="center", color=colour, fontsize=8)
+            color = "white" if value < 0.6 else "black"
+            axes.text(column, row, f"{value:.0%}", ha="center", va="center", color=color, fontsize=8)
     axes.set_xticks(range(len(plans)), [plan["batch_size"] for plan in plans])
     axes.set(
         xlabel="sequences decoded together",

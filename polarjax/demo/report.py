@@ -1,28 +1,28 @@
-"""The demo's numbers as text: tables, the two continuations side by side, and a reading of them."""
+"""The demo's results as text: tables, dense and sparse continuations side by side, and a summary."""
 
 from collections.abc import Iterable, Sequence
 from typing import Any
 
 NOTICEABLE = 0.2
-"""The rise of perplexity by random selection at which selections are compared."""
+"""Selections are compared at the first density where random selection raises perplexity by this fraction."""
 
 _WIDTH = 50
 
 
 def text(results: dict[str, Any]) -> str:
-    """Everything that the demo prints at its end."""
+    """The text that the demo prints at the end."""
     parts = (
         _generation(results["generation"]),
         _quality(results["quality"]),
         _plans(results["plans"], results["costs"]),
         _pace(results),
-        "What it says\n" + "\n".join(f"- {line}" for line in reading(results)),
+        "Summary\n" + "\n".join(f"- {line}" for line in reading(results)),
     )
     return "\n\n".join(parts)
 
 
 def reading(results: dict[str, Any]) -> list[str]:
-    """Plain sentences computed from the numbers."""
+    """A summary in sentences."""
     quality, plans = results["quality"], results["plans"]
     lines = []
     found = compared(quality)
@@ -32,14 +32,14 @@ def reading(results: dict[str, Any]) -> list[str]:
         )
     else:
         density, rise = found
-        lines.append(f"Perplexity at head density {density:g}, every position masked: {_told(rise)}.")
+        lines.append(f"Perplexity at head density {density:g}, every position masked: {_changes(rise)}.")
         lines.append(
             f"The routers avoid {1 - rise['router'] / rise['random']:.0%} of what random selection costs."
         )
         other = next(row for row in quality["important_rows"] if row["density"] == density)
         lines.append(
-            f"With layer {quality['important_layer']} dense in place of layer 0, and predicted norms: "
-            f"{_told(_rise(other, quality['dense']))}."
+            f"With layer {quality['important_layer']} dense instead of layer 0, and predicted norms: "
+            f"{_changes(_rise(other, quality['dense']))}."
         )
     same = results["generation"]["density_1_equals_dense"]
     lines.append(
@@ -51,7 +51,7 @@ def reading(results: dict[str, Any]) -> list[str]:
         lines.append(
             f"The plan keeps {_mean(first['density']):.0%} of the neurons at batch {first['batch_size']} and "
             f"{_mean(last['density']):.0%} at batch {last['batch_size']}; the lowest recall of truly active "
-            f"neurons in any layer, on text that nothing was learnt from, is {worst:.3f}."
+            f"neurons in any layer, on text that nothing was learned from, is {worst:.3f}."
         )
     return lines
 
@@ -69,12 +69,12 @@ def _rise(row: dict[str, float], dense: float) -> dict[str, float]:
     return {name: value / dense - 1 for name, value in row.items() if name != "density"}
 
 
-def _told(rise: dict[str, float]) -> str:
+def _changes(rise: dict[str, float]) -> str:
     return ", ".join(f"{name} {value:+.1%}" for name, value in rise.items())
 
 
 def table(header: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
-    """Columns aligned to the right."""
+    """A table with right-aligned columns."""
     cells = [list(header), *map(list, rows)]
     widths = [max(len(row[i]) for row in cells) for i in range(len(header))]
     return "\n".join(
@@ -93,7 +93,7 @@ def _generation(generation: dict[str, Any]) -> str:
 
 
 def _cut(text: str) -> list[str]:
-    """Three lines of a text as Python would show it."""
+    """The first three lines of a text's `repr`."""
     shown = repr(text)[1:-1]
     return [shown[i * _WIDTH : (i + 1) * _WIDTH] for i in range(3)]
 
@@ -153,7 +153,7 @@ def _pace(results: dict[str, Any]) -> str:
     return (
         f"Measured here ({settings['device']}, {len(results['generation']['prompts'])} sequences, float32, "
         f"second run): {pace['dense']:.0f} tokens/s dense, {pace['sparse']:.0f} sparse. "
-        "A model this small is bound by overhead, not by bytes."
+        "A model this small is limited by overhead, not by memory traffic."
     )
 
 

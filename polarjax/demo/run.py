@@ -1,4 +1,4 @@
-"""The stages of the demo; each returns what `results.json` keeps of it."""
+"""The stages of the demo; each returns its part of `results.json`."""
 
 import dataclasses
 import functools
@@ -44,16 +44,16 @@ PROMPTS = (
 
 @dataclasses.dataclass(frozen=True)
 class DemoOptions:
-    """How much the demo does; the defaults take a few minutes on two CPU cores.
+    """How much work the demo does; the defaults take a few minutes on two CPU cores.
 
     Attributes:
-      length: tokens of a window.
-      learn: windows of held-out text that routers and plans are made from.
-      measure: windows of other held-out text that quality is measured on.
+      length: tokens per window.
+      learn: windows of text that routers and plans are learned from.
+      measure: windows of other text that quality is measured on.
       epochs: passes of router training.
-      new_tokens: added to each prompt.
-      densities: head densities of the table; the first one is 1.
-      head_density: of the sparse generation.
+      new_tokens: tokens generated per prompt.
+      densities: head densities to measure; the first is 1.
+      head_density: head density of the sparse generation.
     """
 
     length: int = 256
@@ -66,22 +66,22 @@ class DemoOptions:
 
 
 def run(folder: Path, options: DemoOptions | None = None) -> dict[str, Any]:
-    """Runs all stages on a model directory, which gets routers and plans; returns everything measured.
+    """Runs all stages on a model directory, adds routers and plans to it, and returns the measurements.
 
     Args:
-      folder: model directory of a ReLU model with a tokenizer.
-      options: how much to do.
+      folder: the model directory of a ReLU model with a tokenizer.
+      options: how much work to do; None means the defaults.
     """
     options = options or DemoOptions()
     bundle, tokenizer = load_with_tokenizer(folder, "float32")
     learn = _windows("calibration", tokenizer, options.length, options.learn)
     held_out = _windows("evaluation", tokenizer, options.length, options.measure)
     started = time.perf_counter()
-    bundle, selectors, learnt = _learn(bundle, folder, learn.tokens, options)
+    bundle, selectors, learned = _learn(bundle, folder, learn.tokens, options)
     return {
         "settings": dataclasses.asdict(options)
         | {"device": jax.devices()[0].device_kind, "jax": jax.__version__},
-        "learning": learnt | {"seconds": time.perf_counter() - started},
+        "learning": learned | {"seconds": time.perf_counter() - started},
         "plans": _plans(bundle, held_out.tokens),
         "generation": _generation(bundle, options),
         "quality": _quality(bundle, selectors, held_out, options),
@@ -111,22 +111,22 @@ def _learn(
         selectors = _selectors(open_activations(keep), routers, training, options)
     write_routers(folder, routers)
     write_plans(folder, plans)
-    learnt = {
+    learned = {
         "tokens": report.tokens,
         "stages": report.seconds,
         "training": dataclasses.asdict(report.training),
     }
-    return dataclasses.replace(bundle, routers=routers, plans=plans), selectors, learnt
+    return dataclasses.replace(bundle, routers=routers, plans=plans), selectors, learned
 
 
 @dataclasses.dataclass(frozen=True)
 class Selectors:
-    """What was learnt to choose groups.
+    """Everything learned for selecting groups.
 
     Attributes:
-      routers: by head density, trained to find so many groups.
-      static: the mean norm of every group over the recorded tokens.
-      regressors: routers that predict norms, for every density.
+      routers: for each head density, routers trained to find that many groups.
+      static: mean norm of each group over the training tokens.
+      regressors: routers that predict norms, used at every density.
       important: the layer whose attention turns the residual stream the most.
     """
 
@@ -157,7 +157,7 @@ def _selectors(
 
 
 def _plans(bundle: Bundle, windows: np.ndarray) -> list[dict[str, Any]]:
-    """Neuron density of the plan by batch size, and its recall on text that nothing was learnt from."""
+    """Neuron density of each batch size's plan, and its recall on text that nothing was learned from."""
     plans, routers, config = bundle.plans, bundle.routers, bundle.model.config
     if plans is None or routers is None:
         return []
@@ -175,7 +175,7 @@ def _plans(bundle: Bundle, windows: np.ndarray) -> list[dict[str, Any]]:
 
 
 def _generation(bundle: Bundle, options: DemoOptions) -> dict[str, Any]:
-    """The prompts continued dense and sparse, both timed on a second run, and dense against density 1."""
+    """Continues the prompts dense and sparse, times both on a second run, and compares dense with density 1."""
     tokenizer, config = bundle.tokenizer, bundle.model.config
     if tokenizer is None:
         return {}
@@ -207,14 +207,14 @@ def _generation(bundle: Bundle, options: DemoOptions) -> dict[str, Any]:
 
 
 def _quality(
-    bundle: Bundle, learnt: Selectors, windows: ScoredWindows, options: DemoOptions
+    bundle: Bundle, learned: Selectors, windows: ScoredWindows, options: DemoOptions
 ) -> dict[str, Any]:
-    """Perplexity of every selection at every head density; selection at every position, neurons dense.
+    """Measures the perplexity of each selector at each head density, masked at every position, neurons dense.
 
-    Twice: with the first layer dense and routers trained for each density, as published; and with the important
-    layer dense, as many groups kept, and one router that predicts norms.
+    It does so twice: as published, with the first layer dense and routers trained for each density; and with the
+    important layer dense, the same number of groups kept, and one router that predicts norms.
     """
-    random, static = Random(jax.random.key(2)), learnt.static
+    random, static = Random(jax.random.key(2)), learned.static
     measure = functools.partial(
         perplexity, bundle.model, windows.tokens, scored=windows.scored, batch_size=11
     )
@@ -234,23 +234,23 @@ def _quality(
         ]
 
     published = lambda density: {
-        "router": learnt.routers[density],
+        "router": learned.routers[density],
         "oracle": Oracle(),
         "random": random,
         "static": static,
     }
-    important = lambda density: {"router": learnt.regressors, "oracle": Oracle(), "static": static}
+    important = lambda density: {"router": learned.regressors, "oracle": Oracle(), "static": static}
     return {
         "dense": dense.perplexity,
         "tokens": dense.tokens,
         "rows": rows(published, options.densities, 0),
-        "important_layer": learnt.important,
-        "important_rows": rows(important, options.densities[1:], learnt.important),
+        "important_layer": learned.important,
+        "important_rows": rows(important, options.densities[1:], learned.important),
     }
 
 
 def _costs(bundle: Bundle, options: DemoOptions) -> list[dict[str, Any]]:
-    """Bytes a decoding step must touch for each token, dense and with the plan, in bfloat16."""
+    """Bytes that a decoding step must read or write per token, dense and with the plan, in bfloat16."""
     config, plans = bundle.model.config, bundle.plans
     if plans is None:
         return []

@@ -1,4 +1,4 @@
-"""Checks of what is to be scored, and of what a model computed before it becomes a statistic."""
+"""Checks of the arguments of scoring, and of the numbers that the model computed."""
 
 from typing import Any, Literal, get_args
 
@@ -18,7 +18,7 @@ def largest_context(length: int, mode: str) -> int:
 
 
 def check_scoring(shape: tuple[int, ...], mode: Any, batch_size: Any, context: Any) -> tuple[int, int]:
-    """The batch size and context as integers; raises `InputError` unless windows of this shape can be scored so."""
+    """The batch size and context as integers; raises `InputError` if these windows can't be scored this way."""
     if not isinstance(mode, str) or mode not in get_args(Mode.__value__):
         raise InputError("no such mode", where="evaluation", got=repr(mode), expected="'masked' or 'decode'")
     batch_size = whole_number(batch_size, "batch_size", where="evaluation")
@@ -45,7 +45,7 @@ def check_scoring(shape: tuple[int, ...], mode: Any, batch_size: Any, context: A
 def scored_after(
     scored: Bool[np.ndarray, "n T"] | None, shape: tuple[int, ...], context: int
 ) -> Bool[np.ndarray, "n after"]:
-    """Which tokens after the first `context`, at least one, count: [n, T - max(context, 1)]; None is all of them.
+    """Which tokens after the first max(context, 1) are scored, [n, T - max(context, 1)]; None means all.
 
     Raises:
       InputError: `scored` is not boolean [n T] = `shape`, or no token is left.
@@ -62,13 +62,13 @@ def scored_after(
             "no token is left to score",
             where="scored",
             got=f"{int(scored.sum())} scored tokens, none after the first {max(context, 1)} of a window",
-            hint="give more text, longer windows or less context",
+            hint="use more text, longer windows or less context",
         )
     return counted
 
 
 def check_numbers(values: np.ndarray, counted: Bool[np.ndarray, "n after"], *, where: str) -> None:
-    """Raises `InputError` if the statistic of a counted token is NaN, as it is if the model's logits are."""
+    """Raises `InputError` if the statistic of a scored token is NaN, because the model's logits are."""
     wrong = np.argwhere(np.isnan(values) & counted)
     if len(wrong):
         raise InputError(

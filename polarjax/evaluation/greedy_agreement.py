@@ -15,7 +15,7 @@ from polarjax.types import Array, Bool, Float, Int
 
 @dataclasses.dataclass(frozen=True)
 class Agreement:
-    """Dense against sparse, token by token on the same text.
+    """The sparse model compared with the dense one, token by token on the same text.
 
     Attributes:
       top1: fraction of tokens where both models' most likely next token is the same.
@@ -43,7 +43,7 @@ def agreement(
     scored: Bool[np.ndarray, "n T"] | None = None,
     description: str = "agreement",
 ) -> Agreement:
-    """Compares next-token distributions over windows of true text; arguments and errors as of `perplexity`."""
+    """Compares dense and sparse next-token distributions over windows of text; see `perplexity` for the arguments."""
     (same, divergence), counted = score(
         model,
         windows,
@@ -66,7 +66,7 @@ def agreement(
 def compare(
     logits: tuple[Float[Array, "... V"], ...], targets: Int[Array, "..."]
 ) -> tuple[Bool[Array, "..."], Float[Array, "..."]]:
-    """Whether the most likely tokens coincide, and KL(dense ‖ sparse) in nats, at each token."""
+    """Whether the most likely tokens are the same, and KL(dense ‖ sparse) in nats, at each token."""
     del targets
     dense, sparse = logits
     log_p, log_q = jax.nn.log_softmax(dense, -1), jax.nn.log_softmax(sparse, -1)

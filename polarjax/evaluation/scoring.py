@@ -1,4 +1,4 @@
-"""Runs a model over windows of known text and scores its logits, masked or exactly as generation runs it."""
+"""Runs a model over windows of text and scores its logits, masked or as in generation."""
 
 import functools
 from collections.abc import Callable
@@ -33,14 +33,14 @@ def score(
     scored: Bool[np.ndarray, "n T"] | None,
     description: str,
 ) -> tuple[Any, Bool[np.ndarray, "n after"]]:
-    """The statistic of every token after the context, a tree of arrays [n, T - max(context, 1)], and which ones count.
+    """Computes a statistic of every token after the context, as arrays [n, T - max(context, 1)], and which are scored.
 
     See `polarjax.evaluation.perplexity` for the arguments. `variants` run side by side on the same tokens; None
-    is the dense model. `statistic` must be a module-level function, because it is a key of the compilation cache.
+    means dense. `statistic` must be a module-level function, because it is a key of the compilation cache.
 
     Raises:
       InputError: windows, mode, context, mask or batch size that cannot be scored.
-      SparsityError: routers or plan are for another model, or a selector that cannot decode in mode "decode".
+      SparsityError: routers or plan are for another model, or mode is "decode" and the selector cannot decode.
     """
     check_model(model, where="evaluation")
     for variant in variants:
@@ -75,7 +75,7 @@ def _decoded(model: Decoder, tokens, variants, *, statistic: Statistic, context:
     batch_size, length = tokens.shape
     cache = lambda: init_cache(model.config, batch_size=batch_size, capacity=length, dtype=model.dtype)
     caches = tuple(cache() for _ in variants)
-    before = []  # the statistic of the first scored token, which the dense prefill predicts
+    before = []  # statistic of the first scored token, predicted by the dense prefill
     if context:
         lengths = jnp.full((batch_size,), context, jnp.int32)
         read = [prefill(model, tokens[:, :context], lengths, cache) for cache in caches]

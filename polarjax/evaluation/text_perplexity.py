@@ -22,7 +22,7 @@ class Perplexity:
       nll: mean negative log-likelihood, in nats per scored token.
       tokens: scored tokens.
       token_nll: negative log-likelihood of each token after the context, float32 [n, T - max(context, 1)]; NaN
-        where a token is not scored. Differences between two runs over the same windows are paired.
+        where a token is not scored. Entries of two runs over the same windows can be compared pairwise.
     """
 
     nll: float
@@ -31,23 +31,23 @@ class Perplexity:
 
     @property
     def perplexity(self) -> float:
-        """exp(nll): the size of a uniform choice as hard as the text; infinity where a float cannot hold it."""
+        """exp(nll): the size of a uniform choice as hard as the text; infinity if a float cannot hold it."""
         try:
             return math.exp(self.nll)
         except OverflowError:
             return math.inf
 
     def bits_per_byte(self, num_bytes: int) -> float:
-        """Bits needed for each byte of the scored text, which is `num_bytes` long: free of the tokenizer.
+        """Bits per byte of the scored text, which has `num_bytes` bytes; comparable across tokenizers.
 
-        NaN where no byte is scored, as in a text of special tokens alone.
+        NaN if no byte is scored, as in a text of special tokens only.
         """
         if num_bytes == 0:
             return math.nan
         return self.nll * self.tokens / math.log(2) / num_bytes
 
     def to_json(self) -> dict[str, float]:
-        """The numbers without the token by token record."""
+        """All numbers except `token_nll`."""
         return {"nll": self.nll, "perplexity": self.perplexity, "tokens": self.tokens}
 
 
@@ -62,10 +62,10 @@ def perplexity(
     scored: Bool[np.ndarray, "n T"] | None = None,
     description: str = "perplexity",
 ) -> Perplexity:
-    """Perplexity over non-overlapping windows; nothing is carried from one window to the next.
+    """Measures perplexity over non-overlapping windows; each window starts without history.
 
     The first token of a window (BOS, if the tokenizer has one) is not scored, nor are the first `context` tokens.
-    A last batch of fewer windows runs at its own size.
+    If the last batch has fewer windows, it runs at that size.
 
     Mode "masked" is the published protocol: `forward` with the selection applied as a mask at every position,
     the first included, and neurons chosen for each token alone. Mode "decode" is what generation does:
@@ -76,17 +76,17 @@ def perplexity(
     Args:
       model: the decoder.
       windows: int32 [n T], all T tokens valid.
-      sparsity: what to skip; None is the dense model.
+      sparsity: what to skip; None means dense.
       mode: "masked" or "decode".
       batch_size: B, windows that run together.
-      context: tokens at the start of each window that are given, not scored.
-      scored: bool [n T]; False leaves a token out of the score, such as the BOS of a document inside a window (see
-        `polarjax.text.token_windows.scored_windows`). None scores all tokens after the context.
-      description: for the progress bar.
+      context: tokens at the start of each window that are read but not scored.
+      scored: bool [n T]; False excludes a token from the score, such as the BOS of a document inside a window (see
+        `polarjax.text.token_windows.scored_windows`). None means all tokens after the context.
+      description: text of the progress bar.
 
     Raises:
       InputError: windows, mode, context, mask or batch size that cannot be scored, or the model computes NaN.
-      SparsityError: routers or plan for another model, or an oracle or random selector in mode "decode".
+      SparsityError: routers or plan are for another model, or an oracle or random selector in mode "decode".
     """
     losses, counted = score(
         model,

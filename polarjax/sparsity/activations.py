@@ -1,33 +1,34 @@
-"""Recorded activations on disk: what routers learn from, memory-mapped."""
+"""Recorded activations, which routers learn from; memory-mapped from disk."""
 
 import dataclasses
 import json
 import math
+import os
 from pathlib import Path
 from typing import Literal, get_args
 
 import jax.numpy as jnp
 import numpy as np
 
-from polarjax import types
 from polarjax.configs import ModelConfig
 from polarjax.errors import InputError, SparsityError
 from polarjax.storage.fingerprint import same_weights, short
+from polarjax.types import DTypeLike
 
 FORMAT = 2
 Part = Literal["train", "validation", "test"]
-Record = Literal["activity", "norms"]
+Target = Literal["activity", "norms"]
 COLLECT = "collect them again: polarjax collect"
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Activations:
-    """What a model did at n tokens; the arrays are memory-mapped when they come from a folder.
+    """A model's activations at n tokens; arrays opened from a folder are memory-mapped.
 
     Attributes:
-      config: of the model that was recorded.
-      fingerprint: of its weights (see `polarjax.storage.fingerprint`), "" if unknown.
-      dtype: of the router inputs, which is the model's.
+      config: the recorded model's configuration.
+      fingerprint: fingerprint of its weights (`polarjax.storage.fingerprint`), "" if unknown.
+      dtype: dtype of the router inputs, the same as the model's.
       inputs: router inputs [L n D]; bfloat16 is stored as its uint16 bits.
       activity: packed neuron activity, uint8 [L n ceil(F / 8)], as in `Taps`; None if not recorded.
       norms: group norms, float32 [L n K]; None if not recorded.
@@ -37,7 +38,7 @@ class Activations:
 
     config: ModelConfig
     fingerprint: str = ""
-    dtype: types.DTypeLike
+    dtype: DTypeLike
     inputs: np.ndarray
     activity: np.ndarray | None
     norms: np.ndarray | None
@@ -62,7 +63,7 @@ class Activations:
         raw = np.stack([of_layer[rows] for of_layer in self.inputs[layer]])
         return raw.view(jnp.dtype(self.dtype))
 
-    def records(self, kind: Record, rows: np.ndarray, layer: slice = slice(None)) -> np.ndarray:
+    def records(self, kind: Target, rows: np.ndarray, layer: slice = slice(None)) -> np.ndarray:
         """The packed activity [L b bytes] or the norms [L b K] at `rows`; `SparsityError` if not recorded."""
         stored = self.activity if kind == "activity" else self.norms
         if stored is None:
@@ -76,7 +77,7 @@ class Activations:
         return self.change[:, self.rows("train")].mean(1, dtype=np.float64)
 
     def check(self, config: ModelConfig, fingerprint: str | None = None) -> None:
-        """Raises `SparsityError` unless they were recorded from a model of this config (and these weights)."""
+        """Raises `SparsityError` unless they were recorded from a model with this config (and these weights)."""
         if config != self.config:
             mine, other = self.config.to_json(), config.to_json()
             name = next(name for name in mine if mine[name] != other[name])
@@ -92,7 +93,7 @@ def _refuse_model(got: str, expected: str) -> None:
 
 
 def array_specs(
-    config: ModelConfig, dtype: types.DTypeLike, tokens: int
+    config: ModelConfig, dtype: DTypeLike, tokens: int
 ) -> dict[str, tuple[tuple[int, ...], np.dtype]]:
     """Name -> (shape, stored dtype) of every array of a recording; neuron activity for ReLU models only."""
     L, D, F, K = config.num_layers, config.d_model, config.d_ff, config.num_kv_heads
@@ -107,7 +108,7 @@ def array_specs(
     return {name: spec for name, spec in specs.items() if config.neuron_sparsity or name != "activity"}
 
 
-def row_bytes(config: ModelConfig, dtype: types.DTypeLike) -> int:
+def row_bytes(config: ModelConfig, dtype: DTypeLike) -> int:
     """Bytes on disk of one token of a recording."""
     return sum(math.prod(shape) * stored.itemsize for shape, stored in array_specs(config, dtype, 1).values())
 
@@ -117,10 +118,8 @@ def is_activations(path: Path) -> bool:
     return (path / "meta.json").is_file() and (path / "inputs.npy").is_file()
 
 
-def write_meta(
-    folder: Path, config: ModelConfig, dtype: types.DTypeLike, *, tokens: int, fingerprint: str
-) -> None:
-    """Writes what `open_activations` reads beside the arrays."""
+def write_meta(folder: Path, config: ModelConfig, dtype: DTypeLike, *, tokens: int, fingerprint: str) -> None:
+    """Writes meta.json, which `open_activations` reads along with the arrays."""
     meta = {
         "format": FORMAT,
         "config": config.to_json(),
@@ -131,7 +130,7 @@ def write_meta(
     (folder / "meta.json").write_text(json.dumps(meta, indent=1) + "\n", encoding="utf-8")
 
 
-def open_activations(path: types.Path) -> Activations:
+def open_activations(path: str | os.PathLike[str]) -> Activations:
     """Opens a folder that `collect` wrote, without reading the arrays into memory.
 
     Raises:

@@ -1,4 +1,4 @@
-"""How many neurons each layer must keep at each batch size: exact, without a search."""
+"""Computes how many neurons each layer must keep at each batch size: exactly, without a search."""
 
 from collections.abc import Callable
 
@@ -28,24 +28,24 @@ def calibrate(
     head_density: float = 0.5,
     options: CalibrateOptions | None = None,
 ) -> PlanTable:
-    """The smallest k for each batch size and layer whose recall on validation tokens reaches the target.
+    """Finds the smallest k, for each batch size and layer, whose recall on validation tokens reaches the target.
 
-    For random batches of B tokens the truth is what any of them makes active; the router's choice is ranked as
-    decoding ranks it (the sum over the batch of its positive scores, ties to the lower index), and the rank of
-    every true neuron gives the recall at all k at once. A layer that needs more than `dense_above`'s share, or is
-    dense at a smaller batch size, is dense (None); k never falls as B grows. Models that are not ReLU are dense
-    throughout.
+    In a random batch of B tokens, a neuron is truly active if any of the tokens activates it. Neurons are ranked
+    as in decoding (by the sum over the batch of positive scores, ties to the lower index), and the ranks of the
+    truly active ones give the recall at every k at once. A layer is dense (None) if it needs more than the
+    fraction `dense_above(B)`, or is dense at a smaller batch size; k never decreases as B grows. All layers of
+    models without ReLU are dense.
 
     Args:
-      activations: of this model, with a validation part of at least the largest batch size.
-      routers: trained.
+      activations: this model's, with at least as many validation tokens as the largest batch size.
+      routers: the trained routers.
       config: the model's configuration.
-      key: random key of the batches.
-      head_density: the table's default density of groups.
-      options: the published ones when None.
+      key: random key that draws the batches.
+      head_density: the table's default head density.
+      options: None means the published ones.
 
     Raises:
-      SparsityError: activations or routers of another model, or a bad density.
+      SparsityError: activations or routers are from another model, or the density is not in (0, 1].
       InputError: too few validation tokens.
     """
     options = check_options(options, CalibrateOptions, "options")
@@ -82,7 +82,7 @@ def dense_layer(activations: Activations, options: CalibrateOptions) -> int:
 def _calibrate_layer(
     held_out: "HeldOut", layer: int, options: CalibrateOptions, advance: Callable[..., None]
 ) -> list[tuple[int | None, float]]:
-    """(k, recall) of one layer at each batch size; nothing is computed beyond the first that is dense."""
+    """(k, recall) of one layer at each batch size; stops computing at the first that is dense."""
     data, k = held_out.layer(layer), 1
     column: list[tuple[int | None, float]] = []
     for size in options.batch_sizes:
@@ -105,18 +105,18 @@ def measure_recall(
     part: Part | None = "test",
     options: CalibrateOptions | None = None,
 ) -> tuple[tuple[float, ...], ...]:
-    """The recall that a calibrated table reaches on other tokens: for each batch size of the table, each layer's.
+    """Measures the recall of a calibrated table on other tokens; returns it by batch size, then layer.
 
     Args:
-      activations: of the same model.
-      routers: those that the table was calibrated for.
+      activations: the same model's.
+      routers: the routers that the table was calibrated for.
       table: the plans.
-      key: random key of the batches.
-      part: of the activations, None for all of them.
+      key: random key that draws the batches.
+      part: the part of the activations to use; None means all.
       options: only `num_batches` and `max_tokens` matter.
 
     Raises:
-      SparsityError: routers, plans and activations are not of one model.
+      SparsityError: routers, plans and activations are not from the same model.
       InputError: fewer tokens than the largest batch size at which a layer is sparse.
     """
     config = activations.config
@@ -137,11 +137,11 @@ def measure_recall(
 
 
 class HeldOut:
-    """Random batches of held-out tokens, of several sizes, and the recall that routers reach on them.
+    """Random batches of held-out tokens, in several sizes, and the recall of routers on them.
 
     Attributes:
-      rows: of the activations, those used [n].
-      batches: by size B, which of these rows make up each batch, int32 [num_batches B].
+      rows: rows of the activations that are used [n].
+      batches: for each size B, indices into `rows`, int32 [num_batches B].
     """
 
     def __init__(
@@ -162,7 +162,7 @@ class HeldOut:
                 where=f"the {part} part of the activations" if part else "activations",
                 got=f"{len(rows)} tokens",
                 expected=f"at least {sizes[-1]}",
-                hint="collect from a longer text, hold out more of it, or leave out the large batch sizes",
+                hint="collect from a longer text, hold out more of it, or drop the large batch sizes",
             )
         drawn = np.random.default_rng(np.asarray(jax.random.bits(key, (4,), jnp.uint32)))
         self.rows = np.sort(drawn.permutation(rows)[: max(options.max_tokens, sizes[-1])])
@@ -172,7 +172,7 @@ class HeldOut:
         self._activations, self._routers = activations, routers
 
     def layer(self, layer: int) -> tuple[Float[Array, "n F"], Bool[Array, "n F"]]:
-        """Positive parts of the router's scores (what decoding sums over a batch), and what was active."""
+        """Positive parts of the router's scores, which decoding sums over a batch, and which neurons were active."""
         one = slice(layer, layer + 1)
         inputs = jnp.asarray(self._activations.router_inputs(self.rows, one)[0])
         packed = jnp.asarray(self._activations.records("activity", self.rows, one)[0])
@@ -182,14 +182,14 @@ class HeldOut:
     def curve(
         self, layer: tuple[Float[Array, "n F"], Bool[Array, "n F"]], size: int
     ) -> Float[np.ndarray, "F"]:
-        """Mean recall of one layer at a batch size: entry k - 1 is the recall of the k best neurons."""
+        """Mean recall of one layer at a batch size; entry k - 1 is the recall of the top k neurons."""
         return np.asarray(_recall_curve(*_union(*layer, self.batches[size])))
 
 
 def random_batches(
     drawn: np.random.Generator, tokens: int, size: int, count: int
 ) -> Int[np.ndarray, "count size"]:
-    """Random batches of `size` different tokens: all tokens are cut into batches, over and over as needed."""
+    """Random batches of `size` different tokens; shuffles all tokens and cuts them, again if more are needed."""
     each = tokens // size
     cuts = [drawn.permutation(tokens)[: each * size].reshape(each, size) for _ in range(-(-count // each))]
     return np.concatenate(cuts)[:count].astype(np.int32)
@@ -199,13 +199,13 @@ def random_batches(
 def _union(
     scores: Float[Array, "n F"], active: Bool[Array, "n F"], index: Int[Array, "g B"]
 ) -> tuple[Float[Array, "g F"], Bool[Array, "g F"]]:
-    """Each batch's summed scores, and which neurons any of its tokens makes active."""
+    """Each batch's summed scores, and which neurons any of its tokens activates."""
     return jax.lax.map(lambda rows: (jnp.sum(scores[rows], 0), jnp.any(active[rows], 0)), index)
 
 
 @jax.jit
 def _recall_curve(scores: Float[Array, "g F"], truth: Bool[Array, "g F"]) -> Float[Array, "F"]:
-    """Mean over batches of the recall at k = 1 … F; a batch with nothing active has recall 1."""
+    """Mean over batches of the recall at k = 1 … F; a batch without active neurons has recall 1."""
 
     def one(batch: tuple[Array, Array]) -> Array:
         order = jnp.argsort(-batch[0], stable=True)
@@ -216,7 +216,7 @@ def _recall_curve(scores: Float[Array, "g F"], truth: Bool[Array, "g F"]) -> Flo
 
 
 def choose(curve: np.ndarray, smallest: int, batch_size: int, options: CalibrateOptions) -> int | None:
-    """k of one layer: the first to reach the target, rounded up, not below `smallest`; None where dense."""
+    """One layer's k: the first that reaches the target, rounded up, at least `smallest`; None if dense."""
     width = len(curve)
     enough = curve >= options.target_recall
     reached = int(np.argmax(enough)) + 1 if enough.any() else width  # a mean of ones may fall short of one

@@ -1,4 +1,4 @@
-"""Checks of what the stages of learning get: activations, routers and plans of one model."""
+"""Checks that activations, routers and plans belong to one model, and of the options of learning."""
 
 from typing import Any
 
@@ -15,7 +15,7 @@ from polarjax.sparsity.options import HELD_OUT
 
 
 def check_options[T](options: Any, kind: type[T], name: str) -> T:
-    """The options, the default ones for None; raises `InputError` if they are of another type."""
+    """The options, or the defaults for None; raises `InputError` if they are of another type."""
     return (
         kind()
         if options is None
@@ -24,7 +24,7 @@ def check_options[T](options: Any, kind: type[T], name: str) -> T:
 
 
 def check_sources(activations: Any, config: Any, where: str) -> None:
-    """Raises `InputError` unless a stage gets activations and a model's configuration."""
+    """Raises `InputError` unless these are activations and a model configuration."""
     hint = "pass what polarjax.sparsity.collect returned"
     check_type(activations, Activations, where=where, hint=hint)
     check_type(config, ModelConfig, where=where, hint="pass model.config")
@@ -46,7 +46,7 @@ def check_size(max_bytes: Any) -> None:
 
 
 def check_held_out(held_out: Any) -> None:
-    """Raises `InputError` unless `held_out` is two fractions, whose sum leaves text to train on."""
+    """Raises `InputError` unless `held_out` is two fractions whose sum is below 1."""
     fractions = tuple(map(plain, held_out)) if isinstance(held_out, tuple | list | np.ndarray) else ()
     numbers = len(fractions) == 2 and all(type(each) in (int, float) for each in fractions)
     if not (numbers and min(fractions) >= 0 and sum(fractions) < 1):  # so that NaN fails
@@ -60,17 +60,17 @@ def check_held_out(held_out: Any) -> None:
 
 
 def check_routers(routers: Routers, activations: Activations, config: ModelConfig) -> None:
-    """Raises `SparsityError` unless routers and activations are of one model of this config, weights included."""
+    """Raises `SparsityError` unless routers and activations are from the same weights, with this config."""
     check_sources(activations, config, "calibration")
     check_type(routers, Routers, where="calibration", hint="pass the routers that train_routers returned")
     routers.check(config)
     activations.check(config)
-    hint = "take activations of the model that the routers were trained on, or train them again"
+    hint = "use activations of the model that the routers were trained on, or train the routers again"
     check_weights(routers, activations.fingerprint, where="calibration", hint=hint)
 
 
 def check_plans(table: PlanTable, routers: Routers, activations: Activations) -> None:
-    """Raises `SparsityError` unless plans, routers and activations are of one model and one training."""
+    """Raises `SparsityError` unless plans, routers and activations are from the same weights and the same training."""
     check_routers(routers, activations, activations.config)
     table.check(activations.config)
     hint = "calibrate again with these routers: polarjax calibrate"

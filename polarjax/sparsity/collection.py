@@ -1,4 +1,4 @@
-"""Recording a model's activations to disk, compactly and within a bound."""
+"""Records a model's activations to disk, compactly and within a size limit."""
 
 import dataclasses
 import functools
@@ -10,8 +10,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from polarjax import types
-from polarjax.configs import ModelConfig
 from polarjax.errors import InputError
 from polarjax.model import decoder
 from polarjax.model.checks import check_model, check_windows
@@ -28,56 +26,55 @@ from polarjax.sparsity.activations import (
     write_meta,
 )
 from polarjax.sparsity.checks import check_flags, check_held_out, check_size
-from polarjax.sparsity.options import HELD_OUT, MAX_BYTES
+from polarjax.sparsity.options import HELD_OUT, MAX_BYTES, CollectOptions
 from polarjax.storage.atomic import absolute, atomic_folder
+from polarjax.types import Array, Int, Int32, UInt8
 
 _GOLDEN = 0.6180339887498949  # multiples of it, modulo 1, spread evenly
 
 
 @dataclasses.dataclass(frozen=True)
 class Recording:
-    """What `collect` is going to write.
+    """What `collect` will write.
 
     Attributes:
-      positions: of the recorded tokens in the stream of all windows, ascending [n].
-      part: of each recorded token, uint8 [n]: 0 train, 1 validation, 2 test.
+      positions: recorded tokens, as indices into the concatenated windows, ascending [n].
+      part: part of each recorded token, uint8 [n]: 0 train, 1 validation, 2 test.
       offered: tokens in all windows.
       num_bytes: size on disk.
     """
 
-    positions: types.Int[np.ndarray, "n"]
-    part: types.UInt8[np.ndarray, "n"]
+    positions: Int[np.ndarray, "n"]
+    part: UInt8[np.ndarray, "n"]
     offered: int
     num_bytes: int
 
     def __str__(self) -> str:
         tokens = f"{len(self.part):,}"
         if len(self.part) < self.offered:
-            tokens = f"{tokens} of {self.offered:,}, evenly spread to fit the bound"
+            tokens = f"{tokens} of {self.offered:,}, evenly spread to fit the limit"
         return f"{self.num_bytes / 1e6:,.1f} MB of activations ({tokens} tokens)"
 
 
-def plan_recording(
-    config: ModelConfig,
-    dtype: types.DTypeLike,
-    shape: tuple[int, int],
-    *,
-    held_out: tuple[float, float] = HELD_OUT,
-    max_bytes: int = MAX_BYTES,
-    fit: bool = False,
-) -> Recording:
-    """Which tokens of windows [n T] = `shape` would be recorded, in which part, and their size; see `collect`."""
+def plan_recording(model: "decoder.Decoder", shape: tuple[int, ...], options: CollectOptions) -> Recording:
+    """Plans the recording of windows of shape [n T]: which tokens, which part each belongs to, and the size on disk.
+
+    Raises:
+      InputError: unusable options, too few windows, or more than `options.max_bytes`.
+    """
+    check_flags("collect", fit=options.fit)
+    check_size(options.max_bytes)
     count, length = shape
-    part = split_windows(count, held_out)
-    each = row_bytes(config, dtype)
-    positions = kept_positions(count * length, each, max_bytes, fit)
+    part = split_windows(count, options.held_out)
+    each = row_bytes(model.config, model.dtype)
+    positions = kept_positions(count * length, each, options.max_bytes, options.fit)
     return Recording(positions, part[positions // length], count * length, each * len(positions))
 
 
 def collect(
     model: "decoder.Decoder",
-    windows: types.Int[np.ndarray, "n T"],
-    out_dir: types.Path,
+    windows: Int[np.ndarray, "n T"],
+    out_dir: str | os.PathLike[str],
     *,
     held_out: tuple[float, float] = HELD_OUT,
     max_bytes: int = MAX_BYTES,
@@ -85,37 +82,53 @@ def collect(
     overwrite: bool = False,
     batch_size: int = 8,
 ) -> Activations:
-    """Runs the dense model over token windows and writes router inputs, neuron activity, group norms and
-    how far attention turns the residual stream.
+    """Runs the dense model over token windows and writes what routers learn from.
 
-    Neuron activity is recorded for ReLU models only, one bit a neuron. The folder appears at `out_dir` when it
-    is complete; an interrupted run leaves nothing there.
+    Recorded are router inputs, group norms, how far attention turns the residual stream and, for ReLU models,
+    neuron activity at one bit per neuron. The folder appears at `out_dir` only when it is complete; an
+    interrupted run leaves nothing there.
 
     Args:
       model: the decoder.
       windows: int [n T], full windows of token ids; T at most the model's positions.
-      out_dir: the folder to make.
-      held_out: fractions of the windows kept for (validation, test): routers never learn from them.
-      max_bytes: bound on the size on disk, which is known before anything is written.
-      fit: when the bound is exceeded, record fewer positions, evenly spread, instead of refusing.
-      overwrite: whether activations already at `out_dir` are replaced.
-      batch_size: windows a forward pass.
+      out_dir: the folder to create.
+      held_out: fractions of the windows for (validation, test); routers never learn from them.
+      max_bytes: limit on the size on disk, checked before anything is written.
+      fit: above the limit, record fewer positions, evenly spread, instead of raising.
+      overwrite: replace activations that are already at `out_dir`.
+      batch_size: windows per forward pass.
 
     Returns:
-      the activations, memory-mapped.
+      The activations, memory-mapped.
 
     Raises:
       InputError: bad windows, too few of them, or more than `max_bytes`.
       CheckpointError: `out_dir` exists, or the disk refuses.
     """
     check_model(model, where="collect")
-    config, dtype, out = model.config, model.dtype, absolute(out_dir)
     batch_size = whole_number(batch_size, "batch_size", where="collect")
-    check_flags("collect", fit=fit, overwrite=overwrite)
-    check_size(max_bytes)
-    windows = check_windows(windows, config)
-    shape = (windows.shape[0], windows.shape[1])
-    recording = plan_recording(config, dtype, shape, held_out=held_out, max_bytes=max_bytes, fit=fit)
+    check_flags("collect", overwrite=overwrite)
+    windows = check_windows(windows, model.config)
+    options = CollectOptions(held_out=held_out, max_bytes=max_bytes, fit=fit)
+    recording = plan_recording(model, windows.shape, options)
+    return record(model, windows, recording, out_dir, overwrite=overwrite, batch_size=batch_size)
+
+
+def record(
+    model: "decoder.Decoder",
+    windows: Int32[np.ndarray, "n T"],
+    recording: Recording,
+    out_dir: str | os.PathLike[str],
+    *,
+    overwrite: bool = False,
+    batch_size: int = 8,
+) -> Activations:
+    """`collect` with checked arguments; `recording` is what `plan_recording` returned for these windows.
+
+    Raises:
+      CheckpointError: `out_dir` exists, or the disk refuses.
+    """
+    config, dtype, out = model.config, model.dtype, absolute(out_dir)
     specs = array_specs(config, dtype, len(recording.positions))
     with atomic_folder(out, overwrite=overwrite, may_replace=is_activations) as folder:
         arrays = {name: _allocate(folder / f"{name}.npy", *spec) for name, spec in specs.items()}
@@ -127,10 +140,8 @@ def collect(
     return open_activations(out)
 
 
-def split_windows(
-    count: int, held_out: tuple[float, float], seed: int = 0
-) -> types.UInt8[np.ndarray, "count"]:
-    """The part of each window, drawn at random: 0 train, 1 validation, 2 test.
+def split_windows(count: int, held_out: tuple[float, float], seed: int = 0) -> UInt8[np.ndarray, "count"]:
+    """Assigns each window to a part at random: 0 train, 1 validation, 2 test.
 
     A fraction above 0 gets at least one window.
 
@@ -144,17 +155,17 @@ def split_windows(
             "the text is too short to train on",
             got=f"{count} windows",
             expected=f"at least {sum(fraction > 0 for fraction in held_out) + 1}",
-            hint="give a longer text or a smaller window",
+            hint="use a longer text or a smaller window",
         )
     part = np.repeat(np.array([1, 2, 0], np.uint8), [*sizes, count - sum(sizes)])
     return np.random.default_rng(seed).permutation(part)
 
 
-def kept_positions(offered: int, bytes_each: int, max_bytes: int, fit: bool) -> types.Int[np.ndarray, "kept"]:
+def kept_positions(offered: int, bytes_each: int, max_bytes: int, fit: bool) -> Int[np.ndarray, "kept"]:
     """Ascending positions of the token stream to record: all of them, or as many as fit, evenly spread.
 
-    One position is taken from each of `kept` equal stretches; where in the stretch varies, so that the spacing
-    does not beat with the window length.
+    The stream is cut into `kept` equal stretches, and one position is taken from each. Its place in the stretch
+    varies, so that the spacing does not resonate with the window length.
 
     Raises:
       InputError: all positions need more than `max_bytes` and `fit` is False, or not even 64 fit.
@@ -166,7 +177,7 @@ def kept_positions(offered: int, bytes_each: int, max_bytes: int, fit: bool) -> 
             where="collect",
             got=f"{offered * bytes_each / 1e9:.3g} GB for {offered:,} tokens",
             expected=f"at most {max_bytes / 1e9:.3g} GB",
-            hint="raise --max-gb, give less text, or pass --fit to record fewer positions",
+            hint="raise --max-gb, use less text, or pass --fit to record fewer positions",
         )
     edges = np.arange(allowed + 1) * offered // max(allowed, 1)
     stagger = np.arange(allowed) * _GOLDEN % 1.0
@@ -174,7 +185,7 @@ def kept_positions(offered: int, bytes_each: int, max_bytes: int, fit: bool) -> 
 
 
 def _allocate(path: Path, shape: tuple[int, ...], dtype: np.dtype) -> np.memmap:
-    """A file-backed array whose blocks are reserved, so that a full disk is an error here and not a crash later."""
+    """A file-backed array whose blocks are reserved, so that a full disk is an error here instead of a crash later."""
     array = np.lib.format.open_memmap(path, mode="w+", dtype=dtype, shape=shape)
     if hasattr(os, "posix_fallocate"):
         with path.open("r+b") as file:
@@ -185,7 +196,7 @@ def _allocate(path: Path, shape: tuple[int, ...], dtype: np.dtype) -> np.memmap:
 def _record_all(
     model: "decoder.Decoder", windows: np.ndarray, kept: np.ndarray, arrays: dict[str, np.memmap], batch: int
 ) -> None:
-    """Forward passes of `batch` windows; the last one is filled up with repeats, so that there is one trace."""
+    """Forward passes of `batch` windows; the last one is filled with repeats, so that only one shape is compiled."""
     count, length = windows.shape
     spec = TapSpec(activity="activity" in arrays)
     with task("collect activations", count, "windows") as advance:
@@ -202,6 +213,6 @@ def _record_all(
 
 
 @functools.partial(jax.jit, static_argnames="spec")
-def _taps(model: "decoder.Decoder", tokens: types.Int[types.Array, "b T"], spec: TapSpec) -> Taps:
+def _taps(model: "decoder.Decoder", tokens: Int[Array, "b T"], spec: TapSpec) -> Taps:
     lengths = jnp.full(tokens.shape[:1], tokens.shape[1], jnp.int32)
     return cast(Taps, decoder.forward(model, tokens, lengths, taps=spec)[1])

@@ -1,4 +1,4 @@
-"""The best weights of each layer in a training of all layers at once."""
+"""Keeps the best weights of each layer while all layers train at once."""
 
 import dataclasses
 
@@ -12,13 +12,13 @@ from polarjax.types import Array
 
 @dataclasses.dataclass
 class Best:
-    """Each layer's best weights so far; a layer that is done keeps them.
+    """Each layer's best weights so far; a finished layer keeps them.
 
     Attributes:
       weights: stacked [L …].
-      measure: of those weights [L].
-      epoch: when they were reached [L].
-      done: layers that stopped [L].
+      measure: validation measure of those weights [L].
+      epoch: epoch they come from [L].
+      done: whether each layer has stopped [L].
     """
 
     weights: Weights
@@ -28,14 +28,14 @@ class Best:
 
     @classmethod
     def start(cls, weights: Weights) -> "Best":
-        """Before the first epoch: anything is better."""
+        """The state before the first epoch, which any measure improves on."""
         layers = next(iter(weights.values())).shape[0]
         return cls(weights, np.full(layers, -1.0), np.zeros(layers, int), np.zeros(layers, bool))
 
     def update(
         self, weights: Weights, measured: np.ndarray, epoch: int, *, patience: int, good_enough: float
     ) -> "Best":
-        """After an epoch: keeps what is better, and stops layers that are good enough or gain no more."""
+        """The state after an epoch: keeps improvements, and stops layers that are good enough or no longer improve."""
         better = ~self.done & (measured > self.measure)
         at = np.where(better, epoch, self.epoch)
         value = np.where(better, measured, self.measure)
@@ -43,7 +43,7 @@ class Best:
         return Best(_where(better, weights, self.weights), value, at, done)
 
     def note(self, task: Task) -> str:
-        """One phrase for the progress bar."""
+        """The progress bar's note."""
         done = f", {self.done.sum()}/{len(self.done)} layers done" if self.done.any() else ""
         return f"{task.criterion} {self.measure.mean():.3f} (least {self.measure.min():.3f}){done}"
 

@@ -11,9 +11,9 @@ from polarjax.types import Array, Float, Int, Num
 
 
 class Feed:
-    """The training tokens of each epoch in a new order, in pieces that fit in memory.
+    """Yields the training tokens, in a new order each epoch, in pieces that fit in memory.
 
-    All pieces of all epochs have one shape; when there is one piece, it stays on the device.
+    All pieces have the same shape; a single piece stays on the device.
     """
 
     def __init__(
@@ -28,7 +28,7 @@ class Feed:
         self._resident = jax.device_put(self._read(rows)) if self.pieces == 1 else None
 
     def epoch(self, order: np.random.Generator) -> Iterator[tuple[Array, Array, Int[np.ndarray, "steps b"]]]:
-        """Yields router inputs [L m D], records [L m n], and for each step which of the m rows it takes."""
+        """Yields router inputs [L m D], records [L m n], and the rows of each step [steps b]."""
         places = order.permutation(len(self._rows))
         size = self.steps * self.batch
         for piece in range(self.pieces):
@@ -46,5 +46,5 @@ class Feed:
 def read(
     activations: Activations, task: Task, rows: np.ndarray
 ) -> tuple[Float[np.ndarray, "L m D"], Num[np.ndarray, "L m n"]]:
-    """Router inputs, and the records that the task's labels are made of, at `rows`."""
+    """Router inputs at `rows`, and the records that the task's labels are computed from."""
     return activations.router_inputs(rows), activations.records(task.record, rows)

@@ -9,7 +9,7 @@ import optax
 from polarjax.model.taps import unpack
 from polarjax.selection.routers import LayerRouter, score_groups, score_neurons
 from polarjax.selection.selectors import top_mask
-from polarjax.sparsity.activations import Record
+from polarjax.sparsity.activations import Target
 from polarjax.sparsity.options import Objective
 from polarjax.types import Array, Bool, Float, Num, UInt8
 
@@ -27,7 +27,7 @@ class NeuronTask:
 
     num_neurons: int
     name: ClassVar[str] = "neurons"
-    record: ClassVar[Record] = "activity"
+    record: ClassVar[Target] = "activity"
     fields: ClassVar[tuple[str, ...]] = ("w_in", "w_out")
     criterion: ClassVar[str] = "f1"
 
@@ -45,15 +45,15 @@ class NeuronTask:
         return _weighted_entropy(scores, label, jnp.mean(label) + 0.005)
 
     def value(self, packed: UInt8[Array, "b bytes"]) -> Float[Array, "b F"]:
-        """What each neuron is worth keeping: 1 where it is active."""
+        """The value of keeping each neuron: 1 if active, else 0."""
         return self.labels(packed).astype(jnp.float32)
 
-    def said(self, scores: Float[Array, "b F"]) -> Bool[Array, "b F"]:
-        """The neurons called active."""
+    def predicted(self, scores: Float[Array, "b F"]) -> Bool[Array, "b F"]:
+        """Neurons predicted to be active."""
         return scores >= 0
 
     def chosen(self, scores: Float[Array, "b F"]) -> Bool[Array, "b F"]:
-        """The neurons predicted as active."""
+        """Neurons selected without a plan's k: those predicted to be active."""
         return scores >= 0
 
 
@@ -62,20 +62,21 @@ class GroupTask:
     """Predict which groups have the largest norms. Static under `jax.jit`.
 
     Attributes:
-      kept: how many groups of each token are positive, and are selected.
-      objective: "top" predicts whether a group is among the `kept` of the largest norms; "norms" predicts the norms,
-        which serves any number of groups and knows by how much one matters more than another. Both are published.
+      kept: number of groups per token that are positive, and that are selected.
+      objective: "top" predicts whether a group is among the `kept` with the largest norms; "norms" predicts the
+        norms, which works for any number of groups and says how much more one matters than another. Both are
+        published.
     """
 
     kept: int
     objective: Objective = "top"
     name: ClassVar[str] = "groups"
-    record: ClassVar[Record] = "norms"
+    record: ClassVar[Target] = "norms"
     fields: ClassVar[tuple[str, ...]] = ("w_group", "b_group")
 
     @property
     def criterion(self) -> str:
-        """What the best epoch is chosen by: the positives found, or how much of their squared norms."""
+        """The measure that picks the best epoch: the fraction of positives selected, or of their squared norms."""
         return "selected" if self.objective == "top" else "captured"
 
     def scores(self, weights: Weights, x: Float[Array, "b D"]) -> Float[Array, "b K"]:
@@ -95,11 +96,11 @@ class GroupTask:
         return _weighted_entropy(scores, label, jnp.mean(label))
 
     def value(self, norms: Float[Array, "b K"]) -> Float[Array, "b K"]:
-        """What each group is worth keeping: its squared norm."""
+        """The value of keeping each group: its squared norm."""
         return jnp.square(norms)
 
-    def said(self, scores: Float[Array, "b K"]) -> Bool[Array, "b K"]:
-        """The groups called positive: by their logits, or the selected ones where norms are predicted."""
+    def predicted(self, scores: Float[Array, "b K"]) -> Bool[Array, "b K"]:
+        """Groups predicted to be positive: by the sign of the logit, or the selected ones if norms are predicted."""
         return scores >= 0 if self.objective == "top" else self.chosen(scores)
 
     def chosen(self, scores: Float[Array, "b K"]) -> Bool[Array, "b K"]:
@@ -131,18 +132,18 @@ def _weighted_entropy(
 def count(
     task: Task, weights: Weights, x: Float[Array, "b D"], record: Num[Array, "b n"], real: Bool[Array, "b"]
 ) -> Counts:
-    """Over the `real` rows: positives, those called so, the right ones among these, the positives among what is
-    chosen, and the value of the positives and of what is chosen."""
+    """Counts over the `real` rows, from which `Quality` is computed: positives, predicted positives, true
+    positives, positives among the chosen, and the total value of the positives and of the chosen."""
     scores = task.scores(weights, x)
     label = task.labels(record) & real[:, None]
-    said = task.said(scores) & real[:, None]
+    predicted = task.predicted(scores) & real[:, None]
     total = lambda mask: jnp.sum(mask, dtype=jnp.float32)
     chosen = task.chosen(scores) & real[:, None]
     value = task.value(record)
     return {
         "positive": total(label),
-        "said": total(said),
-        "right": total(said & label),
+        "predicted": total(predicted),
+        "right": total(predicted & label),
         "found": total(chosen & label),
         "reachable": total(jnp.where(label, value, 0)),
         "captured": total(jnp.where(chosen, value, 0)),

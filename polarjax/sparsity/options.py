@@ -1,4 +1,4 @@
-"""The options of collecting, training and calibrating; their checks, and no JAX, so that help can show the defaults."""
+"""Options of collecting, training and calibrating, with their checks. No JAX, so that help can show the defaults."""
 
 import dataclasses
 import math
@@ -13,23 +13,23 @@ from polarjax.types import Path
 _TINY = 1e-300
 MAX_BYTES = 32 * 10**9
 HELD_OUT = (0.1, 0.05)
-"""Validation and test; plans are calibrated on the validation text, which therefore is twice the published 5 %."""
+"""Fractions for (validation, test). Plans are calibrated on validation text, so it is twice the published 5 %."""
 
 Objective = Literal["top", "norms"]
 DenseAttention = Literal["first", "important"]
 BATCH_SIZES = (1, 2, 4, 8, 16, 32, 64, 128, 256, 512)
 
 
-@dataclasses.dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True, kw_only=True)
 class CollectOptions:
     """How activations are collected; see `polarjax.sparsity.collect`.
 
     Attributes:
-      folder: where they are kept; None discards them when the plans are made.
+      folder: where to keep them; None deletes them after use.
       held_out: fractions of the windows for (validation, test).
-      max_bytes: bound on their size.
-      fit: record fewer positions rather than refuse.
-      batch_size: windows a forward pass.
+      max_bytes: limit on their size on disk.
+      fit: above the limit, record fewer positions instead of raising.
+      batch_size: windows per forward pass.
     """
 
     folder: Path | None = None
@@ -48,14 +48,14 @@ class TrainOptions:
     """How routers are trained; the defaults are the published ones.
 
     Attributes:
-      learning_rate, weight_decay: of AdamW.
-      neuron_batch, group_batch: tokens a step, for the neuron and the group routers.
-      max_epochs: passes over the training tokens, at most.
-      patience: a layer stops after so many epochs without a gain on the validation tokens.
+      learning_rate, weight_decay: AdamW's.
+      neuron_batch, group_batch: tokens per step, for the neuron and the group routers.
+      max_epochs: maximum number of passes over the training tokens.
+      patience: a layer stops after this many epochs without improvement on the validation tokens.
       good_enough: a layer stops when its f1 (neurons) or `selected` (groups, objective "top") exceeds this.
       group_objective: what the group routers learn: "top" or "norms", see `GroupTask`.
-      rank: R of the neuron routers; None takes `router_rank(config)`.
-      memory_bytes: training tokens are kept on the device up to this size, and read from disk beyond it.
+      rank: R of the neuron routers; None means `router_rank(config)`.
+      memory_bytes: training tokens stay on the device up to this size; above it, they are read from disk.
     """
 
     learning_rate: float = 1e-4
@@ -93,14 +93,14 @@ class CalibrateOptions:
     """How plans are calibrated.
 
     Attributes:
-      batch_sizes: increasing; those that get a plan.
-      target_recall: of the truly active neurons, on average over batches; the published .99.
-      multiple: k is rounded up to a multiple of this (and never beyond F).
-      num_batches: random batches drawn for each batch size.
-      max_tokens: held-out tokens used, at most.
-      dense_attention: the layer whose attention keeps all groups. "first" is the published choice: there the first
-        layer's attention turns the residual stream by far the most. "important" takes the layer in which it does in
-        this model (`Activations.attention_importance`).
+      batch_sizes: batch sizes that get a plan, increasing.
+      target_recall: mean over batches of the fraction of truly active neurons that are kept; published: 0.99.
+      multiple: k is rounded up to a multiple of this (at most F).
+      num_batches: random batches per batch size.
+      max_tokens: maximum number of held-out tokens used.
+      dense_attention: the layer whose attention keeps all groups. "first" is the published choice, made for models
+        whose first layer's attention turns the residual stream by far the most. "important" picks the layer that
+        does so in this model (`Activations.attention_importance`).
     """
 
     batch_sizes: tuple[int, ...] = BATCH_SIZES

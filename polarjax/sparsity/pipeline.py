@@ -1,4 +1,4 @@
-"""From a model and text to routers and plans: collect, train, calibrate, and measure on text held out from all."""
+"""Learns routers and plans from text: collects, trains, calibrates, then measures on text that none of these used."""
 
 import dataclasses
 import time
@@ -9,7 +9,6 @@ from typing import Any
 import jax
 import numpy as np
 
-from polarjax import types
 from polarjax.configs import ModelConfig
 from polarjax.errors import CheckpointError, InputError
 from polarjax.generation.checks import random_key
@@ -17,21 +16,17 @@ from polarjax.model import decoder
 from polarjax.model.checks import check_model, check_windows
 from polarjax.selection.plans import PlanTable, check_density
 from polarjax.selection.routers import Routers
-from polarjax.sparsity.activations import Activations
 from polarjax.sparsity.calibration import calibrate, measure_recall
 from polarjax.sparsity.checks import check_options
-from polarjax.sparsity.collection import (
-    Recording,
-    collect,
-    plan_recording,
-)
+from polarjax.sparsity.collection import Recording, plan_recording, record
 from polarjax.sparsity.options import CalibrateOptions, CollectOptions, TrainOptions
 from polarjax.sparsity.training import TrainReport, train_routers
 from polarjax.storage.atomic import temporary_folder
+from polarjax.types import Array, Int, Int32, Key, Path
 
 _ELSEWHERE = (
-    "make room in the folder for temporary files, set TMPDIR to another one, or keep the activations in a folder of "
-    "your choice (--activations)"
+    "free space in the temporary folder, set TMPDIR to another one, or choose a folder for the activations "
+    "(--activations)"
 )
 
 
@@ -40,12 +35,12 @@ class SparsifyReport:
     """What `sparsify` measured.
 
     Attributes:
-      tokens: recorded, all parts together.
-      num_bytes: of the activations.
-      training: quality of the routers on the validation tokens.
-      recall: of the plans on the test tokens, for each batch size of the table and each layer.
-      attention_importance: of each layer, see `Activations.attention_importance`.
-      seconds: of each stage.
+      tokens: number of recorded tokens, all parts together.
+      num_bytes: size of the activations.
+      training: router quality on the validation tokens.
+      recall: recall of the plans on the test tokens, by batch size, then layer.
+      attention_importance: one value per layer, see `Activations.attention_importance`.
+      seconds: time of each stage.
     """
 
     tokens: int
@@ -62,8 +57,8 @@ class SparsifyReport:
 
 def sparsify(
     model: "decoder.Decoder",
-    windows: types.Int[np.ndarray, "n T"],
-    key: types.Key[types.Array, ""],
+    windows: Int[np.ndarray, "n T"],
+    key: Key[Array, ""],
     *,
     head_density: float = 0.5,
     collecting: CollectOptions | None = None,
@@ -73,14 +68,14 @@ def sparsify(
     """Learns a model's routers and plans from token windows.
 
     Args:
-      model: the decoder; it is run densely.
+      model: the decoder, run dense.
       windows: int [n T], full windows of token ids.
       key: random key.
-      head_density: fraction of groups that the group routers learn to pick, and the plans' default.
+      head_density: fraction of groups that group routers learn to pick; also the plans' default.
       collecting, training, calibration: options of the three stages.
 
     Returns:
-      routers in the model's dtype, plans by batch size, and what was measured.
+      Routers in the model's dtype, plans by batch size, and the measurements.
 
     Raises:
       InputError: bad windows, too little text, or activations larger than allowed.
@@ -93,13 +88,37 @@ def sparsify(
     key = random_key(key)
     check_density(head_density, where="head density")
     windows = check_windows(windows, model.config)
-    recording = plan(model, windows.shape, collecting)
+    recording = plan_recording(model, windows.shape, collecting)
+    return learn(
+        model,
+        windows,
+        recording,
+        key,
+        head_density=head_density,
+        collecting=collecting,
+        training=training,
+        calibration=calibration,
+    )
+
+
+def learn(
+    model: "decoder.Decoder",
+    windows: Int32[np.ndarray, "n T"],
+    recording: Recording,
+    key: Key[Array, ""],
+    *,
+    head_density: float,
+    collecting: CollectOptions,
+    training: TrainOptions,
+    calibration: CalibrateOptions,
+) -> tuple[Routers, PlanTable, SparsifyReport]:
+    """`sparsify` with checked arguments; `recording` is what `plan_recording` returned for these windows."""
     check_length(recording, model.config, calibration)
     keys = jax.random.split(key, 3)
     seconds: dict[str, float] = {}
     with _folder(collecting) as folder:
         with _timed(seconds, "collect"):
-            activations = _collect(model, windows, folder, collecting)
+            activations = record(model, windows, recording, folder, batch_size=collecting.batch_size)
         with _timed(seconds, "train"):
             options = {"head_density": head_density, "options": training}
             routers, trained = train_routers(activations, model.config, keys[0], **options)
@@ -113,20 +132,8 @@ def sparsify(
     return routers, plans, report
 
 
-def plan(model: "decoder.Decoder", shape: tuple[int, ...], options: CollectOptions) -> Recording:
-    """What will be recorded of windows [n T] = `shape`."""
-    return plan_recording(
-        model.config,
-        model.dtype,
-        (shape[0], shape[1]),
-        held_out=options.held_out,
-        max_bytes=options.max_bytes,
-        fit=options.fit,
-    )
-
-
 def check_length(recording: Recording, config: ModelConfig, options: CalibrateOptions) -> None:
-    """Raises `InputError` when the held-out tokens do not fill the largest batch to be calibrated."""
+    """Raises `InputError` if there are fewer held-out tokens than the largest batch to calibrate."""
     if not config.neuron_sparsity:
         return
     needed = options.batch_sizes[-1]
@@ -137,26 +144,12 @@ def check_length(recording: Recording, config: ModelConfig, options: CalibrateOp
                 "the text is too short to calibrate",
                 got=f"{got} {part} tokens of {len(recording.part)}",
                 expected=f"at least {needed}, the largest batch size",
-                hint="give a longer text, or hold out a larger part of it",
+                hint="use a longer text, or hold out more of it",
             )
 
 
-def _collect(
-    model: "decoder.Decoder", windows: np.ndarray, folder: types.Path, options: CollectOptions
-) -> Activations:
-    return collect(
-        model,
-        windows,
-        folder,
-        held_out=options.held_out,
-        max_bytes=options.max_bytes,
-        fit=options.fit,
-        batch_size=options.batch_size,
-    )
-
-
 @contextmanager
-def _folder(options: CollectOptions) -> Iterator[types.Path]:
+def _folder(options: CollectOptions) -> Iterator[Path]:
     if options.folder is not None:
         yield options.folder
         return

@@ -1,4 +1,4 @@
-"""Training routers from recorded activations: all layers in one vmapped step."""
+"""Trains routers on recorded activations, all layers in one vmapped step."""
 
 import dataclasses
 import functools
@@ -38,13 +38,13 @@ EVALUATION_ROWS = 512
 
 @dataclasses.dataclass(frozen=True)
 class Quality:
-    """How well the routers of one kind predict the validation tokens; one entry a layer.
+    """How well one kind of router does on the validation tokens; one entry per layer.
 
     Attributes:
-      recall, precision, f1: micro-averaged, a logit of at least 0 being a yes (of norms: being selected).
-      selected: the share of the positives among what would be selected: the top k for groups; for neurons, whose
-        k depends on the batch size, those with a logit of at least 0 (so it equals the recall).
-      captured: the same, each group counting by its squared norm.
+      recall, precision, f1: micro-averaged; positive means a logit of at least 0 (if norms are predicted: selected).
+      selected: fraction of the positives that would be selected: the top k for groups; for neurons, whose k depends
+        on the batch size, those with a logit of at least 0 (so it equals the recall).
+      captured: the same, with each group weighted by its squared norm.
       epoch: the epoch whose weights were kept, from 1.
     """
 
@@ -58,10 +58,10 @@ class Quality:
 
 @dataclasses.dataclass(frozen=True)
 class TrainReport:
-    """What came out of a training, measured with the routers in the dtype that they are served in.
+    """Result of a training, measured with the routers in the model's dtype.
 
-    The measure that picks a layer's best epoch is f1 for neurons and `selected` for groups (`captured` where norms
-    are predicted): a recall at a threshold is won by saying yes to everything.
+    A layer's best epoch is picked by f1 for neurons and by `selected` for groups (`captured` if norms are
+    predicted), not by recall at a threshold, because predicting everything would maximize that.
     """
 
     neurons: Quality | None
@@ -84,21 +84,21 @@ def train_routers(
     neurons: bool | None = None,
     options: TrainOptions | None = None,
 ) -> tuple[Routers, TrainReport]:
-    """Learns to predict active neurons (ReLU models) and the groups with the largest norms, in every layer.
+    """Trains routers to predict, in every layer, the active neurons (ReLU models) and the groups with the largest norms.
 
-    Training is in float32; the routers come back in the model's dtype.
+    Training is in float32; the returned routers are in the model's dtype.
 
     Args:
-      activations: of this model, with a train and a validation part.
+      activations: this model's, with a train and a validation part.
       config: the model's configuration.
-      key: random key: initial weights and the order of tokens.
+      key: random key for the initial weights and the order of tokens.
       head_density: a token's `floor(head_density * K)` groups of largest norm are the positives.
-      neurons: whether to train neuron routers too; by default for ReLU models.
-      options: the published ones when None.
+      neurons: whether to train neuron routers too; None means for ReLU models only.
+      options: None means the published ones.
 
     Raises:
-      SparsityError: activations of another model, a bad density, or training that diverges.
-      InputError: there is nothing to train on or to validate with.
+      SparsityError: activations from another model, a density not in (0, 1], or diverging training.
+      InputError: there are no train or no validation tokens.
     """
     check_sources(activations, config, "train_routers")
     options = check_options(options, TrainOptions, "options")
@@ -108,13 +108,13 @@ def train_routers(
     density = check_density(head_density, where="head density")
     activations.check(config)
     if neurons and not config.neuron_sparsity:
-        hint = "leave out neurons=True: only ReLU neurons are exactly zero"
+        hint = "drop neurons=True: only ReLU neurons are exactly zero"
         raise SparsityError(
             "neuron routers need a ReLU model", where="train_routers", got=config.activation, hint=hint
         )
     for part in ("train", "validation"):
         if len(activations.rows(part)) == 0:
-            hint = "collect them with validation text held out"
+            hint = "collect with validation text held out (held_out)"
             raise InputError(f"the activations have no {part} tokens", where="train_routers", hint=hint)
     initial_key, neuron_key, group_key = jax.random.split(key, 3)
     neurons = config.neuron_sparsity if neurons is None else neurons
@@ -141,14 +141,16 @@ def fit(
     batch = options.neuron_batch if isinstance(task, NeuronTask) else options.group_batch
     feed = Feed(activations, task, activations.rows("train"), batch=batch, memory_bytes=options.memory_bytes)
     order = np.random.default_rng(np.asarray(jax.random.bits(key, (4,), jnp.uint32)))
-    good_enough = 1.0 if task.criterion == "captured" else options.good_enough  # alike norms are soon .99
+    good_enough = (
+        1.0 if task.criterion == "captured" else options.good_enough
+    )  # similar norms reach .99 at once
     limits: dict[str, Any] = {"patience": options.patience, "good_enough": good_enough}
     best, weights = Best.start(weights), jax.tree.map(jnp.copy, weights)  # the copy is donated to each step
-    optimiser_state = jax.vmap(_optimiser(options).init)(weights)
+    optimizer_state = jax.vmap(_optimizer(options).init)(weights)
     with progress(f"train {task.name}", options.max_epochs, "epochs") as advance:
         for epoch in range(1, options.max_epochs + 1):
             for piece in feed.epoch(order):
-                weights, optimiser_state, losses = _steps(task, options, weights, optimiser_state, *piece)
+                weights, optimizer_state, losses = _steps(task, options, weights, optimizer_state, *piece)
                 _check_finite(losses, options)
             measured = getattr(measure(task, weights, activations), task.criterion)
             best = best.update(weights, np.asarray(measured), epoch, **limits)
@@ -161,7 +163,7 @@ def fit(
     return served, dataclasses.replace(quality, epoch=tuple(best.epoch.tolist()))
 
 
-def _optimiser(options: TrainOptions) -> optax.GradientTransformation:
+def _optimizer(options: TrainOptions) -> optax.GradientTransformation:
     return optax.adamw(options.learning_rate, weight_decay=options.weight_decay)
 
 
@@ -175,15 +177,15 @@ def _steps(
     records: Num[Array, "L m n"],
     order: Int[Array, "steps b"],
 ) -> tuple[Weights, optax.OptState, Float[Array, "L"]]:
-    """One step of every layer for each row of `order`; returns the mean losses too."""
-    optimiser = _optimiser(options)
+    """Runs one step of every layer for each row of `order`; also returns the mean losses."""
+    optimizer = _optimizer(options)
 
     def layer_step(weights: Weights, state: optax.OptState, x: Array, record: Array):
         value, gradient = jax.value_and_grad(functools.partial(loss, task))(
             weights, x.astype(jnp.float32), record
         )
         with jax.numpy_dtype_promotion("standard"):  # optax mixes dtypes
-            change, state = optimiser.update(gradient, state, weights)
+            change, state = optimizer.update(gradient, state, weights)
             weights = cast(Weights, optax.apply_updates(weights, change))
         return weights, state, value
 
@@ -197,7 +199,7 @@ def _steps(
 
 
 def measure(task: Task, weights: Weights, activations: Activations) -> Quality:
-    """Quality of stacked weights [L …] on the validation tokens, computed in the dtype of the weights."""
+    """Measures stacked weights [L …] on the validation tokens, in the dtype of the weights."""
     rows = activations.rows("validation")
     totals: dict[str, np.ndarray] = {}
     for start in range(0, len(rows), EVALUATION_ROWS):
@@ -211,8 +213,8 @@ def measure(task: Task, weights: Weights, activations: Activations) -> Quality:
     )
     return Quality(
         recall=ratio(totals["right"], totals["positive"]),
-        precision=ratio(totals["right"], totals["said"]),
-        f1=ratio(2 * totals["right"], totals["said"] + totals["positive"]),
+        precision=ratio(totals["right"], totals["predicted"]),
+        f1=ratio(2 * totals["right"], totals["predicted"] + totals["positive"]),
         selected=ratio(totals["found"], totals["positive"]),
         captured=ratio(totals["captured"], totals["reachable"]),
         epoch=(0,) * len(totals["right"]),

@@ -1,4 +1,4 @@
-"""Parts of files, read past the page cache and through it."""
+"""Ranges of files, read past the page cache and through it."""
 
 import os
 
@@ -8,7 +8,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from checkpoints_convert import read_ahead as module
-from checkpoints_convert.read_ahead import Part, read_ahead
+from checkpoints_convert.read_ahead import FileRange, read_ahead
 
 SIZE = 3_000_001
 
@@ -40,7 +40,7 @@ def refuse(*_) -> int:
 @settings(suppress_health_check=[HealthCheck.function_scoped_fixture], max_examples=25, deadline=None)
 @given(spans=st.lists(st.tuples(st.integers(0, SIZE - 1), st.integers(0, SIZE)), max_size=7))
 def test_bytes_are_those_of_the_file(file, data, way, spans):
-    parts = [Part(file, offset, min(size, SIZE - offset)) for offset, size in spans]
+    ranges = [FileRange(file, offset, min(size, SIZE - offset)) for offset, size in spans]
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(module, "_in_page_cache", lambda stream, offset: way == "cached")
         patch.setattr(module, "_SMALL", 1000)
@@ -48,8 +48,8 @@ def test_bytes_are_those_of_the_file(file, data, way, spans):
             patch.setattr(os, "open", refuse)
         if way == "unknown":
             patch.setattr(module, "_DIRECT", 0)
-        for part, found in zip(parts, read_ahead(parts), strict=True):
-            assert found.tobytes() == data[part.offset : part.offset + part.size]
+        for span, found in zip(ranges, read_ahead(ranges), strict=True):
+            assert found.tobytes() == data[span.offset : span.offset + span.size]
 
 
 def test_direct_access_begins_and_ends_with_pages(file, monkeypatch):
@@ -64,15 +64,15 @@ def test_direct_access_begins_and_ends_with_pages(file, monkeypatch):
 
     monkeypatch.setattr(os, "preadv", watch)
     for offset, size in [(0, 1 << 21), (77, 1 << 20), (4096, 1_900_003)]:
-        module._read_direct(Part(file, offset, size), module._pages(size + 8192))
+        module._read_direct(FileRange(file, offset, size), module._pages(size + 8192))
     assert asked == [(0, 0, 0)] * 3
 
 
-@pytest.mark.parametrize("part", [(SIZE - 2_000_000, 2_500_000), (SIZE, 2_000_000), (SIZE + 5000, 10)])
-def test_fewer_where_the_file_ends(file, data, part):
+@pytest.mark.parametrize("span", [(SIZE - 2_000_000, 2_500_000), (SIZE, 2_000_000), (SIZE + 5000, 10)])
+def test_fewer_where_the_file_ends(file, data, span):
     forget(file)
-    (found,) = read_ahead([Part(file, *part)])
-    assert found.tobytes() == data[part[0] :]
+    (found,) = read_ahead([FileRange(file, *span)])
+    assert found.tobytes() == data[span[0] :]
 
 
 def test_page_cache_is_noticed(file):
@@ -87,11 +87,11 @@ def test_nothing():
 
 def test_missing_file(tmp_path):
     with pytest.raises(FileNotFoundError):
-        list(read_ahead([Part(tmp_path / "none", 0, 1 << 21)]))
+        list(read_ahead([FileRange(tmp_path / "none", 0, 1 << 21)]))
 
 
 def test_can_be_left_early(file, data):
-    found = read_ahead([Part(file, i, 1 << 20) for i in range(100)])
+    found = read_ahead([FileRange(file, i, 1 << 20) for i in range(100)])
     assert next(found).tobytes() == data[: 1 << 20]
     found.close()
     assert next(found, None) is None

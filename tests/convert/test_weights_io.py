@@ -13,7 +13,7 @@ from safetensors.numpy import save_file
 
 import polarjax as pj
 from checkpoints_convert import weights_io
-from checkpoints_convert.read_ahead import PART_BYTES
+from checkpoints_convert.read_ahead import RANGE_BYTES
 from checkpoints_convert.weights_io import INDEX, SINGLE, open_weights, read_rows
 
 
@@ -62,9 +62,9 @@ def test_reads_what_was_written(layout, arrays, request):
         np.testing.assert_array_equal(tensor.read(), arrays[name])
 
 
-@pytest.mark.parametrize("size", [1, 16, 40, PART_BYTES])
+@pytest.mark.parametrize("size", [1, 16, 40, RANGE_BYTES])
 def test_rows_come_in_order_a_few_at_a_time(sharded, arrays, size, monkeypatch):
-    monkeypatch.setattr(weights_io, "PART_BYTES", size)
+    monkeypatch.setattr(weights_io, "RANGE_BYTES", size)
     tensors = open_weights(sharded)
     rows = read_rows(list(tensors.values()))
     for name, tensor in tensors.items():
