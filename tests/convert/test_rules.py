@@ -106,7 +106,7 @@ def test_one_report_of_all_faults():
     assert text.startswith("HERE: the tensors do not fit config.json; got 3 missing: ")
     assert "model.layers.2.mlp.up_proj.weight" in text
     assert "3 unknown: model.layers.0.mlp.up_proj.bias" in text
-    assert "2 of the same meaning: model.norm.weight, norm.weight" in text
+    assert "2 duplicated under another name: model.norm.weight, norm.weight" in text
     assert "1 of the wrong shape: model.embed_tokens.weight [64, 24] instead of [61, 24]" in text
     assert "\n" not in text
 

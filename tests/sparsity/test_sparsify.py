@@ -128,6 +128,8 @@ def test_prosparse_from_its_checkpoint_to_sparse_tokens(tmp_path, monkeypatch):
         ({"head_density": 0.0}, "not a density"),
         ({"head_density": 1.5}, "not a density"),
         ({"collecting": CollectOptions(max_bytes=1000)}, "larger than allowed"),
+        ({"collecting": CollectOptions(max_bytes="1 GB")}, "max_bytes: not a size"),
+        ({"collecting": CollectOptions(fit="yes")}, "collect: fit: "),
         (
             {"calibration": CalibrateOptions()},
             r"too short to calibrate; got 48 validation tokens of 480, expected at least 512",
