@@ -49,7 +49,7 @@ def _check_keys(cls: type, data: dict[str, Any]) -> None:
     _check(not unknown, "keys", unknown, "known keys only")
     required = {field.name for field in fields if field.default is dataclasses.MISSING}
     missing = sorted(required - set(data))
-    _check(not missing, "keys", sorted(data), f"also {', '.join(missing)}")
+    _check(not missing, "keys", f"no {', '.join(missing)}", "every required key")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

@@ -280,7 +280,7 @@ def test_the_source_config_is_kept(tmp_path):
     pj.save(tmp_path / "model", dataclasses.replace(bundle_of(), source_config=source))
     loaded = pj.load(tmp_path / "model")
     assert loaded.source_config == source
-    hash(dataclasses.replace(loaded, model=None))
+    hash(loaded)
 
 
 @pytest.mark.parametrize(

@@ -314,7 +314,7 @@ REFUSED = {
     "nan": (("--prompt", "a", "--temperature", "nan"), "--temperature: temperature is out of range"),
     "temperature 0": (
         ("--prompt", "a", "--temperature", "0"),
-        "leave it out; --greedy takes the most likely",
+        "omit it; --greedy takes the most likely",
     ),
     "no penalty": (
         ("--prompt", "a", "--repetition-penalty", "0"),
