@@ -92,7 +92,7 @@ def check_room(
 def as_prompts(
     config: ModelConfig, tokens: Any, lengths: Any, *, where: str
 ) -> tuple[Int[Array, "B T"], Int[Array, "B"]]:
-    """Tokens and lengths as arrays; raises `InputError` unless they are whole numbers [B T] and [B] that fit.
+    """Tokens and lengths as int32 arrays; raises `InputError` unless they are whole numbers [B T] and [B] that fit.
 
     T is known during tracing, so a learned position table is never read past its end.
     """
@@ -118,7 +118,7 @@ def as_prompts(
 
 
 def as_step(token: Any) -> Int[Array, "B"]:
-    """The tokens of a decoding step as an array; raises `InputError` unless they are whole numbers [B]."""
+    """The tokens of a decoding step as an int32 array; raises `InputError` unless they are whole numbers [B]."""
     token = _whole_numbers("token", token, "decode_step")
     if token.ndim != 1:
         raise InputError(
@@ -212,7 +212,7 @@ def _whole_numbers(name: str, value: Any, where: str) -> Array:
     with contextlib.suppress(TypeError, ValueError):
         array = jnp.asarray(value)
         if jnp.issubdtype(array.dtype, jnp.integer):
-            return array
+            return array.astype(jnp.int32)  # with x64, NumPy's are int64
     raise InputError(
         f"{name} are not whole numbers",
         where=where,

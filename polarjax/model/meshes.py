@@ -28,7 +28,11 @@ def auto_axes(
     spec = jax.typeof(rows).sharding.spec if isinstance(rows, jax.Array) else ()
     batch = NamedSharding(mesh, PartitionSpec(*spec[:1]))
     shardings = batch if out is None else out(batch, NamedSharding(mesh, PartitionSpec()))
-    return jax.sharding.auto_axes(function, axes=mesh.explicit_axes, out_sharding=shardings)(*args)
+    leaves, tree = jax.tree.flatten(
+        args
+    )  # a tree of shardings would run the constructors of the trees' classes
+    run = lambda leaves: function(*jax.tree.unflatten(tree, leaves))
+    return jax.sharding.auto_axes(run, axes=mesh.explicit_axes, out_sharding=shardings)(leaves)
 
 
 def _explicit_mesh(leaf: Any) -> Any:

@@ -202,12 +202,13 @@ def _record_all(
     with task("collect activations", count, "windows") as advance:
         for start in range(0, count, batch):
             stop = min(start + batch, count)
-            taps = _taps(model, jax.device_put(windows[np.arange(start, start + batch) % count]), spec)
+            tokens = jax.device_put(windows[np.arange(start, start + batch) % count])
+            taps = _taps(model, tokens, spec)
             low, high = np.searchsorted(kept, (start * length, stop * length))
             rows = kept[low:high] - start * length
             for name in arrays.keys() - {"part"}:
                 for layer, record in enumerate(getattr(taps, name)):
-                    flat = np.asarray(record).reshape(batch * length, *record.shape[2:])
+                    flat = jax.device_get(record).reshape(batch * length, *record.shape[2:])
                     arrays[name][layer, low:high] = flat[rows].view(arrays[name].dtype)
             advance(stop - start)
 

@@ -75,6 +75,7 @@ class TrainReport:
         return dataclasses.asdict(self)
 
 
+@jax.transfer_guard("allow")  # it moves what it reads from the disk, and what it measures, by design
 def train_routers(
     activations: Activations,
     config: ModelConfig,
