@@ -83,7 +83,7 @@ def collect(given: Inputs):
     """Recorded norms and activity."""
     with tempfile.TemporaryDirectory() as folder:
         options = {"held_out": (0.3, 0.3), "batch_size": DEVICES}
-        seen = sparsity.collect(given.model, given.tokens, Path(folder, "seen"), **options)
+        seen = sparsity.collect(given.model, jax.device_get(given.tokens), Path(folder, "seen"), **options)
         return np.array(seen.norms), np.array(seen.activity)
 
 
@@ -101,7 +101,7 @@ def activations():
 
 def score(given: Inputs):
     """Losses of a dense and a sparse model."""
-    measure = functools.partial(evaluation.perplexity, given.model, given.tokens)
+    measure = functools.partial(evaluation.perplexity, given.model, jax.device_get(given.tokens))
     return measure().token_nll, measure(sparsity=given.selected).token_nll
 
 
