@@ -32,6 +32,7 @@ def compile_cache(wanted: bool = True) -> Iterator[None]:
     from jax.experimental.compilation_cache import compilation_cache as cache
 
     config.update("jax_compilation_cache_dir", str(folder))
+    cache.reset_cache()  # JAX remembers whether there was a cache when it first compiled
     try:
         yield
     finally:

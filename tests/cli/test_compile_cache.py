@@ -32,7 +32,7 @@ def test_programs_are_kept_and_it_is_said_once(tmp_path, capsys):
             assert capsys.readouterr().err.count(str(tmp_path)) == (i == 0)
     finally:
         jax.config.update("jax_persistent_cache_min_compile_time_secs", 1)
-    assert list(cache_folder().glob("jit*"))
+    assert len(list(cache_folder().glob("jit*"))) >= 2
 
 
 def test_a_folder_that_cannot_be_made_is_one_line_and_work_goes_on(tmp_path, capsys):
