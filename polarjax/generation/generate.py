@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+from typing import NamedTuple
 
 import jax
 from jax.core import Tracer
@@ -46,6 +47,60 @@ def model_step(model: Decoder, token, cache, live, *, sparsity, implementation):
     return decode_step(model, token, cache, sparsity=sparsity, live=live, implementation=implementation)
 
 
+class Started(NamedTuple):
+    """What a whole generation and a stream both begin with: checked arguments, and prompts that were read.
+
+    Attributes:
+      limit: M, new tokens of each row.
+      room: the bucket of `limit`.
+      rules: how tokens are drawn and rows end.
+      batch: padded tokens [B bucket] and lengths [B] of the prompts.
+      logits: float32 [B V], after the prompts.
+      cache: with the prompts in it.
+    """
+
+    limit: int
+    room: int
+    rules: Rules
+    batch: tuple[Int[Array, "B bucket"], Int[Array, "B"]]
+    logits: Float[Array, "B V"]
+    cache: KVCache
+
+
+def start(
+    model: Decoder,
+    tokens,
+    lengths,
+    key,
+    *,
+    where: str,
+    sampler: Sampler,
+    max_new_tokens: int,
+    stop_ids: StopIds,
+    repetition_penalty: Float[Array, ""] | float,
+    num_return_sequences: int,
+    sparsity: Sparsity | None,
+    implementation: Implementation,
+) -> Started:
+    """Checks the arguments of `generate` and reads the prompts; `where` is the function that errors name."""
+    check_model(model, where=where)
+    check_sparsity(sparsity, model.config)
+    check_implementation(implementation)
+    limit = check_new_tokens(max_new_tokens)
+    copies = check_copies(num_return_sequences, sampler)
+    rules = make_rules(
+        key,
+        sampler=sampler,
+        max_new_tokens=limit,
+        stop_ids=stop_ids,
+        repetition_penalty=repetition_penalty,
+    )
+    prompts = prepare(model, tokens, lengths, max_new_tokens=limit, copies=copies)
+    batch = (prompts.tokens, prompts.lengths)
+    logits, cache = read_prompts(model, *batch, capacity=prompts.capacity)
+    return Started(limit, prompts.room, rules, batch, logits, cache)
+
+
 def generate(
     model: Decoder,
     tokens: Int[Array, "B T"],
@@ -84,24 +139,23 @@ def generate(
         be ids, several greedy sequences of one prompt, a sampler that doesn't draw one id for each row.
       SparsityError: routers or plan are for another model.
     """
-    check_model(model, where="generate")
-    check_sparsity(sparsity, model.config)
-    check_implementation(implementation)
-    max_new_tokens = check_new_tokens(max_new_tokens)
-    copies = check_copies(num_return_sequences, sampler)
-    rules = make_rules(
+    started = start(
+        model,
+        tokens,
+        lengths,
         key,
+        where="generate",
         sampler=sampler,
         max_new_tokens=max_new_tokens,
         stop_ids=stop_ids,
         repetition_penalty=repetition_penalty,
+        num_return_sequences=num_return_sequences,
+        sparsity=sparsity,
+        implementation=implementation,
     )
-    prompts = prepare(model, tokens, lengths, max_new_tokens=max_new_tokens, copies=copies)
-    batch = (prompts.tokens, prompts.lengths)
-    logits, cache = read_prompts(model, *batch, capacity=prompts.capacity)
-    options = {"room": prompts.room, "implementation": implementation}
-    made, _ = _write(model, logits, cache, batch, rules, sparsity, **options)
-    return made if max_new_tokens == prompts.room else _shortened(made, max_new_tokens)
+    options = {"room": started.room, "implementation": implementation}
+    made, _ = _write(model, started.logits, started.cache, started.batch, started.rules, sparsity, **options)
+    return made if started.limit == started.room else _shortened(made, started.limit)
 
 
 def _shortened(made: Generation, width: int) -> Generation:

@@ -7,16 +7,13 @@ from collections.abc import Iterator
 import jax
 import numpy as np
 
-from polarjax.generation.batch import make_rules, prepare
-from polarjax.generation.checks import check_copies, check_new_tokens, check_not_traced
-from polarjax.generation.generate import model_step, read_prompts
+from polarjax.generation.checks import check_not_traced
+from polarjax.generation.generate import model_step, start
 from polarjax.generation.overlap import overlapping_jit
 from polarjax.generation.sampling import Greedy, Sampler
 from polarjax.generation.token_loop import Generation, LoopState, Rules, StopIds, ids_in
-from polarjax.model.checks import check_implementation, check_model
 from polarjax.model.decoder import Decoder
 from polarjax.model.meshes import auto_axes
-from polarjax.selection.checks import check_sparsity
 from polarjax.selection.selectors import Sparsity
 from polarjax.types import Array, Bool, Implementation, Int, Key
 
@@ -44,29 +41,27 @@ def stream(
     cache, and other settings; the cache is donated to it. Doesn't work inside `jax.jit`: tokens go to the host as they
     are generated.
     """
-    check_model(model, where="stream")
     check_not_traced((model, tokens, lengths, key, sampler, stop_ids, repetition_penalty, sparsity))
-    check_sparsity(sparsity, model.config)
-    check_implementation(implementation)
-    max_new_tokens = check_new_tokens(max_new_tokens)
-    copies = check_copies(num_return_sequences, sampler)
-    rules = make_rules(
+    started = start(
+        model,
+        tokens,
+        lengths,
         key,
+        where="stream",
         sampler=sampler,
         max_new_tokens=max_new_tokens,
         stop_ids=stop_ids,
         repetition_penalty=repetition_penalty,
+        num_return_sequences=num_return_sequences,
+        sparsity=sparsity,
+        implementation=implementation,
     )
-    prompts = prepare(model, tokens, lengths, max_new_tokens=max_new_tokens, copies=copies)
-    batch = (prompts.tokens, prompts.lengths)
-    logits, cache = read_prompts(model, *batch, capacity=prompts.capacity)
-    state = _begin(logits, cache, batch, rules)
-    advance = functools.partial(
-        _advance, model, rules=rules, sparsity=sparsity, implementation=implementation
-    )
-    read = zip(*jax.device_get(batch), strict=True)
+    state = _begin(started.logits, started.cache, started.batch, started.rules)
+    options = {"sparsity": sparsity, "implementation": implementation}
+    advance = functools.partial(_advance, model, rules=started.rules, **options)
+    read = zip(*jax.device_get(started.batch), strict=True)
     context = [row[max(0, n - CONTEXT) : n].tolist() for row, n in read]
-    return TokenStream(state, advance, max_new_tokens, context)
+    return TokenStream(state, advance, started.limit, context)
 
 
 class TokenStream(Iterator[Generation]):
