@@ -2,7 +2,8 @@
 
 A verb is a plain function with typer annotations. It prints text for people and returns a dict for
 programs, which must be convertible to JSON. With `--json`, which every verb gets here, standard output is
-that dict alone and the printed text goes to standard error. A new verb is one line in `VERBS`.
+that dict alone and the printed text goes to standard error. A new verb is one line in `VERBS`; a verb of a group
+(`eval perplexity`) is a line with both words.
 """
 
 import contextlib
@@ -48,7 +49,9 @@ VERBS = {
     "train-routers": Verb("polarjax.cli.train_routers:train_routers", "Learn to predict that activity."),
     "calibrate": Verb("polarjax.cli.calibrate:calibrate", "Find how many neurons each batch size needs."),
     "generate": Verb("polarjax.cli.generate:generate", "Continue prompts, dense or sparse."),
-    "eval": Verb("polarjax.cli.evaluate:evaluate", "Measure the quality of sparse decoding against dense."),
+    "eval perplexity": Verb(
+        "polarjax.cli.eval_perplexity:eval_perplexity", "Measure perplexity on text, dense and sparse."
+    ),
     "export": Verb(
         "polarjax.cli.export:export", "Write a model directory as a HuggingFace folder.", compiles=False
     ),
@@ -60,6 +63,9 @@ VERBS = {
     "demo": Verb("polarjax.cli.demo:demo", "Run everything on the small model that comes with polarjax."),
 }
 
+GROUPS = {"eval": "Measure the quality of sparse decoding against dense."}
+"""The first words of verbs that have two, and the line that `polarjax --help` shows."""
+
 
 def main(arguments: Sequence[str] | None = None) -> None:
     """Runs the command and exits: 0 on success, 2 with one line on standard error on bad input, 130 on Ctrl-C.
@@ -68,13 +74,18 @@ def main(arguments: Sequence[str] | None = None) -> None:
         arguments: the words after `polarjax`; by default those of this process.
     """
     words = list(sys.argv[1:] if arguments is None else arguments)
-    called = next((word for word in words if not word.startswith("-")), None)
     for stream in (sys.stdout, sys.stderr):
         _escape_unprintable(stream)
     try:
-        _app(called)(args=words, prog_name="polarjax")
+        _app(_verb_of(words))(args=words, prog_name="polarjax")
     except KeyboardInterrupt:  # during the verb's import; later typer catches it
         sys.exit(INTERRUPTED)
+
+
+def _verb_of(words: Sequence[str]) -> str:
+    """The verb that the words call: the first that is no option, and the next after a group's name."""
+    named = [word for word in words if not word.startswith("-")]
+    return " ".join(named[: 2 if named[:1] and named[0] in GROUPS else 1])
 
 
 def _escape_unprintable(stream: Any) -> None:
@@ -83,20 +94,29 @@ def _escape_unprintable(stream: Any) -> None:
         stream.reconfigure(errors="backslashreplace")
 
 
-def _app(called: str | None) -> typer.Typer:
+def _app(called: str) -> typer.Typer:
     """The command, with the function of `called` loaded; other verbs have only names and summaries."""
-    app = typer.Typer(
+    app = _typer("Contextually sparse decoding of large language models in JAX.")
+    app.callback()(_options)
+    groups: dict[str, typer.Typer] = {}
+    for name, verb in VERBS.items():
+        function = _command(verb) if name == called else _not_called
+        group, _, member = name.rpartition(" ")
+        if group and group not in groups:
+            groups[group] = _typer(GROUPS[group])
+            app.add_typer(groups[group], name=group, short_help=GROUPS[group])
+        groups.get(group, app).command(member, short_help=verb.summary)(function)
+    return app
+
+
+def _typer(text: str) -> typer.Typer:
+    return typer.Typer(
         add_completion=False,
         no_args_is_help=True,
         rich_markup_mode=None,
         pretty_exceptions_enable=False,
-        help="Contextually sparse decoding of large language models in JAX.",
+        help=text,
     )
-    app.callback()(_options)
-    for name, verb in VERBS.items():
-        function = _command(verb) if name == called else _not_called
-        app.command(name, short_help=verb.summary)(function)
-    return app
 
 
 def _print_version(wanted: bool) -> None:

@@ -145,20 +145,24 @@ CASES = {
         ("generate", "model", "--prompt", "a"),
         "routers",
     ),
-    "eval of a model without routers": (None, ("eval", "plain", "--text", "long.txt"), "has no routers yet"),
+    "eval of a model without routers": (
+        None,
+        ("eval", "perplexity", "plain", "--text", "long.txt"),
+        "has no routers yet",
+    ),
     "eval of a model without plans": (
         lambda home: (home / "model" / "plans.json").unlink(),
-        ("eval", "model", "--text", "long.txt", "--window", "64"),
+        ("eval", "perplexity", "model", "--text", "long.txt", "--window", "64"),
         "has no plans yet",
     ),
     "eval at a density above 1": (
         None,
-        ("eval", "model", "--text", "long.txt", "--window", "64", "--head-density", "7"),
+        ("eval", "perplexity", "model", "--text", "long.txt", "--window", "64", "--head-density", "7"),
         "above 0 and at most 1",
     ),
     "eval with nothing left to decode": (
         None,
-        ("eval", "model", "--text", "long.txt", "--window", "64", "--context", "63"),
+        ("eval", "perplexity", "model", "--text", "long.txt", "--window", "64", "--context", "63"),
         "--context: no token is left to score; got 63 of 64 tokens, expected 0 to 62",
     ),
     "activations that are there already": (

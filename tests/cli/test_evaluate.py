@@ -1,4 +1,4 @@
-"""`polarjax eval`: what it scores of a text, and what it refuses to report."""
+"""`polarjax eval perplexity`: what it scores of a text, and what it refuses to report."""
 
 import json
 import math
@@ -25,7 +25,17 @@ def measure(tmp_path, capsys):
         pj.save(tmp_path / "m", pj.Bundle(model, Tokenizer.load(ASSET)))
         (tmp_path / "t.txt").write_text(text, encoding="utf-8")
         with pytest.raises(SystemExit) as stopped:
-            main(["eval", str(tmp_path / "m"), "--text", str(tmp_path / "t.txt"), "--dense", *words])
+            main(
+                [
+                    "eval",
+                    "perplexity",
+                    str(tmp_path / "m"),
+                    "--text",
+                    str(tmp_path / "t.txt"),
+                    "--dense",
+                    *words,
+                ]
+            )
         return stopped.value.code, *capsys.readouterr()
 
     return run

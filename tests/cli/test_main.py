@@ -51,8 +51,18 @@ def polarjax(monkeypatch, capsys):
 def test_help_lists_every_verb(polarjax):
     code, out, _ = polarjax("--help")
     assert code == 0
+    single = {name: verb.summary for name, verb in command.VERBS.items() if " " not in name}
+    assert [line for each in (single | command.GROUPS).items() for line in each if line not in out] == []
+
+
+@pytest.mark.parametrize("group", command.GROUPS)
+def test_help_of_a_group_lists_its_verbs(polarjax, group):
+    code, out, _ = polarjax(group, "--help")
+    members = {name: verb.summary for name, verb in command.VERBS.items() if name.startswith(f"{group} ")}
+    assert code == 0
+    assert members
     assert [
-        line for name, verb in command.VERBS.items() for line in (name, verb.summary) if line not in out
+        line for name, summary in members.items() for line in (name.split()[1], summary) if line not in out
     ] == []
 
 
@@ -119,7 +129,13 @@ def test_ctrl_c_while_the_verb_is_imported_is_quiet(polarjax, monkeypatch):
 
 @pytest.mark.parametrize(
     ("words", "named"),
-    [(["strech"], "strech"), (["stretch"], "folder"), (["stretch", "a", "--fast"], "--fast")],
+    [
+        (["strech"], "strech"),
+        (["eval"], "perplexity"),
+        (["eval", "model"], "model"),
+        (["stretch"], "folder"),
+        (["stretch", "a", "--fast"], "--fast"),
+    ],
 )
 def test_wrong_usage_names_the_word_and_exits_with_2(polarjax, words, named):
     code, out, err = polarjax(*words)
@@ -139,6 +155,6 @@ def test_help_imports_no_heavy_optional_library():
 
 @pytest.mark.parametrize("verb", list(command.VERBS))
 def test_every_verb_can_be_called(polarjax, verb):
-    code, out, _ = polarjax(verb, "--help")
+    code, out, _ = polarjax(*verb.split(), "--help")
     assert code == 0
     assert out.startswith(f"Usage: polarjax {verb} ")

@@ -1,4 +1,4 @@
-"""`polarjax eval`: perplexity of a model on text, dense and sparse, and how often the two agree."""
+"""`polarjax eval perplexity`: perplexity of a model on text, dense and sparse, and how often the two agree."""
 
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -14,7 +14,7 @@ if TYPE_CHECKING:
     from polarjax.selection.selectors import Sparsity
 
 
-def evaluate(
+def eval_perplexity(
     folder: Annotated[Path, typer.Argument(help="A model directory.")],
     text: Annotated[
         list[Path], typer.Option(help="A UTF-8 text (.txt, .txt.xz); may be given several times.")
