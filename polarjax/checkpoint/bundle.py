@@ -152,9 +152,9 @@ class Bundle:
           InputError: a prompt isn't a text or conversation, is empty or doesn't fit, or an option is out of range.
           SparsityError: `sparsity` is for another model.
         """
-        tokenizer = _tokenizer(self, "Bundle.complete")
+        tokenizer = needed_tokenizer(self, "Bundle.complete")
         asked = as_prompts(prompts)
-        skip = self._skip(sparsity)
+        skip = self.sparsity_by_batch(sparsity)
         rows = [each.ids(tokenizer) for each in asked]
         options = ContinueOptions.of(
             self.generation,
@@ -172,10 +172,32 @@ class Bundle:
         """The first part that sparse decoding still needs; None if both are there."""
         return "routers" if self.routers is None else "plans" if self.plans is None else None
 
-    def _skip(self, sparsity: Sparsity | Literal["auto"] | None) -> Skip:
-        """The sparsity of each batch for `complete`."""
+    def sparsity_by_batch(
+        self, sparsity: Sparsity | Literal["auto"] | None = "auto", head_density: float | None = None
+    ) -> Skip:
+        """What to skip, as a function of the number of sequences in a batch.
+
+        Args:
+          sparsity: "auto" uses the routers and each batch's plan, if the bundle has both; None is the dense model; a
+            `Sparsity` is used for every batch.
+          head_density: fraction of groups to keep, only with "auto"; then routers and plans are needed.
+
+        Raises:
+          InputError: `sparsity` is something else, or contradicts `head_density`.
+          SparsityError: routers or plans are needed and missing.
+        """
         if isinstance(sparsity, str) and sparsity == "auto":
-            return (lambda _: None) if self.missing else self.sparsity
+            if self.missing and head_density is None:
+                return lambda _: None
+            self.sparsity(1, head_density)  # fails here instead of at the first batch
+            return lambda batch_size: self.sparsity(batch_size, head_density)
+        if (sparsity is None or isinstance(sparsity, Sparsity)) and head_density is not None:
+            raise InputError(
+                "a head density needs the bundle's own plans",
+                where="head_density",
+                got=f"{head_density} with {'the dense model' if sparsity is None else 'a Sparsity'}",
+                hint='pass sparsity="auto", or leave the head density out',
+            )
         if sparsity is None or isinstance(sparsity, Sparsity):
             return lambda _: sparsity
         raise InputError(
@@ -306,10 +328,11 @@ def load_with_tokenizer(
     if dtype is not None:
         check_dtype(dtype, where="--dtype")
     bundle = load_to_learn(folder, dtype=dtype) if to_learn else load(folder, dtype=dtype)
-    return bundle, _tokenizer(bundle, folder / "tokenizer")
+    return bundle, needed_tokenizer(bundle, folder / "tokenizer")
 
 
-def _tokenizer(bundle: Bundle, where: object) -> Tokenizer:
+def needed_tokenizer(bundle: Bundle, where: object) -> Tokenizer:
+    """The bundle's tokenizer; raises `CheckpointError` if it has none."""
     if bundle.tokenizer is None:
         raise CheckpointError(
             "the model directory has no tokenizer, which text needs",

@@ -1,7 +1,7 @@
 """Continues prompts batch by batch, for the command and `Bundle.complete`."""
 
 import dataclasses
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import nullcontext
 from typing import Any
 
@@ -122,7 +122,22 @@ def continue_all(
     skip: Skip,
     show: Show | None = None,
 ) -> list[Completion]:
-    """Continues any number of prompts in batches; `copies` completions for each, in the order of the prompts.
+    """The completions of `continue_batches` in one list."""
+    batches = continue_batches(model, tokenizer, rows, key, options, skip=skip, show=show)
+    return [each for batch in batches for each in batch]
+
+
+def continue_batches(
+    model: Decoder,
+    tokenizer: Tokenizer,
+    rows: Sequence[Row],
+    key: Key[Array, ""],
+    options: ContinueOptions,
+    *,
+    skip: Skip,
+    show: Show | None = None,
+) -> Iterator[Sequence[Completion]]:
+    """Continues any number of prompts batch by batch; `copies` completions for each, in the order of the prompts.
 
     A smaller last batch is padded with repeats if it is dense, to avoid another compilation. A sparse one isn't: neurons
     are chosen for the whole batch, so repeats would change the result.
@@ -140,7 +155,6 @@ def continue_all(
       InputError: a prompt is empty or too long, an option does not fit, or the device's memory runs out.
     """
     size = min(options.batch_size or len(rows), len(rows))
-    made: list[Completion] = []
     compiled: set[int] = set()
     several = task("generating", len(rows), "prompts") if size < len(rows) else nullcontext(lambda _: None)
     with several as advance:
@@ -153,9 +167,8 @@ def continue_all(
             compiled.add(needed)
             batch_key = jax.random.fold_in(key, i) if i else key
             done = continue_rows(model, tokenizer, batch, batch_key, options, sparsity=sparsity, show=show)
-            made += done[: count * options.copies]
             advance(count)
-    return made
+            yield done[: count * options.copies]
 
 
 def continue_rows(
@@ -170,7 +183,7 @@ def continue_rows(
 ) -> tuple[Completion, ...]:
     """Continues a batch of prompts; in one call, or in chunks if there is `show` or a stop string.
 
-    See `continue_all`, which makes the batches.
+    See `continue_batches`, which makes the batches.
     """
     special = {each: tokenizer.special_id(each) for each in options.stop_strings}
     stop_strings = [each for each, token in special.items() if token is None]

@@ -153,6 +153,47 @@ class Tokenizer:
         Raises:
           InputError: the tokenizer has no chat template, or its template refuses the messages.
         """
+        self.check_chat_template()
+        text = "".join(each["role"] + each["content"] for each in messages)
+        if not _is_unicode(text):
+            raise InputError("not a text", where="Tokenizer.encode_chat", hint="pass Unicode texts")
+        ids = self._apply_template(messages, add_generation_prompt=True, return_dict=False)
+        if not ids:
+            raise InputError(
+                "the chat template returned no tokens for the messages", hint="write at least one message"
+            )
+        return list(ids)
+
+    def chat_text(self, messages: Sequence[Mapping[str, str]], **arguments: Any) -> str:
+        """The text of a conversation; if the template refuses its system messages, without them, as lm-eval has it.
+
+        Args:
+          messages: each with the texts `role` and `content`.
+          arguments: of transformers' `apply_chat_template`.
+
+        Raises:
+          InputError: the tokenizer has no chat template, or its template refuses the messages.
+        """
+        self.check_chat_template()
+        rest = [each for each in messages if each["role"] != "system"]
+        try:
+            return self._apply_template(messages, tokenize=False, **arguments)
+        except InputError:
+            if len(rest) == len(messages):
+                raise
+        return self._apply_template(rest, tokenize=False, **arguments)
+
+    def _apply_template(self, messages: Sequence[Mapping[str, str]], **arguments: Any) -> Any:
+        try:
+            return self.hf.apply_chat_template([dict(each) for each in messages], **arguments)
+        except Exception as error:  # a template may raise anything
+            hint = "write the messages as the model's template expects"
+            raise InputError(
+                "the chat template refuses the messages", got=_first(error), hint=hint
+            ) from error
+
+    def check_chat_template(self) -> None:
+        """Raises `InputError` if the tokenizer has no chat template that can be used."""
         if not self.hf.chat_template:
             hint = "write the prompt as one text (without --chat), or use a chat model"
             raise InputError("the tokenizer has no chat template", where=self.folder, hint=hint)
@@ -160,26 +201,6 @@ class Tokenizer:
             raise InputError(
                 "a chat template needs the library jinja2", where=self.folder, hint="pip install jinja2"
             )
-        self._check_chat_templates()
-        text = "".join(each["role"] + each["content"] for each in messages)
-        if not _is_unicode(text):
-            raise InputError("not a text", where="Tokenizer.encode_chat", hint="pass Unicode texts")
-        try:
-            ids = self.hf.apply_chat_template(
-                [dict(each) for each in messages], add_generation_prompt=True, return_dict=False
-            )
-        except Exception as error:  # a template may raise anything
-            hint = "write the messages as the model's template expects"
-            raise InputError(
-                "the chat template refuses the messages", got=_first(error), hint=hint
-            ) from error
-        if not ids:
-            raise InputError(
-                "the chat template returned no tokens for the messages", hint="write at least one message"
-            )
-        return list(ids)
-
-    def _check_chat_templates(self) -> None:
         templates = self.hf.chat_template
         if isinstance(templates, Mapping) and "default" not in templates:
             raise InputError(
