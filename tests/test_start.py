@@ -109,6 +109,25 @@ assert sys.modules["torch"] is torch is module.torch
     loaded_by(code)
 
 
+def test_transformers_reads_its_model_files_once(model_directory):
+    """And finds the same in them as without our help, which ends when the tokenizer is loaded."""
+    code = f"""
+import sys
+read = []
+sys.addaudithook(lambda event, args: event == "open" and read.append(str(args[0])))
+from polarjax.text.tokenizer import Tokenizer
+Tokenizer.load({str(model_directory / "tokenizer")!r}, model_type="opt")
+assert sum(name.endswith("transformers/models/opt/modeling_opt.py") for name in read) == 1
+from transformers import models
+from transformers.utils import import_utils
+found = import_utils.define_import_structure(models.__file__)
+import_utils.define_import_structure.cache_clear()
+import_utils.create_import_structure_from_path.cache_clear()
+assert found == import_utils.define_import_structure(models.__file__)
+"""
+    loaded_by(code)
+
+
 @pytest.mark.parametrize("package", FACES)
 def test_analyzers_see_the_names_where_they_are_found(package):
     """The block for static analysis and what is found at run time are the same objects."""

@@ -14,6 +14,7 @@ from polarjax.errors import CheckpointError, InputError
 from polarjax.generation.settings import GenerationSettings
 from polarjax.storage.atomic import read_json
 from polarjax.text import decoding
+from polarjax.text.models_listed_once import models_listed_once
 from polarjax.text.sentencepiece_model import is_tiktoken, use_sentencepiece_rules
 from polarjax.text.torch_on_use import torch_on_use
 from polarjax.types import Int32
@@ -241,9 +242,10 @@ def _from_transformers(folder: Path, model_type: str | None) -> Any:
 
     model_type = "llama" if model_type == "sparsellama" else model_type  # transformers doesn't know it
     try:
-        hf = transformers.AutoTokenizer.from_pretrained(
-            folder, config=_bare_config(model_type), local_files_only=True, trust_remote_code=False
-        )
+        with models_listed_once():
+            hf = transformers.AutoTokenizer.from_pretrained(
+                folder, config=_bare_config(model_type), local_files_only=True, trust_remote_code=False
+            )
         _ = hf.eos_token_id  # looks the special tokens up
         return hf
     except Exception as error:  # the tokenizers library raises plain Exception
