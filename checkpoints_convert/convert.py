@@ -2,6 +2,7 @@
 
 import contextlib
 import dataclasses
+import functools
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -21,6 +22,7 @@ from polarjax.checkpoint.writer import ModelWriter, new_model
 from polarjax.configs import ModelConfig
 from polarjax.errors import CheckpointError, InputError
 from polarjax.storage.atomic import absolute, write_json
+from polarjax.storage.beside import beside, stop_if_failed
 from polarjax.types import DTypeLike
 from polarjax.types import Path as PathLike
 
@@ -102,11 +104,11 @@ def convert_checkpoint(
     with new_model(target, config, **options, largest=largest, num_bytes=num_bytes) as writer:
         source_config = read_json(source / CONFIG, last_wins=True)
         write_json(writer.folder / SOURCE_CONFIG, source_config)
-        copied, more = writer.copy_tokenizer(source, source_config)
         if "auto_map" in source_config:
             notes = (f"{CONFIG} asks for its own code (auto_map), which is never run", *notes)
-        with counter(progress, sum(tensor.num_bytes for tensor in used), "converting") as advance:
-            _transfer(plan.steps, tensors, writer, dtype=wanted, finite=not allow_nonfinite, advance=advance)
+        copy = functools.partial(writer.copy_tokenizer, source, source_config)
+        options = {"dtype": wanted, "finite": not allow_nonfinite, "progress": progress}
+        copied, more = _write(plan.steps, tensors, writer, copy, **options)
     return Conversion(
         path=target,
         model_type=family.model_type,
@@ -178,6 +180,24 @@ def _same(one: Tensor, two: Tensor, block: int = 1 << 24) -> bool:
         return all(first.read(size) == second.read(size) for size in sizes)
 
 
+def _write[T](
+    steps: Sequence[Step],
+    tensors: Mapping[str, Tensor],
+    writer: ModelWriter,
+    copy_tokenizer: Callable[[], T],
+    *,
+    dtype: np.dtype,
+    finite: bool,
+    progress: Progress | None,
+) -> T:
+    """Converts the tensors while a thread copies the tokenizer; returns what `copy_tokenizer` does."""
+    total = sum(tensors[step.source].num_bytes for step in steps)
+    with beside(copy_tokenizer) as copied, counter(progress, total, "converting") as report:
+        advance = lambda size: (stop_if_failed(copied), report(size))
+        _transfer(steps, tensors, writer, dtype=dtype, finite=finite, advance=advance)
+    return copied.result()
+
+
 def _transfer(
     steps: Sequence[Step],
     tensors: Mapping[str, Tensor],
@@ -185,7 +205,7 @@ def _transfer(
     *,
     dtype: np.dtype,
     finite: bool,
-    advance: Callable[[int], None],
+    advance: Callable[[int], object],
 ) -> None:
     """Converts the tensors in their order on disk; after a bad one, only checks the rest."""
     bad: list[str] = []

@@ -39,7 +39,7 @@ class _StandIn(ModuleType):
         if sys.modules.get("torch") is self:
             del sys.modules["torch"]
         torch = importlib.import_module("torch")
-        for holder in [each for key, each in sys.modules.items() if key.startswith("transformers.")]:
+        for holder in [each for key, each in list(sys.modules.items()) if key.startswith("transformers.")]:
             if getattr(holder, "__dict__", {}).get("torch") is self:
                 holder.__dict__["torch"] = torch
         return getattr(torch, name)

@@ -7,6 +7,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import jax.numpy as jnp
@@ -183,6 +184,27 @@ def test_nonfinite_weights(source, tmp_path, value):
     words = "2 tensors hold NaN or infinity", "lm_head.weight", "model.layers.1.mlp.up_proj.weight"
     assert_refused(source, tmp_path / "out", *words, "--allow-nonfinite")
     assert convert_checkpoint(source, tmp_path / "out", allow_nonfinite=True).tensors == 30
+
+
+@pytest.mark.parametrize("late", [False, True])
+def test_a_bad_tokenizer_overrides_bad_weights(source, tmp_path, monkeypatch, late):
+    """Both are read at once; the rest of the weights is not read in vain."""
+    fill, filled = convert._fill, []
+
+    def copy_tokenizer(*_):
+        time.sleep(0.5 if late else 0)
+        raise pj.CheckpointError("a bad tokenizer")
+
+    def slow_fill(*args, **options):
+        time.sleep(0 if late else 0.02)
+        filled.append(1)
+        return fill(*args, **options)
+
+    edit_weights(source, lambda arrays: arrays["lm_head.weight"].__setitem__((3, 4), np.nan))
+    monkeypatch.setattr(convert.ModelWriter, "copy_tokenizer", copy_tokenizer)
+    monkeypatch.setattr(convert, "_fill", slow_fill)
+    assert_refused(source, tmp_path / "out", "a bad tokenizer")
+    assert late or len(filled) < 30
 
 
 def test_overflow_of_a_narrower_dtype(source, tmp_path):
