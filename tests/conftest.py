@@ -10,9 +10,8 @@ os.environ["JAX_PLATFORMS"] = os.environ.get("POLARJAX_TEST_PLATFORM", "cpu")
 # Pallas's GPU interpreter runs a kernel's threads side by side on JAX's CPU threads, and they wait for each other: with
 # as few as a small machine's processors they would wait forever.
 os.environ["NPROC"] = "16"
-if (
-    "JAX_COMPILATION_CACHE_DIR" not in os.environ
-):  # no test writes into the user's cache folder, or compiles less
+OWN_CACHE = "JAX_COMPILATION_CACHE_DIR" not in os.environ
+if OWN_CACHE:  # no process that a test starts writes into the user's cache folder, or compiles less
     os.environ["JAX_ENABLE_COMPILATION_CACHE"] = "false"
 # Most of the tests' time is compilation, and each program runs a few times only: LLVM need not optimize them. Tests of
 # commands as users run them take `XLA_FLAGS` out of the environment again.
@@ -31,6 +30,16 @@ import pytest  # noqa: E402
 jax.config.update("jax_numpy_rank_promotion", "raise")
 hypothesis.settings.register_profile("polarjax", deadline=None, derandomize=True, max_examples=25)
 hypothesis.settings.load_profile("polarjax")
+
+
+def pytest_configure(config):
+    """What one worker compiles serves the other one and later runs; JAX finds programs by all that they depend on."""
+    kept = getattr(config, "cache", None)
+    if OWN_CACHE and kept is not None:
+        jax.config.update("jax_enable_compilation_cache", True)
+        jax.config.update("jax_compilation_cache_dir", str(kept.mkdir("compiled")))
+        jax.config.update("jax_persistent_cache_min_compile_time_secs", 0)
+        jax.config.update("jax_persistent_cache_min_entry_size_bytes", -1)
 
 
 MOST_MAPS = 20_000  # of the 65530 memory maps that Linux gives a process; XLA crashes when it gets no more

@@ -5,6 +5,7 @@ import inspect
 import jax
 import jax.numpy as jnp
 import pytest
+from jax.experimental.compilation_cache import compilation_cache as cache
 
 from polarjax.cli import main as command
 from polarjax.cli.compile_cache import OFF, cache_folder, compile_cache
@@ -13,25 +14,26 @@ from polarjax.cli.compile_cache import OFF, cache_folder, compile_cache
 @pytest.fixture(autouse=True)
 def nobody_configured_a_cache(monkeypatch, tmp_path):
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
-    before = jax.config.jax_compilation_cache_dir, jax.config.jax_enable_compilation_cache
-    jax.config.update("jax_compilation_cache_dir", None)
-    jax.config.update("jax_enable_compilation_cache", True)
+    users = {"jax_compilation_cache_dir": None, "jax_enable_compilation_cache": True}
+    before = {
+        name: getattr(jax.config, name) for name in (*users, "jax_persistent_cache_min_compile_time_secs")
+    }
+    for name, value in users.items():
+        jax.config.update(name, value)
     yield
-    jax.config.update("jax_compilation_cache_dir", before[0])
-    jax.config.update("jax_enable_compilation_cache", before[1])
+    for name, value in before.items():
+        jax.config.update(name, value)
+    cache.reset_cache()
 
 
 def test_programs_are_kept_and_it_is_said_once(tmp_path, capsys):
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 0)
-    try:
-        for i in range(2):
-            with compile_cache():
-                assert jax.config.jax_compilation_cache_dir == str(tmp_path / "polarjax" / "compiled")
-                jax.block_until_ready(jax.jit(lambda x, i=i: x * 3.25 + i)(jnp.ones(7 + i)))
-            assert jax.config.jax_compilation_cache_dir is None
-            assert capsys.readouterr().err.count(str(tmp_path)) == (i == 0)
-    finally:
-        jax.config.update("jax_persistent_cache_min_compile_time_secs", 1)
+    for i in range(2):
+        with compile_cache():
+            assert jax.config.jax_compilation_cache_dir == str(tmp_path / "polarjax" / "compiled")
+            jax.block_until_ready(jax.jit(lambda x, i=i: x * 3.25 + i)(jnp.ones(7 + i)))
+        assert jax.config.jax_compilation_cache_dir is None
+        assert capsys.readouterr().err.count(str(tmp_path)) == (i == 0)
     assert len(list(cache_folder().glob("jit*"))) >= 2
 
 
