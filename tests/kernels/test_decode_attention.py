@@ -19,6 +19,7 @@ from pallas_kernels import _device, record_backends, sparse_decode_attention
 from pallas_kernels._device import HOPPER
 from pallas_kernels.decode_attention import mosaic, reference
 from pallas_kernels.decode_attention.tiles import Problem, Tiles, choose, heuristic, search_space
+from tests.covering import covering_pairs
 from tests.kernels import aot
 from tests.kernels.races import race_found
 from tests.tolerances import assert_close
@@ -358,16 +359,18 @@ def test_bad_calls_are_errors(changes, match, implementation):
 
 
 def named_kernels() -> list[tuple[AttentionCase, int | None]]:
-    """Of the named workloads, the one with most entries for each configuration, and two with a window."""
-    largest: dict[tuple[object, ...], tuple[int, AttentionCase]] = {}
-    for case in attention_cases():
+    """Of the named workloads, and two with a window, enough for every pair of what the kernel depends on."""
+
+    def kind(case: AttentionCase, window: int | None) -> tuple[object, ...]:
         problem = problem_of(case)
         tiles = choose(problem, "bfloat16", HOPPER)
-        kind = (problem.heads, problem.width, tiles.block, tiles.stages, tiles.splits, case.density == 1)
-        if kind not in largest or problem.selected > largest[kind][0]:
-            largest[kind] = (problem.selected, case)
+        sizes = (problem.queries, problem.width), (tiles.block, tiles.stages), tiles.splits > 1
+        return *sizes, case.density == 1, window
+
+    longest = sorted(attention_cases(), key=lambda case: -case.cache_bytes)
     windowed = [AttentionCase(MODELS["mistral-7b"], batch, 8192, 0.5) for batch in (1, 256)]
-    return [*((case, None) for _, case in largest.values()), *((case, 4096) for case in windowed)]
+    cases = [*((case, None) for case in longest), *((case, 4096) for case in windowed)]
+    return covering_pairs(cases, lambda case: kind(*case))
 
 
 @pytest.mark.parametrize(
