@@ -1,5 +1,6 @@
 """The command's frame: the verb table, help, `--json`, errors and exit codes, with a verb made here."""
 
+import gc
 import importlib
 import io
 import json
@@ -46,6 +47,15 @@ def polarjax(monkeypatch, capsys):
         return exit_.value.code, *capsys.readouterr()
 
     return run
+
+
+@pytest.mark.parametrize("words", [("stretch", "out"), ("stretch", "out", "--factor", "0"), ("stretc",)])
+def test_garbage_collection_is_rare_only_while_the_command_runs(polarjax, monkeypatch, words):
+    seen, before, app = [], gc.get_threshold(), command._app
+    monkeypatch.setattr(command, "_app", lambda called: seen.append(gc.get_threshold()) or app(called))
+    polarjax(*words)
+    assert seen[0][0] > before[0]
+    assert gc.get_threshold() == before
 
 
 def test_help_lists_every_verb(polarjax):
