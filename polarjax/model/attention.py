@@ -89,6 +89,25 @@ def group_norms(heads: Float[Array, "... K G H"]) -> Float[Array, "... K"]:
     return _root(jnp.sum(jnp.square(heads.astype(jnp.float32)), (-2, -1)))
 
 
+def contributions(
+    layer: Attention, heads: Float[Array, "... K G H"], mean: Float[Array, "K D"] | None
+) -> Float[Array, "... K"]:
+    """L2 distance of each group's part of the output projection from `mean` (None: from zero), float32.
+
+    Computed from the products of the projection with itself, because the parts [... K D] would not fit.
+    """
+    wo = layer.wo[...].astype(jnp.float32)
+    K, G, H, _ = wo.shape
+    rows, flat = wo.reshape(K, G * H, -1), heads.astype(jnp.float32).reshape(*heads.shape[:-3], K, G * H)
+    gram = jnp.einsum("kid,kjd->kij", rows, rows)
+    square = jnp.sum(jnp.einsum("...ki,kij->...kj", flat, gram) * flat, -1)
+    if mean is not None:
+        mean = mean.astype(jnp.float32)
+        square -= 2 * jnp.einsum("...ki,ki->...k", flat, jnp.einsum("kid,kd->ki", rows, mean))
+        square += jnp.expand_dims(jnp.sum(mean * mean, -1), range(square.ndim - 1))
+    return _root(square)
+
+
 def change(before: Float[Array, "... D"], update: Float[Array, "... D"]) -> Float[Array, "..."]:
     """1 - cos(before, before + update), float32: how much attention changes the residual stream's direction (0: not at
     all), hence how important it is in this layer."""
@@ -118,6 +137,7 @@ def attend_cached(
     *,
     rotation: Rotation | None,
     group_index: Int[Array, "B k"] | None,
+    fill: Float[Array, "B D"] | None,
     live: Bool[Array, "B"] | None,
     config: ModelConfig,
     window: int | None,
@@ -125,7 +145,7 @@ def attend_cached(
 ) -> tuple[Float[Array, "B D"], tuple[Float[Array, "B K S H"], Float[Array, "B K S H"]]]:
     """One new token per sequence: appends its key and value at `length`, attends with the selected groups only.
 
-    Rows that are not `live` attend to nothing.
+    `fill` replaces the other groups' part of the output; None for zeros. Rows that are not `live` attend to nothing.
     """
     q, k, v = (a[:, 0] for a in project_qkv(layer, x[:, None], rotation))
     k_cache, v_cache = write_token(cache[0], k, length), write_token(cache[1], v, length)
@@ -140,4 +160,5 @@ def attend_cached(
         window=window,
         implementation=implementation,
     )
-    return project_out(layer, heads[:, None])[:, 0], (k_cache, v_cache)
+    update = project_out(layer, heads[:, None])[:, 0]
+    return update if fill is None else update + fill, (k_cache, v_cache)

@@ -24,6 +24,7 @@ from polarjax.model.layers import Embedding, Head, Maker, Norm, Rotation, rope_r
 from polarjax.model.meshes import on_any_mesh
 from polarjax.model.taps import Taps, TapSpec, pack
 from polarjax.selection.checks import check_sparsity
+from polarjax.selection.means import importance_of, mean_output
 from polarjax.selection.selectors import Sparsity
 from polarjax.types import Array, Bool, Float, Implementation, Int
 
@@ -64,8 +65,8 @@ class Decoder(nnx.Module):
         return self.embed.tokens[...].dtype
 
 
-def logits(model: Decoder, x: Float[Array, "... D"]) -> Float[Array, "... V"]:
-    """Final norm and head; float32."""
+def logits(model: Any, x: Float[Array, "... D"]) -> Float[Array, "... V"]:
+    """Final norm and head of a `Decoder` or `StackedDecoder`; float32."""
     if model.final_norm is not None:
         x = model.final_norm(x)
     if model.embed.project_out is not None:
@@ -142,30 +143,36 @@ def prefill(
 def _blocks(model, tokens, lengths, *, sparsity=None, taps=None):
     """All layers over [B T]: the last hidden state, the records, and each layer's keys and values."""
     config = model.config
-    positions = jnp.broadcast_to(jnp.arange(tokens.shape[1], dtype=jnp.int32)[None], tokens.shape)
-    valid = positions < lengths[:, None]
-    x = model.embed(tokens, positions)
-    x = jnp.where(valid[..., None], x, 0)  # padding counts as zeros, whatever its ids
-    rotation = _rotation(config, positions)
+    x, rotation = prompt_start(model, tokens, lengths)
     records, kv = [], []
     for i, layer in enumerate(model.layers):
         with jax.named_scope(f"layer_{i}"):
-            x, record, pair = _prompt_layer(layer, i, x, lengths, rotation, config, sparsity)
+            x, record, pair = prompt_layer(layer, i, x, lengths, rotation, config, sparsity, config.window(i))
         records.append(record)
         kv.append(pair)
     return x, None if taps is None else Taps.of(taps, records), kv
 
 
-def _prompt_layer(layer: Layer, i: int, x, lengths, rotation, config: ModelConfig, sparsity):
+def prompt_start(model: Any, tokens: Int[Array, "B T"], lengths: Int[Array, "B"]):
+    """The embedded tokens, and the rotation of their positions."""
+    positions = jnp.broadcast_to(jnp.arange(tokens.shape[1], dtype=jnp.int32)[None], tokens.shape)
+    x = model.embed(tokens, positions)
+    x = jnp.where(
+        (positions < lengths[:, None])[..., None], x, 0
+    )  # padding counts as zeros, whatever its ids
+    return x, _rotation(model.config, positions)
+
+
+def prompt_layer(
+    layer: Layer, i: Any, x, lengths, rotation, config: ModelConfig, sparsity, window: int | None
+):
     """Layer `i` over [B T]: the hidden state, all possible records, and the keys and values."""
 
     def attend(h):
         q, k, v = attention.project_qkv(layer.attn, h, rotation)
-        heads = attention.attend(q, k, v, lengths, window=config.window(i))
-        norm = attention.group_norms(heads)
-        if sparsity is not None:
-            heads = attention.mask_groups(heads, sparsity.group_mask(i, h, norm))
-        update = attention.project_out(layer.attn, heads)
+        heads = attention.attend(q, k, v, lengths, window=window)
+        norm = _importance(layer.attn, i, heads, sparsity)
+        update = _attention_output(layer.attn, i, h, heads, norm, sparsity)
         return update, (h, norm, attention.change(x, update), (k, v))
 
     def feed(y):
@@ -176,6 +183,23 @@ def _prompt_layer(layer: Layer, i: int, x, lengths, rotation, config: ModelConfi
     after, (h, norm, change, pair) = _residual(layer.attn_norm, x, attend, config)
     after, activity = _residual(layer.mlp_norm, after, feed, config)
     return after, (h, activity, norm, change), pair
+
+
+def _importance(layer: attention.Attention, i: int, heads, sparsity):
+    """How important each group is, by the measure that the selector ranks groups with."""
+    if sparsity is None or importance_of(sparsity.routers) == "norms":
+        return attention.group_norms(heads)
+    return attention.contributions(layer, heads, mean_output(sparsity.routers, i))
+
+
+def _attention_output(layer: attention.Attention, i: int, h, heads, norm, sparsity):
+    """The output projection of the selected groups, with what replaces the others."""
+    if sparsity is None:
+        return attention.project_out(layer, heads)
+    kept = sparsity.group_mask(i, h, norm)
+    update = attention.project_out(layer, attention.mask_groups(heads, kept))
+    fill = sparsity.fill(i, kept, update.dtype)
+    return update if fill is None else update + fill
 
 
 def _rotation(config: ModelConfig, positions: Int[Array, "B T"]) -> Rotation | None:
@@ -245,13 +269,15 @@ def _step_layer(
     """Layer `i` for one new token per sequence: the hidden state, and the cache's keys and values."""
 
     def attend(h):
+        index = None if sparsity is None else sparsity.group_index(i, h, config)
         update, pair = attention.attend_cached(
             layer.attn,
             h,
             (cache.k[i], cache.v[i]),
             cache.length,
             rotation=rotation,
-            group_index=None if sparsity is None else sparsity.group_index(i, h, config),
+            group_index=index,
+            fill=None if sparsity is None else sparsity.fill_unread(i, index, h.dtype),
             live=live,
             config=config,
             window=config.window(i),

@@ -33,8 +33,8 @@ def _dotted(path: tuple) -> str:
     return ".".join(map(str, names))
 
 
-def with_parameters(config: ModelConfig, flat: Mapping[str, Array]) -> Decoder:
-    """The decoder with the parameters `flat` (named as in `parameters`).
+def with_parameters(config: ModelConfig, flat: Mapping[str, Array], *, check: bool = True) -> Decoder:
+    """The decoder with the parameters `flat` (named as in `parameters`); `check=False` takes any shapes.
 
     Raises:
       CheckpointError: a parameter is missing, unknown, or of the wrong shape.
@@ -42,7 +42,8 @@ def with_parameters(config: ModelConfig, flat: Mapping[str, Array]) -> Decoder:
     empty = abstract(config)
     expected = parameters(empty)
     wrong = sorted(expected.keys() ^ flat.keys())
-    wrong += [name for name in expected if name in flat and expected[name].shape != flat[name].shape]
+    if check:
+        wrong += [name for name in expected if name in flat and expected[name].shape != flat[name].shape]
     if wrong:
         raise CheckpointError(
             "parameters are missing, unknown or of the wrong shape",

@@ -7,6 +7,7 @@ import jax.numpy as jnp
 
 from polarjax.configs import ModelConfig
 from polarjax.errors import SparsityError
+from polarjax.selection.means import Importance
 from polarjax.storage.fingerprint import fingerprint_of
 from polarjax.types import Array, Float
 
@@ -50,12 +51,15 @@ class LayerRouter:
       w_out: its second map [R F]; no bias and no nonlinearity, as published.
       w_group: the group router [D K].
       b_group: its bias [K].
+      mean: the mean of each group's part of the attention block's output [K D], which replaces that part where the
+        group is skipped; None for zeros, as published.
     """
 
     w_in: Float[Array, "D R"] | None
     w_out: Float[Array, "R F"] | None
     w_group: Float[Array, "D K"]
     b_group: Float[Array, "K"]
+    mean: Float[Array, "K D"] | None = None
 
 
 @jax.tree_util.register_dataclass
@@ -66,10 +70,12 @@ class Routers:
     Attributes:
       layers: L routers.
       weights: fingerprint of the model they were trained on (`polarjax.storage.fingerprint`), "" if unknown.
+      importance: what their scores of groups rank, see `polarjax.selection.means.Importance`.
     """
 
     layers: tuple[LayerRouter, ...]
     weights: str = dataclasses.field(default="", metadata={"static": True})
+    importance: Importance = dataclasses.field(default="norms", metadata={"static": True})
 
     def parameters(self) -> dict[str, Array]:
         """The arrays, keyed by dotted path, for example `layers.0.w_group`."""
@@ -111,6 +117,10 @@ class Routers:
             )
         return jax.nn.softplus(score_neurons(x, router.w_in, router.w_out))
 
+    def mean_output(self, layer: int) -> Float[Array, "K D"] | None:
+        """What replaces the layer's skipped groups, [K D] in its output; None for zeros."""
+        return self.layers[layer].mean
+
     def check(self, config: ModelConfig) -> None:
         """Raises `SparsityError` unless these routers fit a model of this configuration."""
         if len(self.layers) != config.num_layers:
@@ -128,6 +138,9 @@ class Routers:
                 rank = router.w_in.shape[-1]
                 got |= {"w_in": router.w_in.shape, "w_out": router.w_out.shape}
                 expected |= {"w_in": (config.d_model, rank), "w_out": (rank, config.d_ff)}
+            if router.mean is not None:
+                got["mean"] = router.mean.shape
+                expected["mean"] = (config.num_kv_heads, config.d_model)
             if got != expected:
                 raise SparsityError(
                     f"the routers of layer {layer} are for another model",

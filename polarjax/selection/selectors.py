@@ -10,9 +10,10 @@ from pallas_kernels import select_top_k
 from polarjax.configs import ModelConfig
 from polarjax.errors import SparsityError
 from polarjax.numeric import check_type
+from polarjax.selection.means import Importance, filled, mean_output
 from polarjax.selection.plans import SparsityPlan
 from polarjax.selection.routers import Routers
-from polarjax.types import Array, Bool, Float, Int, Key
+from polarjax.types import Array, Bool, DTypeLike, Float, Int, Key
 
 
 @runtime_checkable
@@ -47,7 +48,24 @@ def _only_masking(selector: str) -> SparsityError:
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True, eq=False)
 class Oracle:
-    """Selects by the values that routers predict: the true group norms and neuron outputs. Only for `forward`."""
+    """Selects by the values that routers predict: the true group norms and neuron outputs. Only for `forward`.
+
+    Attributes:
+      means: for each layer, what replaces skipped groups, as in `LayerRouter.mean`; empty for zeros.
+      importance: what ranks groups, as in `Routers`.
+    """
+
+    means: tuple[Float[Array, "K D"] | None, ...] = ()
+    importance: Importance = dataclasses.field(default="norms", metadata={"static": True})
+
+    @classmethod
+    def like(cls, routers: Routers) -> "Oracle":
+        """What `routers` would do if they predicted perfectly."""
+        return cls(tuple(layer.mean for layer in routers.layers), routers.importance)
+
+    def mean_output(self, layer: int) -> Float[Array, "K D"] | None:
+        """What replaces the layer's skipped groups; None for zeros."""
+        return self.means[layer] if self.means else None
 
     def group_scores(self, layer, x, *, norms=None):
         """The true norms."""
@@ -207,6 +225,22 @@ class Sparsity:
             return None
         scores = self.routers.group_scores(layer, x, norms=norms)
         return top_mask(check_scores("groups", scores, norms.shape), k)
+
+    def fill(
+        self, layer: int, kept: Bool[Array, "... K"] | None, dtype: DTypeLike
+    ) -> Float[Array, "... D"] | None:
+        """What replaces the skipped groups' part of the layer's output; None for zeros."""
+        return filled(mean_output(self.routers, layer), kept, dtype)
+
+    def fill_unread(
+        self, layer: int, index: Int[Array, "B k"] | None, dtype: DTypeLike
+    ) -> Float[Array, "B D"] | None:
+        """`fill` for the groups that aren't in `index`, as `group_index` returns it."""
+        mean = mean_output(self.routers, layer)
+        if mean is None or index is None:
+            return None
+        kept = jnp.zeros((index.shape[0], mean.shape[0]), bool)
+        return filled(mean, kept.at[jnp.arange(index.shape[0])[:, None], index].set(True), dtype)
 
     def group_index(
         self, layer: int, x: Float[Array, "B D"], config: ModelConfig

@@ -1,0 +1,90 @@
+"""Masks with a traced number of kept groups: one compiled program for every density."""
+
+import dataclasses
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from polarjax.configs import ModelConfig
+from polarjax.selection.means import Importance, filled, mean_output
+from polarjax.selection.routers import LayerRouter, Routers
+from polarjax.selection.selectors import Selector, check_scores
+from polarjax.types import Array, Bool, DTypeLike, Float, Int
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True, eq=False)
+class Masking:
+    """Like `Sparsity`, for groups alone and with traced counts. Only for forward passes that mask.
+
+    Attributes:
+      routers: any `Selector`.
+      counts: groups kept in each layer of each row, int32 [L B]; K keeps all.
+    """
+
+    routers: Selector
+    counts: Int[Array, "L B"]
+
+    def group_mask(
+        self, layer: Any, x: Float[Array, "B T D"], norms: Float[Array, "B T K"]
+    ) -> Bool[Array, "B T K"]:
+        """The groups kept at each token."""
+        scores = check_scores("groups", self.routers.group_scores(layer, x, norms=norms), norms.shape)
+        return _rank(scores) < self.counts[layer][:, None, None]
+
+    def neuron_mask(self, layer: Any, x: Any, activity: Any) -> None:
+        """None: MLPs are dense."""
+
+    def fill(self, layer: Any, kept: Array, dtype: DTypeLike) -> Float[Array, "B T D"] | None:
+        """What replaces the skipped groups' part of the layer's output; None for zeros."""
+        return filled(mean_output(self.routers, layer), kept, dtype)
+
+
+def _rank(scores: Float[Array, "... K"]) -> Int[Array, "... K"]:
+    """The place of each score in descending order; ties go to the lower index, as in `select_top_k`."""
+    return jnp.argsort(jnp.argsort(-scores, axis=-1, stable=True), axis=-1, stable=True)
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True, eq=False)
+class StackedRouters:
+    """Routers whose layers are stacked, so that a layer can be a traced number.
+
+    Attributes:
+      layers: one `LayerRouter` with arrays [L ...].
+      importance: as in `Routers`.
+    """
+
+    layers: LayerRouter
+    importance: Importance = dataclasses.field(default="norms", metadata={"static": True})
+
+    @classmethod
+    def of(cls, routers: Routers) -> "StackedRouters":
+        """Stacks the layers."""
+        return cls(jax.tree.map(lambda *leaves: jnp.stack(leaves), *routers.layers), routers.importance)
+
+    def unstacked(self, weights: str = "") -> Routers:
+        """The routers with one entry a layer."""
+        count = self.layers.w_group.shape[0]
+        layers = tuple(jax.tree.map(lambda leaf, i=i: leaf[i], self.layers) for i in range(count))
+        return Routers(layers, weights, self.importance)
+
+    def _one(self, layer: Any) -> Routers:
+        return Routers((jax.tree.map(lambda leaf: leaf[layer], self.layers),), "", self.importance)
+
+    def group_scores(self, layer, x, *, norms=None):
+        """As `Routers.group_scores`."""
+        return self._one(layer).group_scores(0, x, norms=norms)
+
+    def neuron_scores(self, layer, x, *, activity=None):
+        """As `Routers.neuron_scores`."""
+        return self._one(layer).neuron_scores(0, x, activity=activity)
+
+    def mean_output(self, layer: Any) -> Float[Array, "K D"] | None:
+        """As `Routers.mean_output`."""
+        return None if self.layers.mean is None else self.layers.mean[layer]
+
+    def check(self, config: ModelConfig) -> None:
+        """Raises `SparsityError` unless these routers fit a model of this configuration."""
+        self.unstacked().check(config)

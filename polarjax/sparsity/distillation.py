@@ -1,0 +1,203 @@
+"""Healing by distillation: the dense model teaches the model that skips groups. One training step, jitted."""
+
+import dataclasses
+import functools
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from polarjax.configs import ModelConfig
+from polarjax.model.decoder import logits
+from polarjax.model.stacked import StackedDecoder, hidden_states
+from polarjax.selection.masking import Masking, StackedRouters
+from polarjax.selection.means import Importance
+from polarjax.selection.routers import LayerRouter, score_groups
+from polarjax.types import Array, Bool, Float, Int
+
+type Arrays = dict[str, Array]
+
+CHUNK = 2048  # tokens whose logits are in memory at once
+
+
+@dataclasses.dataclass(frozen=True)
+class Distillation:
+    """What a step computes; static under `jax.jit`.
+
+    Attributes:
+      config: the student's configuration.
+      teacher: the teacher's; they differ at most in the activation.
+      importance: what routers learn to rank.
+      dtype: dtype of the forward and backward passes.
+      router_weight: weight of the routers' own loss.
+      remat: compute each layer again in the backward pass.
+      clip: largest norm of the gradients of the model, and of those of the routers.
+      weight_decay: of the model's matrices.
+    """
+
+    config: ModelConfig
+    teacher: ModelConfig
+    importance: Importance = "contributions"
+    dtype: Any = jnp.bfloat16
+    router_weight: float = 1.0
+    remat: bool = False
+    clip: float = 1.0
+    weight_decay: float = 0.0
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True, eq=False)
+class TuneState:
+    """Everything that training changes: float32 masters, and the optimizer's moments.
+
+    Attributes:
+      model: trained parameters, as `stack_parameters` names them.
+      routers: the group routers' arrays [L ...]: w_group, b_group and mean.
+      moments: state of the optimizers.
+      step: steps done, int32.
+    """
+
+    model: Arrays
+    routers: Arrays
+    moments: Any
+    step: Int[Array, ""]
+
+
+def optimizers(spec: Distillation) -> tuple[optax.GradientTransformation, optax.GradientTransformation]:
+    """AdamW without its learning rate, for the model and for the routers."""
+    adam = lambda decay: optax.chain(
+        optax.clip_by_global_norm(spec.clip),
+        optax.scale_by_adam(b1=0.9, b2=0.95),
+        optax.add_decayed_weights(decay),
+    )
+    return adam(spec.weight_decay), adam(0.0)
+
+
+def start(spec: Distillation, model: Arrays, routers: Arrays) -> TuneState:
+    """The state before the first step."""
+    of_model, of_routers = optimizers(spec)
+    moments = (of_model.init(model), of_routers.init(routers))
+    return TuneState(model, routers, moments, jnp.zeros((), jnp.int32))
+
+
+def student(spec: Distillation, state_model: Arrays, fixed: Arrays) -> StackedDecoder:
+    """The student in the computing dtype: its trained parameters and the `fixed` others."""
+    cast = {name: value.astype(spec.dtype) for name, value in (fixed | state_model).items()}
+    return StackedDecoder.of(spec.config, cast)
+
+
+def selector(spec: Distillation, routers: Arrays) -> StackedRouters:
+    """The group routers being trained."""
+    return StackedRouters(LayerRouter(w_in=None, w_out=None, **routers), spec.importance)
+
+
+def divergence(
+    teacher: StackedDecoder,
+    of_teacher: Float[Array, "B T D"],
+    learner: StackedDecoder,
+    of_learner: Float[Array, "B T D"],
+) -> Float[Array, "B T"]:
+    """KL(teacher ‖ student) of the next token at each position, in nats; logits of `CHUNK` tokens at a time."""
+    B, T, D = of_teacher.shape
+    count = B * T
+    size = next(size for size in range(min(CHUNK, count), 0, -1) if count % size == 0)
+
+    @jax.checkpoint
+    def one(pair):
+        log_p = jax.nn.log_softmax(logits(teacher, pair[0]), -1)
+        log_q = jax.nn.log_softmax(logits(learner, pair[1]), -1)
+        return jnp.sum(jnp.exp(log_p) * (log_p - log_q), -1)
+
+    pieces = tuple(x.reshape(count // size, size, D) for x in (of_teacher, of_learner))
+    return jax.lax.map(one, pieces).reshape(B, T)
+
+
+def router_loss(
+    routers: Arrays, inputs: Float[Array, "L B T D"], importance: Float[Array, "L B T K"]
+) -> Float[Array, ""]:
+    """Mean squared error of the scores against each group's importance, in multiples of the layer's mean."""
+    inputs, importance = jax.lax.stop_gradient((inputs, importance))
+    scale = jnp.maximum(jnp.mean(importance, (1, 2, 3), keepdims=True), 1e-20)
+    scores = jax.vmap(score_groups)(inputs, routers["w_group"], routers["b_group"])
+    return jnp.mean(jnp.square(scores - importance / scale))
+
+
+def losses(
+    spec: Distillation,
+    trained: tuple[Arrays, Arrays],
+    constant: tuple[Arrays, Arrays],
+    tokens: Int[Array, "b T"],
+    counts: Int[Array, "L b"],
+) -> tuple[Float[Array, ""], dict[str, Array]]:
+    """The loss of one batch and its parts: the divergence of dense and of sparse rows, and the routers' loss.
+
+    `trained` holds parameters of the model and the routers; `constant` the student's others and the teacher's.
+    """
+    (model, routers), (fixed, teacher) = trained, constant
+    guide = StackedDecoder.of(spec.teacher, teacher)
+    learner = student(spec, model, fixed)
+    masking = Masking(selector(spec, routers), counts)
+    x, records = hidden_states(learner, tokens, masking=masking, remat=spec.remat)
+    target = jax.lax.stop_gradient(hidden_states(guide, tokens)[0])
+    each = jnp.mean(divergence(guide, target, learner, x), -1)
+    of_routers = router_loss(routers, *records)
+    dense = jnp.all(counts == spec.config.num_kv_heads, 0)
+    parts = {"dense": _mean(each, dense), "sparse": _mean(each, ~dense), "routers": of_routers}
+    return jnp.mean(each) + spec.router_weight * of_routers, parts
+
+
+def _mean(values: Float[Array, "b"], chosen: Bool[Array, "b"]) -> Float[Array, ""]:
+    return jnp.sum(jnp.where(chosen, values, 0)) / jnp.maximum(jnp.sum(chosen, dtype=jnp.float32), 1)
+
+
+@functools.partial(jax.jit, static_argnums=0, donate_argnums=1)
+def step(
+    spec: Distillation,
+    state: TuneState,
+    fixed: Arrays,
+    teacher: Arrays,
+    tokens: Int[Array, "a b T"],
+    counts: Int[Array, "a L b"],
+    rates: Float[Array, "2"],
+) -> tuple[TuneState, dict[str, Array]]:
+    """One step of the optimizers on the mean gradient of `a` batches.
+
+    Args:
+      spec: what to compute.
+      state: donated.
+      fixed: parameters of the student that aren't trained.
+      teacher: the teacher's parameters.
+      tokens: int32 [a b T].
+      counts: groups kept in each layer of each row [a L b].
+      rates: learning rates of the model and of the routers.
+
+    Returns:
+      the next state (the same one if the loss or a gradient isn't finite), and the parts of the loss, with `finite`.
+    """
+    loss = lambda trained, tokens, counts: losses(spec, trained, (fixed, teacher), tokens, counts)
+    gradient = jax.value_and_grad(loss, has_aux=True)
+
+    def add(total: Any, batch: Any) -> tuple[Any, None]:
+        (_, parts), grads = gradient((state.model, state.routers), *batch)
+        return jax.tree.map(jnp.add, total, (grads, parts)), None
+
+    zeros = jax.tree.map(jnp.zeros_like, (state.model, state.routers))
+    parts = dict.fromkeys(("dense", "sparse", "routers"), jnp.zeros(()))
+    (grads, parts), _ = jax.lax.scan(add, (zeros, parts), (tokens, counts))
+    grads, parts = jax.tree.map(lambda total: total / tokens.shape[0], (grads, parts))
+    finite = jnp.all(jnp.asarray([jnp.all(jnp.isfinite(leaf)) for leaf in jax.tree.leaves((grads, parts))]))
+    updates = zip(optimizers(spec), grads, state.moments, (state.model, state.routers), rates, strict=True)
+    model, routers = (_updated(*update) for update in updates)
+    after = TuneState(model[0], routers[0], (model[1], routers[1]), state.step + 1)
+    return jax.tree.map(lambda new, old: jnp.where(finite, new, old), after, state), parts | {
+        "finite": finite
+    }
+
+
+def _updated(
+    optimizer: optax.GradientTransformation, gradients: Arrays, moments: Any, values: Arrays, rate: Array
+) -> tuple[Arrays, Any]:
+    with jax.numpy_dtype_promotion("standard"):  # optax mixes dtypes
+        change, moments = optimizer.update(gradients, moments, values)
+    return jax.tree.map(lambda value, by: value - rate * by, values, change), moments

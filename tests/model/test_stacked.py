@@ -1,0 +1,83 @@
+"""A stacked decoder with traced counts equals the decoder; skipped groups are replaced by their means."""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+import polarjax as pj
+from polarjax.model.attention import contributions
+from polarjax.model.decoder import logits
+from polarjax.model.parameters import parameters
+from polarjax.model.stacked import StackedDecoder, hidden_states, stack_parameters, unstack_parameters
+from polarjax.selection.masking import Masking, StackedRouters
+from polarjax.selection.routers import Routers
+from polarjax.selection.selectors import Oracle
+from tests.model import zoo
+from tests.tolerances import assert_close
+
+B, T = 2, 9
+
+
+def routers_with_means(name: str, importance="contributions") -> Routers:
+    """Untrained routers with random scores and mean outputs."""
+    config, made = zoo.CONFIGS[name], zoo.routers(name)
+    keys = jax.random.split(jax.random.key(5), config.num_layers)
+    mean = lambda key: 0.3 * jax.random.normal(key, (config.num_kv_heads, config.d_model))
+    layers = tuple(
+        dataclasses.replace(layer, mean=mean(key)) for layer, key in zip(made.layers, keys, strict=True)
+    )
+    return Routers(layers, importance=importance)
+
+
+def kept_plan(config: pj.ModelConfig, k: int) -> pj.SparsityPlan:
+    return pj.SparsityPlan((None,) * config.num_layers, (None,) + (k,) * (config.num_layers - 1))
+
+
+@pytest.mark.parametrize("importance", ["norms", "contributions"])
+@pytest.mark.parametrize("name", ["opt", "llama-mha", "window"])
+def test_masked_stacked_and_decoded_logits_are_equal(name, importance):
+    model = zoo.model(name)
+    config, k = model.config, max(1, model.config.num_kv_heads // 2)
+    routers = routers_with_means(name, importance)
+    tokens = jax.random.randint(jax.random.key(1), (B, T), 3, config.vocab_size)
+    sparsity = pj.Sparsity(routers, kept_plan(config, k))
+    expected, _ = zoo.forward(model, tokens, jnp.full((B,), T, jnp.int32), sparsity=sparsity)
+    stacked = StackedDecoder.of(config, stack_parameters(parameters(model)))
+    counts = jnp.full((config.num_layers, B), k).at[0].set(config.num_kv_heads)
+    masking = Masking(StackedRouters.of(routers), counts)
+    for remat in (False, True):
+        x, _ = hidden_states(stacked, tokens, masking=masking, remat=remat)
+        assert_close(logits(stacked, x), expected[:, :T], "rounding")
+    cache = zoo.empty_cache(model, B)
+    for t in range(T):
+        step, cache = pj.decode_step(model, tokens[:, t], cache, sparsity=sparsity)
+        assert_close(step, expected[:, t], "rounding")
+
+
+def test_a_skipped_group_is_replaced_by_its_mean_and_that_is_its_contribution():
+    model = zoo.model("llama-mha")
+    layer = model.layers[0].attn
+    heads = jax.random.normal(jax.random.key(0), (B, T, *layer.wo[...].shape[:3]))
+    parts = jnp.einsum("btkgh,kghd->btkd", heads, layer.wo[...])
+    mean = parts.mean((0, 1))
+    assert_close(
+        contributions(layer, heads, mean), jnp.linalg.norm(parts - mean[None, None], axis=-1), "rounding"
+    )
+    assert_close(contributions(layer, heads, None), jnp.linalg.norm(parts, axis=-1), "rounding")
+
+
+def test_an_oracle_like_routers_has_their_means_and_importance():
+    routers = routers_with_means("opt")
+    oracle = Oracle.like(routers)
+    assert oracle.importance == "contributions"
+    np.testing.assert_array_equal(oracle.mean_output(1), routers.mean_output(1))
+
+
+def test_stacked_parameters_come_apart_again():
+    flat = parameters(zoo.model("opt"))
+    again = unstack_parameters(stack_parameters(flat), 2)
+    assert again.keys() == flat.keys()
+    assert all(np.array_equal(again[name], flat[name]) for name in flat)
