@@ -21,7 +21,7 @@ from polarjax.types import Array, Bool, Float, Int
 
 LAST_TOKENS = 8  # scored from one row: continuations that differ in their last token only share a row
 MOST_ROWS = 64
-LOGITS_BYTES = 2 * 10**9  # for the logits of a batch whose size is not given
+LOGITS_BYTES = 10**9  # for the logits of a batch whose size is not given
 
 type Pair = tuple[Sequence[int], Sequence[int]]
 """The token ids of a context and of its continuation, neither empty."""

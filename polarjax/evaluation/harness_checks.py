@@ -19,11 +19,10 @@ def lm_eval_module(name: str) -> ModuleType:
     try:
         return importlib.import_module(name)
     except ImportError as error:
-        missing = error.name != name and f"{error}"
         raise InputError(
             "lm-evaluation-harness needs the package lm-eval, 0.4.13 or newer",
             where="polarjax.evaluation.harness",
-            got=missing or "no such package",
+            got="no such package" if error.name == "lm_eval" else str(error),
             hint=INSTALL,
         ) from error
 

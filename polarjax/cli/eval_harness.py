@@ -1,0 +1,106 @@
+"""`polarjax eval harness`: tasks of lm-evaluation-harness, by name or from local files."""
+
+import json
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from polarjax.errors import InputError
+
+
+def harness(
+    folder: Annotated[Path, typer.Argument(help="A model directory.")],
+    tasks: Annotated[
+        list[str], typer.Option(help="YAML file of a task, or name of one of lm-eval's; several times.")
+    ],
+    data: Annotated[
+        Path | None, typer.Option(help="Folder of the data of task files; default: the task file's own.")
+    ] = None,
+    limit: Annotated[int | None, typer.Option(help="Items per task; default: all.")] = None,
+    few_shot: Annotated[
+        int | None, typer.Option(help="Examples in each prompt; default: the task's.")
+    ] = None,
+    chat: Annotated[bool, typer.Option("--chat", help="Ask through the model's chat template.")] = False,
+    head_density: Annotated[float | None, typer.Option(help="Fraction of heads (groups) to keep.")] = None,
+    dense: Annotated[bool, typer.Option("--dense", help="Evaluate the dense model.")] = False,
+    batch_size: Annotated[
+        int | None, typer.Option(help="Sequences that run together; default: by their length.")
+    ] = None,
+    dtype: Annotated[str | None, typer.Option(help="Dtype to compute in; default: as stored.")] = None,
+    seed: Annotated[int, typer.Option(help="Of examples in prompts, and of texts that are drawn.")] = 0,
+    samples: Annotated[
+        Path | None, typer.Option(help="File to write each item's answer to, one JSON object a line.")
+    ] = None,
+) -> dict[str, Any]:
+    """Evaluate a model on tasks of lm-evaluation-harness: sparse if it has routers and plans, otherwise dense."""
+    from polarjax.evaluation.harness import HarnessLM
+    from polarjax.evaluation.harness_tasks import load_tasks, run_tasks, summary
+    from polarjax.numeric import whole_number
+    from polarjax.storage.atomic import absolute, check_writable
+
+    if dense and head_density is not None:
+        raise InputError("--dense and --head-density contradict each other", hint="pass only one of them")
+    for name, value, least in (("--limit", limit, 1), ("--few-shot", few_shot, 0)):
+        if value is not None:
+            whole_number(value, name, where="eval harness", least=least)
+    if samples is not None:  # fail here, before anything is measured
+        if samples.exists():
+            raise InputError("the file exists", where=samples, hint="give --samples a new name")
+        check_writable(absolute(samples).parent)
+    loaded = load_tasks(tasks, data=data)
+    lm = HarnessLM(
+        folder,
+        sparsity=None if dense else "auto",
+        head_density=head_density,
+        batch_size="auto" if batch_size is None else batch_size,
+        dtype=dtype,
+        seed=seed,
+    )
+    results = run_tasks(
+        lm,
+        loaded,
+        few_shot=few_shot,
+        limit=limit,
+        apply_chat_template=chat,
+        fewshot_random_seed=seed,
+        log_samples=samples is not None,
+    )
+    made = {"model": folder, **lm.get_model_info(), "tasks": summary(results)}
+    _print(made)
+    if samples is not None:
+        _write_samples(samples, results["samples"])
+    return made
+
+
+def _print(made: dict[str, Any]) -> None:
+    density = made["density"]
+    print(
+        "dense"
+        if density is None
+        else "keeping {neurons:.0%} of neurons, {groups:.0%} of heads".format(**density)
+    )
+    for task, metrics in made["tasks"].items():
+        values = {key: value for key, value in metrics.items() if isinstance(value, float)}
+        shown = ", ".join(
+            f"{key} {value:.4f} ± {values[key + '_stderr']:.4f}"
+            if key + "_stderr" in values
+            else f"{key} {value:.4f}"
+            for key, value in values.items()
+            if "_stderr" not in key
+        )
+        print(f"{task} ({metrics['items']} items, {metrics['few_shot']}-shot): {shown}")
+
+
+def _write_samples(path: Path, samples: dict[str, list[dict[str, Any]]]) -> None:
+    """One line an item: its task, number, target, what the model answered, and its metrics."""
+    from polarjax.storage.atomic import atomic_file
+
+    rows = [
+        {"task": task, "item": each["doc_id"], "target": each["target"], "answers": each["filtered_resps"]}
+        | {metric: each[metric] for metric in each["metrics"]}
+        for task, items in samples.items()
+        for each in items
+    ]
+    with atomic_file(path) as stream:
+        stream.writelines(json.dumps(row, default=str) + "\n" for row in rows)
