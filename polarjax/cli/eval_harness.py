@@ -36,18 +36,12 @@ def harness(
     """Evaluate a model on tasks of lm-evaluation-harness: sparse if it has routers and plans, otherwise dense."""
     from polarjax.evaluation.harness import HarnessLM
     from polarjax.evaluation.harness_tasks import load_tasks, run_tasks, summary
-    from polarjax.numeric import whole_number
-    from polarjax.storage.atomic import absolute, check_writable
 
     if dense and head_density is not None:
         raise InputError("--dense and --head-density contradict each other", hint="pass only one of them")
-    for name, value, least in (("--limit", limit, 1), ("--few-shot", few_shot, 0)):
-        if value is not None:
-            whole_number(value, name, where="eval harness", least=least)
-    if samples is not None:  # fail here, before anything is measured
-        if samples.exists():
-            raise InputError("the file exists", where=samples, hint="give --samples a new name")
-        check_writable(absolute(samples).parent)
+    _check_counts(limit, few_shot)
+    if samples is not None:
+        _check_new(samples)
     loaded = load_tasks(tasks, data=data)
     lm = HarnessLM(
         folder,
@@ -71,6 +65,24 @@ def harness(
     if samples is not None:
         _write_samples(samples, results["samples"])
     return made
+
+
+def _check_counts(limit: int | None, few_shot: int | None) -> None:
+    """Raises `InputError` unless the numbers of items and examples make sense."""
+    from polarjax.numeric import whole_number
+
+    for name, value, least in (("--limit", limit, 1), ("--few-shot", few_shot, 0)):
+        if value is not None:
+            whole_number(value, name, where="eval harness", least=least)
+
+
+def _check_new(file: Path) -> None:
+    """Raises `PolarjaxError` if the file can't be written, before anything is measured."""
+    from polarjax.storage.atomic import absolute, check_writable
+
+    if file.exists():
+        raise InputError("the file exists", where=file, hint="give --samples a new name")
+    check_writable(absolute(file).parent)
 
 
 def _print(made: dict[str, Any]) -> None:
