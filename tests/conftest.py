@@ -10,9 +10,12 @@ os.environ["JAX_PLATFORMS"] = os.environ.get("POLARJAX_TEST_PLATFORM", "cpu")
 # Pallas's GPU interpreter runs a kernel's threads side by side on JAX's CPU threads, and they wait for each other: with
 # as few as a small machine's processors they would wait forever.
 os.environ["NPROC"] = "16"
-OWN_CACHE = "JAX_COMPILATION_CACHE_DIR" not in os.environ
-if OWN_CACHE:  # no process that a test starts writes into the user's cache folder, or compiles less
-    os.environ["JAX_ENABLE_COMPILATION_CACHE"] = "false"
+# Programs that one worker, or a process that a test starts, has compiled serve the others and later runs: JAX finds them
+# by all that they depend on. And no test writes into the user's cache folder.
+if "JAX_COMPILATION_CACHE_DIR" not in os.environ:
+    os.environ["JAX_COMPILATION_CACHE_DIR"] = str(ROOT / ".pytest_cache" / "compiled")
+    os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0"
+    os.environ["JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES"] = "-1"
 # Most of the tests' time is compilation, and each program runs a few times only: LLVM need not optimize them. Tests of
 # commands as users run them take `XLA_FLAGS` out of the environment again.
 os.environ["XLA_FLAGS"] = f"--xla_backend_optimization_level=0 {os.environ.get('XLA_FLAGS', '')}".strip()
@@ -30,16 +33,6 @@ import pytest  # noqa: E402
 jax.config.update("jax_numpy_rank_promotion", "raise")
 hypothesis.settings.register_profile("polarjax", deadline=None, derandomize=True, max_examples=25)
 hypothesis.settings.load_profile("polarjax")
-
-
-def pytest_configure(config):
-    """What one worker compiles serves the other one and later runs; JAX finds programs by all that they depend on."""
-    kept = getattr(config, "cache", None)
-    if OWN_CACHE and kept is not None:
-        jax.config.update("jax_enable_compilation_cache", True)
-        jax.config.update("jax_compilation_cache_dir", str(kept.mkdir("compiled")))
-        jax.config.update("jax_persistent_cache_min_compile_time_secs", 0)
-        jax.config.update("jax_persistent_cache_min_entry_size_bytes", -1)
 
 
 MOST_MAPS = 20_000  # of the 65530 memory maps that Linux gives a process; XLA crashes when it gets no more
