@@ -20,7 +20,7 @@ from polarjax.model.parameters import abstract
 from polarjax.selection.routers import init_routers
 from tests.kernels import aot
 
-LAYERS = 4  # of the published shapes' 32: one with dense attention and three that are alike
+LAYERS = 3  # of the published shapes' 32: one with dense attention and two that are alike
 SHAPES = {
     name: dataclasses.replace(shape, config=dataclasses.replace(shape.config, num_layers=LAYERS))
     for name, shape in PUBLISHED.items()

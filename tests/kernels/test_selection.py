@@ -88,8 +88,20 @@ def races_found() -> bool:
     return interpreter.get_races().races_found
 
 
-@pytest.mark.parametrize("kind", KINDS)
-@pytest.mark.parametrize(("n", "k"), [*SHORT, (5000, 640)])
+EVERY_KIND = (
+    (72, 36),
+    (513, 64),
+    (5000, 640),
+)  # rows alone, pooled rows, and rows with several entries a thread
+
+
+@pytest.mark.parametrize(
+    ("n", "k", "kind"),
+    [
+        *((*size, kind) for size in EVERY_KIND for kind in KINDS),
+        *((*size, kind) for size in SHORT if size not in EVERY_KIND for kind in ("distinct", "odd")),
+    ],
+)
 def test_interpreted(n, k, kind):
     shared = n > 256
     scores = scores_of(kind, n, rows=2)
