@@ -47,7 +47,14 @@ PUBLIC = {
         "stream",
     ],
     "polarjax.sparsity": ["calibrate", "collect", "sparsify", "train_routers"],
-    "polarjax.evaluation": ["agreement", "perplexity"],
+    "polarjax.evaluation": [
+        "GreedyOptions",
+        "Report",
+        "agreement",
+        "perplexity",
+        "static_selector",
+        "sweep",
+    ],
     "pallas_kernels": ["Choice", "record_backends", "select_top_k", "sparse_decode_attention", "sparse_mlp"],
     "checkpoints_convert": [
         "Conversion",

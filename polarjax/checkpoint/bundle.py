@@ -218,15 +218,21 @@ class Bundle:
         Raises:
           SparsityError: routers or plans are missing or not for this model's weights, or the density is invalid.
         """
-        sparsify = "run polarjax sparsify OUT --text FILE first"
-        calibrate = f"run polarjax calibrate OUT --activations FOLDER, or {sparsify}"
-        parts = ((self.routers, "routers", sparsify), (self.plans, "plans", calibrate))
-        for part, name, hint in parts:
-            if part is None:
-                raise SparsityError(f"the model has no {name} yet", where="Bundle.sparsity", hint=hint)
-        self._check_sparsity("Bundle.sparsity")
+        self.require("routers", "plans", where="Bundle.sparsity")
         plan = self.plans.for_batch(batch_size, self.model.config, head_density)  # pyright: ignore[reportOptionalMemberAccess]
         return Sparsity(self.routers, plan)  # pyright: ignore[reportArgumentType]
+
+    def require(self, *names: Literal["routers", "plans"], where: str) -> None:
+        """Raises `SparsityError` if one of these parts is missing, or a part is for other weights; `where` asks."""
+        sparsify = "run polarjax sparsify OUT --text FILE first"
+        hints = {
+            "routers": sparsify,
+            "plans": f"run polarjax calibrate OUT --activations FOLDER, or {sparsify}",
+        }
+        for name in names:
+            if getattr(self, name) is None:
+                raise SparsityError(f"the model has no {name} yet", where=where, hint=hints[name])
+        self._check_sparsity(where)
 
     def _check_sparsity(self, where: str) -> None:
         """Raises `SparsityError` unless the routers and plans belong to the model and to each other."""

@@ -53,6 +53,10 @@ VERBS = {
     "eval perplexity": Verb(
         "polarjax.cli.eval_perplexity:eval_perplexity", "Measure perplexity on text, dense and sparse."
     ),
+    "eval agreement": Verb(
+        "polarjax.cli.eval_agreement:eval_agreement",
+        "Measure how often sparse and dense predict and write the same.",
+    ),
     "eval harness": Verb("polarjax.cli.eval_harness:harness", "Run tasks of lm-evaluation-harness."),
     "export": Verb(
         "polarjax.cli.export:export", "Write a model directory as a HuggingFace folder.", compiles=False

@@ -3,12 +3,7 @@
 from pathlib import Path
 from typing import Any
 
-_LOOKS = {
-    "router": ("#0072B2", "o-"),
-    "oracle": ("#009E73", "s--"),
-    "random": ("#D55E00", "^-"),
-    "static": ("#CC79A7", "d:"),
-}  # colors that color-blind readers can tell apart (Okabe and Ito)
+from polarjax.evaluation.pictures import LOOKS
 
 
 def draw(results: dict[str, Any], out: Path) -> list[Path]:
@@ -34,8 +29,9 @@ def draw(results: dict[str, Any], out: Path) -> list[Path]:
 def _perplexity(results: dict[str, Any], figure: Any, axes: Any) -> None:
     quality = results["quality"]
     densities = [row["density"] for row in quality["rows"]]
-    for name, (color, style) in _LOOKS.items():
-        axes.plot(densities, [row[name] for row in quality["rows"]], style, color=color, label=name)
+    for (name, (color, marker)), line in zip(LOOKS.items(), ("-", "--", "-", ":"), strict=True):
+        values = [row[name] for row in quality["rows"]]
+        axes.plot(densities, values, line, marker=marker, color=color, label=name)
     rows = quality["important_rows"]
     label = f"router, layer {quality['important_layer']} dense"
     axes.plot(

@@ -1,7 +1,9 @@
 """The demo's results as text: tables, dense and sparse continuations side by side, and a summary."""
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from typing import Any
+
+from polarjax.evaluation.report import aligned
 
 NOTICEABLE = 0.2
 """Selections are compared at the first density where random selection raises perplexity by this fraction."""
@@ -73,15 +75,6 @@ def _changes(rise: dict[str, float]) -> str:
     return ", ".join(f"{name} {value:+.1%}" for name, value in rise.items())
 
 
-def table(header: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
-    """A table with right-aligned columns."""
-    cells = [list(header), *map(list, rows)]
-    widths = [max(len(row[i]) for row in cells) for i in range(len(header))]
-    return "\n".join(
-        "  ".join(cell.rjust(width) for cell, width in zip(row, widths, strict=True)) for row in cells
-    )
-
-
 def _generation(generation: dict[str, Any]) -> str:
     lines = ["Dense and sparse continuations (greedy)"]
     rows = zip(generation["prompts"], generation["dense"], generation["sparse"], strict=True)
@@ -128,7 +121,7 @@ def _rises(rows: list[dict[str, float]], dense: float) -> str:
         ]
         for row in rows
     ]
-    return table(["density", *names], cells)
+    return aligned(["density", *names], cells)
 
 
 def _plans(plans: list[dict[str, Any]], costs: list[dict[str, Any]]) -> str:
@@ -145,7 +138,7 @@ def _plans(plans: list[dict[str, Any]], costs: list[dict[str, Any]]) -> str:
     ]
     header = ["batch", "neurons kept", "lowest recall", "bytes/token dense", "sparse", "ratio"]
     title = "The plan by batch size, and the bytes a decoding step must touch (bfloat16, full cache)"
-    return f"{title}\n{table(header, rows)}"
+    return f"{title}\n{aligned(header, rows)}"
 
 
 def _pace(results: dict[str, Any]) -> str:

@@ -38,6 +38,7 @@ def check_scoring(shape: tuple[int, ...], mode: Any, batch_size: Any, context: A
             where="context",
             got=shown(context),
             expected=f"0 to {largest}",
+            hint="lower the context, or lengthen the windows",
         )
     return batch_size, context
 

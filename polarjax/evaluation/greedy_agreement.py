@@ -70,4 +70,5 @@ def compare(
     del targets
     dense, sparse = logits
     log_p, log_q = jax.nn.log_softmax(dense, -1), jax.nn.log_softmax(sparse, -1)
-    return jnp.argmax(dense, -1) == jnp.argmax(sparse, -1), jnp.sum(jnp.exp(log_p) * (log_p - log_q), -1)
+    terms = jnp.where(log_p == -jnp.inf, 0, jnp.exp(log_p) * (log_p - log_q))  # 0 log 0 = 0
+    return jnp.argmax(dense, -1) == jnp.argmax(sparse, -1), jnp.sum(terms, -1)

@@ -49,7 +49,7 @@ def score(
     batch_size, context = check_scoring(windows.shape, mode, batch_size, context)
     counted = scored_after(scored, windows.shape, context)
     windows = check_windows(windows, model.config)
-    run = functools.partial(_masked if mode == "masked" else _decoded, statistic=statistic, context=context)
+    run = functools.partial(_masked if mode == "masked" else decoded, statistic=statistic, context=context)
     rows = []
     with task(description, windows.shape[0], "windows") as advance:
         for start in range(0, windows.shape[0], batch_size):
@@ -61,16 +61,25 @@ def score(
 
 @functools.partial(jax.jit, static_argnames=("statistic", "context"))
 def _masked(model: Decoder, tokens, variants, *, statistic: Statistic, context: int):
+    logits = tuple(masked_logits(model, tokens, variant, context=context) for variant in variants)
+    return statistic(logits, tokens[:, first_scored(context) :])
+
+
+def first_scored(context: int) -> int:
+    """Position of a window's first token that can be scored; nothing predicts the first of all."""
+    return max(context, 1)
+
+
+def masked_logits(
+    model: Decoder, tokens: Int[Array, "B T"], sparsity: Sparsity | None, *, context: int
+) -> Float[Array, "B after V"]:
+    """Logits that predict the tokens after the context, with the selection applied as a mask. Traceable."""
     lengths = jnp.full(tokens.shape[:1], tokens.shape[1], jnp.int32)
-    first = max(context, 1)
-    logits = tuple(
-        forward(model, tokens, lengths, sparsity=variant)[0][:, first - 1 : -1] for variant in variants
-    )
-    return statistic(logits, tokens[:, first:])
+    return forward(model, tokens, lengths, sparsity=sparsity)[0][:, first_scored(context) - 1 : -1]
 
 
 @functools.partial(jax.jit, static_argnames=("statistic", "context"))
-def _decoded(model: Decoder, tokens, variants, *, statistic: Statistic, context: int):
+def decoded(model: Decoder, tokens, variants, *, statistic: Statistic, context: int):
     """One scan over the tokens: every variant reads it, and its logits are scored against the next one."""
     batch_size, length = tokens.shape
     cache = lambda: init_cache(model.config, batch_size=batch_size, capacity=length, dtype=model.dtype)

@@ -1,4 +1,4 @@
-"""Counts the bytes of text that each token stands for."""
+"""Counts the bytes and words of text that each token stands for."""
 
 import re
 from typing import Any
@@ -9,6 +9,7 @@ from polarjax.text.decoding import decoder_types
 from polarjax.types import Int
 
 _BYTE = re.compile(r"<0x[0-9A-Fa-f]{2}>")
+_WORD = re.compile(r"\S+")
 _SPACE = "▁"  # a space, in SentencePiece's vocabularies
 
 
@@ -41,6 +42,13 @@ def encode_with_bytes(hf: Any, text: str) -> tuple[Int[np.ndarray, "tokens"], In
     following = following[last][run] - following  # own bytes of the tokens after each one, within its run
     stop = np.maximum(run_end[run] - following, run_start[run])
     return ids, np.diff(stop, prepend=0)
+
+
+def words_of(text: str, num_bytes: Int[np.ndarray, "tokens"]) -> Int[np.ndarray, "tokens"]:
+    """How many of the text's words, separated by white space, begin in each token of `num_bytes` bytes, [tokens]."""
+    starts = _byte_positions(text)[[match.start() for match in _WORD.finditer(text)]]
+    ends = np.cumsum(num_bytes)
+    return np.diff(np.searchsorted(starts, ends), prepend=0)
 
 
 def _encode(hf: Any, text: str) -> tuple[np.ndarray, np.ndarray]:

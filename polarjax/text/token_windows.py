@@ -7,7 +7,7 @@ import numpy as np
 
 from polarjax.errors import InputError
 from polarjax.text.corpus import DOCUMENT_SEPARATOR
-from polarjax.text.token_bytes import encode_with_bytes
+from polarjax.text.token_bytes import encode_with_bytes, words_of
 from polarjax.text.tokenizer import Tokenizer
 from polarjax.types import Bool, Int
 
@@ -18,13 +18,20 @@ class ScoredWindows:
 
     Attributes:
       tokens: int32 [n T].
-      scored: bool [n T]; False for tokens that aren't text, such as BOS before a document.
+      scored: bool [n T]; False for tokens that aren't text, such as BOS before a document, and for those that an
+        earlier window scores, if windows overlap.
       num_bytes: UTF-8 bytes of the text that each token stands for, int32 [n T]; 0 where not scored.
+      num_words: words that begin in each token, int32 [n T]; 0 where not scored.
+      stride: tokens of the text from one window's start to the next.
+      bos: the id that every window begins with; None if the tokenizer has none.
     """
 
     tokens: Int[np.ndarray, "n T"]
     scored: Bool[np.ndarray, "n T"]
     num_bytes: Int[np.ndarray, "n T"]
+    num_words: Int[np.ndarray, "n T"]
+    stride: int
+    bos: int | None
 
     def scored_bytes(self, context: int) -> int:
         """Bytes of the tokens that are scored when the first `context` of each window, at least one, are given."""
@@ -54,7 +61,7 @@ def windows(
     """
     stream = np.asarray(tokens, np.int32)
     taken = length if first is None else length - 1
-    at = _cut(np.zeros(len(stream), bool), taken, at_least=at_least, length=length, source=source)
+    at = _cut(np.zeros(len(stream), bool), taken, taken, at_least=at_least, length=length, source=source)
     return _begun(stream[at], first)
 
 
@@ -79,24 +86,62 @@ def text_windows(
 
 
 def scored_windows(
-    texts: Sequence[str], tokenizer: Tokenizer, length: int, *, most: int | None = None, source: str
+    texts: Sequence[str],
+    tokenizer: Tokenizer,
+    length: int,
+    *,
+    stride: int | None = None,
+    most: int | None = None,
+    source: str,
 ) -> ScoredWindows:
-    """The windows of `text_windows`, which tokens of them a score counts, and their bytes; same arguments and errors."""
+    """The windows of `text_windows`, which tokens of them a score counts, their bytes and words.
+
+    Args:
+      texts, tokenizer, length, most, source: as in `text_windows`.
+      stride: tokens from one window's start to the next; None means that windows don't overlap. With a smaller
+        stride, a window begins with text that the one before it scores, and scores only what is new.
+
+    Raises:
+      InputError: as in `text_windows`, or the stride is below 1 or leaves out text.
+    """
     if most is not None and most < 1:
         raise InputError("no window is left", where=source, got=most, expected="at least 1 window")
     bos = tokenizer.bos_id
+    taken = length - (bos is not None)
+    stride = _checked_stride(stride, taken)
     if_bos = lambda value: None if bos is None else value
     documents = _documents(DOCUMENT_SEPARATOR.join(texts))
     encoded = [encode_with_bytes(tokenizer.hf, document) for document in documents]
+    words = [words_of(document, sizes) for document, (_, sizes) in zip(documents, encoded, strict=True)]
     stream = _joined([ids for ids, _ in encoded], bos)
-    num_bytes = _joined([sizes for _, sizes in encoded], if_bos(0))
     is_text = _joined([np.ones(len(ids)) for ids, _ in encoded], if_bos(0)) > 0
-    at = _cut(~is_text, length - (bos is not None), at_least=1, length=length, source=source)
+    at = _cut(~is_text, taken, stride, at_least=1, length=length, source=source)
+    is_new = at > np.append(-1, at[:-1, -1])[:, None]
     if most is not None and len(at) > most:
-        at = at[np.arange(most) * len(at) // most]
+        chosen = np.arange(most) * len(at) // most
+        at, is_new = at[chosen], is_new[chosen]
+    begun = lambda values: _begun(np.where(is_new, values[at], 0), if_bos(0)).astype(values.dtype)
     return ScoredWindows(
-        _begun(stream[at], bos), _begun(is_text[at], if_bos(False)), _begun(num_bytes[at], if_bos(0))
+        tokens=_begun(stream[at], bos),
+        scored=begun(is_text),
+        num_bytes=begun(_joined([sizes for _, sizes in encoded], if_bos(0))),
+        num_words=begun(_joined(words, if_bos(0))),
+        stride=stride,
+        bos=bos,
     )
+
+
+def _checked_stride(stride: int | None, taken: int) -> int:
+    """The stride, by default `taken`, which is all of a window's text."""
+    if stride is None:
+        return taken
+    if not 1 <= stride <= taken:
+        expected = f"1 to {taken}, the tokens of text in a window"
+        hint = "lower the stride, or lengthen the windows" if stride > taken else "raise the stride"
+        raise InputError(
+            "not a stride between windows", where="stride", got=stride, expected=expected, hint=hint
+        )
+    return stride
 
 
 def _documents(text: str) -> list[str]:
@@ -118,9 +163,9 @@ def _begun(rows: np.ndarray, first: int | None) -> np.ndarray:
 
 
 def _cut(
-    is_separator: np.ndarray, taken: int, *, at_least: int, length: int, source: str
+    is_separator: np.ndarray, taken: int, stride: int, *, at_least: int, length: int, source: str
 ) -> Int[np.ndarray, "n taken"]:
-    """Positions in a stream of consecutive windows of `taken` tokens; none begins with a separator."""
+    """Positions in a stream of windows of `taken` tokens, one every `stride`; none begins with a separator."""
     if taken < 1:
         raise InputError("the window is too short", got=f"length {length}", expected="room for a token")
     count, starts, start, skipped = len(is_separator), [], 0, 0
@@ -130,9 +175,8 @@ def _cut(
             start += 1
         else:
             starts.append(start)
-            start += taken
-    if start > count:  # the last one is not full
-        starts.pop()
+            start += stride
+    starts = [start for start in starts if start + taken <= count]
     if len(starts) < at_least:
         raise InputError(
             "the text is too short",

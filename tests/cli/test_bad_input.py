@@ -157,13 +157,48 @@ CASES = {
     ),
     "eval at a density above 1": (
         None,
-        ("eval", "perplexity", "model", "--text", "long.txt", "--window", "64", "--head-density", "7"),
+        ("eval", "perplexity", "model", "--text", "long.txt", "--window", "64", "--densities", ".5,7"),
         "above 0 and at most 1",
     ),
     "eval with nothing left to decode": (
         None,
         ("eval", "perplexity", "model", "--text", "long.txt", "--window", "64", "--context", "63"),
-        "--context: no token is left to score; got 63 of 64 tokens, expected 0 to 62",
+        "context: no token is left to score; got 63, expected 0 to 62",
+    ),
+    "eval with a density that is no number": (
+        None,
+        ("eval", "perplexity", "model", "--text", "long.txt", "--densities", ".5;.7"),
+        "--densities: not numbers; got '.5;.7'",
+    ),
+    "eval with two kinds of nothing": (
+        None,
+        ("eval", "perplexity", "model", "--text", "long.txt", "--dense", "--densities", ".5"),
+        "--dense and --densities contradict each other",
+    ),
+    "eval at a batch size above the number of windows": (
+        None,
+        ("eval", "perplexity", "model", "--text", "long.txt", "--window", "64", "--batch-sizes", "9999"),
+        "too few windows to decode together; got batch size 9999",
+    ),
+    "eval with windows that leave out text": (
+        None,
+        ("eval", "agreement", "model", "--text", "long.txt", "--window", "64", "--stride", "64"),
+        "stride: not a stride between windows; got 64, expected 1 to 63",
+    ),
+    "eval with a static selector that has seen the text": (
+        None,
+        (*"eval perplexity model --selectors static --text long.txt --static-text long.txt".split(),),
+        "--static-text: the static selector would have seen the evaluated text; got long.txt",
+    ),
+    "eval with a picture of an unknown kind": (
+        None,
+        (*"eval perplexity model --text long.txt --report new.json --picture new.gif".split(),),
+        "new.gif: no such kind of picture; expected .png, .pdf, .svg",
+    ),
+    "eval with a report that is there": (
+        None,
+        (*"eval agreement model --text long.txt --report short.txt --picture new.png".split(),),
+        "short.txt: the output already exists",
     ),
     "activations that are there already": (
         None,

@@ -7,7 +7,7 @@ import pytest
 
 import polarjax
 from polarjax.errors import InputError
-from polarjax.text.token_bytes import encode_with_bytes
+from polarjax.text.token_bytes import encode_with_bytes, words_of
 from polarjax.text.token_windows import scored_windows, text_windows, token_stream, windows
 from polarjax.text.tokenizer import Tokenizer
 from tests.one_line import refuses
@@ -141,3 +141,36 @@ def test_short_text_is_refused_with_the_numbers():
         windows(range(7), 4, at_least=2, source="story.txt")
     with pytest.raises(InputError, match="window is too short"):
         windows(range(7), 1, first=0)
+
+
+@pytest.mark.parametrize("kind", ["bundled", "sentencepiece that trims"])
+@pytest.mark.parametrize("stride", [None, 5, 1])
+def test_overlapping_windows_score_each_token_once(tokenizer, stride):
+    texts = ["one two three four five six seven eight", TEXTS["mixed"], TEXTS["ascii"]]
+    apart = scored_windows(texts, tokenizer, 8, source="t")
+    found = scored_windows(texts, tokenizer, 8, stride=stride, source="t")
+    first = tokenizer.bos_id is not None
+    assert (found.tokens[:, 0] == found.bos).all() if first else found.bos is None
+    assert found.scored[0, first:].all() == apart.scored[0, first:].all()
+    assert found.scored[1:].sum(1).max() <= found.stride + 1  # a window never begins with a document's BOS
+    new = found.tokens[found.scored]
+    whole = [token for text in texts for token in encode_with_bytes(tokenizer.hf, text)[0]]
+    assert new.tolist() == whole[: len(new)]
+    assert len(whole) - len(new) < found.tokens.shape[1]  # only the tail is dropped
+    sizes = np.concatenate([encode_with_bytes(tokenizer.hf, text)[1] for text in texts])
+    assert found.num_bytes.sum() == sizes[: len(new)].sum()
+
+
+@pytest.mark.parametrize("text", TEXTS.values(), ids=TEXTS)
+@pytest.mark.parametrize("kind", KINDS)
+def test_the_words_of_all_tokens_are_those_of_the_text(tokenizer, text):
+    found = words_of(text, encode_with_bytes(tokenizer.hf, text)[1])
+    assert found.min() >= 0
+    assert found.sum() == len(text.split())
+
+
+@pytest.mark.parametrize("stride", [0, -1, 8])
+@pytest.mark.parametrize("kind", ["bundled"])
+def test_a_stride_that_leaves_out_text_is_refused(tokenizer, stride):
+    with refuses(InputError, "stride: not a stride between windows; .* expected 1 to 7"):
+        scored_windows(["word " * 99], tokenizer, 8, stride=stride, source="t")
