@@ -13,26 +13,22 @@ import numpy as np
 
 from polarjax.checkpoint.bundle import Bundle
 from polarjax.evaluation import sweep_checks as checks
-from polarjax.evaluation.checks import check_scoring, scored_after
+from polarjax.evaluation.checks import scored_after
 from polarjax.evaluation.estimates import Sums, Units, differences, perplexities, ratio
 from polarjax.evaluation.paired import decoded_sums, masked_batch, masked_sums
 from polarjax.evaluation.parting import GreedyOptions, greedy_texts, parting, prompts_of
 from polarjax.evaluation.report import Report, Row
 from polarjax.evaluation.scoring import first_scored
+from polarjax.evaluation.sweep_cases import Asked, Case, PlanOf
 from polarjax.evaluation.text_perplexity import perplexity
 from polarjax.model.checks import check_windows, host_array
 from polarjax.model.decoder import Decoder
 from polarjax.model.parameters import fingerprint
 from polarjax.progress import task
-from polarjax.selection.checks import check_sparsity
-from polarjax.selection.plans import SparsityPlan, uniform_groups
 from polarjax.selection.plans import densities as kept_by
 from polarjax.selection.selectors import Selector, Sparsity, Static
 from polarjax.text.token_windows import ScoredWindows
 from polarjax.types import Bool, Int
-
-type PlanOf = Callable[[float, int], SparsityPlan]
-"""(density of the groups, sequences decoded together) -> plan."""
 
 
 def sweep(
@@ -79,94 +75,28 @@ def sweep(
       InputError: an argument that is not one of these, too few windows, or a model that computes NaN.
       SparsityError: routers or plans are missing or for another model, or a density is not one.
     """
+    given = dict(locals())
+    bundle, text = checks.as_bundle(given.pop("model")), _Text.of(given.pop("windows"), model)
+    return _measure(bundle, text, Asked(**given))
+
+
+def _measure(bundle: Bundle, text: "_Text", asked: Asked) -> Report:
     started = time.perf_counter()
-    bundle, text = checks.as_bundle(model), _Text.of(windows, model)
-    protocols = checks.check_choices("protocols", protocols, checks.PROTOCOLS)
-    found, notes = checks.find_selectors(bundle, selectors, static, seed)
-    masked = found if "masked" in protocols else {}
-    decoding, more = checks.can_decode(found, protocols)
-    _, context = check_scoring(text.tokens.shape, "decode" if decoding else "masked", 1, context)
-    asked = checks.check_densities(densities, bundle) if found else ()
-    sizes = checks.check_batch_sizes(batch_sizes, len(text.tokens)) if decoding else ()
-    checks.check_greedy(greedy if decoding else None, bundle.model.config, text.tokens.shape[1])
-    (chosen,) = checks.check_choices("neurons", [neurons], checks.NEURONS)
-    plans = plan_of or functools.partial(_plan, bundle, chosen, dense_layers)
-    cases = _cases(masked, asked, plans, None) + [
-        case for size in sizes for case in _cases(decoding, asked, plans, size)
-    ]
-    for case in cases:
-        check_sparsity(case.sparsity, bundle.model.config)
-    job = _Job(bundle.model, text, context, text.scored_after(context), text.units(context), greedy)
-    dense, rows = job.run(cases)
-    source = dict(source or {})
+    chosen = asked.chosen(bundle, text.tokens.shape)
+    context, source = chosen.context, dict(asked.source or {})
+    scored, units = text.scored_after(context), text.units(context)
+    job = _Job(bundle.model, text, context, scored, units, asked.greedy)
+    dense, rows = job.run(chosen.cases)
     return Report(
         model={"path": source.pop("path", None), **_described(bundle)},
         text={**source, **job.described()},
-        settings={
-            "densities": asked,
-            "selectors": tuple(found),
-            "protocols": protocols,
-            "batch_sizes": sizes,
-            "neurons": neurons,
-            "greedy": greedy if decoding else None,
-            "seed": seed,
-        },
+        settings=chosen.settings,
         dense=dense,
         rows=rows,
-        notes=notes + more,
+        notes=chosen.notes,
         versions=_versions(),
         seconds=time.perf_counter() - started,
     )
-
-
-@dataclasses.dataclass(frozen=True, eq=False)
-class _Case:
-    """One row to measure; `batch_size` is None if masked."""
-
-    name: str
-    selector: Selector
-    density: float
-    plan: SparsityPlan
-    batch_size: int | None
-
-    @property
-    def sparsity(self) -> Sparsity:
-        return Sparsity(self.selector, self.plan)
-
-    @property
-    def label(self) -> str:
-        protocol = "masked" if self.batch_size is None else f"decode at batch {self.batch_size}"
-        return f"{protocol}, {self.name} at {self.density:g}"
-
-
-def _cases(
-    selectors: Mapping[str, Selector], densities: Sequence[float], plans: PlanOf, batch_size: int | None
-) -> list[_Case]:
-    """All densities and selectors at a batch size, or masked."""
-    return [
-        _Case(name, selector, density, plan, batch_size)
-        for density in (densities if selectors else ())
-        for plan in [plans(density, batch_size or 1)]
-        for name, selector in selectors.items()
-    ]
-
-
-def _plan(
-    bundle: Bundle, neurons: str, dense_layers: Sequence[int] | None, density: float, batch_size: int
-) -> SparsityPlan:
-    """The calibrated plan, with the choices that override it."""
-    config = bundle.model.config
-    if neurons == "plan" and config.neuron_sparsity:
-        bundle.require("plans", where="sweep")
-    if bundle.plans is None:
-        layers = checks.check_dense_layers((0,) if dense_layers is None else dense_layers, config)
-        return SparsityPlan((None,) * config.num_layers, uniform_groups(config, density, dense_layers=layers))
-    bundle.require("plans", where="sweep")
-    plan = bundle.plans.for_batch(batch_size, config, density)
-    if dense_layers is not None:
-        layers = checks.check_dense_layers(dense_layers, config)
-        plan = dataclasses.replace(plan, groups=uniform_groups(config, density, dense_layers=layers))
-    return plan if neurons == "plan" else dataclasses.replace(plan, neurons=(None,) * config.num_layers)
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -205,7 +135,7 @@ class _Job:
     units: Units
     greedy: GreedyOptions | None
 
-    def run(self, cases: Sequence[_Case]) -> tuple[list[dict[str, Any]], list[Row]]:
+    def run(self, cases: Sequence[Case]) -> tuple[list[dict[str, Any]], list[Row]]:
         """The dense model by protocol and batch size, and a row for each case."""
         if not cases:
             return [self._dense_alone()], []
@@ -221,7 +151,7 @@ class _Job:
             self._dense(size, dense[size]) for size in dict.fromkeys(row.batch_size for row in rows)
         ], rows
 
-    def _masked(self, cases: Sequence[_Case], advance: Callable[..., None]) -> list[Sums]:
+    def _masked(self, cases: Sequence[Case], advance: Callable[..., None]) -> list[Sums]:
         selectors = {case.name: case.selector for case in cases}
         numbers = {name: number for number, name in enumerate(selectors)}
         return masked_sums(
@@ -235,7 +165,7 @@ class _Job:
             advance=advance,
         )
 
-    def _decoded(self, case: _Case, advance: Callable[..., None]) -> Sums:
+    def _decoded(self, case: Case, advance: Callable[..., None]) -> Sums:
         return decoded_sums(
             self.model,
             self.text.tokens,
@@ -272,7 +202,7 @@ class _Job:
         measured = perplexity(self.model, self.text.tokens, **options, description="dense")
         return self._dense(None, np.nansum(measured.token_nll, 1, dtype=np.float64))
 
-    def _row(self, case: _Case, sums: Sums, texts: Callable[..., Int[np.ndarray, "m new"]]) -> Row:
+    def _row(self, case: Case, sums: Sums, texts: Callable[..., Int[np.ndarray, "m new"]]) -> Row:
         size, greedy = case.batch_size, None
         if size is not None and self.greedy is not None:
             greedy = parting(texts(size, None), self._texts(size, case.sparsity))
