@@ -9,12 +9,14 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from polarjax.configs import ModelConfig
 from polarjax.evaluation.checks import check_numbers
 from polarjax.evaluation.estimates import Sums
 from polarjax.evaluation.greedy_agreement import compare
 from polarjax.evaluation.scoring import decoded, first_scored, masked_logits
 from polarjax.evaluation.text_perplexity import token_nll
 from polarjax.model.decoder import Decoder
+from polarjax.selection.means import Importance, importance_of, mean_output
 from polarjax.selection.plans import SparsityPlan
 from polarjax.selection.selectors import Random, Selector, Sparsity
 from polarjax.types import Array, Bool, Float, Int
@@ -29,6 +31,8 @@ LARGEST_MASKED_BATCH = 32
 @dataclasses.dataclass(frozen=True, eq=False)
 class OneOf:
     """One of several selectors, by a traced number, so that all of them share a compiled program. Only for `forward`.
+
+    They rank groups by the same importance, and all or none of them fill in mean outputs.
 
     Attributes:
       which: index into `selectors`, int32 scalar.
@@ -50,10 +54,35 @@ class OneOf:
         branches = [functools.partial(_as_float32, score, each) for each in self.selectors]
         return jax.lax.switch(self.which, branches)
 
+    @classmethod
+    def of(cls, selectors: Sequence[Selector], which: int, config: ModelConfig) -> "OneOf":
+        """The selector with this number, among those that can share its program."""
+        kinds = [_kind(each, config) for each in selectors]
+        alike = [number for number, kind in enumerate(kinds) if kind == kinds[which]]
+        chosen = jnp.asarray(alike.index(which), jnp.int32)
+        return cls(chosen, tuple(selectors[number] for number in alike))
+
+    @property
+    def importance(self) -> Importance:
+        """What all of them rank groups by."""
+        return importance_of(self.selectors[0])
+
+    def mean_output(self, layer: int) -> Float[Array, "K D"] | None:
+        """The chosen selector's mean outputs, float32; None for zeros."""
+        found = [mean_output(each, layer) for each in self.selectors]
+        means = [each.astype(jnp.float32) for each in found if each is not None]
+        return jnp.stack(means)[self.which] if means else None
+
     def check(self, config) -> None:
         """Raises `SparsityError` if one of the selectors is for another model."""
         for each in self.selectors:
             each.check(config)
+
+
+def _kind(selector: Selector, config: ModelConfig) -> tuple[Any, ...]:
+    """What the program of a selector depends on: the importance, and in which layers it fills in means."""
+    fills = (mean_output(selector, layer) is not None for layer in range(config.num_layers))
+    return (importance_of(selector), *fills)
 
 
 def _as_float32(score: Callable[[Selector], Float[Array, "..."]], selector: Selector) -> Float[Array, "..."]:
@@ -137,7 +166,8 @@ def masked_sums(
 ) -> list[Sums]:
     """Sums of each case, a selector's number and a plan, with the selection applied as a mask.
 
-    The dense model runs once for all of them. Each plan compiles once, for all selectors.
+    The dense model runs once for all of them. Each plan compiles once for all selectors that rank groups by
+    the same importance, and once more for those that fill in mean outputs.
     """
     size = masked_batch(windows.shape, model.config.vocab_size)
     found = [Gathered(scored, name) for name in names]
@@ -146,7 +176,7 @@ def masked_sums(
         dense = _dense_logits(model, tokens, context=context)
         fresh = tuple(_redrawn(each, number) for each in selectors)
         for gathered, (which, plan) in zip(found, cases, strict=True):
-            variant = Sparsity(OneOf(jnp.asarray(which, jnp.int32), fresh), plan)
+            variant = Sparsity(OneOf.of(fresh, which, model.config), plan)
             gathered.add(index, count, _masked_pair(model, tokens, dense, variant, context=context))
             advance(count, note=gathered.where)
     return [each.result() for each in found]

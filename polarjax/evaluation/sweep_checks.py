@@ -142,8 +142,11 @@ def find_selectors(
         if "router" in names:
             bundle.require("routers", where="selectors")
         key = random_key(seed, where="seed")
-        every = {"router": bundle.routers, "oracle": Oracle(), "random": Random(key), "static": static}
+        oracle = Oracle() if bundle.routers is None else Oracle.like(bundle.routers)
+        every = {"router": bundle.routers, "oracle": oracle, "random": Random(key), "static": static}
         found = {name: every[name] for name in names}
+        if any(mean is not None for mean in oracle.means) and set(names) & {"random", "static"}:
+            notes.append("random and static leave zeros where router and oracle fill in mean outputs")
     for each in found.values():
         each.check(bundle.model.config)  # pyright: ignore[reportOptionalMemberAccess]
     return found, notes  # pyright: ignore[reportReturnType]

@@ -1,8 +1,10 @@
 """The sweep: the same figures as perplexity and agreement, errors of differences, compilations, and what it refuses."""
 
+import dataclasses
 import json
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 
@@ -15,7 +17,7 @@ from polarjax.evaluation.pictures import draw
 from polarjax.generation.generate import generate
 from polarjax.model.decoder import forward
 from polarjax.model.taps import TapSpec, unpack
-from polarjax.selection.routers import init_routers
+from polarjax.selection.routers import Routers, init_routers
 from polarjax.selection.selectors import Oracle, Random, Sparsity
 from polarjax.text.token_windows import ScoredWindows
 from tests.evaluation.test_evaluation import CONFIG, FULL, HALF, MODEL, ROUTERS, WINDOWS
@@ -128,6 +130,26 @@ def test_compilations_do_not_depend_on_windows_and_routers(monkeypatch):
         sweep(MODEL, windows, selectors={"router": routers, "oracle": Oracle()}, **options)
     after = [each._cache_size() for each in programs]
     assert np.subtract(after, before).tolist() == [1, len(plans), len(plans)]
+
+
+def test_selectors_that_share_a_program_keep_their_means_and_importance():
+    """Two that fill in means and rank by contributions, between two that do neither."""
+    means = [np.full((CONFIG.num_kv_heads, CONFIG.d_model), value, np.float32) for value in (1, 2)]
+    layers = [
+        tuple(dataclasses.replace(layer, mean=jnp.asarray(mean)) for layer in ROUTERS.layers)
+        for mean in means
+    ]
+    first, second = (Routers(each, importance="contributions") for each in layers)
+    selectors = (ROUTERS, first, Oracle(), Oracle.like(second))
+    lengths = np.full(5, 12, np.int32)
+    for which, selector in enumerate(selectors):
+        shared = paired.OneOf.of(selectors, which, CONFIG)
+        assert len(shared.selectors) == 2
+        masked = [
+            forward(MODEL, WINDOWS, lengths, sparsity=Sparsity(each, HALF.plan))
+            for each in (shared, selector)
+        ]
+        assert_close(masked[0][0], masked[1][0], "rounding")
 
 
 def test_static_scores_are_means_over_the_text(monkeypatch):
