@@ -240,7 +240,10 @@ class HarnessLM(_Template):
     ) -> Iterator[tuple[int, str]]:
         """(index, text) of each context, the longest contexts first."""
         most = self.max_length - options.max_new_tokens
-        rows = [self.tok_encode(each, left_truncate_len=most) or [self.prefix_token_id] for each in contexts]
+        bos = self.tokenizer.bos_token
+        special = lambda text: False if bos and text.startswith(bos) else None  # no second BOS
+        encode = lambda text: self.tok_encode(text, special(text), left_truncate_len=most)
+        rows = [encode(each) or [self.prefix_token_id] for each in contexts]
         order = sorted(range(len(rows)), key=lambda i: (-len(rows[i]), rows[i]))
         batches = continue_batches(
             self.bundle.model,

@@ -16,6 +16,7 @@ import numpy as np
 import pytest
 
 import polarjax as pj
+from checkpoints_convert import convert_checkpoint
 from polarjax.cli import main as command
 from polarjax.errors import CheckpointError, InputError, SparsityError
 from polarjax.evaluation.continuations import score_continuations
@@ -230,6 +231,41 @@ def test_what_a_request_cannot_be(make, bundle):
         lm.generate_until(asked(("a", {"num_beams": 3, "max_gen_toks": 4})))
     with refuses(CheckpointError, "has no tokenizer"):
         make(dataclasses.replace(bundle, tokenizer=None))
+
+
+@NEEDED
+@pytest.mark.parametrize(
+    ("name", "options"), [("opt-6m", {"prefix_token_id": 5}), ("llama-6m", {"max_length": 32})]
+)
+def test_answers_are_those_of_the_hf_backend(make, tmp_path, name, options):
+    pytest.importorskip("accelerate")
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        backend = importlib.import_module("lm_eval.models.huggingface").HFLM
+        # Batch size 1: in a batch, hf looks for BOS in the first text only and adds one to all or none.
+        hf = backend(str(ASSETS / name), dtype="float32", device="cpu", batch_size=1, **options)
+    convert_checkpoint(ASSETS / name, tmp_path / "m")
+    ours = make(tmp_path / "m", dtype="float32", sparsity=None, batch_size=4, **options)
+    bos = ours.tokenizer.bos_token
+    pairs = [
+        *PAIRS[:-1],
+        (f"{bos}def main(", "x)"),
+        ("", f"{bos}x"),
+        *[("Choose:", f" {each}") for each in "ABCDEFGHIJ"],
+    ]
+    texts = [("once upon a time there was a king. " * 9,), (f"{bos}hello",)]
+    cuts = (
+        {"until": ["."], "max_gen_toks": 12},
+        {"until": ["the"], "max_gen_toks": 6, "repetition_penalty": 1.3},
+    )
+    prompts = [(each, cut) for each in ("Once upon a time", "word " * 99, f"{bos}The") for cut in cuts]
+    instances = lambda rows: [SimpleNamespace(args=each, task_name=name) for each in rows]
+    found, wanted = (lm.loglikelihood(instances(pairs), disable_tqdm=True) for lm in (ours, hf))
+    assert_close([value for value, _ in found], [value for value, _ in wanted], "parity")
+    assert [greedy for _, greedy in found] == [greedy for _, greedy in wanted]
+    rolling = [lm.loglikelihood_rolling(instances(texts), disable_tqdm=True) for lm in (ours, hf)]
+    assert rolling[0] == pytest.approx(rolling[1], rel=1e-5)
+    assert ours.generate_until(instances(prompts)) == hf.generate_until(instances(prompts))
 
 
 @pytest.fixture
