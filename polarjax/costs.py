@@ -57,6 +57,7 @@ def decode_bytes(
     plan: SparsityPlan | None = None,
     dtype: DTypeLike = "bfloat16",
     router_rank: int | None = None,
+    mean_outputs: bool = False,
 ) -> Cost:
     """The fewest bytes that a decoding step can move: each weight is read once for the whole batch.
 
@@ -66,7 +67,7 @@ def decode_bytes(
       mlp        e·2·k_f·D, or e·3·k_f·D if gated
       head       e·(V·E + B·E), plus e·B·D with learned positions, plus e·2·D·E with projected embeddings
       cache      e·2·B·H·(k_g·s + K): reads the kept groups, appends to all
-      routers    e·(D·K + K) where groups are selected, e·R·(D + F) where neurons are
+      routers    e·(D·K + K) where groups are selected, and e·K·D more with mean outputs; e·R·(D + F) where neurons are
     Activations do not count: they stay in on-chip caches.
 
     Args:
@@ -76,6 +77,7 @@ def decode_bytes(
       plan: what is kept; None for the dense model.
       dtype: dtype of weights, routers and cache.
       router_rank: R of the neuron routers; None for the default of `init_routers`.
+      mean_outputs: whether the routers hold mean outputs of skipped groups, as `sparsify` learns by default.
 
     Raises:
       InputError: `batch_size` or `cache_length` is not positive.
@@ -97,7 +99,7 @@ def decode_bytes(
             2 * batch_size * config.head_dim * (groups * length + config.num_kv_heads)
             for _, groups, length in kept
         ),
-        "routers": _router_weights(config, plan, rank, bias=True),
+        "routers": _router_weights(config, plan, rank, bias=True, means=mean_outputs),
     }
     size = _bytes_each(dtype)
     return Cost(batch_size, **{name: size * count for name, count in parts.items()})
@@ -110,6 +112,7 @@ def decode_flops(
     cache_length: int,
     plan: SparsityPlan | None = None,
     router_rank: int | None = None,
+    mean_outputs: bool = False,
 ) -> Cost:
     """Floating-point operations in the matrix products of a decoding step; each multiply-add counts as 2.
 
@@ -118,7 +121,7 @@ def decode_flops(
       mlp        2·B·2·k_f·D, or 2·B·3·k_f·D if gated
       head       2·B·V·E, plus 4·B·D·E with projected embeddings
       cache      4·B·k_g·G·s·H: scores and weighted sum
-      routers    2·B·D·K where groups are selected, 2·B·R·(D + F) where neurons are
+      routers    2·B·D·K where groups are selected, twice that with mean outputs; 2·B·R·(D + F) where neurons are
 
     Raises:
       InputError: `batch_size` or `cache_length` is not positive.
@@ -136,7 +139,7 @@ def decode_flops(
         "mlp": sum(neurons for neurons, _, _ in kept) * _matrices(config) * D,
         "head": head,
         "cache": 2 * pairs * H,
-        "routers": _router_weights(config, plan, rank, bias=False),
+        "routers": _router_weights(config, plan, rank, bias=False, means=mean_outputs),
     }
     return Cost(batch_size, **{name: 2 * batch_size * count for name, count in parts.items()})
 
@@ -246,11 +249,14 @@ def _default_rank(config: ModelConfig) -> int:
     return router_rank(config)
 
 
-def _router_weights(config: ModelConfig, plan: SparsityPlan | None, rank: int, *, bias: bool) -> int:
+def _router_weights(
+    config: ModelConfig, plan: SparsityPlan | None, rank: int, *, bias: bool, means: Any
+) -> int:
     """Elements of the routers that the plan uses."""
+    check_type(means, bool, where="costs: mean_outputs", hint="pass True or False")
     if plan is None:
         return 0
     D, K = config.d_model, config.num_kv_heads
     groups = sum(count is not None for count in plan.groups)
     neurons = sum(count is not None for count in plan.neurons)
-    return groups * (D * K + (K if bias else 0)) + neurons * rank * (D + config.d_ff)
+    return groups * (D * K * (2 if means else 1) + (K if bias else 0)) + neurons * rank * (D + config.d_ff)

@@ -155,8 +155,8 @@ WRONG = {
     },
     perplexity: SCORE | {"sparsity": SPARSITIES},
     agreement: SCORE | {"selected": SPARSITIES},
-    decode_bytes: COUNTED | {"dtype": DTYPE[:3]},
-    decode_flops: COUNTED,
+    decode_bytes: COUNTED | {"dtype": DTYPE[:3], "mean_outputs": (None, 3, "x")},
+    decode_flops: COUNTED | {"mean_outputs": (None, 3, "x")},
     largest_batch: {
         "config": (None, *JUNK),
         "memory": (None, "a", float("nan")),
@@ -191,7 +191,7 @@ WRONG = {
         "top_p": (0, 2, "a", float("nan")),
     },
     pj.GenerationSettings: {"stop_ids": ((-1,), ("a",)), "max_new_tokens": (0, 2.5, "a")},
-    CollectOptions: {"batch_size": NOT_COUNTS},
+    CollectOptions: {"batch_size": NOT_COUNTS, "importance": (None, 3, "x", [])},
     TrainOptions: {
         "max_epochs": NOT_COUNTS,
         "rank": NOT_COUNTS[:5],

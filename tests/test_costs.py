@@ -55,6 +55,10 @@ def test_sparse_bytes_by_hand():
     assert dense.cache - cost.cache == 4 * 2 * 3 * 3 * (2 - 1) * 5
     assert cost.routers == 4 * ((4 * 2 + 2) + 2 * (4 + 6))
     assert (cost.attention, cost.head) == (dense.attention, dense.head)
+    call = {"batch_size": 3, "cache_length": 5, "plan": plan, "router_rank": 2, "mean_outputs": True}
+    with_means = costs.decode_bytes(OPT, dtype=jnp.float32, **call)
+    assert dataclasses.replace(with_means, routers=cost.routers) == cost
+    assert with_means.routers - cost.routers == 4 * 4 * 2  # K·D in the one layer that selects groups
 
 
 def test_flops_by_hand():
@@ -65,6 +69,8 @@ def test_flops_by_hand():
     assert cost.head == 2 * 3 * 10 * 4
     assert cost.cache == 4 * 3 * 2 * 5 * 2 * (2 + 1)  # 4·B·G·s·H, two groups in layer 0 and one in layer 1
     assert cost.routers == 2 * 3 * 4 * 2
+    call = {"batch_size": 3, "cache_length": 5, "plan": plan, "mean_outputs": True}
+    assert costs.decode_flops(LLAMA, **call).routers == 2 * cost.routers
 
 
 @pytest.mark.parametrize("name", FAMILIES)

@@ -8,7 +8,15 @@ from typing import Any
 import numpy as np
 
 from polarjax.checkpoint.belonging import check_routers_of_plans, check_shape, check_weights
-from polarjax.checkpoint.manifest import FORMAT, read_config, read_manifest, read_part
+from polarjax.checkpoint.manifest import (
+    FORMAT,
+    ROUTERS,
+    SPARSIFY,
+    importance_of_routers,
+    read_config,
+    read_manifest,
+    read_part,
+)
 from polarjax.configs import ModelConfig
 from polarjax.selection.plans import PlanTable
 from polarjax.selection.routers import LayerRouter, Routers
@@ -17,21 +25,24 @@ from polarjax.storage.atomic import absolute, atomic_file, atomic_folder, dump_j
 from polarjax.storage.record import check_record
 from polarjax.types import Array
 
-ROUTERS, PLANS = "routers", "plans.json"
-SPARSIFY = "run polarjax sparsify again"
+PLANS = "plans.json"
 CALIBRATE = "run polarjax calibrate or polarjax sparsify again"
 
 _NO_NEURONS: dict[str, Any] = {"w_in": None, "w_out": None}
 
 
 def store_routers(folder: Path, routers: Routers) -> None:
-    """Writes routers: their arrays, their fingerprint, and that of the model they were trained on."""
+    """Writes routers: their arrays, what they rank groups by, and the fingerprints of them and of their model."""
     folder.mkdir(exist_ok=True)
     with ArrayWriter(folder / "arrays") as writer:
         for name, value in routers.parameters().items():
             writer.add(name, np.asarray(value))
         data = {"format": FORMAT, "arrays": writer.close()}
-        marks = {"weights": routers.weights, "fingerprint": routers.fingerprint}
+        marks = {
+            "weights": routers.weights,
+            "fingerprint": routers.fingerprint,
+            "importance": routers.importance,
+        }
         write_json(folder / "manifest.json", data | marks)
 
 
@@ -48,7 +59,9 @@ def read_routers(folder: Path, config: ModelConfig, weights: str) -> Routers | N
         _, layer, field = name.split(".")
         layers.setdefault(int(layer), {})[field] = value
     found = tuple(LayerRouter(**{**_NO_NEURONS, **layers[i]}) for i in sorted(layers))
-    routers = Routers(found, weights=str(data.get("weights", "")))
+    routers = Routers(
+        found, weights=str(data.get("weights", "")), importance=importance_of_routers(data, file)
+    )
     check_shape(routers, config, where=folder, hint=SPARSIFY)
     check_weights(routers, weights, where=folder, hint=SPARSIFY)
     return routers

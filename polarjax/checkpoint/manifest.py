@@ -4,7 +4,8 @@ from pathlib import Path
 from typing import Any
 
 from polarjax.configs import ModelConfig
-from polarjax.errors import CheckpointError
+from polarjax.errors import CheckpointError, InputError
+from polarjax.selection.importance import Importance, check_importance
 from polarjax.storage.atomic import read_json
 from polarjax.storage.record import check_record
 
@@ -12,6 +13,8 @@ FORMAT = 1
 """Version of a model directory's layout; readers refuse any other."""
 
 SOURCE_CONFIG = "hf_config.json"
+ROUTERS = "routers"
+SPARSIFY = "run polarjax sparsify again"
 AGAIN = "convert the source again: polarjax convert HF_DIR OUT --overwrite"
 
 
@@ -66,6 +69,26 @@ def read_part(file: Path, keys: tuple[str, ...], hint: str = AGAIN) -> dict[str,
             hint="update polarjax, or convert the source again with this version",
         )
     return data
+
+
+def importance_of_routers(data: dict[str, Any], file: Path) -> Importance:
+    """What the routers rank groups by; earlier versions did not record it."""
+    try:
+        return check_importance(data.get("importance", "norms"), "importance")
+    except InputError as error:
+        got, expected = error.got, error.expected
+        raise CheckpointError(error.what, where=file, got=got, expected=expected, hint=SPARSIFY) from error
+
+
+def describe_routers(folder: Path) -> dict[str, Any] | None:
+    """What the routers in a folder rank groups by, and whether mean outputs replace skipped groups; None if absent."""
+    file = folder / "manifest.json"
+    if not file.is_file():
+        return None
+    data = read_part(file, ("format", "arrays"), SPARSIFY)
+    check_record(data["arrays"], where=file, hint=SPARSIFY)
+    means = any(name.endswith(".mean") for name in data["arrays"]["arrays"])
+    return {"importance": importance_of_routers(data, file), "mean_outputs": means}
 
 
 def _is_hf(folder: Path) -> bool:

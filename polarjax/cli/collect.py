@@ -20,14 +20,18 @@ def collect(
     fit: learning.Fit = False,
     validation: learning.Validation = learning.VALIDATION,
     test: learning.Test = learning.TEST,
+    rank_by: learning.RankBy = None,
+    skipped: learning.Skipped = None,
+    published: learning.Published = False,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace existing activations.")] = False,
     dtype: learning.Dtype = None,
 ) -> dict[str, Any]:
-    """Record router inputs, active neurons and attention norms of a model on text, for train-routers."""
+    """Record router inputs, active neurons and how important heads are, on text, for train-routers."""
     from polarjax.sparsity.collection import record
 
     max_bytes = bytes_of(max_gb, "--max-gb")
-    options = CollectOptions(held_out=(validation, test), max_bytes=max_bytes, fit=fit)
+    heads = learning.head_options(rank_by, skipped, published)
+    options = CollectOptions(held_out=(validation, test), max_bytes=max_bytes, fit=fit, **heads)
     bundle, windows = learning.load_and_cut(folder, text, window, max_tokens, dtype)
     recording = learning.announce(bundle, windows, options)
     record(bundle.model, windows, recording, to, overwrite=overwrite)

@@ -9,6 +9,7 @@ import typer
 
 from checkpoints_convert import Description, describe_checkpoint
 from polarjax import costs
+from polarjax.checkpoint.manifest import ROUTERS, describe_routers
 from polarjax.checkpoint.reader import ModelReader
 from polarjax.checkpoint.writer import is_model_directory
 from polarjax.cli.inputs import bytes_of
@@ -120,6 +121,7 @@ def _checkpoint(found: Description, dtype: str | None) -> dict[str, Any]:
 
 def _model_directory(path: Path, dtype: str | None) -> dict[str, Any]:
     reader = ModelReader(path)
+    heads = describe_routers(reader.folder / ROUTERS)
     return {
         "path": reader.folder,
         "kind": "model directory",
@@ -127,7 +129,8 @@ def _model_directory(path: Path, dtype: str | None) -> dict[str, Any]:
         "model_config": reader.config,
         "stored_bytes": reader.num_bytes(),
         "dtype": dtype or reader.dtype.name,
-        "routers": (reader.folder / "routers").is_dir(),
+        "routers": heads is not None,
+        "heads": heads,
         "plans": (reader.folder / "plans.json").is_file(),
         "refused": [],
     }
@@ -170,7 +173,14 @@ def _stored(result: dict[str, Any]) -> str:
 
 def _learned(result: dict[str, Any]) -> str:
     found = [name for name in ("routers", "plans") if result[name]]
-    return " and ".join(found) if found else "nothing yet: polarjax sparsify"
+    if not found:
+        return "nothing yet: polarjax sparsify"
+    return " and ".join(found) + (_of_heads(result["heads"]) if result["heads"] else "")
+
+
+def _of_heads(heads: dict[str, Any]) -> str:
+    skipped = "their mean outputs" if heads["mean_outputs"] else "zeros"
+    return f"; heads are ranked by {heads['importance']}, skipped ones replaced by {skipped}"
 
 
 def _shape(config: ModelConfig) -> str:

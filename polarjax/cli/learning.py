@@ -1,12 +1,13 @@
 """Shared by `collect`, `train-routers`, `calibrate` and `sparsify`: options, reading text, printed tables."""
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, cast
+from typing import TYPE_CHECKING, Annotated, Any, cast
 
 import numpy as np
 import typer
 
 from polarjax.errors import InputError
+from polarjax.selection.importance import check_importance
 from polarjax.selection.plans import PlanTable
 from polarjax.sparsity import options as choices
 from polarjax.sparsity.options import (
@@ -45,9 +46,27 @@ Epochs = Annotated[int, typer.Option(help="Maximum number of passes over the tra
 Recall = Annotated[float, typer.Option(help="Fraction of the active neurons that plans must keep.")]
 MaxBatch = Annotated[int, typer.Option(help="Largest batch size to make a plan for.")]
 Objective = Annotated[
-    str,
+    str | None,
     typer.Option(
-        help="What head routers learn: top (which heads have the largest norms), norms (how large)."
+        help="What head routers learn: importance (how important each head is; the default), top (which heads are "
+        "the most important)."
+    ),
+]
+RankBy = Annotated[
+    str | None,
+    typer.Option(
+        help="How important a head is: contributions (the norm of what leaves the layer; the default), norms (that "
+        "before the output projection)."
+    ),
+]
+Skipped = Annotated[
+    str | None,
+    typer.Option(help="What replaces a head that is skipped: mean (its mean output; the default), zeros."),
+]
+Published = Annotated[
+    bool,
+    typer.Option(
+        "--published", help="The published choices for heads: norms, zeros and top, unless given otherwise."
     ),
 ]
 DenseAttention = Annotated[
@@ -112,14 +131,29 @@ def open_for(folder: Path, activations: Path, *, routers: bool = False) -> "tupl
     return bundle, recorded
 
 
-def train_options(learning_rate: float, batch: int, epochs: int, objective: str) -> TrainOptions:
-    """The published options with these from the command line."""
+def head_options(rank_by: str | None, skipped: str | None, published: bool) -> dict[str, Any]:
+    """The fields of `CollectOptions` that these set."""
+    chosen = dict(choices.PUBLISHED) if published else {}
+    if rank_by is not None:
+        chosen["importance"] = check_importance(rank_by, "--rank-by")
+    if skipped not in (None, "mean", "zeros"):
+        raise InputError(
+            "nothing that could replace a head", where="--skipped", got=skipped, expected="mean | zeros"
+        )
+    return chosen if skipped is None else chosen | {"mean_outputs": skipped == "mean"}
+
+
+def train_options(
+    learning_rate: float, batch: int, epochs: int, objective: str | None, published: bool = False
+) -> TrainOptions:
+    """The default options with these from the command line."""
+    usual = choices.PUBLISHED_OBJECTIVE if published else DEFAULTS.group_objective
     return TrainOptions(
         learning_rate=learning_rate,
         neuron_batch=batch,
         group_batch=batch,
         max_epochs=epochs,
-        group_objective=cast(choices.Objective, objective),
+        group_objective=usual if objective is None else cast(choices.Objective, objective),
     )
 
 

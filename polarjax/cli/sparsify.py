@@ -2,16 +2,19 @@
 
 import os
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from polarjax.cli import learning
 from polarjax.cli.inputs import bytes_of, random_key
 from polarjax.errors import InputError
-from polarjax.selection.plans import check_density
+from polarjax.selection.plans import PlanTable, check_density
 from polarjax.sparsity.options import CollectOptions
 from polarjax.storage.atomic import absolute, check_writable
+
+if TYPE_CHECKING:
+    from polarjax.sparsity.pipeline import SparsifyReport
 
 
 def sparsify(
@@ -30,7 +33,10 @@ def sparsify(
     learning_rate: learning.LearningRate = learning.DEFAULTS.learning_rate,
     batch: learning.Batch = learning.DEFAULTS.neuron_batch,
     epochs: learning.Epochs = learning.DEFAULTS.max_epochs,
-    head_objective: learning.Objective = learning.DEFAULTS.group_objective,
+    head_objective: learning.Objective = None,
+    rank_by: learning.RankBy = None,
+    skipped: learning.Skipped = None,
+    published: learning.Published = False,
     target_recall: learning.Recall = 0.99,
     max_batch: learning.MaxBatch = learning.LARGEST_BATCH,
     dense_attention: learning.DenseAttention = "first",
@@ -49,8 +55,9 @@ def sparsify(
         held_out=(validation, test),
         max_bytes=bytes_of(max_gb, "--max-gb"),
         fit=fit,
+        **learning.head_options(rank_by, skipped, published),
     )
-    training = learning.train_options(learning_rate, batch, epochs, head_objective)
+    training = learning.train_options(learning_rate, batch, epochs, head_objective, published)
     calibration = learning.calibrate_options(target_recall, max_batch, dense_attention)
     bundle, windows = learning.load_and_cut(folder, text, window, max_tokens, dtype)
     check_writable(folder)
@@ -67,13 +74,17 @@ def sparsify(
     )
     write_routers(folder, routers)
     write_plans(folder, plans)
+    _show(folder, plans, report)
+    return {"plans": plans.to_json(), **report.to_json()}
+
+
+def _show(folder: Path, plans: PlanTable, report: "SparsifyReport") -> None:
     learning.print_training(report.training)
     learning.print_plans(plans, report.recall)
     shares = " ".join(f"{share:.3f}" for share in report.attention_importance)
     print(f"\nHow far each layer's attention turns the residual stream (1 - cos): {shares}")
     spent = ", ".join(f"{stage} {seconds:.0f} s" for stage, seconds in report.seconds.items())
     print(f"{spent}. Routers and plans are in {folder}. Next: polarjax generate {folder} --prompt TEXT")
-    return {"plans": plans.to_json(), **report.to_json()}
 
 
 def _check_free(activations: Path | None) -> None:

@@ -13,7 +13,7 @@ def train_routers(
     learning_rate: learning.LearningRate = learning.DEFAULTS.learning_rate,
     batch: learning.Batch = learning.DEFAULTS.neuron_batch,
     epochs: learning.Epochs = learning.DEFAULTS.max_epochs,
-    head_objective: learning.Objective = learning.DEFAULTS.group_objective,
+    head_objective: learning.Objective = None,
     seed: learning.Seed = 0,
 ) -> dict[str, Any]:
     """Train the routers of a model directory; replaces existing routers and removes their plans."""

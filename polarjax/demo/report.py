@@ -99,7 +99,7 @@ def _quality(quality: dict[str, Any]) -> str:
     other = (
         f"The same with all heads kept in layer {quality['important_layer']} instead, whose attention turns the "
         "residual stream the most,\nand one router for all densities that predicts norms "
-        "(--dense-attention important --head-objective norms)"
+        "(--published --dense-attention important --head-objective importance)"
     )
     return "\n".join(
         (

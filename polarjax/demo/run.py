@@ -22,7 +22,7 @@ from polarjax.selection.selectors import Oracle, Random, Selector, Sparsity, Sta
 from polarjax.sparsity import collect, sparsify
 from polarjax.sparsity.activations import Activations, open_activations
 from polarjax.sparsity.calibration import measure_recall
-from polarjax.sparsity.options import CollectOptions, TrainOptions
+from polarjax.sparsity.options import PUBLISHED, PUBLISHED_OBJECTIVE, CollectOptions, TrainOptions
 from polarjax.sparsity.training import train_routers
 from polarjax.storage.atomic import temporary_folder
 from polarjax.text.corpus import Split, standard_library_text
@@ -97,7 +97,13 @@ def _windows(split: Split, tokenizer: Tokenizer, length: int, most: int) -> Scor
 def _learn(
     bundle: Bundle, folder: Path, windows: np.ndarray, options: DemoOptions
 ) -> tuple[Bundle, "Selectors", dict[str, Any]]:
-    training = TrainOptions(learning_rate=1e-3, neuron_batch=256, group_batch=256, max_epochs=options.epochs)
+    training = TrainOptions(
+        learning_rate=1e-3,
+        neuron_batch=256,
+        group_batch=256,
+        max_epochs=options.epochs,
+        group_objective=PUBLISHED_OBJECTIVE,
+    )
     with temporary_folder("polarjax-demo") as temporary:
         keep = temporary / "activations"
         routers, plans, report = sparsify(
@@ -105,7 +111,7 @@ def _learn(
             windows,
             jax.random.key(0),
             head_density=options.head_density,
-            collecting=CollectOptions(folder=keep),
+            collecting=CollectOptions(folder=keep, **PUBLISHED),
             training=training,
         )
         selectors = _selectors(open_activations(keep), routers, training, options)
@@ -146,7 +152,7 @@ def _selectors(
     found = dict.fromkeys((1.0, options.head_density), routers)
     for density in sorted(set(options.densities) - set(found)):
         found[density] = groups_alone(density, training)
-    of_norms = dataclasses.replace(training, group_objective="norms", max_epochs=3 * options.epochs)
+    of_norms = dataclasses.replace(training, group_objective="importance", max_epochs=3 * options.epochs)
     norms = activations.records("norms", activations.rows("train"))
     return Selectors(
         routers=found,
@@ -162,7 +168,7 @@ def _plans(bundle: Bundle, windows: np.ndarray) -> list[dict[str, Any]]:
     if plans is None or routers is None:
         return []
     with temporary_folder("polarjax-demo") as temporary:
-        other = collect(bundle.model, windows, temporary / "activations", held_out=(0.0, 0.0))
+        other = collect(bundle.model, windows, temporary / "activations", held_out=(0.0, 0.0), **PUBLISHED)
         recall = measure_recall(other, routers, plans, key=jax.random.key(1), part=None)
     return [
         {

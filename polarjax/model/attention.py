@@ -108,6 +108,13 @@ def contributions(
     return _root(square)
 
 
+def mean_heads(heads: Float[Array, "B T K G H"], lengths: Int[Array, "B"]) -> Float[Array, "B K G H"]:
+    """The mean over the valid tokens of each row, float32; zeros for a row without tokens."""
+    valid = jnp.arange(heads.shape[1], dtype=jnp.int32)[None] < lengths.astype(jnp.int32)[:, None]
+    total = jnp.sum(jnp.where(valid[..., None, None, None], heads.astype(jnp.float32), 0), 1)
+    return total / jnp.maximum(lengths, 1).astype(jnp.float32)[:, None, None, None]
+
+
 def change(before: Float[Array, "... D"], update: Float[Array, "... D"]) -> Float[Array, "..."]:
     """1 - cos(before, before + update), float32: how much attention changes the residual stream's direction (0: not at
     all), hence how important it is in this layer."""

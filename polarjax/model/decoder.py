@@ -173,16 +173,17 @@ def prompt_layer(
         heads = attention.attend(q, k, v, lengths, window=window)
         norm = _importance(layer.attn, i, heads, sparsity)
         update = _attention_output(layer.attn, i, h, heads, norm, sparsity)
-        return update, (h, norm, attention.change(x, update), (k, v))
+        mean = attention.mean_heads(heads, lengths)
+        return update, (h, norm, attention.change(x, update), mean, (k, v))
 
     def feed(y):
         pre, hidden = mlp.neurons(layer.mlp, y, config)
         mask = None if sparsity is None else sparsity.neuron_mask(i, h, hidden)
         return mlp.combine(layer.mlp, hidden, mask), pack(mlp.active(pre, config))
 
-    after, (h, norm, change, pair) = _residual(layer.attn_norm, x, attend, config)
+    after, (h, norm, change, mean, pair) = _residual(layer.attn_norm, x, attend, config)
     after, activity = _residual(layer.mlp_norm, after, feed, config)
-    return after, (h, activity, norm, change), pair
+    return after, (h, activity, norm, change, mean), pair
 
 
 def _importance(layer: attention.Attention, i: int, heads, sparsity):

@@ -84,7 +84,7 @@ def hidden_states(
     x, rotation = prompt_start(model, tokens, lengths)
 
     def run(x: Array, layer: Layer, i: Any, window: int | None) -> tuple[Array, Records]:
-        x, (inputs, _, norms, _), _ = prompt_layer(layer, i, x, lengths, rotation, config, masking, window)
+        x, (inputs, _, norms, *_), _ = prompt_layer(layer, i, x, lengths, rotation, config, masking, window)
         return x, Records(inputs, norms)
 
     run = jax.checkpoint(run, static_argnums=(3,)) if remat else run

@@ -16,14 +16,17 @@ class TapSpec:
     Attributes:
       inputs: the output of each layer's pre-attention norm, which the routers read.
       activity: which neurons have a pre-activation above the threshold (0 for a plain ReLU), bit-packed.
-      norms: the L2 norm of each group's attention output before the output projection.
+      norms: each group's importance: the L2 norm of its attention output before the output projection, unless the
+        selector of the pass ranks groups by another measure (`polarjax.selection.means.Importance`).
       change: 1 - cos of the residual stream before and after attention.
+      heads: the mean over each row's tokens of the attention output before the output projection.
     """
 
     inputs: bool = True
     activity: bool = True
     norms: bool = True
     change: bool = True
+    heads: bool = False
 
 
 @jax.tree_util.register_dataclass
@@ -36,17 +39,19 @@ class Taps:
       activity: L arrays uint8 [B T ceil(F / 8)]; neuron j is bit `7 - j % 8` of byte `j // 8`.
       norms: L arrays float32 [B T K].
       change: L arrays float32 [B T]: 1 - cos of the residual stream before and after the layer's attention.
+      heads: L arrays float32 [B K G H]: the mean attention output over the valid tokens of each row.
     """
 
     inputs: tuple[Float[Array, "B T D"], ...] = ()
     activity: tuple[UInt8[Array, "B T bytes"], ...] = ()
     norms: tuple[Float[Array, "B T K"], ...] = ()
     change: tuple[Float[Array, "B T"], ...] = ()
+    heads: tuple[Float[Array, "B K G H"], ...] = ()
 
     @classmethod
-    def of(cls, spec: TapSpec, records: Sequence[tuple[Array, Array, Array, Array]]) -> "Taps":
-        """The records that `spec` selects from each layer's (inputs, activity, norms, change)."""
-        wanted = (spec.inputs, spec.activity, spec.norms, spec.change)
+    def of(cls, spec: TapSpec, records: Sequence[tuple[Array, Array, Array, Array, Array]]) -> "Taps":
+        """The records that `spec` selects from each layer's (inputs, activity, norms, change, heads)."""
+        wanted = (spec.inputs, spec.activity, spec.norms, spec.change, spec.heads)
         columns = zip(wanted, zip(*records, strict=True), strict=True)
         return cls(*(column if keep else () for keep, column in columns))
 

@@ -1,15 +1,11 @@
 """Mean outputs of skipped groups, and what makes a group important: properties that a selector may have."""
 
-from typing import Any, Literal
+from typing import Any
 
 import jax.numpy as jnp
 
+from polarjax.selection.importance import Importance
 from polarjax.types import Array, Bool, Float
-
-type Importance = Literal["norms", "contributions"]
-"""How a group's importance is measured. "norms", as published: the L2 norm of its attention output before the output
-projection. "contributions": that of what the layer's output loses without it, after the output projection; if a mean
-output replaces a skipped group, the loss is the distance to it."""
 
 
 def importance_of(selector: Any) -> Importance:

@@ -12,10 +12,13 @@ import numpy as np
 
 from polarjax.configs import ModelConfig
 from polarjax.errors import InputError, SparsityError
+from polarjax.selection.importance import IMPORTANCES, Importance
 from polarjax.storage.fingerprint import same_weights, short
 from polarjax.types import DTypeLike
 
-FORMAT = 2
+FORMAT = 3
+_READABLE = (2, FORMAT)
+"""Format 2 has no means, and its importance is always "norms"."""
 Part = Literal["train", "validation", "test"]
 Target = Literal["activity", "norms"]
 COLLECT = "collect them again: polarjax collect"
@@ -31,9 +34,12 @@ class Activations:
       dtype: dtype of the router inputs, the same as the model's.
       inputs: router inputs [L n D]; bfloat16 is stored as its uint16 bits.
       activity: packed neuron activity, uint8 [L n ceil(F / 8)], as in `Taps`; None if not recorded.
-      norms: group norms, float32 [L n K]; None if not recorded.
+      norms: the groups' importance, float32 [L n K]; None if not recorded.
       change: how far attention turns the residual stream, float32 [L n], as in `Taps`; None if not recorded.
       part: which part each token belongs to, uint8 [n]: 0 train, 1 validation, 2 test.
+      importance: what `norms` are.
+      means: each group's mean part of the attention output, float32 [L K D], which replaces it where it is skipped;
+        None for zeros.
     """
 
     config: ModelConfig
@@ -44,6 +50,8 @@ class Activations:
     norms: np.ndarray | None
     change: np.ndarray | None = None
     part: np.ndarray
+    importance: Importance = "norms"
+    means: np.ndarray | None = None
 
     @property
     def num_tokens(self) -> int:
@@ -64,7 +72,7 @@ class Activations:
         return raw.view(jnp.dtype(self.dtype))
 
     def records(self, kind: Target, rows: np.ndarray, layer: slice = slice(None)) -> np.ndarray:
-        """The packed activity [L b bytes] or the norms [L b K] at `rows`; `SparsityError` if not recorded."""
+        """The packed activity [L b bytes] or the importance [L b K] at `rows`; `SparsityError` if not recorded."""
         stored = self.activity if kind == "activity" else self.norms
         if stored is None:
             raise SparsityError(f"these activations hold no {kind}", where="activations", hint=COLLECT)
@@ -113,12 +121,26 @@ def row_bytes(config: ModelConfig, dtype: DTypeLike) -> int:
     return sum(math.prod(shape) * stored.itemsize for shape, stored in array_specs(config, dtype, 1).values())
 
 
+def means_shape(config: ModelConfig) -> tuple[int, int, int]:
+    """L, K, D: the shape of the mean outputs, which are stored in float32."""
+    return config.num_layers, config.num_kv_heads, config.d_model
+
+
 def is_activations(path: Path) -> bool:
     """Whether `path` is a folder of activations."""
     return (path / "meta.json").is_file() and (path / "inputs.npy").is_file()
 
 
-def write_meta(folder: Path, config: ModelConfig, dtype: DTypeLike, *, tokens: int, fingerprint: str) -> None:
+def write_meta(
+    folder: Path,
+    config: ModelConfig,
+    dtype: DTypeLike,
+    *,
+    tokens: int,
+    fingerprint: str,
+    importance: Importance,
+    means: bool,
+) -> None:
     """Writes meta.json, which `open_activations` reads along with the arrays."""
     meta = {
         "format": FORMAT,
@@ -126,6 +148,8 @@ def write_meta(folder: Path, config: ModelConfig, dtype: DTypeLike, *, tokens: i
         "fingerprint": fingerprint,
         "dtype": jnp.dtype(dtype).name,
         "tokens": tokens,
+        "importance": importance,
+        "means": means,
     }
     (folder / "meta.json").write_text(json.dumps(meta, indent=1) + "\n", encoding="utf-8")
 
@@ -139,11 +163,16 @@ def open_activations(path: str | os.PathLike[str]) -> Activations:
     folder = Path(path)
     try:
         meta = json.loads((folder / "meta.json").read_text("utf-8"))
-        if meta["format"] != FORMAT:
+        if meta["format"] not in _READABLE:
             raise _unreadable(folder, f"format {meta['format']}", f"format {FORMAT}")
         config, fingerprint = ModelConfig.from_json(meta["config"]), str(meta["fingerprint"])
         dtype = jnp.dtype(meta["dtype"])
+        importance = meta.get("importance", "norms")
+        if importance not in IMPORTANCES:
+            raise _unreadable(folder, f"importance {importance!r}", " | ".join(IMPORTANCES))
         specs = array_specs(config, dtype, meta["tokens"])
+        if meta.get("means", False):
+            specs["means"] = (means_shape(config), np.dtype(np.float32))
         arrays = {name: np.load(folder / f"{name}.npy", mmap_mode="r") for name in specs}
     except InputError:
         raise
@@ -162,6 +191,8 @@ def open_activations(path: str | os.PathLike[str]) -> Activations:
         norms=arrays["norms"],
         change=arrays["change"],
         part=np.array(arrays["part"]),
+        importance=importance,
+        means=np.array(arrays["means"]) if "means" in arrays else None,
     )
 
 

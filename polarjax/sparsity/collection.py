@@ -2,9 +2,11 @@
 
 import dataclasses
 import functools
+import math
 import os
+from collections.abc import Iterator
 from pathlib import Path
-from typing import cast
+from typing import Any, cast
 
 import jax
 import jax.numpy as jnp
@@ -17,10 +19,14 @@ from polarjax.model.parameters import fingerprint
 from polarjax.model.taps import Taps, TapSpec
 from polarjax.numeric import whole_number
 from polarjax.progress import task
+from polarjax.selection.importance import Importance
+from polarjax.selection.plans import dense_plan
+from polarjax.selection.selectors import Oracle, Sparsity
 from polarjax.sparsity.activations import (
     Activations,
     array_specs,
     is_activations,
+    means_shape,
     open_activations,
     row_bytes,
     write_meta,
@@ -28,9 +34,12 @@ from polarjax.sparsity.activations import (
 from polarjax.sparsity.checks import check_flags, check_held_out, check_size
 from polarjax.sparsity.options import HELD_OUT, MAX_BYTES, CollectOptions
 from polarjax.storage.atomic import absolute, atomic_folder
-from polarjax.types import Array, Int, Int32, UInt8
+from polarjax.types import Array, Float, Int, Int32, UInt8
 
 _GOLDEN = 0.6180339887498949  # multiples of it, modulo 1, spread evenly
+
+MEAN_WINDOWS = 64
+"""Most training windows that mean outputs are measured on."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -42,12 +51,16 @@ class Recording:
       part: part of each recorded token, uint8 [n]: 0 train, 1 validation, 2 test.
       offered: tokens in all windows.
       num_bytes: size on disk.
+      importance: what is recorded of each group.
+      mean_outputs: whether each group's mean output is measured first.
     """
 
     positions: Int[np.ndarray, "n"]
     part: UInt8[np.ndarray, "n"]
     offered: int
     num_bytes: int
+    importance: Importance = "norms"
+    mean_outputs: bool = False
 
     def __str__(self) -> str:
         tokens = f"{len(self.part):,}"
@@ -62,13 +75,21 @@ def plan_recording(model: "decoder.Decoder", shape: tuple[int, ...], options: Co
     Raises:
       InputError: unusable options, too few windows, or more than `options.max_bytes`.
     """
-    check_flags("collect", fit=options.fit)
+    check_flags("collect", fit=options.fit, mean_outputs=options.mean_outputs)
     check_size(options.max_bytes)
     count, length = shape
     part = split_windows(count, options.held_out)
     each = row_bytes(model.config, model.dtype)
-    positions = kept_positions(count * length, each, options.max_bytes, options.fit)
-    return Recording(positions, part[positions // length], count * length, each * len(positions))
+    fixed = 4 * math.prod(means_shape(model.config)) if options.mean_outputs else 0
+    positions = kept_positions(count * length, each, options.max_bytes, options.fit, fixed=fixed)
+    return Recording(
+        positions,
+        part[positions // length],
+        count * length,
+        each * len(positions) + fixed,
+        options.importance,
+        options.mean_outputs,
+    )
 
 
 def collect(
@@ -81,11 +102,14 @@ def collect(
     fit: bool = False,
     overwrite: bool = False,
     batch_size: int = 8,
+    importance: Importance = "contributions",
+    mean_outputs: bool = True,
 ) -> Activations:
     """Runs the dense model over token windows and writes what routers learn from.
 
-    Recorded are router inputs, group norms, how far attention turns the residual stream and, for ReLU models,
-    neuron activity at one bit per neuron. The folder appears at `out_dir` only when it is complete; an
+    Recorded are router inputs, the importance of each group, how far attention turns the residual stream and, for
+    ReLU models, neuron activity at one bit per neuron. A first pass over at most `MEAN_WINDOWS` training windows
+    measures the mean output of each group. The folder appears at `out_dir` only when it is complete; an
     interrupted run leaves nothing there.
 
     Args:
@@ -97,6 +121,8 @@ def collect(
       fit: above the limit, record fewer positions, evenly spread, instead of raising.
       overwrite: replace activations that are already at `out_dir`.
       batch_size: windows per forward pass.
+      importance: what makes a group important, see `polarjax.selection.importance.Importance`; published: "norms".
+      mean_outputs: whether a skipped group is replaced by its mean output; published: False, by zeros.
 
     Returns:
       The activations, memory-mapped.
@@ -109,7 +135,9 @@ def collect(
     batch_size = whole_number(batch_size, "batch_size", where="collect")
     check_flags("collect", overwrite=overwrite)
     windows = check_windows(windows, model.config)
-    options = CollectOptions(held_out=held_out, max_bytes=max_bytes, fit=fit)
+    options = CollectOptions(
+        held_out=held_out, max_bytes=max_bytes, fit=fit, importance=importance, mean_outputs=mean_outputs
+    )
     recording = plan_recording(model, windows.shape, options)
     return record(model, windows, recording, out_dir, overwrite=overwrite, batch_size=batch_size)
 
@@ -133,10 +161,23 @@ def record(
     with atomic_folder(out, overwrite=overwrite, may_replace=is_activations) as folder:
         arrays = {name: _allocate(folder / f"{name}.npy", *spec) for name, spec in specs.items()}
         arrays["part"][:] = recording.part
-        _record_all(model, windows, recording.positions, arrays, min(batch_size, len(windows)))
+        batch, means = min(batch_size, len(windows)), None
+        if recording.mean_outputs:
+            means = measure_means(model, training_windows(windows, recording), batch)
+            np.save(folder / "means.npy", means)
+        selector = Oracle(() if means is None else tuple(map(jax.device_put, means)), recording.importance)
+        _record_all(model, selector, windows, recording.positions, arrays, batch)
         for array in arrays.values():
             array.flush()
-        write_meta(folder, config, dtype, tokens=len(recording.positions), fingerprint=fingerprint(model))
+        write_meta(
+            folder,
+            config,
+            dtype,
+            tokens=len(recording.positions),
+            fingerprint=fingerprint(model),
+            importance=recording.importance,
+            means=recording.mean_outputs,
+        )
     return open_activations(out)
 
 
@@ -161,21 +202,55 @@ def split_windows(count: int, held_out: tuple[float, float], seed: int = 0) -> U
     return np.random.default_rng(seed).permutation(part)
 
 
-def kept_positions(offered: int, bytes_each: int, max_bytes: int, fit: bool) -> Int[np.ndarray, "kept"]:
+def training_windows(windows: Int32[np.ndarray, "n T"], recording: Recording) -> Int32[np.ndarray, "m T"]:
+    """At most `MEAN_WINDOWS` of the windows that routers are trained on, evenly spread."""
+    numbers = np.unique(recording.positions[recording.part == 0] // windows.shape[1])
+    count = min(len(numbers), MEAN_WINDOWS)
+    return windows[numbers[np.arange(count) * len(numbers) // count]]
+
+
+def measure_means(
+    model: "decoder.Decoder", windows: Int32[np.ndarray, "m T"], batch: int
+) -> Float[np.ndarray, "L K D"]:
+    """The mean over all tokens of each group's part of the attention output, without the output's bias; float32."""
+    spec = TapSpec(inputs=False, activity=False, norms=False, change=False, heads=True)
+    totals: list[Any] = [0.0] * model.config.num_layers
+    with task("measure mean outputs", len(windows), "windows") as advance:
+        for tokens, count in batches(windows, batch):
+            for layer, heads in enumerate(_taps(model, Oracle(), tokens, spec).heads):
+                totals[layer] = totals[layer] + np.asarray(jax.device_get(heads), np.float64)[:count].sum(0)
+            advance(count)
+    projected = [
+        np.einsum("kgh,kghd->kd", total / len(windows), np.asarray(jax.device_get(layer.attn.wo[...]), float))
+        for total, layer in zip(totals, model.layers, strict=True)
+    ]
+    return np.stack(projected).astype(np.float32)
+
+
+def batches(windows: Int32[np.ndarray, "n T"], batch: int) -> Iterator[tuple[Array, int]]:
+    """Yields `batch` windows at a time, and how many count; the last is filled with repeats, for one compiled shape."""
+    for start in range(0, len(windows), batch):
+        index = np.arange(start, start + batch) % len(windows)
+        yield jax.device_put(windows[index]), min(batch, len(windows) - start)
+
+
+def kept_positions(
+    offered: int, bytes_each: int, max_bytes: int, fit: bool, *, fixed: int = 0
+) -> Int[np.ndarray, "kept"]:
     """Ascending positions of the token stream to record: all of them, or as many as fit, evenly spread.
 
     The stream is cut into `kept` equal stretches, and one position is taken from each. Its place in the stretch
-    varies, so that the spacing does not resonate with the window length.
+    varies, so that the spacing does not resonate with the window length. `fixed` bytes are written in any case.
 
     Raises:
       InputError: all positions need more than `max_bytes` and `fit` is False, or not even 64 fit.
     """
-    allowed = min(offered, int(max_bytes) // bytes_each)
+    allowed = min(offered, max(int(max_bytes) - fixed, 0) // bytes_each)
     if allowed < offered and (not fit or allowed < 64):
         raise InputError(
             "the activations would be larger than allowed",
             where="collect",
-            got=f"{offered * bytes_each / 1e9:.3g} GB for {offered:,} tokens",
+            got=f"{(offered * bytes_each + fixed) / 1e9:.3g} GB for {offered:,} tokens",
             expected=f"at most {max_bytes / 1e9:.3g} GB",
             hint="raise --max-gb, use less text, or pass --fit to record fewer positions",
         )
@@ -194,26 +269,31 @@ def _allocate(path: Path, shape: tuple[int, ...], dtype: np.dtype) -> np.memmap:
 
 
 def _record_all(
-    model: "decoder.Decoder", windows: np.ndarray, kept: np.ndarray, arrays: dict[str, np.memmap], batch: int
+    model: "decoder.Decoder",
+    selector: Oracle,
+    windows: np.ndarray,
+    kept: np.ndarray,
+    arrays: dict[str, np.memmap],
+    batch: int,
 ) -> None:
-    """Forward passes of `batch` windows; the last one is filled with repeats, so that only one shape is compiled."""
-    count, length = windows.shape
-    spec = TapSpec(activity="activity" in arrays)
-    with task("collect activations", count, "windows") as advance:
-        for start in range(0, count, batch):
-            stop = min(start + batch, count)
-            tokens = jax.device_put(windows[np.arange(start, start + batch) % count])
-            taps = _taps(model, tokens, spec)
-            low, high = np.searchsorted(kept, (start * length, stop * length))
+    """Fills the arrays by forward passes of `batch` windows; `selector` says what is recorded of groups."""
+    length, spec = windows.shape[1], TapSpec(activity="activity" in arrays)
+    with task("collect activations", len(windows), "windows") as advance:
+        for number, (tokens, count) in enumerate(batches(windows, batch)):
+            taps = _taps(model, selector, tokens, spec)
+            start = number * batch
+            low, high = np.searchsorted(kept, (start * length, (start + count) * length))
             rows = kept[low:high] - start * length
             for name in arrays.keys() - {"part"}:
                 for layer, record in enumerate(getattr(taps, name)):
                     flat = jax.device_get(record).reshape(batch * length, *record.shape[2:])
                     arrays[name][layer, low:high] = flat[rows].view(arrays[name].dtype)
-            advance(stop - start)
+            advance(count)
 
 
 @functools.partial(jax.jit, static_argnames="spec")
-def _taps(model: "decoder.Decoder", tokens: Int[Array, "b T"], spec: TapSpec) -> Taps:
+def _taps(model: "decoder.Decoder", selector: Oracle, tokens: Int[Array, "b T"], spec: TapSpec) -> Taps:
+    """The records of the dense model; `selector` says what makes a group important."""
     lengths = jnp.full(tokens.shape[:1], tokens.shape[1], jnp.int32)
-    return cast(Taps, decoder.forward(model, tokens, lengths, taps=spec)[1])
+    dense = Sparsity(selector, dense_plan(model.config))
+    return cast(Taps, decoder.forward(model, tokens, lengths, sparsity=dense, taps=spec)[1])

@@ -59,24 +59,24 @@ class NeuronTask:
 
 @dataclasses.dataclass(frozen=True)
 class GroupTask:
-    """Predict which groups have the largest norms. Static under `jax.jit`.
+    """Predict which groups are the most important. Static under `jax.jit`.
 
     Attributes:
       kept: number of groups per token that are positive, and that are selected.
-      objective: "top" predicts whether a group is among the `kept` with the largest norms; "norms" predicts the
-        norms, which works for any number of groups and says how much more one matters than another. Both are
-        published.
+      objective: "importance" predicts how important each group is, which works for any number of groups and says how
+        much more one matters than another; "top" predicts whether it is among the `kept` most important. Both are
+        published, "top" as the default.
     """
 
     kept: int
-    objective: Objective = "top"
+    objective: Objective = "importance"
     name: ClassVar[str] = "groups"
     record: ClassVar[Target] = "norms"
     fields: ClassVar[tuple[str, ...]] = ("w_group", "b_group")
 
     @property
     def criterion(self) -> str:
-        """The measure that picks the best epoch: the fraction of positives selected, or of their squared norms."""
+        """The measure that picks the best epoch: the fraction of positives selected, or of their squared importance."""
         return "selected" if self.objective == "top" else "captured"
 
     def scores(self, weights: Weights, x: Float[Array, "b D"]) -> Float[Array, "b K"]:
@@ -88,19 +88,19 @@ class GroupTask:
         return top_mask(norms, self.kept)
 
     def loss(self, scores: Float[Array, "b K"], norms: Float[Array, "b K"]) -> Float[Array, ""]:
-        """Cross-entropy with the published weights (a positive counts 1, a negative `mean(label)`), or the squared
-        error of the norms, as multiples of the minibatch's mean."""
-        if self.objective == "norms":
+        """The squared error of the importance, in multiples of the minibatch's mean; or cross-entropy with the
+        published weights (a positive counts 1, a negative `mean(label)`)."""
+        if self.objective == "importance":
             return jnp.mean(jnp.square(scores - norms / jnp.maximum(jnp.mean(norms), 1e-20)))
         label = self.labels(norms).astype(jnp.float32)
         return _weighted_entropy(scores, label, jnp.mean(label))
 
     def value(self, norms: Float[Array, "b K"]) -> Float[Array, "b K"]:
-        """The value of keeping each group: its squared norm."""
+        """The value of keeping each group: its squared importance."""
         return jnp.square(norms)
 
     def predicted(self, scores: Float[Array, "b K"]) -> Bool[Array, "b K"]:
-        """Groups predicted to be positive: by the sign of the logit, or the selected ones if norms are predicted."""
+        """Groups predicted to be positive: by the sign of the logit, or the selected ones if importance is predicted."""
         return scores >= 0 if self.objective == "top" else self.chosen(scores)
 
     def chosen(self, scores: Float[Array, "b K"]) -> Bool[Array, "b K"]:

@@ -2,12 +2,13 @@
 
 import dataclasses
 import math
-from typing import Literal, get_args
+from typing import Any, Literal, get_args
 
 import numpy as np
 
 from polarjax.errors import InputError
 from polarjax.numeric import make_plain, plain, shown, whole_number
+from polarjax.selection.importance import Importance, check_importance
 from polarjax.types import Path
 
 _TINY = 1e-300
@@ -15,7 +16,10 @@ MAX_BYTES = 32 * 10**9
 HELD_OUT = (0.1, 0.05)
 """Fractions for (validation, test). Plans are calibrated on validation text, so it is twice the published 5 %."""
 
-Objective = Literal["top", "norms"]
+Objective = Literal["importance", "top"]
+PUBLISHED: dict[str, Any] = {"importance": "norms", "mean_outputs": False}
+"""The published values of `CollectOptions` where they aren't the defaults."""
+PUBLISHED_OBJECTIVE: Objective = "top"
 DenseAttention = Literal["first", "important"]
 BATCH_SIZES = (1, 2, 4, 8, 16, 32, 64, 128, 256, 512)
 
@@ -30,6 +34,9 @@ class CollectOptions:
       max_bytes: limit on their size on disk.
       fit: above the limit, record fewer positions instead of raising.
       batch_size: windows per forward pass.
+      importance: what makes a group important; published: "norms".
+      mean_outputs: measure the mean output of each group, which then replaces the group where it is skipped;
+        published: False, which replaces it by zeros.
     """
 
     folder: Path | None = None
@@ -37,15 +44,18 @@ class CollectOptions:
     max_bytes: int = MAX_BYTES
     fit: bool = False
     batch_size: int = 8
+    importance: Importance = "contributions"
+    mean_outputs: bool = True
 
     def __post_init__(self) -> None:
-        make_plain(self, "max_bytes", "fit", "batch_size")
+        make_plain(self, "max_bytes", "fit", "batch_size", "mean_outputs")
+        check_importance(self.importance, "CollectOptions")
         whole_number(self.batch_size, "batch_size", where="CollectOptions")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class TrainOptions:
-    """How routers are trained; the defaults are the published ones.
+    """How routers are trained; the defaults are the published ones, except for `group_objective`.
 
     Attributes:
       learning_rate, weight_decay: AdamW's.
@@ -53,7 +63,7 @@ class TrainOptions:
       max_epochs: maximum number of passes over the training tokens.
       patience: a layer stops after this many epochs without improvement on the validation tokens.
       good_enough: a layer stops when its f1 (neurons) or `selected` (groups, objective "top") exceeds this.
-      group_objective: what the group routers learn: "top" or "norms", see `GroupTask`.
+      group_objective: what the group routers learn: "importance", or "top" as published; see `GroupTask`.
       rank: R of the neuron routers; None means `router_rank(config)`.
       memory_bytes: training tokens stay on the device up to this size; above it, they are read from disk.
     """
@@ -65,7 +75,7 @@ class TrainOptions:
     max_epochs: int = 20
     patience: int = 5
     good_enough: float = 0.99
-    group_objective: Objective = "top"
+    group_objective: Objective = "importance"
     rank: int | None = None
     memory_bytes: int = 4 * 10**9
 

@@ -41,10 +41,10 @@ class Quality:
     """How well one kind of router does on the validation tokens; one entry per layer.
 
     Attributes:
-      recall, precision, f1: micro-averaged; positive means a logit of at least 0 (if norms are predicted: selected).
+      recall, precision, f1: micro-averaged; positive means a logit of at least 0 (if importance is predicted: selected).
       selected: fraction of the positives that would be selected: the top k for groups; for neurons, whose k depends
         on the batch size, those with a logit of at least 0 (so it equals the recall).
-      captured: the same, with each group weighted by its squared norm.
+      captured: the same, with each group weighted by its squared importance.
       epoch: the epoch whose weights were kept, from 1.
     """
 
@@ -60,8 +60,8 @@ class Quality:
 class TrainReport:
     """Result of a training, measured with the routers in the model's dtype.
 
-    A layer's best epoch is picked by f1 for neurons and by `selected` for groups (`captured` if norms are
-    predicted), not by recall at a threshold, because predicting everything would maximize that.
+    A layer's best epoch is picked by f1 for neurons and by `captured` for groups (`selected` if the objective is
+    "top"), not by recall at a threshold, because predicting everything would maximize that.
     """
 
     neurons: Quality | None
@@ -85,17 +85,18 @@ def train_routers(
     neurons: bool | None = None,
     options: TrainOptions | None = None,
 ) -> tuple[Routers, TrainReport]:
-    """Trains routers to predict, in every layer, the active neurons (ReLU models) and the groups with the largest norms.
+    """Trains routers to predict, in every layer, the active neurons (ReLU models) and the most important groups.
 
-    Training is in float32; the returned routers are in the model's dtype.
+    Training is in float32; the returned routers are in the model's dtype. They rank groups by what the activations
+    recorded, and replace skipped groups by the recorded means, if there are any.
 
     Args:
       activations: this model's, with a train and a validation part.
       config: the model's configuration.
       key: random key for the initial weights and the order of tokens.
-      head_density: a token's `floor(head_density * K)` groups of largest norm are the positives.
+      head_density: a token's `floor(head_density * K)` most important groups are the positives.
       neurons: whether to train neuron routers too; None means for ReLU models only.
-      options: None means the published ones.
+      options: None means the defaults.
 
     Raises:
       SparsityError: activations from another model, a density not in (0, 1], or diverging training.
@@ -131,8 +132,7 @@ def train_routers(
     report = TrainReport(
         neuron_quality, quality, len(activations.rows("train")), len(activations.rows("validation")), density
     )
-    routers = _unstack(dataclasses.replace(initial, **weights), config.num_layers)
-    return dataclasses.replace(routers, weights=activations.fingerprint), report
+    return _routers(dataclasses.replace(initial, **weights), activations), report
 
 
 def fit(
@@ -144,7 +144,7 @@ def fit(
     order = np.random.default_rng(np.asarray(jax.random.bits(key, (4,), jnp.uint32)))
     good_enough = (
         1.0 if task.criterion == "captured" else options.good_enough
-    )  # similar norms reach .99 at once
+    )  # groups of similar importance reach .99 at once
     limits: dict[str, Any] = {"patience": options.patience, "good_enough": good_enough}
     best, weights = Best.start(weights), jax.tree.map(jnp.copy, weights)  # the copy is donated to each step
     optimizer_state = jax.vmap(_optimizer(options).init)(weights)
@@ -244,5 +244,10 @@ def _stack(routers: Routers) -> LayerRouter:
     return jax.tree.map(lambda *leaves: jnp.stack(leaves), *routers.layers)
 
 
-def _unstack(stacked: LayerRouter, layers: int) -> Routers:
-    return Routers(tuple(jax.tree.map(lambda leaf: leaf[i], stacked) for i in range(layers)))  # noqa: B023
+def _routers(stacked: LayerRouter, activations: Activations) -> Routers:
+    """The trained routers, with the means that the activations hold and marked with what they were trained on."""
+    if activations.means is not None:
+        stacked = dataclasses.replace(stacked, mean=jnp.asarray(activations.means, activations.dtype))
+    count = activations.config.num_layers
+    layers = tuple(jax.tree.map(lambda leaf, i=i: leaf[i], stacked) for i in range(count))
+    return Routers(layers, activations.fingerprint, activations.importance)

@@ -16,10 +16,10 @@ from flax import nnx
 
 import polarjax as pj
 from polarjax.checkpoint.learned import write_plans, write_routers
-from polarjax.checkpoint.manifest import FORMAT
+from polarjax.checkpoint.manifest import FORMAT, describe_routers
 from polarjax.checkpoint.writer import new_model
 from polarjax.model.parameters import parameters
-from polarjax.selection.routers import init_routers
+from polarjax.selection.routers import Routers, init_routers
 from polarjax.text.tokenizer import Tokenizer
 from tests.model import zoo
 
@@ -88,6 +88,34 @@ def test_routers_and_plans_come_back(saved):
     bundle, loaded = full_bundle(), pj.load(saved)
     assert_same(loaded.routers, bundle.routers)
     assert loaded.plans == bundle.plans
+
+
+@pytest.mark.parametrize("dtype", [None, "bfloat16"])
+def test_mean_outputs_and_importance_come_back(saved, dtype):
+    """With the model in another dtype too: routers keep theirs, and still belong to it."""
+    config = full_bundle().model.config
+    layers = tuple(
+        dataclasses.replace(layer, mean=jnp.full((config.num_kv_heads, config.d_model), 0.3))
+        for layer in init_routers(config, jax.random.key(0), neurons=False).layers
+    )
+    routers = Routers(layers, importance="contributions")
+    write_routers(saved, routers)
+    assert describe_routers(saved / "routers") == {"importance": "contributions", "mean_outputs": True}
+    assert routers.fingerprint != init_routers(config, jax.random.key(0), neurons=False).fingerprint
+    loaded = pj.load(saved, dtype=dtype)
+    assert_same(loaded.routers, routers)
+    assert loaded.routers.importance == "contributions"
+    pj.save(saved.parent / "again", loaded)
+    assert pj.load(saved.parent / "again").routers.importance == "contributions"
+
+
+def test_routers_that_do_not_say_what_they_rank_rank_norms(saved):
+    file = saved / "routers" / "manifest.json"
+    data = json.loads(file.read_text())
+    file.write_text(json.dumps({name: value for name, value in data.items() if name != "importance"}))
+    assert pj.load(saved).routers.importance == "norms"
+    file.write_text(json.dumps(data | {"importance": "size"}))
+    refused(saved, "manifest.json: no such measure of importance; got size, expected norms | contributions")
 
 
 def test_routers_of_groups_alone_come_back(saved):

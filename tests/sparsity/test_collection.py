@@ -14,14 +14,23 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import polarjax as pj
+from polarjax.model import attention
 from polarjax.model.taps import TapSpec, pack, unpack
 from polarjax.sparsity import collect, collection
 from polarjax.sparsity.activations import open_activations, row_bytes
-from polarjax.sparsity.collection import fingerprint, kept_positions, split_windows
+from polarjax.sparsity.collection import (
+    MEAN_WINDOWS,
+    fingerprint,
+    kept_positions,
+    split_windows,
+    training_windows,
+)
+from polarjax.sparsity.options import CollectOptions
 from tests.model import zoo
 from tests.one_line import refuses
 from tests.tolerances import assert_close
 
+MEANS = 4 * 2 * 4 * 24  # bytes of the mean outputs
 ODD = dataclasses.replace(zoo.CONFIGS["opt"], d_ff=43)  # the last byte of packed activity is not full
 
 
@@ -42,11 +51,30 @@ def bits(packed: np.ndarray, count: int) -> np.ndarray:
     return np.unpackbits(packed, axis=-1, count=count)
 
 
-@pytest.mark.parametrize("dtype", zoo.DTYPES)
-@pytest.mark.parametrize("batch_size", [5, 2])
-def test_recorded_arrays_equal_the_taps_of_forward(tmp_path, dtype, batch_size):
+def parts_of(model: pj.Decoder, layer: int, inputs: jax.Array) -> tuple[np.ndarray, np.ndarray]:
+    """The heads' norms [n K], and what each group adds to the layer's output [n K D], from the layer's inputs."""
+    block, lengths = model.layers[layer].attn, jnp.full(len(inputs), inputs.shape[1])
+    heads = attention.attend(*attention.project_qkv(block, inputs, None), lengths, window=None)
+    heads = np.asarray(heads, np.float64).reshape(-1, *heads.shape[2:])
+    added = np.einsum("nkgh,kghd->nkd", heads, np.asarray(block.wo[...], np.float64))
+    return np.linalg.norm(heads.reshape(*heads.shape[:2], -1), axis=-1), added
+
+
+@pytest.mark.parametrize(
+    ("importance", "means", "dtype", "batch_size"),
+    [
+        ("norms", False, "float32", 5),
+        ("norms", True, "bfloat16", 2),
+        ("contributions", False, "bfloat16", 2),
+        ("contributions", True, "bfloat16", 5),
+        ("contributions", True, "float32", 2),
+    ],
+)
+def test_recorded_arrays_equal_the_taps_of_forward(tmp_path, importance, means, dtype, batch_size):
     model, tokens = odd_model(dtype), windows()
-    activations = collect(model, tokens, tmp_path / "acts", batch_size=batch_size)
+    choice = {"importance": importance, "mean_outputs": means}
+    activations = collect(model, tokens, tmp_path / "acts", batch_size=batch_size, **choice)
+    assert activations.importance == importance and (activations.means is not None) == means
     rows, taps = activations.rows(), taps_of(model, tokens)
     inputs, norms = activations.router_inputs(rows), activations.records("norms", rows)
     packed = activations.records("activity", rows)
@@ -54,12 +82,24 @@ def test_recorded_arrays_equal_the_taps_of_forward(tmp_path, dtype, batch_size):
     for layer in range(2):
         expected = np.asarray(taps.activity[layer]).reshape(60, -1)
         assert_close(inputs[layer], np.asarray(taps.inputs[layer]).reshape(60, -1), "rounding")
-        assert_close(
-            norms[layer], np.asarray(taps.norms[layer]).reshape(60, -1), "rounding", jnp.dtype(dtype)
-        )
+        recorded, added = parts_of(model, layer, taps.inputs[layer])
+        if activations.means is not None:
+            mean = added[activations.part == 0].mean(0)
+            assert_close(activations.means[layer], mean, "rounding", jnp.dtype(dtype))
+            added -= mean
+        recorded = recorded if importance == "norms" else np.linalg.norm(added, axis=-1)
+        assert_close(norms[layer], recorded, "rounding", jnp.dtype(dtype))
         assert np.mean(bits(packed[layer], 43) != bits(expected, 43)) < 0.005
         change = np.asarray(taps.change[layer]).reshape(60)
         assert_close(activations.change[layer], change, "rounding", jnp.dtype(dtype))
+
+
+def test_means_are_measured_on_few_training_windows_evenly_spread():
+    tokens = np.repeat(np.arange(1000)[:, None], 12, 1)
+    part = np.repeat(split_windows(1000, (0.2, 0.1)), 12)
+    chosen = training_windows(tokens, collection.Recording(np.arange(12000), part, 12000, 0))[:, 0]
+    assert len(chosen) == MEAN_WINDOWS and not part[chosen * 12].any()
+    assert np.diff(chosen).min() > 0 and np.diff(chosen).max() < 40
 
 
 def test_importance_is_the_mean_change_over_the_training_tokens(tmp_path):
@@ -102,23 +142,24 @@ def test_the_size_is_what_was_announced(tmp_path):
     stored = sum(np.load(file).nbytes for file in (tmp_path / "acts").glob("*.npy"))
     assert (
         stored
-        == activations.num_tokens * row_bytes(ODD, "bfloat16")
-        == 60 * (2 * (24 * 2 + 6 + 4 * 4 + 4) + 1)
+        == activations.num_tokens * row_bytes(ODD, "bfloat16") + MEANS
+        == 60 * (2 * (24 * 2 + 6 + 4 * 4 + 4) + 1) + MEANS
+        == collection.plan_recording(odd_model("bfloat16"), (5, 12), CollectOptions()).num_bytes
     )
 
 
 def test_size_bound_is_enforced(tmp_path):
-    each = row_bytes(ODD, "float32")
-    message = rf"got {each * 60 / 1e9:.3g} GB for 60 tokens, expected at most {each * 59 / 1e9:.3g} GB.*--max-gb.*--fit"
+    needed = row_bytes(ODD, "float32") * 60 + MEANS
+    message = rf"got {needed / 1e9:.3g} GB for 60 tokens, expected at most {(needed - 1) / 1e9:.3g} GB.*--max-gb.*--fit"
     with pytest.raises(pj.InputError, match=message):
-        collect(odd_model(), windows(), tmp_path / "acts", max_bytes=each * 59)
+        collect(odd_model(), windows(), tmp_path / "acts", max_bytes=needed - 1)
     assert list(tmp_path.iterdir()) == []
 
 
 def test_fit_records_fewer_tokens_and_the_right_ones(tmp_path):
     model, tokens = odd_model(), windows(20)
     everything = collect(model, tokens, tmp_path / "all", batch_size=3)
-    bound = 100 * row_bytes(ODD, "float32")
+    bound = 100 * row_bytes(ODD, "float32") + MEANS
     some = collect(model, tokens, tmp_path / "some", batch_size=3, max_bytes=bound, fit=True)
     assert some.num_tokens == 100
     kept = kept_positions(240, 1, 100, fit=True)
@@ -235,6 +276,8 @@ def spoil_meta(folder: Path, **changes) -> None:
         lambda folder: (folder / "meta.json").write_text("[]"),
         lambda folder: spoil_meta(folder, format=1),
         lambda folder: spoil_meta(folder, tokens=59),
+        lambda folder: spoil_meta(folder, importance="size"),
+        lambda folder: (folder / "means.npy").unlink(),
         lambda folder: spoil_meta(folder, dtype="float16"),
         lambda folder: spoil_meta(folder, dtype="float99"),
         lambda folder: (folder / "norms.npy").unlink(),
@@ -248,6 +291,15 @@ def test_a_damaged_folder_is_refused(tmp_path, spoil):
     spoil(tmp_path / "acts")
     with pytest.raises(pj.InputError, match=r"acts: not a usable folder of activations.*polarjax collect"):
         open_activations(tmp_path / "acts")
+
+
+def test_a_folder_of_the_format_before_means_is_read(tmp_path):
+    collect(odd_model(), windows(), tmp_path / "acts", importance="norms", mean_outputs=False)
+    meta = json.loads((tmp_path / "acts" / "meta.json").read_text())
+    old = {name: value for name, value in meta.items() if name not in ("importance", "means")} | {"format": 2}
+    (tmp_path / "acts" / "meta.json").write_text(json.dumps(old))
+    activations = open_activations(tmp_path / "acts")
+    assert (activations.importance, activations.means, activations.num_tokens) == ("norms", None, 60)
 
 
 def test_a_part_that_does_not_exist_is_refused(tmp_path):

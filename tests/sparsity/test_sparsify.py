@@ -128,6 +128,7 @@ def test_prosparse_from_its_checkpoint_to_sparse_tokens(tmp_path, monkeypatch):
         ({"collecting": CollectOptions(max_bytes=1000)}, "larger than allowed"),
         ({"collecting": CollectOptions(max_bytes="1 GB")}, "max_bytes: not a size"),
         ({"collecting": CollectOptions(fit="yes")}, "collect: fit: "),
+        ({"collecting": CollectOptions(mean_outputs="no")}, "collect: mean_outputs: "),
         (
             {"calibration": CalibrateOptions()},
             r"too short to calibrate; got 48 validation tokens of 480, expected at least 512",
@@ -169,7 +170,7 @@ def test_the_verbs_one_by_one(bundled, text, tmp_path, capsys):
     model, acts = tmp_path / "model", tmp_path / "acts"
     shutil.copytree(bundled, model)
     code, out, _ = run(capsys, "collect", model, "--text", text, "--to", acts, *SHORT)
-    assert code == 0 and "64 windows of 64 tokens; recording 16.6 MB of activations (4,096 tokens)" in out
+    assert code == 0 and "64 windows of 64 tokens; recording 16.7 MB of activations (4,096 tokens)" in out
     code, _, error = run(capsys, "calibrate", model, "--activations", acts)
     assert code == 2 and "the model has no routers yet" in error
     code, out, _ = run(capsys, "train-routers", model, "--activations", acts, *QUICK, "--json")
@@ -189,17 +190,28 @@ def test_sparsify_in_one_go_and_what_it_refuses(bundled, text, tmp_path, capsys)
     code, _, error = run(capsys, "sparsify", model, "--text", text, *SHORT, *QUICK)
     assert code == 2 and "too short to calibrate; got 384 validation tokens" in error
     code, _, error = run(capsys, "sparsify", model, "--text", text, *SHORT, *QUICK, "--max-gb", "0.001")
-    assert code == 2 and "got 0.0166 GB for 4,096 tokens, expected at most 0.001 GB" in error
+    assert code == 2 and "got 0.0167 GB for 4,096 tokens, expected at most 0.001 GB" in error
     code, _, error = run(capsys, "sparsify", model, "--text", text, *SHORT, "--head-density", "0")
     assert code == 2 and "head density: not a density" in error
     code, _, error = run(capsys, "sparsify", model, "--text", text, *SHORT, "--epochs", "0")
     assert code == 2 and "max_epochs is not usable" in error
     assert sorted(path.name for path in model.rglob("*")) == before
-    for wrong in (("--head-objective", "mse"), ("--dense-attention", "last")):
+    wrong_choices = (
+        ("--head-objective", "mse"),
+        ("--dense-attention", "last"),
+        ("--rank-by", "size"),
+        ("--skipped", "ones"),
+    )
+    for wrong in wrong_choices:
         code, _, error = run(capsys, "sparsify", model, "--text", text, *SHORT, *wrong)
         assert code == 2 and f"got {wrong[1]}, expected" in error
-    wanted = ("--head-objective", "norms", "--dense-attention", "important")
-    for options, groups in (((), (None, 4, 4, 4, 4, 4)), (wanted, (4, None, 4, 4, 4, 4))):
+    wanted = ("--published", "--skipped", "mean", "--dense-attention", "important")
+    cases = (
+        ((), (None, 4, 4, 4, 4, 4), "contributions", True),
+        (("--published",), (None, 4, 4, 4, 4, 4), "norms", False),
+        (wanted, (4, None, 4, 4, 4, 4), "norms", True),
+    )
+    for options, groups, importance, means in cases:
         words = (*SHORT, *QUICK, "--max-batch", "2", "--json", *options)
         code, out, _ = run(capsys, "sparsify", model, "--text", text, *words)
         result = json.loads(out)
@@ -208,6 +220,10 @@ def test_sparsify_in_one_go_and_what_it_refuses(bundled, text, tmp_path, capsys)
         bundle = pj.load(model)
         assert bundle.plans == pj.PlanTable.from_json(result["plans"])
         assert bundle.sparsity(2).plan.groups == groups
+        assert bundle.routers.importance == importance
+        assert all((layer.mean is not None) == means for layer in bundle.routers.layers)
+    code, out, _ = run(capsys, "inspect", model)
+    assert "routers and plans; heads are ranked by norms, skipped ones replaced by their mean outputs" in out
 
 
 def test_activations_of_another_training_are_refused(bundled, tmp_path, capsys):

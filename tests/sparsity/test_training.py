@@ -49,6 +49,20 @@ def test_a_planted_problem_is_solved(dtype):
     assert_solved(report)
 
 
+@pytest.mark.parametrize("importance", ["norms", "contributions"])
+def test_routers_hold_the_means_and_say_what_they_rank(importance):
+    data = planted.activations(200, dtype="bfloat16")
+    means = np.random.default_rng(0).normal(size=(3, 4, 12)).astype(np.float32)
+    quick = dataclasses.replace(QUICK, max_epochs=1)
+    for given in (None, means):
+        routers, _ = trained(dataclasses.replace(data, importance=importance, means=given), quick)
+        routers.check(data.config)
+        assert routers.importance == importance
+        for layer, router in enumerate(routers.layers):
+            expected = None if given is None else jnp.asarray(given[layer], jnp.bfloat16)
+            assert (router.mean is None) if expected is None else (router.mean == expected).all()
+
+
 def test_what_is_reported_is_what_the_routers_do():
     activations = planted.activations(dtype="bfloat16")
     routers, report = trained(activations, dataclasses.replace(QUICK, max_epochs=2))
@@ -119,7 +133,7 @@ def test_each_layer_keeps_its_own_best_and_stops_by_itself():
     assert best.done.tolist() == [True, False, True]
 
 
-@pytest.mark.parametrize("task", [NeuronTask(21), GroupTask(2)])
+@pytest.mark.parametrize("task", [NeuronTask(21), GroupTask(2, "top")])
 def test_the_loss_is_the_published_one(task):
     activations = planted.activations(64)
     rows = np.arange(64)
@@ -132,8 +146,8 @@ def test_the_loss_is_the_published_one(task):
     assert_close(loss(task, weights, x, record), expected, "rounding")
 
 
-def test_norm_loss_is_relative_squared_error():
-    activations, task = planted.activations(64), GroupTask(2, "norms")
+def test_loss_of_importance_is_relative_squared_error():
+    activations, task = planted.activations(64), GroupTask(2, "importance")
     rows = np.arange(64)
     weights = {name: leaf[1] + 0.1 for name, leaf in stacked(activations, task).items()}
     x, record = activations.router_inputs(rows)[1], activations.records("norms", rows)[1]
@@ -142,9 +156,9 @@ def test_norm_loss_is_relative_squared_error():
     assert_close(loss(task, weights, x, record), expected, "rounding")
 
 
-def test_one_router_of_norms_serves_every_density():
+def test_one_router_of_importance_serves_every_density():
     activations = planted.activations()
-    routers, report = trained(activations, dataclasses.replace(QUICK, group_objective="norms"), neurons=False)
+    routers, report = trained(activations, neurons=False)
     assert min(report.groups.selected) > 0.95
     assert report.groups.selected == report.groups.recall == report.groups.precision
     rows = activations.rows("validation")
@@ -167,7 +181,7 @@ def lost(routers, activations, kept=1) -> float:
     return float(np.mean(losses))
 
 
-def test_norms_beat_ranks_for_rare_large_groups():
+def test_importance_beats_ranks_for_rare_large_groups():
     """Group 0 is the largest at 70 % of the tokens, just; group 1 at 30 %, by far, and nothing tells when."""
     activations = planted.activations()
     large = np.random.default_rng(3).random(activations.num_tokens) < 0.3
@@ -175,16 +189,15 @@ def test_norms_beat_ranks_for_rare_large_groups():
     norms[..., 0], norms[..., 1] = 1.0, np.where(large, 5.0, 0.9)
     activations = dataclasses.replace(activations, norms=norms)
     options = dataclasses.replace(QUICK, max_epochs=8)
-    top, _ = trained(activations, options, neurons=False, head_density=0.25)
-    valued, _ = trained(
-        activations, dataclasses.replace(options, group_objective="norms"), neurons=False, head_density=0.25
-    )
+    ranks = dataclasses.replace(options, group_objective="top")
+    top, _ = trained(activations, ranks, neurons=False, head_density=0.25)
+    valued, _ = trained(activations, options, neurons=False, head_density=0.25)
     assert lost(top, activations) > 0.8
     assert lost(valued, activations) < 0.2
 
 
 def test_an_objective_that_there_is_not_is_refused():
-    with pytest.raises(pj.InputError, match=r"no such objective; got mse, expected top \| norms"):
+    with pytest.raises(pj.InputError, match=r"no such objective; got mse, expected importance \| top"):
         TrainOptions(group_objective="mse")
 
 
