@@ -75,6 +75,12 @@ DenseAttention = Annotated[
         help="The layer whose attention skips nothing: first, or important (whose attention changes the most)."
     ),
 ]
+Budgets = Annotated[
+    str,
+    typer.Option(
+        help="Heads kept in each layer: uniform, calibrated (as many in all, more in the layers that need them)."
+    ),
+]
 Seed = Annotated[int, typer.Option(help="Random seed.")]
 
 MAX_TOKENS = 65_536
@@ -189,8 +195,10 @@ def print_training(report: "TrainReport") -> None:
 def print_plans(table: PlanTable, recall: tuple[tuple[float, ...], ...]) -> None:
     """Prints the neurons kept in each layer, one line per batch size; `recall` is measured on the test tokens."""
     dense = ", ".join(map(str, table.dense_layers))
+    spread = ", spread over layers by what each needs" if table.budgets else ""
     print(
-        f"\nHeads kept: {table.head_density:.0%} in every layer but {dense}, unless generate gets --head-density"
+        f"\nHeads kept: {table.head_density:.0%} in every layer but {dense}{spread}, unless generate gets "
+        "--head-density"
     )
     print(f"Neurons kept of {table.num_neurons}, by batch size (all: the layer is dense)")
     rows = zip(table.batch_sizes, table.neurons, recall, strict=True)

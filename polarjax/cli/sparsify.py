@@ -40,15 +40,18 @@ def sparsify(
     target_recall: learning.Recall = 0.99,
     max_batch: learning.MaxBatch = learning.LARGEST_BATCH,
     dense_attention: learning.DenseAttention = "first",
+    budgets: learning.Budgets = "uniform",
     seed: learning.Seed = 0,
     dtype: learning.Dtype = None,
 ) -> dict[str, Any]:
     """Learn from text what the model can skip: collect, train-routers and calibrate in one command."""
     from polarjax.checkpoint.learned import write_plans, write_routers
+    from polarjax.sparsity.checks import check_budgets
     from polarjax.sparsity.pipeline import learn
 
     _check_free(activations)
     check_density(head_density, where="head density")
+    chosen = check_budgets(budgets, "--budgets")
     key = random_key(seed)
     collecting = CollectOptions(
         folder=activations,
@@ -62,15 +65,9 @@ def sparsify(
     bundle, windows = learning.load_and_cut(folder, text, window, max_tokens, dtype)
     check_writable(folder)
     recording = learning.announce(bundle, windows, collecting)
+    stages: dict[str, Any] = {"collecting": collecting, "training": training, "calibration": calibration}
     routers, plans, report = learn(
-        bundle.model,
-        windows,
-        recording,
-        key,
-        head_density=head_density,
-        collecting=collecting,
-        training=training,
-        calibration=calibration,
+        bundle.model, windows, recording, key, head_density=head_density, budgets=chosen, **stages
     )
     write_routers(folder, routers)
     write_plans(folder, plans)

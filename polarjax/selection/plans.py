@@ -142,6 +142,8 @@ class PlanTable:
       recall: for each batch size, the measured recall of the truly active neurons in each layer.
       head_density: default density of groups in every layer but `dense_layers`.
       dense_layers: layers whose attention keeps all groups.
+      budgets: groups that each layer keeps instead, with the same sum: row k - 1 replaces k groups in every layer but
+        `dense_layers`; () keeps these uniform counts.
       weights, routers: fingerprints of the model and routers they were calibrated for, "" if unknown.
     """
 
@@ -153,6 +155,7 @@ class PlanTable:
     recall: tuple[tuple[float, ...], ...]
     head_density: float = 0.5
     dense_layers: tuple[int, ...] = (0,)
+    budgets: tuple[tuple[int, ...], ...] = ()
     weights: str = dataclasses.field(default="", compare=False)
     routers: str = dataclasses.field(default="", compare=False)
 
@@ -177,6 +180,16 @@ class PlanTable:
             )
         for counts in self.neurons:
             SparsityPlan(counts, (None,) * self.num_layers)
+        usable = lambda count: type(count) is int and 1 <= count <= self.num_groups
+        right = all(len(row) == self.num_layers and all(map(usable, row)) for row in self.budgets)
+        if len(self.budgets) not in (0, self.num_groups) or not right:
+            raise SparsityError(
+                "unusable budgets in a plan table",
+                where="plan table",
+                got=str(self.budgets)[:80],
+                expected=f"{self.num_groups} rows of {self.num_layers} counts from 1 to {self.num_groups}",
+                hint="run polarjax sparsify again",
+            )
 
     def check(self, config: ModelConfig) -> None:
         """Raises `SparsityError` unless the table was calibrated for a model of this shape."""
@@ -215,8 +228,16 @@ class PlanTable:
         dense = (None,) * self.num_layers
         return SparsityPlan(
             self.neurons[row] if row < len(self.neurons) else dense,
-            uniform_groups(config, density, dense_layers=self.dense_layers),
+            self._groups(config, density),
         )
+
+    def _groups(self, config: ModelConfig, density: float) -> tuple[int | None, ...]:
+        """Groups kept in each layer at this density."""
+        uniform = uniform_groups(config, density, dense_layers=self.dense_layers)
+        kept = next((count for count in uniform if count is not None), self.num_groups)
+        if not self.budgets or kept == self.num_groups:
+            return uniform
+        return tuple(None if count == self.num_groups else count for count in self.budgets[kept - 1])
 
     def to_json(self) -> dict[str, Any]:
         """A plain dictionary that `from_json` turns back into an equal table."""
@@ -227,6 +248,7 @@ class PlanTable:
         """Builds a table from `to_json` output; raises `SparsityError` if it is not one."""
         try:
             rows = {name: tuple(map(tuple, data[name])) for name in ("neurons", "recall")}
+            rows |= {"budgets": tuple(map(tuple, data.get("budgets", ())))}
             rows |= {name: tuple(data[name]) for name in ("batch_sizes", "dense_layers") if name in data}
             rows |= {name: str(data[name]) for name in ("weights", "routers") if name in data}
             return cls(**{**data, **rows})

@@ -1,6 +1,6 @@
 """Checks that activations, routers and plans belong to one model, and of the options of learning."""
 
-from typing import Any
+from typing import Any, get_args
 
 import numpy as np
 
@@ -11,7 +11,7 @@ from polarjax.numeric import check_type, plain, shown
 from polarjax.selection.plans import PlanTable
 from polarjax.selection.routers import Routers
 from polarjax.sparsity.activations import Activations
-from polarjax.sparsity.options import HELD_OUT
+from polarjax.sparsity.options import HELD_OUT, Budgets
 
 
 def check_options[T](options: Any, kind: type[T], name: str) -> T:
@@ -43,6 +43,14 @@ def check_size(max_bytes: Any) -> None:
         raise InputError(
             "not a size", where="max_bytes", got=shown(number), expected="bytes", hint="pass 10**9"
         )
+
+
+def check_budgets(budgets: Any, where: str) -> Budgets:
+    """The value; raises `InputError` if it is not one of `Budgets`."""
+    if budgets not in get_args(Budgets):
+        expected = " | ".join(get_args(Budgets))
+        raise InputError("no such budgets", where=where, got=str(budgets)[:80], expected=expected)
+    return budgets
 
 
 def check_held_out(held_out: Any) -> None:

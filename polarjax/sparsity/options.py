@@ -21,6 +21,7 @@ PUBLISHED: dict[str, Any] = {"importance": "norms", "mean_outputs": False}
 """The published values of `CollectOptions` where they aren't the defaults."""
 PUBLISHED_OBJECTIVE: Objective = "top"
 DenseAttention = Literal["first", "important"]
+Budgets = Literal["uniform", "calibrated"]
 BATCH_SIZES = (1, 2, 4, 8, 16, 32, 64, 128, 256, 512)
 
 

@@ -16,10 +16,11 @@ from polarjax.model import decoder
 from polarjax.model.checks import check_model, check_windows
 from polarjax.selection.plans import PlanTable, check_density
 from polarjax.selection.routers import Routers
+from polarjax.sparsity.budgets import group_budgets
 from polarjax.sparsity.calibration import calibrate, measure_recall
-from polarjax.sparsity.checks import check_options
+from polarjax.sparsity.checks import check_budgets, check_options
 from polarjax.sparsity.collection import Recording, plan_recording, record
-from polarjax.sparsity.options import CalibrateOptions, CollectOptions, TrainOptions
+from polarjax.sparsity.options import Budgets, CalibrateOptions, CollectOptions, TrainOptions
 from polarjax.sparsity.training import TrainReport, train_routers
 from polarjax.storage.atomic import temporary_folder
 from polarjax.types import Array, Int, Int32, Key, Path
@@ -28,6 +29,9 @@ _ELSEWHERE = (
     "free space in the temporary folder, set TMPDIR to another one, or choose a folder for the activations "
     "(--activations)"
 )
+
+BUDGET_WINDOWS = 8
+"""Most validation windows that budgets are measured on."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -64,6 +68,7 @@ def sparsify(
     collecting: CollectOptions | None = None,
     training: TrainOptions | None = None,
     calibration: CalibrateOptions | None = None,
+    budgets: Budgets = "uniform",
 ) -> tuple[Routers, PlanTable, SparsifyReport]:
     """Learns a model's routers and plans from token windows.
 
@@ -73,6 +78,8 @@ def sparsify(
       key: random key.
       head_density: fraction of groups that group routers learn to pick; also the plans' default.
       collecting, training, calibration: options of the three stages.
+      budgets: "uniform" keeps as many groups in every layer but the dense one, as published; "calibrated" keeps as
+        many in all, but measures on validation windows how many each layer needs (`group_budgets`).
 
     Returns:
       Routers in the model's dtype, plans by batch size, and the measurements.
@@ -87,6 +94,7 @@ def sparsify(
     calibration = check_options(calibration, CalibrateOptions, "calibration")
     key = random_key(key)
     check_density(head_density, where="head density")
+    check_budgets(budgets, "sparsify")
     windows = check_windows(windows, model.config)
     recording = plan_recording(model, windows.shape, collecting)
     return learn(
@@ -98,6 +106,7 @@ def sparsify(
         collecting=collecting,
         training=training,
         calibration=calibration,
+        budgets=budgets,
     )
 
 
@@ -111,6 +120,7 @@ def learn(
     collecting: CollectOptions,
     training: TrainOptions,
     calibration: CalibrateOptions,
+    budgets: Budgets = "uniform",
 ) -> tuple[Routers, PlanTable, SparsifyReport]:
     """`sparsify` with checked arguments; `recording` is what `plan_recording` returned for these windows."""
     check_length(recording, model.config, calibration)
@@ -125,6 +135,9 @@ def learn(
         with _timed(seconds, "calibrate"):
             options = {"head_density": head_density, "options": calibration}
             plans = calibrate(activations, routers, model.config, key=keys[1], **options)
+            if budgets == "calibrated" and model.config.num_kv_heads > 1:
+                rows = group_budgets(model, routers, _held_out(windows, recording), plans.dense_layers)
+                plans = dataclasses.replace(plans, budgets=rows)
         with _timed(seconds, "measure"):
             recall = measure_recall(activations, routers, plans, key=keys[2], options=calibration)
         importance = tuple(activations.attention_importance().tolist())
@@ -146,6 +159,11 @@ def check_length(recording: Recording, config: ModelConfig, options: CalibrateOp
                 expected=f"at least {needed}, the largest batch size",
                 hint="use a longer text, or hold out more of it",
             )
+
+
+def _held_out(windows: Int32[np.ndarray, "n T"], recording: Recording) -> Int32[np.ndarray, "m T"]:
+    """At most `BUDGET_WINDOWS` validation windows."""
+    return windows[np.unique(recording.positions[recording.part == 1] // windows.shape[1])[:BUDGET_WINDOWS]]
 
 
 @contextmanager

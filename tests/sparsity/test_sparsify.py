@@ -2,6 +2,7 @@
 
 import dataclasses
 import errno
+import itertools
 import json
 import os
 import shutil
@@ -20,6 +21,7 @@ from polarjax.cli.main import main
 from polarjax.model import mlp
 from polarjax.model.parameters import parameters, with_parameters
 from polarjax.sparsity import collect, sparsify
+from polarjax.sparsity.budgets import allocate
 from polarjax.sparsity.collection import fingerprint
 from polarjax.sparsity.options import CalibrateOptions, CollectOptions, TrainOptions
 from polarjax.text.corpus import standard_library_text
@@ -69,6 +71,30 @@ def test_a_full_or_missing_folder_for_temporary_files_is_named(tmp_path, monkeyp
     with refuses(pj.CheckpointError, rf"{got}.*TMPDIR.*\(--activations\)"):
         sparsify(zoo.model("opt"), tiny_windows(), jax.random.key(0), calibration=SMALL)
     assert list(tmp_path.iterdir()) == []
+
+
+def test_budgets_keep_as_many_groups_in_all_where_they_matter():
+    """Layer 1's output projection is nearly zero, so that its groups can go."""
+    model = zoo.model("opt")
+    model = zoo.with_parameter(model, "layers.1.attn.wo", model.layers[1].attn.wo[...] * 1e-3)
+    call = {"training": FAST, "calibration": SMALL, "budgets": "calibrated"}
+    _, plans, _ = sparsify(model, tiny_windows(), jax.random.key(0), **call)
+    assert plans == pj.PlanTable.from_json(json.loads(json.dumps(plans.to_json())))
+    K = model.config.num_kv_heads
+    assert [sum(row) for row in plans.budgets] == [K + kept for kept in range(1, K + 1)]
+    assert plans.budgets[0] == (K, 1) and plans.for_batch(1, model.config, 1 / K).groups == (None, 1)
+    dense = dataclasses.replace(plans, dense_layers=(1,))  # the budgets hold, whichever layer was dense
+    assert dense.for_batch(1, model.config, 0.5).groups == plans.for_batch(1, model.config, 0.5).groups
+    for wrong in (((1, 1),), ((0, 1),) * K, ((1, K + 1),) * K, ((1,),) * K, ((True, 1),) * K):
+        with refuses(pj.SparsityError, "unusable budgets"):
+            dataclasses.replace(plans, budgets=wrong)
+
+
+def test_allocation_is_exact():
+    costs = np.random.default_rng(0).uniform(size=(3, 4))
+    for total, found in zip(range(3, 13), allocate(costs, list(range(3, 13))), strict=True):
+        every = [c for c in itertools.product(range(1, 5), repeat=3) if sum(c) == total]
+        assert found == min(every, key=lambda c: sum(costs[i, k - 1] for i, k in enumerate(c)))
 
 
 def test_the_same_key_gives_the_same_plans():
@@ -127,6 +153,7 @@ def test_prosparse_from_its_checkpoint_to_sparse_tokens(tmp_path, monkeypatch):
         ({"head_density": 1.5}, "not a density"),
         ({"collecting": CollectOptions(max_bytes=1000)}, "larger than allowed"),
         ({"collecting": CollectOptions(max_bytes="1 GB")}, "max_bytes: not a size"),
+        ({"budgets": "most"}, "sparsify: no such budgets; got most, expected uniform"),
         ({"collecting": CollectOptions(fit="yes")}, "collect: fit: "),
         ({"collecting": CollectOptions(mean_outputs="no")}, "collect: mean_outputs: "),
         (
