@@ -31,7 +31,7 @@ def explained_out_of_memory(
     except RuntimeError as error:
         if not ran_out(error):
             raise
-        memory = _device_memory()
+        memory = device_memory()
         weights = costs.weights_bytes(config, dtype)
         cache = batch_size * cache_length * costs.cache_bytes_per_token(config, dtype)
         of = "" if memory is None else f" in {memory / 1e9:,.2f} GB"
@@ -54,6 +54,11 @@ def _hint(fitting: int) -> str:
     return f"compute fewer at a time (--batch-size; try {fitting:,} sequences), or shorten the texts"
 
 
-def _device_memory() -> int | None:
+def device_memory() -> int | None:
     """Bytes that JAX may use on the first device; None if the device does not report it, as on CPUs."""
     return (jax.local_devices()[0].memory_stats() or {}).get("bytes_limit")
+
+
+def peak_memory() -> int | None:
+    """Most bytes used on the first device since the process began; None if the device does not report it."""
+    return (jax.local_devices()[0].memory_stats() or {}).get("peak_bytes_in_use")

@@ -46,7 +46,7 @@ PUBLIC = {
         "sparsity",
         "stream",
     ],
-    "polarjax.sparsity": ["calibrate", "collect", "sparsify", "train_routers"],
+    "polarjax.sparsity": ["TuneOptions", "calibrate", "collect", "sparsify", "train_routers", "tune"],
     "polarjax.evaluation": [
         "GreedyOptions",
         "Report",

@@ -49,6 +49,7 @@ VERBS = {
     "collect": Verb("polarjax.cli.collect:collect", "Record which neurons and heads a text makes active."),
     "train-routers": Verb("polarjax.cli.train_routers:train_routers", "Learn to predict that activity."),
     "calibrate": Verb("polarjax.cli.calibrate:calibrate", "Find how many neurons each batch size needs."),
+    "tune": Verb("polarjax.cli.tune:tune", "Heal a model so that skipping heads costs less."),
     "generate": Verb("polarjax.cli.generate:generate", "Continue prompts, dense or sparse."),
     "eval perplexity": Verb(
         "polarjax.cli.eval_perplexity:eval_perplexity", "Measure perplexity on text, dense and sparse."

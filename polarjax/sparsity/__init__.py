@@ -9,6 +9,8 @@ if TYPE_CHECKING:
     from polarjax.sparsity.collection import collect
     from polarjax.sparsity.pipeline import sparsify
     from polarjax.sparsity.training import train_routers
+    from polarjax.sparsity.tune_options import TuneOptions
+    from polarjax.sparsity.tuning import tune
 else:
     __getattr__, __dir__ = lazy_names(
         __name__,
@@ -17,7 +19,9 @@ else:
             "polarjax.sparsity.collection": "collect",
             "polarjax.sparsity.pipeline": "sparsify",
             "polarjax.sparsity.training": "train_routers",
+            "polarjax.sparsity.tune_options": "TuneOptions",
+            "polarjax.sparsity.tuning": "tune",
         },
     )
 
-__all__ = ["calibrate", "collect", "sparsify", "train_routers"]
+__all__ = ["TuneOptions", "calibrate", "collect", "sparsify", "train_routers", "tune"]

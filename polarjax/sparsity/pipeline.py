@@ -9,11 +9,13 @@ from typing import Any
 import jax
 import numpy as np
 
+from polarjax.checkpoint.learned import kept_for
 from polarjax.configs import ModelConfig
 from polarjax.errors import CheckpointError, InputError
 from polarjax.generation.checks import random_key
 from polarjax.model import decoder
 from polarjax.model.checks import check_model, check_windows
+from polarjax.model.parameters import fingerprint
 from polarjax.selection.plans import PlanTable, check_density
 from polarjax.selection.routers import Routers
 from polarjax.sparsity.budgets import group_budgets
@@ -143,6 +145,44 @@ def learn(
         importance = tuple(activations.attention_importance().tolist())
     report = SparsifyReport(len(recording.part), recording.num_bytes, trained, recall, importance, seconds)
     return routers, plans, report
+
+
+def learn_neurons(
+    model: "decoder.Decoder",
+    routers: Routers,
+    plans: PlanTable | None,
+    windows: Int32[np.ndarray, "n T"],
+    key: Key[Array, ""],
+) -> tuple[Routers, PlanTable | None]:
+    """Routers and plans for new weights: group routers and the heads' settings stay, neurons are learned again.
+
+    Models without ReLU have no neurons to learn.
+    """
+    routers = dataclasses.replace(routers, weights=fingerprint(model))
+    if not model.config.neuron_sparsity:
+        return routers, kept_for(model.config, routers.weights, routers, plans)[1]
+    keys = jax.random.split(key)
+    options = CollectOptions()
+    with _folder(options) as folder:
+        activations = record(model, windows, plan_recording(model, windows.shape, options), folder)
+        trained, _ = train_routers(activations, model.config, keys[0])
+        layers = tuple(
+            dataclasses.replace(old, w_in=new.w_in, w_out=new.w_out)
+            for old, new in zip(routers.layers, trained.layers, strict=True)
+        )
+        routers = dataclasses.replace(routers, layers=layers)
+        table = calibrate(activations, routers, model.config, key=keys[1])
+    if plans is not None:
+        kept = ("head_density", "dense_layers", "budgets")
+        table = dataclasses.replace(table, **{name: getattr(plans, name) for name in kept})
+    return routers, table
+
+
+def check_neuron_text(
+    config: ModelConfig, windows: Int32[np.ndarray, "n T"], model: "decoder.Decoder"
+) -> None:
+    """Raises `InputError` if `learn_neurons` would find too little text; for use before long work."""
+    check_length(plan_recording(model, windows.shape, CollectOptions()), config, CalibrateOptions())
 
 
 def check_length(recording: Recording, config: ModelConfig, options: CalibrateOptions) -> None:

@@ -54,13 +54,13 @@ def atomic_folder(
     _check_name(path)
     with _refusals(path):
         remove_stale(path)
-        _check_free(path, overwrite, may_replace)
+        check_free(path, overwrite, may_replace)
         _check_room(path, num_bytes)
         with _claimed(path) as temporary:
             temporary.mkdir()
             yield temporary
             _flush(temporary)
-            _check_free(path, overwrite, may_replace)  # something may have appeared meanwhile
+            check_free(path, overwrite, may_replace)  # something may have appeared meanwhile
             if obsolete is not None:
                 obsolete.unlink(missing_ok=True)
             _put(temporary, path)
@@ -77,7 +77,7 @@ def atomic_file(path: Path, *, overwrite: bool = False) -> Iterator[TextIO]:
     path = absolute(path)
     with _refusals(path):
         remove_stale(path)
-        _check_free(path, overwrite, None)
+        check_free(path, overwrite, None)
         if path.is_dir():
             hint = "choose another name for the file"
             raise CheckpointError("a directory is in the way", where=path, hint=hint)
@@ -86,7 +86,7 @@ def atomic_file(path: Path, *, overwrite: bool = False) -> Iterator[TextIO]:
                 yield stream
                 stream.flush()
                 os.fsync(stream.fileno())
-            _check_free(path, overwrite, None)
+            check_free(path, overwrite, None)
             temporary.replace(path)
             _sync(path.parent)
 
@@ -236,7 +236,8 @@ def _check_name(path: Path) -> None:
         raise CheckpointError("the name is not UTF-8", where=where, hint="choose another name") from error
 
 
-def _check_free(path: Path, overwrite: bool, may_replace: MayReplace | None) -> None:
+def check_free(path: Path, overwrite: bool, may_replace: MayReplace | None) -> None:
+    """Raises `CheckpointError` if something is at `path` that may not be replaced; for use before long work too."""
     if not os.path.lexists(path):
         return
     if not overwrite:

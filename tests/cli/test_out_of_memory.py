@@ -69,12 +69,12 @@ def test_fault_28_largest_fitting_batch_is_reported(home, capsys, monkeypatch, w
         monkeypatch.setattr(continuation, name, fail)
     prompts = ("--prompt", "a", "--prompt", "b", "--prompt", "c", "--max-new-tokens", "12")
     told = lambda: run(capsys, "generate", home, *prompts, *words)
-    monkeypatch.setattr(memory, "_device_memory", lambda: 525_000)
+    monkeypatch.setattr(memory, "device_memory", lambda: 525_000)
     code, _, err = told()
     assert code == 2
     assert "3 sequences of up to 32 positions: the device ran out of memory" in err
     assert "and temporaries in 0.00 GB, expected at most 2 such sequences" in err
-    monkeypatch.setattr(memory, "_device_memory", lambda: 1000)
+    monkeypatch.setattr(memory, "device_memory", lambda: 1000)
     assert "expected at most 0 such sequences. Hint: shorten the texts, or use a narrower dtype" in told()[2]
 
 

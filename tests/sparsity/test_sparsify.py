@@ -17,12 +17,13 @@ import torch
 
 import polarjax as pj
 from checkpoints_convert import convert_checkpoint
+from polarjax.checkpoint.learned import write_routers
 from polarjax.cli.main import main
 from polarjax.model import mlp
-from polarjax.model.parameters import parameters, with_parameters
+from polarjax.model.parameters import fingerprint, parameters, with_parameters
+from polarjax.selection.routers import init_routers
 from polarjax.sparsity import collect, sparsify
 from polarjax.sparsity.budgets import allocate
-from polarjax.sparsity.collection import fingerprint
 from polarjax.sparsity.options import CalibrateOptions, CollectOptions, TrainOptions
 from polarjax.text.corpus import standard_library_text
 from tests.convert import hf_models
@@ -208,6 +209,29 @@ def test_the_verbs_one_by_one(bundled, text, tmp_path, capsys):
     assert bundle.routers is not None and bundle.plans is not None and bundle.plans.batch_sizes == (1, 2, 4)
     run(capsys, "train-routers", model, "--activations", acts, *QUICK)
     assert pj.load(model).plans is None  # they were made for other routers
+
+
+def test_tune_makes_a_whole_model_directory(text, tmp_path, capsys):
+    model, out = tmp_path / "model", tmp_path / "healed"
+    run(capsys, "convert", ASSETS / "llama-6m", model)
+    wanted = ("tune", model, out, "--text", text, "--window", "64", "--batch", "2", "--tokens", "256")
+    code, _, error = run(capsys, *wanted)
+    assert code == 2 and f"the model has no routers yet. Hint: run polarjax sparsify {model}" in error
+    source = pj.load(model)
+    routers = init_routers(source.model.config, jax.random.key(0))
+    write_routers(model, dataclasses.replace(routers, weights=fingerprint(source.model)))
+    code, _, error = run(capsys, *wanted[:-2])
+    assert code == 2 and "nothing says when to stop" in error and "--tokens" in error
+    assert not list(tmp_path.glob("healed*"))
+    code, printed, _ = run(capsys, *wanted, "--train", "out", "--learning-rate", "1e-3")
+    assert code == 0 and "2 steps, 256 tokens" in printed
+    healed = pj.load(out)
+    assert healed.tokenizer is not None and healed.routers is not None and not list(tmp_path.glob("*.tuning"))
+    before, after = parameters(source.model), parameters(healed.model)
+    changed = {name for name in before if not np.array_equal(before[name], after[name])}
+    assert changed == {f"layers.{i}.attn.wo" for i in range(source.model.config.num_layers)}
+    code, _, error = run(capsys, *wanted)
+    assert code == 2 and "the output already exists" in error
 
 
 def test_sparsify_in_one_go_and_what_it_refuses(bundled, text, tmp_path, capsys):

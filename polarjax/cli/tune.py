@@ -1,0 +1,254 @@
+"""`polarjax tune`: heals a model by distillation, so that skipping heads costs less."""
+
+import dataclasses
+import os
+import shutil
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, cast
+
+import numpy as np
+import typer
+
+from polarjax.cli import learning
+from polarjax.cli.inputs import random_key
+from polarjax.errors import CheckpointError, InputError, SparsityError
+from polarjax.sparsity import tune_options
+from polarjax.sparsity.tune_options import TuneOptions
+from polarjax.storage.atomic import absolute, check_free, check_writable
+from polarjax.types import Int32
+
+if TYPE_CHECKING:
+    from polarjax.checkpoint.bundle import Bundle
+    from polarjax.sparsity.tuning import TuneReport
+    from polarjax.text.tokenizer import Tokenizer
+
+_DEFAULTS = TuneOptions(tokens=1)
+_LEAST, _MOST = _DEFAULTS.densities
+_HELD_OUT = 64  # most windows of a text that are held out
+_OWN = 4096  # windows that the model writes
+
+
+def tune(
+    folder: learning.Folder,
+    out: Annotated[Path, typer.Argument(metavar="OUT", help="The model directory to make.")],
+    text: learning.Texts,
+    tokens: Annotated[int | None, typer.Option(help="Stop after this many tokens of training.")] = None,
+    minutes: Annotated[float | None, typer.Option(help="Stop after this many minutes of training.")] = None,
+    train: Annotated[
+        str,
+        typer.Option(
+            help="What changes besides the routers: all, attention, out, bias or routers (nothing)."
+        ),
+    ] = _DEFAULTS.train,
+    least: Annotated[float, typer.Option(help="Lowest fraction of heads to heal for.")] = round(_LEAST, 3),
+    most: Annotated[float, typer.Option(help="Highest fraction of heads to heal for.")] = round(_MOST, 3),
+    dense_share: Annotated[
+        float, typer.Option(help="Fraction of the training that keeps all heads.")
+    ] = _DEFAULTS.dense_share,
+    own_text: Annotated[
+        float, typer.Option(help="Fraction of the training on text that the model writes itself first.")
+    ] = 0.0,
+    window: learning.Window = None,
+    batch: Annotated[int, typer.Option(help="Windows per forward pass.")] = _DEFAULTS.batch_size,
+    accumulate: Annotated[int, typer.Option(help="Forward passes per step.")] = _DEFAULTS.accumulate,
+    learning_rate: learning.LearningRate = _DEFAULTS.learning_rate,
+    router_learning_rate: Annotated[
+        float, typer.Option(help="AdamW's learning rate for the routers.")
+    ] = _DEFAULTS.router_learning_rate,
+    activation: Annotated[
+        str | None, typer.Option(help="relu: turn the activation into ReLU, so that neurons become sparse.")
+    ] = None,
+    save_minutes: Annotated[
+        float, typer.Option(help="Save the state this often, beside OUT, for --resume.")
+    ] = _DEFAULTS.save_minutes,
+    resume: Annotated[bool, typer.Option("--resume", help="Continue an interrupted run.")] = False,
+    overwrite: Annotated[
+        bool, typer.Option("--overwrite", help="Replace an existing model directory.")
+    ] = False,
+    seed: learning.Seed = 0,
+    dtype: Annotated[
+        str | None, typer.Option(help="Dtype to compute in; default: bfloat16, on a CPU float32.")
+    ] = None,
+) -> dict[str, Any]:
+    """Heal a model: train it, and its routers, to lose less when heads are skipped."""
+    return _heal(Request(**locals()))
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Request:
+    """The command's arguments; see `tune`."""
+
+    folder: Path
+    out: Path
+    text: list[Path]
+    tokens: int | None
+    minutes: float | None
+    train: str
+    least: float
+    most: float
+    dense_share: float
+    own_text: float
+    window: int | None
+    batch: int
+    accumulate: int
+    learning_rate: float
+    router_learning_rate: float
+    activation: str | None
+    save_minutes: float
+    resume: bool
+    overwrite: bool
+    seed: int
+    dtype: str | None
+
+    @property
+    def options(self) -> TuneOptions:
+        """What to train, and when to stop."""
+        return TuneOptions(
+            tokens=self.tokens,
+            minutes=self.minutes,
+            batch_size=self.batch,
+            accumulate=self.accumulate,
+            densities=(self.least, self.most),
+            dense_share=self.dense_share,
+            train=cast(tune_options.Subset, self.train),
+            learning_rate=self.learning_rate,
+            router_learning_rate=self.router_learning_rate,
+            activation=cast(Any, self.activation),
+            save_minutes=self.save_minutes,
+            dtype=self.dtype,
+        )
+
+
+def _heal(asked: Request) -> dict[str, Any]:
+    from polarjax.checkpoint.bundle import load_with_tokenizer, save
+    from polarjax.checkpoint.writer import is_model_directory
+    from polarjax.sparsity.tuning import tune as tune_model
+
+    options, key = asked.options, random_key(asked.seed)
+    _check_own(asked.own_text)
+    target = absolute(asked.out)
+    state = target.with_name(f"{target.name}.tuning")
+    check_free(target, asked.overwrite, is_model_directory)
+    check_writable(target.parent)
+    _check_state(state, resume=asked.resume, overwrite=asked.overwrite)
+    bundle, tokenizer = load_with_tokenizer(asked.folder)
+    if bundle.routers is None:
+        hint = f"run polarjax sparsify {asked.folder} --text FILE first"
+        raise SparsityError("the model has no routers yet", where=asked.folder, hint=hint)
+    domains, held_out = _windows(bundle, tokenizer, asked.text, asked.window)
+    _check_neurons(bundle, domains, asked.activation)
+    shares = [(1 - asked.own_text) / len(domains)] * len(domains)
+    written = domains
+    if asked.own_text:
+        written = [*domains, _written(bundle, tokenizer, domains[0].shape[1], key)]
+        shares = [*shares, asked.own_text]
+    model, routers, report = tune_model(
+        bundle.model,
+        bundle.routers,
+        written,
+        key,
+        options=options,
+        shares=shares,
+        held_out=held_out,
+        dense_layers=(0,) if bundle.plans is None else bundle.plans.dense_layers,
+        folder=state,
+        resume=asked.resume,
+    )
+    _print(report)
+    save(target, _with_neurons(bundle, model, routers, domains, key), overwrite=asked.overwrite)
+    shutil.rmtree(state, ignore_errors=True)
+    print(f"The healed model is in {target}. Next: polarjax eval perplexity {target} --text FILE")
+    return report.to_json()
+
+
+def _check_neurons(bundle: "Bundle", domains: list[Int32[np.ndarray, "n T"]], activation: str | None) -> None:
+    """Raises `InputError` if the text is too short to learn the healed model's neurons from."""
+    from polarjax.sparsity.pipeline import check_neuron_text
+
+    config = bundle.model.config
+    healed = dataclasses.replace(config, activation=activation or config.activation)
+    check_neuron_text(healed, _for_neurons(domains), bundle.model)
+
+
+def _check_state(state: Path, *, resume: bool, overwrite: bool) -> None:
+    """Raises `CheckpointError` if an interrupted run would be lost."""
+    if os.path.lexists(state) and not resume and not overwrite:
+        hint = "continue it with --resume, or start over with --overwrite"
+        raise CheckpointError("an interrupted run of tune is here", where=state, hint=hint)
+
+
+def _check_own(share: float) -> None:
+    """Raises `InputError` unless `share` is the value of --own-text."""
+    if not 0 <= share < 1:
+        raise InputError(
+            "not a fraction of the training", where="--own-text", got=share, expected="0 to below 1"
+        )
+
+
+def _windows(
+    bundle: "Bundle", tokenizer: "Tokenizer", text: list[Path], window: int | None
+) -> tuple[list[Int32[np.ndarray, "n T"]], Int32[np.ndarray, "n T"]]:
+    """The windows of each text to train on, and those held out of all of them."""
+    from polarjax.text.corpus import read_text
+    from polarjax.text.token_windows import text_windows
+
+    length = min(512, bundle.model.config.max_positions) if window is None else window
+    domains, held_out = [], []
+    for path in text:
+        rows = text_windows([read_text(path)], tokenizer, length, source=str(path))
+        if len(rows) < 2:
+            raise InputError(
+                "the text is too short to train on",
+                where=path,
+                got=f"{len(rows)} windows of {length} tokens",
+                expected="at least 2, one of them to measure on",
+                hint="use a longer text or a smaller --window",
+            )
+        count = min(_HELD_OUT, max(1, len(rows) // 50))
+        out = np.zeros(len(rows), bool)
+        out[np.arange(count) * len(rows) // count] = True
+        domains.append(rows[~out])
+        held_out.append(rows[out])
+    return domains, np.concatenate(held_out)
+
+
+def _written(bundle: "Bundle", tokenizer: "Tokenizer", length: int, key: Any) -> Int32[np.ndarray, "n T"]:
+    import jax
+
+    from polarjax.sparsity.own_text import own_windows
+
+    return own_windows(bundle.model, _OWN, length, jax.random.fold_in(key, 1), first=tokenizer.bos_id)
+
+
+def _print(report: "TuneReport") -> None:
+    memory = ", ".join(f"{name} {size / 1e9:.2f} GB" for name, size in report.memory.items())
+    peak = "" if report.peak is None else f"; most in use: {report.peak / 1e9:.2f} GB"
+    print(f"\nMemory of a step, as planned: {memory}{peak}")
+    print(
+        f"{report.steps:,} steps, {report.tokens:,} tokens in {report.seconds:,.0f} s "
+        f"({report.tokens_per_second:,.0f} tokens/s)"
+    )
+    print("\nPerplexity on the held-out windows, by heads (groups) kept in every layer that skips")
+    print("kept    before     after")
+    for kept, before in report.before.items():
+        print(f"{kept:4}{before:10.3f}{report.after[kept]:10.3f}")
+
+
+def _for_neurons(domains: list[Int32[np.ndarray, "n T"]]) -> Int32[np.ndarray, "n T"]:
+    """The windows that neurons are learned from: as many of each text, up to the default of sparsify."""
+    each = max(1, learning.MAX_TOKENS // domains[0].shape[1] // len(domains))
+    return np.concatenate([rows[:each] for rows in domains])
+
+
+def _with_neurons(bundle: "Bundle", model: Any, routers: Any, domains: list, key: Any) -> "Bundle":
+    """The bundle with the healed model; neurons, if it has sparse ones, are learned again."""
+    from polarjax.sparsity.pipeline import learn_neurons
+
+    source = dict(bundle.source_config or {})
+    if model.config.activation != bundle.model.config.activation:
+        source |= {
+            name: model.config.activation for name in ("hidden_act", "activation_function") if name in source
+        }
+    kept = dataclasses.replace(bundle, source_config=source or None).with_model(model)
+    routers, plans = learn_neurons(model, routers, bundle.plans, _for_neurons(domains), key)
+    return dataclasses.replace(kept, routers=routers, plans=plans)

@@ -1,0 +1,329 @@
+"""Heals a model: the dense model teaches itself, under the choices of its routers, which learn along with it."""
+
+import dataclasses
+import math
+import time
+from collections.abc import Sequence
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from polarjax.generation.checks import random_key
+from polarjax.memory import peak_memory
+from polarjax.model.checks import check_model, check_windows
+from polarjax.model.decoder import Decoder, logits
+from polarjax.model.parameters import fingerprint, parameters, with_parameters
+from polarjax.model.stacked import hidden_states, stack_parameters, unstack_parameters
+from polarjax.progress import task
+from polarjax.selection.masking import Masking, StackedRouters
+from polarjax.selection.routers import LayerRouter, Routers
+from polarjax.sparsity.checks import check_options
+from polarjax.sparsity.distillation import (
+    Arrays,
+    Distillation,
+    TuneState,
+    selector,
+    start,
+    step,
+    student,
+)
+from polarjax.sparsity.tune_options import Subset, TuneOptions
+from polarjax.sparsity.tuning_batches import Batches
+from polarjax.sparsity.tuning_checks import (
+    check_domains,
+    check_finite,
+    check_group_routers,
+    check_memory,
+    check_shares,
+    check_teacher,
+    memory_of,
+)
+from polarjax.sparsity.tuning_state import read_state, save_state
+from polarjax.storage.fingerprint import fingerprint_of
+from polarjax.types import Array, Float, Int, Int32, Key
+
+_LEAST_RATE = 0.02  # of the highest learning rate, at the end
+_GROUP_FIELDS = ("w_group", "b_group", "mean")
+
+
+@dataclasses.dataclass(frozen=True)
+class TuneReport:
+    """What a run of `tune` did.
+
+    Attributes:
+      steps, tokens: of the optimizer, and of text.
+      seconds: time of training, without compilation and measuring.
+      tokens_per_second: rate of training.
+      memory: bytes that a step needs, as planned before it ran.
+      peak: most bytes that the process used on the device; None if the device doesn't say.
+      before, after: perplexity on the held-out windows by groups kept; empty without held-out windows.
+    """
+
+    steps: int
+    tokens: int
+    seconds: float
+    tokens_per_second: float
+    memory: dict[str, int]
+    peak: int | None
+    before: dict[int, float]
+    after: dict[int, float]
+
+    def to_json(self) -> dict[str, Any]:
+        """A plain dictionary."""
+        return dataclasses.asdict(self)
+
+
+def tune(
+    model: Decoder,
+    routers: Routers,
+    domains: Sequence[Int[np.ndarray, "n T"]],
+    key: Key[Array, ""] | int,
+    *,
+    options: TuneOptions,
+    shares: Sequence[float] | None = None,
+    held_out: Int[np.ndarray, "n T"] | None = None,
+    dense_layers: tuple[int, ...] = (0,),
+    folder: Path | None = None,
+    resume: bool = False,
+) -> tuple[Decoder, Routers, TuneReport]:
+    """Trains a model to lose less when groups are skipped, by distillation from itself.
+
+    In each window some number of groups is kept, drawn from `options.densities`, or all. The loss is the mean
+    KL(dense model ‖ trained model) of the next token, plus the routers' squared error. The routers choose the groups
+    from their own scores; no gradient passes through the choice. Neuron routers and plans are for the old weights:
+    sparsify again to have new ones.
+
+    Args:
+      model: the dense model, which is the teacher and the start.
+      routers: its group routers, where training starts.
+      domains: windows of each kind of text, int [n T] of one length T.
+      key: random key or seed.
+      options: what to train, and when to stop.
+      shares: how much of the training each domain is; None mixes them equally.
+      held_out: windows [n T] to measure perplexity on, before and after.
+      dense_layers: layers whose attention always keeps all groups.
+      folder: where the state is saved every `options.save_minutes`, and when training is interrupted or diverges;
+        None saves nothing.
+      resume: continue from the state in `folder`.
+
+    Returns:
+      The model and routers in the model's dtype, and what was done. Neuron routers are kept as they were.
+
+    Raises:
+      InputError: bad windows or options, or a step that doesn't fit the device's memory.
+      SparsityError: routers for another model, or training that diverges.
+      CheckpointError: no state to resume, or one of another run.
+    """
+    check_model(model, where="tune")
+    options = check_options(options, TuneOptions, "options")
+    check_teacher(model, options)
+    check_group_routers(routers, model.config)
+    domains = check_domains(domains, model.config)
+    held_out = None if held_out is None else check_windows(held_out, model.config)
+    seed = int(jax.random.bits(random_key(key), (), jnp.uint32))
+    batches = Batches(
+        domains, check_shares(shares, domains), model.config, options, tuple(dense_layers), seed
+    )
+    run = _Run.prepare(model, routers, batches, folder, resume=resume)
+    before = run.measure(held_out)
+    run.train()
+    after = run.measure(held_out)
+    tokens = run.steps * batches.tokens_per_step
+    rate = tokens / max(run.seconds, 1e-9)
+    report = TuneReport(run.steps, tokens, run.seconds, rate, run.memory, peak_memory(), before, after)
+    return *run.result(model, routers), report
+
+
+def trained_names(names: Sequence[str], subset: Subset) -> list[str]:
+    """Which of the stacked parameters `names` a subset trains."""
+    last = lambda name: name.rsplit(".", 1)[1]
+    chosen = {
+        "all": lambda name: True,
+        "attention": lambda name: name.startswith("layers.attn."),
+        "out": lambda name: name in ("layers.attn.wo", "layers.attn.bo"),
+        "bias": lambda name: last(name) in ("bias", "scale") or last(name).startswith("b"),
+        "routers": lambda name: False,
+    }[subset]
+    return [name for name in names if chosen(name)]
+
+
+class _Run:
+    """One training: the compiled step, its constants, and the state, which changes."""
+
+    def __init__(
+        self, spec: Distillation, batches: Batches, state: TuneState, constant: tuple[Arrays, Arrays]
+    ):
+        self._spec, self._batches, self._state, self._constant = spec, batches, state, constant
+        self._folder: Path | None = None
+        self._settings: dict[str, Any] = {}
+        self.seconds = 0.0
+        self._compiled = self._compile()
+        self.memory = memory_of(self._compiled)
+        check_memory(self.memory)
+
+    @classmethod
+    def prepare(
+        cls, model: Decoder, routers: Routers, batches: Batches, folder: Path | None, *, resume: bool
+    ) -> "_Run":
+        """Makes the masters, or reads them, and compiles a step."""
+        options, config = batches.options, model.config
+        dtype = options.dtype or ("float32" if jax.default_backend() == "cpu" else "bfloat16")
+        spec = Distillation(
+            config
+            if options.activation is None
+            else dataclasses.replace(config, activation=options.activation),
+            config,
+            importance=routers.importance,
+            dtype=jnp.dtype(dtype),
+            router_weight=options.router_weight,
+            remat=options.remat,
+            clip=options.clip,
+        )
+        flat = stack_parameters(parameters(model))
+        teacher = {name: value.astype(spec.dtype) for name, value in flat.items()}
+        chosen = trained_names(list(flat), options.train)
+        masters = {name: jnp.array(flat[name], jnp.float32) for name in chosen}
+        fixed = {name: value for name, value in teacher.items() if name not in masters}
+        run = cls(spec, batches, start(spec, masters, _group_arrays(routers)), (fixed, teacher))
+        run._folder = folder
+        run._settings = {
+            "options": options.to_json(),
+            "weights": fingerprint(model),
+            "routers": routers.fingerprint,
+            "texts": [fingerprint_of({"windows": np.asarray(each)}) for each in batches.domains],
+            "shares": list(batches.shares),
+            "seed": batches.seed,
+        }
+        if resume and folder is not None:
+            run._state, run.seconds = read_state(folder, run._state, run._settings)
+        return run
+
+    def _compile(self) -> Any:
+        tokens, counts = self._batches.of(0)
+        abstract = partial(jax.tree.map, jax.typeof)
+        arguments = (abstract(self._state), *map(abstract, self._constant))
+        shaped = [jax.ShapeDtypeStruct(each.shape, each.dtype) for each in (tokens, counts)]
+        rates = jax.ShapeDtypeStruct((2,), jnp.float32)
+        return step.lower(self._spec, *arguments, *shaped, rates).compile()
+
+    @property
+    def steps(self) -> int:
+        """Steps done, in this process and before."""
+        return int(self._state.step)
+
+    def train(self) -> None:
+        """Runs steps until the limit; saves now and then, and when something stops it."""
+        options = self._batches.options
+        done, began, saved = self.steps, time.monotonic() - self.seconds, time.monotonic()
+        waiting: list[tuple[int, dict[str, Array]]] = []
+        try:
+            with task("tune", options.tokens, "tokens") as advance:
+                while (fraction := self._fraction(done)) < 1:
+                    waiting.append((done, self._step(done, fraction)))
+                    done += 1
+                    parts = self._settle(waiting, keep=2)
+                    self.seconds = time.monotonic() - began
+                    advance(self._batches.tokens_per_step, note=self._note(parts, done))
+                    if self._folder is not None and time.monotonic() - saved > options.save_minutes * 60:
+                        self._save()
+                        began, saved = time.monotonic() - self.seconds, time.monotonic()
+            self._settle(waiting, keep=0)
+            self.seconds = time.monotonic() - began
+        except BaseException:
+            self._save()
+            raise
+
+    def _fraction(self, done: int) -> float:
+        """How much of the training is done; 1 or more ends it."""
+        options = self._batches.options
+        of_tokens = done * self._batches.tokens_per_step / options.tokens if options.tokens else 0.0
+        of_time = self.seconds / (60 * options.minutes) if options.minutes else 0.0
+        return max(of_tokens, of_time)
+
+    def _step(self, done: int, fraction: float) -> dict[str, Array]:
+        options = self._batches.options
+        falling = _LEAST_RATE + (1 - _LEAST_RATE) * (1 + math.cos(math.pi * fraction)) / 2
+        scale = min(1.0, (done + 1) / options.warmup) * falling
+        rates = np.asarray([options.learning_rate * scale, options.router_learning_rate * scale], np.float32)
+        arguments = jax.device_put((*self._batches.of(done), rates))
+        self._state, parts = self._compiled(self._state, *self._constant, *arguments)
+        return parts
+
+    def _settle(self, waiting: list[tuple[int, dict[str, Array]]], *, keep: int) -> dict[str, Any]:
+        """Reads the results of all steps but the last `keep`, so that the device never waits for the host."""
+        parts: dict[str, Any] = {}
+        while len(waiting) > keep:
+            number, found = waiting.pop(0)
+            parts = jax.device_get(found)
+            where = "" if self._folder is None else f"; the state before is in {self._folder}"
+            check_finite(parts, number + 1, where)
+        return parts
+
+    def _note(self, parts: dict[str, Any], done: int) -> str:
+        if not parts:
+            return ""
+        rate = done * self._batches.tokens_per_step / max(self.seconds, 1e-9)
+        limit = self._batches.options.minutes
+        left = "" if limit is None else f", {self.seconds / 60:.1f} of {limit:g} min"
+        return f"KL dense {parts['dense']:.4f}, sparse {parts['sparse']:.4f}, {rate:,.0f} tokens/s{left}"
+
+    def _save(self) -> None:
+        if self._folder is not None and self.steps:
+            save_state(self._folder, self._state, self._settings, self.seconds)
+
+    def measure(self, windows: Int32[np.ndarray, "n T"] | None) -> dict[int, float]:
+        """Perplexity of `windows` by number of groups kept: all, the most, the middle and the least of the range."""
+        if windows is None:
+            return {}
+        K, (least, most) = self._batches.config.num_kv_heads, self._batches.kept
+        size = min(self._batches.options.batch_size, len(windows))
+        found = {}
+        for kept in sorted({K, most, (least + most) // 2, least}, reverse=True):
+            counts = self._batches.counts(np.full(size, kept))
+            nll = [
+                _mean_nll(self._spec, self._state, self._constant[0], windows[at : at + size], counts)
+                for at in range(0, len(windows) // size * size, size)
+            ]
+            found[kept] = float(np.exp(np.mean(jax.device_get(nll), dtype=np.float64)))
+        return found
+
+    def result(self, model: Decoder, routers: Routers) -> tuple[Decoder, Routers]:
+        """The trained model and routers, in the dtypes of the given ones."""
+        stacked = {**stack_parameters(parameters(model)), **self._state.model}
+        flat = unstack_parameters(stacked, model.config.num_layers)
+        cast = {name: value.astype(model.dtype) for name, value in flat.items()}
+        tuned = with_parameters(self._spec.config, cast)
+        dtype = routers.layers[0].w_group.dtype
+        learned = {name: value.astype(dtype) for name, value in self._state.routers.items()}
+        layers = tuple(
+            dataclasses.replace(layer, **{name: value[i] for name, value in learned.items()})
+            for i, layer in enumerate(routers.layers)
+        )
+        return tuned, dataclasses.replace(routers, layers=layers, weights=fingerprint(tuned))
+
+
+def _group_arrays(routers: Routers) -> Arrays:
+    """The group routers' arrays [L ...], float32."""
+    only = tuple(dataclasses.replace(layer, w_in=None, w_out=None) for layer in routers.layers)
+    stacked: LayerRouter = StackedRouters.of(Routers(only)).layers
+    found = {name: getattr(stacked, name) for name in _GROUP_FIELDS}
+    return {name: jnp.array(value, jnp.float32) for name, value in found.items() if value is not None}
+
+
+@partial(jax.jit, static_argnums=0)
+def _mean_nll(
+    spec: Distillation, state: TuneState, fixed: Arrays, tokens: Int[Array, "b T"], counts: Int[Array, "L b"]
+) -> Float[Array, ""]:
+    """Mean negative log-likelihood of the tokens after the first of each window, in nats."""
+    model = student(spec, state.model, fixed)
+    x, _ = hidden_states(model, tokens, masking=Masking(selector(spec, state.routers), counts))
+
+    def one(row: tuple[Array, Array]) -> Array:
+        found = logits(model, row[0])
+        return jax.nn.logsumexp(found, -1) - jnp.take_along_axis(found, row[1][:, None], -1)[:, 0]
+
+    return jnp.mean(jax.lax.map(one, (x[:, :-1], tokens[:, 1:])))
