@@ -1,6 +1,7 @@
 """`polarjax tune`: heals a model by distillation, so that skipping heads costs less."""
 
 import dataclasses
+import math
 import os
 import shutil
 from pathlib import Path
@@ -25,7 +26,7 @@ if TYPE_CHECKING:
 _DEFAULTS = TuneOptions(tokens=1)
 _LEAST, _MOST = _DEFAULTS.densities
 _HELD_OUT = 64  # most windows of a text that are held out
-_OWN = 4096  # windows that the model writes
+_OWN = 4096  # most windows that the model writes
 
 
 def tune(
@@ -140,7 +141,9 @@ def _heal(asked: Request) -> dict[str, Any]:
     shares = [(1 - asked.own_text) / len(domains)] * len(domains)
     written = domains
     if asked.own_text:
-        written = [*domains, _written(bundle, tokenizer, domains[0].shape[1], key)]
+        length = domains[0].shape[1]
+        count = _OWN if asked.tokens is None else min(_OWN, math.ceil(asked.tokens * asked.own_text / length))
+        written = [*domains, _written(bundle, tokenizer, count, length, key)]
         shares = [*shares, asked.own_text]
     model, routers, report = tune_model(
         bundle.model,
@@ -212,12 +215,14 @@ def _windows(
     return domains, np.concatenate(held_out)
 
 
-def _written(bundle: "Bundle", tokenizer: "Tokenizer", length: int, key: Any) -> Int32[np.ndarray, "n T"]:
+def _written(
+    bundle: "Bundle", tokenizer: "Tokenizer", count: int, length: int, key: Any
+) -> Int32[np.ndarray, "n T"]:
     import jax
 
     from polarjax.sparsity.own_text import own_windows
 
-    return own_windows(bundle.model, _OWN, length, jax.random.fold_in(key, 1), first=tokenizer.bos_id)
+    return own_windows(bundle.model, count, length, jax.random.fold_in(key, 1), first=tokenizer.bos_id)
 
 
 def _print(report: "TuneReport") -> None:

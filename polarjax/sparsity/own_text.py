@@ -32,7 +32,7 @@ def own_windows(
       first: token that begins every window, such as BOS; None begins with the random token.
       batch_size: windows written at once.
     """
-    rows = []
+    rows, batch_size = [], min(batch_size, count)
     vocab_size = model.config.vocab_size
     with task("write own text", count, "windows") as advance:
         for start in range(0, count, batch_size):

@@ -36,8 +36,9 @@ def kept_plan(config: pj.ModelConfig, k: int) -> pj.SparsityPlan:
     return pj.SparsityPlan((None,) * config.num_layers, (None,) + (k,) * (config.num_layers - 1))
 
 
-@pytest.mark.parametrize("importance", ["norms", "contributions"])
-@pytest.mark.parametrize("name", ["opt", "llama-mha", "window"])
+@pytest.mark.parametrize(
+    ("name", "importance"), [("opt", "norms"), ("llama-mha", "contributions"), ("window", "contributions")]
+)
 def test_masked_stacked_and_decoded_logits_are_equal(name, importance):
     model = zoo.model(name)
     config, k = model.config, max(1, model.config.num_kv_heads // 2)
@@ -48,12 +49,11 @@ def test_masked_stacked_and_decoded_logits_are_equal(name, importance):
     stacked = StackedDecoder.of(config, stack_parameters(parameters(model)))
     counts = jnp.full((config.num_layers, B), k).at[0].set(config.num_kv_heads)
     masking = Masking(StackedRouters.of(routers), counts)
-    for remat in (False, True):
-        x, _ = hidden_states(stacked, tokens, masking=masking, remat=remat)
-        assert_close(logits(stacked, x), expected[:, :T], "rounding")
+    x, _ = hidden_states(stacked, tokens, masking=masking, remat=True)
+    assert_close(logits(stacked, x), expected[:, :T], "rounding")
     cache = zoo.empty_cache(model, B)
     for t in range(T):
-        step, cache = pj.decode_step(model, tokens[:, t], cache, sparsity=sparsity)
+        step, cache = zoo.decode_step(model, tokens[:, t], cache, sparsity=sparsity)
         assert_close(step, expected[:, t], "rounding")
 
 
