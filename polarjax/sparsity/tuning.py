@@ -128,14 +128,12 @@ def tune(
     batches = Batches(
         domains, check_shares(shares, domains), model.config, options, tuple(dense_layers), seed
     )
-    run = _Run.prepare(model, routers, batches, folder, resume=resume)
+    run = _Run.prepare(model, routers, batches, folder)
     before = run.measure(held_out)
+    if resume:
+        run.resume()
     run.train()
-    after = run.measure(held_out)
-    tokens = run.steps * batches.tokens_per_step
-    rate = tokens / max(run.seconds, 1e-9)
-    report = TuneReport(run.steps, tokens, run.seconds, rate, run.memory, peak_memory(), before, after)
-    return *run.result(model, routers), report
+    return *run.result(model, routers), run.report(before, run.measure(held_out))
 
 
 def trained_names(names: Sequence[str], subset: Subset) -> list[str]:
@@ -166,10 +164,8 @@ class _Run:
         check_memory(self.memory)
 
     @classmethod
-    def prepare(
-        cls, model: Decoder, routers: Routers, batches: Batches, folder: Path | None, *, resume: bool
-    ) -> "_Run":
-        """Makes the masters, or reads them, and compiles a step."""
+    def prepare(cls, model: Decoder, routers: Routers, batches: Batches, folder: Path | None) -> "_Run":
+        """Makes the masters and compiles a step."""
         options, config = batches.options, model.config
         dtype = options.dtype or ("float32" if jax.default_backend() == "cpu" else "bfloat16")
         spec = Distillation(
@@ -191,16 +187,19 @@ class _Run:
         run = cls(spec, batches, start(spec, masters, _group_arrays(routers)), (fixed, teacher))
         run._folder = folder
         run._settings = {
-            "options": options.to_json(),
+            **options.to_json(),
             "weights": fingerprint(model),
             "routers": routers.fingerprint,
             "texts": [fingerprint_of({"windows": np.asarray(each)}) for each in batches.domains],
             "shares": list(batches.shares),
             "seed": batches.seed,
         }
-        if resume and folder is not None:
-            run._state, run.seconds = read_state(folder, run._state, run._settings)
         return run
+
+    def resume(self) -> None:
+        """Continues from the saved state."""
+        if self._folder is not None:
+            self._state, self.seconds = read_state(self._folder, self._state, self._settings)
 
     def _compile(self) -> Any:
         tokens, counts = self._batches.of(0)
@@ -290,6 +289,12 @@ class _Run:
             ]
             found[kept] = float(np.exp(np.mean(jax.device_get(nll), dtype=np.float64)))
         return found
+
+    def report(self, before: dict[int, float], after: dict[int, float]) -> TuneReport:
+        """What was done, with the perplexities before and after it."""
+        tokens = self.steps * self._batches.tokens_per_step
+        rate = tokens / max(self.seconds, 1e-9)
+        return TuneReport(self.steps, tokens, self.seconds, rate, self.memory, peak_memory(), before, after)
 
     def result(self, model: Decoder, routers: Routers) -> tuple[Decoder, Routers]:
         """The trained model and routers, in the dtypes of the given ones."""

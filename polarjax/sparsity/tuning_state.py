@@ -39,7 +39,7 @@ def read_state(folder: Path, like: TuneState, settings: dict[str, Any]) -> tuple
     Args:
       folder: where `save_state` wrote.
       like: a state of the same structure; may be abstract.
-      settings: must equal those that were saved.
+      settings: must equal those that were saved, by name.
 
     Raises:
       CheckpointError: there is no such state, it is damaged, or it belongs to a run with other settings.
