@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from polarjax.cli.inputs import window_length
 from polarjax.errors import InputError
 
 if TYPE_CHECKING:
@@ -192,7 +193,7 @@ def _cut(
 ) -> "ScoredWindows":
     from polarjax.text.token_windows import scored_windows
 
-    length = min(512, bundle.model.config.max_positions) if options.window is None else options.window
+    length = window_length(options.window, bundle.model.config)
     step = options.stride if stride else None
     return scored_windows(
         texts,

@@ -5,6 +5,7 @@ from typing import TYPE_CHECKING
 from polarjax.errors import InputError
 
 if TYPE_CHECKING:
+    from polarjax.configs import ModelConfig
     from polarjax.types import Array, Key
 
 MOST_GIGABYTES = 1e9  # more than any device or disk has
@@ -15,6 +16,11 @@ def random_key(seed: int) -> "Key[Array, '']":
     from polarjax.generation import checks
 
     return checks.random_key(seed, where="--seed")
+
+
+def window_length(window: int | None, config: "ModelConfig") -> int:
+    """The tokens of each window for `--window`: by default 512, or as many as the model has positions."""
+    return min(512, config.max_positions) if window is None else window
 
 
 def bytes_of(gigabytes: float, option: str) -> int:

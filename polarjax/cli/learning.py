@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, Annotated, Any, cast
 import numpy as np
 import typer
 
+from polarjax.cli.inputs import window_length
 from polarjax.errors import InputError
 from polarjax.selection.importance import check_importance
 from polarjax.selection.plans import PlanTable
@@ -100,7 +101,7 @@ def load_and_cut(
 
     texts = [read_text(path) for path in text]
     bundle, tokenizer = load_with_tokenizer(folder, dtype, to_learn=True)
-    length = min(512, bundle.model.config.max_positions) if window is None else window
+    length = window_length(window, bundle.model.config)
     source = ", ".join(map(str, text))
     return bundle, text_windows(texts, tokenizer, length, most=max_tokens // max(length, 1), source=source)
 

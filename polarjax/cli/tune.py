@@ -11,7 +11,7 @@ import numpy as np
 import typer
 
 from polarjax.cli import learning
-from polarjax.cli.inputs import random_key
+from polarjax.cli.inputs import random_key, window_length
 from polarjax.errors import CheckpointError, InputError, SparsityError
 from polarjax.sparsity import tune_options
 from polarjax.sparsity.tune_options import TuneOptions
@@ -52,9 +52,11 @@ def tune(
     window: learning.Window = None,
     batch: Annotated[int, typer.Option(help="Windows per forward pass.")] = _DEFAULTS.batch_size,
     accumulate: Annotated[int, typer.Option(help="Forward passes per step.")] = _DEFAULTS.accumulate,
-    learning_rate: learning.LearningRate = _DEFAULTS.learning_rate,
+    learning_rate: Annotated[
+        float, typer.Option(help="Adam's learning rate for the model.")
+    ] = _DEFAULTS.learning_rate,
     router_learning_rate: Annotated[
-        float, typer.Option(help="AdamW's learning rate for the routers.")
+        float, typer.Option(help="Adam's learning rate for the routers.")
     ] = _DEFAULTS.router_learning_rate,
     activation: Annotated[
         str | None, typer.Option(help="relu: turn the activation into ReLU, so that neurons become sparse.")
@@ -195,7 +197,7 @@ def _windows(
     from polarjax.text.corpus import read_text
     from polarjax.text.token_windows import text_windows
 
-    length = min(512, bundle.model.config.max_positions) if window is None else window
+    length = window_length(window, bundle.model.config)
     domains, held_out = [], []
     for path in text:
         rows = text_windows([read_text(path)], tokenizer, length, source=str(path))

@@ -107,26 +107,17 @@ class Report:
         return "\n".join([*lines, *(f"Note: {note}." for note in self.notes)])
 
 
+_ROW = ("selector", "density", "heads", "neurons", "protocol", "batch")
 _HEADERS = {
     "perplexity": (
-        "selector",
-        "density",
-        "heads",
-        "neurons",
-        "protocol",
-        "batch",
+        *_ROW,
         "perplexity",
         "increase",
         "per word",
         "bits/byte",
     ),
     "agreement": (
-        "selector",
-        "density",
-        "heads",
-        "neurons",
-        "protocol",
-        "batch",
+        *_ROW,
         "KL, nats",
         "same next token",
         "equal greedy tokens",

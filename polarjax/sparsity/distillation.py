@@ -33,7 +33,6 @@ class Distillation:
       router_weight: weight of the routers' own loss.
       remat: compute each layer again in the backward pass.
       clip: largest norm of the gradients of the model, and of those of the routers.
-      weight_decay: of the model's matrices.
     """
 
     config: ModelConfig
@@ -43,7 +42,6 @@ class Distillation:
     router_weight: float = 1.0
     remat: bool = False
     clip: float = 1.0
-    weight_decay: float = 0.0
 
 
 @jax.tree_util.register_dataclass
@@ -54,7 +52,7 @@ class TuneState:
     Attributes:
       model: trained parameters, as `stack_parameters` names them.
       routers: the group routers' arrays [L ...]: w_group, b_group and mean.
-      moments: state of the optimizers.
+      moments: the optimizer's state for the model and for the routers.
       step: steps done, int32.
     """
 
@@ -64,21 +62,15 @@ class TuneState:
     step: Int[Array, ""]
 
 
-def optimizers(spec: Distillation) -> tuple[optax.GradientTransformation, optax.GradientTransformation]:
-    """AdamW without its learning rate, for the model and for the routers."""
-    adam = lambda decay: optax.chain(
-        optax.clip_by_global_norm(spec.clip),
-        optax.scale_by_adam(b1=0.9, b2=0.95),
-        optax.add_decayed_weights(decay),
-    )
-    return adam(spec.weight_decay), adam(0.0)
+def optimizer(spec: Distillation) -> optax.GradientTransformation:
+    """Adam without its learning rate; the model and the routers each have their own state of it."""
+    return optax.chain(optax.clip_by_global_norm(spec.clip), optax.scale_by_adam(b1=0.9, b2=0.95))
 
 
 def start(spec: Distillation, model: Arrays, routers: Arrays) -> TuneState:
     """The state before the first step."""
-    of_model, of_routers = optimizers(spec)
-    moments = (of_model.init(model), of_routers.init(routers))
-    return TuneState(model, routers, moments, jnp.zeros((), jnp.int32))
+    adam = optimizer(spec)
+    return TuneState(model, routers, (adam.init(model), adam.init(routers)), jnp.zeros((), jnp.int32))
 
 
 def student(spec: Distillation, state_model: Arrays, fixed: Arrays) -> StackedDecoder:
@@ -187,8 +179,9 @@ def step(
     (grads, parts), _ = jax.lax.scan(add, (zeros, parts), (tokens, counts))
     grads, parts = jax.tree.map(lambda total: total / tokens.shape[0], (grads, parts))
     finite = jnp.all(jnp.asarray([jnp.all(jnp.isfinite(leaf)) for leaf in jax.tree.leaves((grads, parts))]))
-    updates = zip(optimizers(spec), grads, state.moments, (state.model, state.routers), rates, strict=True)
-    model, routers = (_updated(*update) for update in updates)
+    adam = optimizer(spec)
+    updates = zip(grads, state.moments, (state.model, state.routers), rates, strict=True)
+    model, routers = (_updated(adam, *update) for update in updates)
     after = TuneState(model[0], routers[0], (model[1], routers[1]), state.step + 1)
     return jax.tree.map(lambda new, old: jnp.where(finite, new, old), after, state), parts | {
         "finite": finite
@@ -196,8 +189,8 @@ def step(
 
 
 def _updated(
-    optimizer: optax.GradientTransformation, gradients: Arrays, moments: Any, values: Arrays, rate: Array
+    adam: optax.GradientTransformation, gradients: Arrays, moments: Any, values: Arrays, rate: Array
 ) -> tuple[Arrays, Any]:
     with jax.numpy_dtype_promotion("standard"):  # optax mixes dtypes
-        change, moments = optimizer.update(gradients, moments, values)
+        change, moments = adam.update(gradients, moments, values)
     return jax.tree.map(lambda value, by: value - rate * by, values, change), moments

@@ -23,7 +23,7 @@ class TuneOptions:
       dense_share: fraction of the windows that keep all groups, which preserves the dense model.
       train: what changes besides the routers: "all" parameters, "attention", the "out" projections of attention,
         "bias" (biases and the scales of norms), or only the "routers".
-      learning_rate, router_learning_rate: AdamW's, at their highest.
+      learning_rate, router_learning_rate: Adam's, at their highest.
       router_weight: weight of the routers' own loss, the squared error of the predicted importance.
       warmup: steps until the learning rates are at their highest; they then fall as a cosine.
       clip: largest norm of the gradient of the model, and of that of the routers.

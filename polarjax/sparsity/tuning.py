@@ -298,8 +298,7 @@ class _Run:
 
     def result(self, model: Decoder, routers: Routers) -> tuple[Decoder, Routers]:
         """The trained model and routers, in the dtypes of the given ones."""
-        stacked = {**stack_parameters(parameters(model)), **self._state.model}
-        flat = unstack_parameters(stacked, model.config.num_layers)
+        flat = parameters(model) | unstack_parameters(self._state.model, model.config.num_layers)
         cast = {name: value.astype(model.dtype) for name, value in flat.items()}
         tuned = with_parameters(self._spec.config, cast)
         dtype = routers.layers[0].w_group.dtype
