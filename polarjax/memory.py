@@ -1,7 +1,10 @@
-"""Turns an out-of-memory error into one line that says what needed how much and what would fit."""
+"""Device memory: how much there is, what a compiled program will need, and an out-of-memory error in one line."""
 
 import contextlib
+import math
+import os
 from collections.abc import Iterator
+from typing import Any
 
 import jax
 
@@ -9,6 +12,8 @@ from polarjax import costs
 from polarjax.configs import ModelConfig
 from polarjax.errors import InputError, ran_out
 from polarjax.types import DTypeLike
+
+_USUAL, _MOST = 0.75, 0.95  # of a device's memory that JAX takes, and that it can take
 
 
 @contextlib.contextmanager
@@ -62,3 +67,51 @@ def device_memory() -> int | None:
 def peak_memory() -> int | None:
     """Most bytes used on the first device since the process began; None if the device does not report it."""
     return (jax.local_devices()[0].memory_stats() or {}).get("peak_bytes_in_use")
+
+
+def held_bytes() -> int:
+    """Bytes of this process's arrays on the first device; arrays that share memory count once."""
+    device, found = jax.local_devices()[0], {}
+    for array in jax.live_arrays(device.platform):
+        for shard in () if array.is_deleted() else array.addressable_shards:
+            if shard.device == device:
+                found[shard.data.unsafe_buffer_pointer()] = shard.data.nbytes
+    return sum(found.values())
+
+
+def tree_bytes(*trees: Any) -> int:
+    """Bytes of all arrays, or of the shapes and dtypes of future ones."""
+    return sum(math.prod(leaf.shape) * leaf.dtype.itemsize for leaf in jax.tree.leaves(trees))
+
+
+def planned_memory(compiled: Any, *, made: int) -> dict[str, int]:
+    """Bytes that a stage needs on a device, by part and in total.
+
+    Args:
+      compiled: the stage's largest program, as the compiler planned it.
+      made: bytes of the arrays that are made for the stage and live beside the program, its arguments included.
+    """
+    plan = compiled.memory_analysis()
+    parts = {
+        "held before": held_bytes(),
+        "made for it": made,
+        "temporaries": plan.temp_size_in_bytes,
+        "results": max(0, plan.output_size_in_bytes - plan.alias_size_in_bytes),
+    }
+    return parts | {"total": sum(parts.values())}
+
+
+def memory_line(what: str, needed: dict[str, int]) -> str:
+    """One line for people about what `planned_memory` found."""
+    parts = ", ".join(f"{name} {size / 1e9:,.2f} GB" for name, size in needed.items() if name != "total")
+    limit = device_memory()
+    of = "" if limit is None else f" of {limit / 1e9:,.2f} GB"
+    return f"{what}: {needed['total'] / 1e9:,.2f} GB{of} of device memory ({parts})"
+
+
+def fraction_hint(needed: int) -> str | None:
+    """How to let JAX use more of the device, if that is enough for `needed` bytes; None if it isn't."""
+    limit, chosen = device_memory(), "XLA_PYTHON_CLIENT_MEM_FRACTION"
+    if limit is None or chosen in os.environ or needed > limit * _MOST / _USUAL:
+        return None
+    return f"set {chosen}={_MOST:g}: JAX takes {_USUAL:.0%} of the device's memory unless this says otherwise"

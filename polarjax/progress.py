@@ -53,6 +53,12 @@ def task(description: str, total: int | None = None, unit: str = "") -> Iterator
         yield _ignore
 
 
+def tell(line: str) -> None:
+    """Prints a line about what comes next, wherever progress would be shown."""
+    if _is_first_process() and (_lines.get() or sys.stderr.isatty()):
+        print(line, file=sys.stderr, flush=True)
+
+
 @dataclass
 class _Lines:
     description: str
@@ -63,9 +69,13 @@ class _Lines:
     started: float = field(default_factory=time.monotonic)
     last: float = field(default_factory=time.monotonic)
     printed: int = -1
+    first: tuple[float, int] | None = (
+        None  # time and count of the first report, which compilation may have delayed
+    )
 
     def advance(self, steps: int = 1, note: str = "") -> None:
         self.done += steps
+        self.first = self.first or (time.monotonic(), self.done)
         self.note = note or self.note
         if time.monotonic() - self.last >= LINE_INTERVAL:
             self.last = time.monotonic()
@@ -82,7 +92,22 @@ class _Lines:
             f"{self.description}: {count} {self.unit}".rstrip(),
             f"{time.monotonic() - self.started:.0f} s",
         ]
-        print(", ".join([*parts, self.note] if self.note else parts), file=sys.stderr, flush=True)
+        print(", ".join(filter(None, [*parts, self._left(), self.note])), file=sys.stderr, flush=True)
+
+    def _left(self) -> str:
+        """How long the rest will take at the rate so far; empty if that isn't known."""
+        since, done = self.first or (0.0, self.done)
+        if self.total is None or not done < self.done < self.total:
+            return ""
+        seconds = (time.monotonic() - since) / (self.done - done) * (self.total - self.done)
+        return f"about {duration(seconds)} left"
+
+
+def duration(seconds: float) -> str:
+    """A length of time for people, as "40 s", "12 min" or "3.5 h"."""
+    if seconds < 100:
+        return f"{seconds:.0f} s"
+    return f"{seconds / 60:.0f} min" if seconds < 6000 else f"{seconds / 3600:.1f} h"
 
 
 def _is_first_process() -> bool:

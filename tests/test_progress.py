@@ -14,8 +14,8 @@ def without_time(lines: str) -> str:
 
 def work():
     with progress.task("train", total=4, unit="steps") as advance:
-        for loss in (0.5, 0.25):
-            advance(2, note=f"loss {loss}")
+        for steps, loss in ((1, 0.75), (2, 0.5), (1, 0.25)):
+            advance(steps, note=f"loss {loss}")
 
 
 def test_silent_unless_asked(capsys):
@@ -30,7 +30,8 @@ def test_lines_when_asked(capsys, monkeypatch):
     out, err = capsys.readouterr()
     assert out == ""
     assert without_time(err).splitlines() == [
-        "train: 2/4 steps, N s, loss 0.5",
+        "train: 1/4 steps, N s, loss 0.75",
+        "train: 3/4 steps, N s, about N s left, loss 0.5",
         "train: 4/4 steps, N s, loss 0.25",
     ]
 

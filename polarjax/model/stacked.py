@@ -1,6 +1,7 @@
 """A decoder whose layers are stacked: one layer is compiled and scanned, so compile time does not grow with L."""
 
 import dataclasses
+from collections.abc import Iterator
 from typing import Any, NamedTuple
 
 import jax
@@ -17,14 +18,25 @@ _LAYERS = "layers."
 
 def stack_parameters(flat: dict[str, Array]) -> dict[str, Array]:
     """Parameters by dotted path -> the same with `layers.attn.wq` [L ...] in place of `layers.0.attn.wq` and so on."""
-    stacked: dict[str, list[Array]] = {}
-    rest: dict[str, Array] = {}
+    return dict(stacked_parameters(flat))
+
+
+def stacked_parameters(flat: dict[str, Array]) -> Iterator[tuple[str, Array]]:
+    """Yields what `stack_parameters` returns one by one, so that few need be in memory twice."""
+    layers: dict[str, list[Array]] = {}
     for name, value in flat.items():
         if name.startswith(_LAYERS):
-            stacked.setdefault(_LAYERS + name.split(".", 2)[2], []).append(value)
+            layers.setdefault(_LAYERS + name.split(".", 2)[2], []).append(value)
         else:
-            rest[name] = value
-    return rest | {name: jnp.stack(values) for name, values in stacked.items()}
+            yield name, value
+    for name, values in layers.items():
+        yield name, _stack(values)
+
+
+@jax.jit
+def _stack(values: list[Array]) -> Array:
+    """In one program, because `jnp.stack` alone copies each array first."""
+    return jnp.stack(values)
 
 
 def unstack_parameters(stacked: dict[str, Array], num_layers: int) -> dict[str, Array]:

@@ -1,7 +1,7 @@
 """Healing by distillation: the dense model teaches the model that skips groups. One training step, jitted."""
 
 import dataclasses
-import functools
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -14,7 +14,7 @@ from polarjax.model.stacked import StackedDecoder, hidden_states
 from polarjax.selection.masking import Masking, StackedRouters
 from polarjax.selection.means import Importance
 from polarjax.selection.routers import LayerRouter, score_groups
-from polarjax.types import Array, Bool, Float, Int
+from polarjax.types import Array, Bool, Float, Int, Num
 
 type Arrays = dict[str, Array]
 
@@ -73,9 +73,9 @@ def start(spec: Distillation, model: Arrays, routers: Arrays) -> TuneState:
     return TuneState(model, routers, (adam.init(model), adam.init(routers)), jnp.zeros((), jnp.int32))
 
 
-def student(spec: Distillation, state_model: Arrays, fixed: Arrays) -> StackedDecoder:
-    """The student in the computing dtype: its trained parameters and the `fixed` others."""
-    cast = {name: value.astype(spec.dtype) for name, value in (fixed | state_model).items()}
+def student(spec: Distillation, trained: Arrays, teacher: Arrays) -> StackedDecoder:
+    """The student in the computing dtype: its trained parameters, and the teacher's where it has none of its own."""
+    cast = {name: value.astype(spec.dtype) for name, value in (teacher | trained).items()}
     return StackedDecoder.of(spec.config, cast)
 
 
@@ -91,9 +91,6 @@ def divergence(
     of_learner: Float[Array, "B T D"],
 ) -> Float[Array, "B T"]:
     """KL(teacher ‖ student) of the next token at each position, in nats; logits of `CHUNK` tokens at a time."""
-    B, T, D = of_teacher.shape
-    count = B * T
-    size = next(size for size in range(min(CHUNK, count), 0, -1) if count % size == 0)
 
     @jax.checkpoint
     def one(pair):
@@ -101,8 +98,22 @@ def divergence(
         log_q = jax.nn.log_softmax(logits(learner, pair[1]), -1)
         return jnp.sum(jnp.exp(log_p) * (log_p - log_q), -1)
 
-    pieces = tuple(x.reshape(count // size, size, D) for x in (of_teacher, of_learner))
-    return jax.lax.map(one, pieces).reshape(B, T)
+    return by_tokens(one, of_teacher, of_learner)
+
+
+def by_tokens(
+    of_tokens: Callable[..., Float[Array, "B t"]], *rows: Num[Array, "B T ..."]
+) -> Float[Array, "B T"]:
+    """Applies a function of a tuple of arrays [B t ...] to a few tokens of every row at a time, about `CHUNK` in all.
+
+    Every piece has all rows, so that devices which share the rows all have work.
+    """
+    B, T = rows[0].shape[:2]
+    pieces = next(
+        count for count in range(1, T + 1) if T % count == 0 and (CHUNK * count >= B * T or count == T)
+    )
+    cut = lambda x: jnp.moveaxis(x.reshape(B, pieces, T // pieces, *x.shape[2:]), 1, 0)
+    return jnp.moveaxis(jax.lax.map(of_tokens, tuple(map(cut, rows))), 0, 1).reshape(B, T)
 
 
 def router_loss(
@@ -118,17 +129,17 @@ def router_loss(
 def losses(
     spec: Distillation,
     trained: tuple[Arrays, Arrays],
-    constant: tuple[Arrays, Arrays],
+    teacher: Arrays,
     tokens: Int[Array, "b T"],
     counts: Int[Array, "L b"],
 ) -> tuple[Float[Array, ""], dict[str, Array]]:
     """The loss of one batch and its parts: the divergence of dense and of sparse rows, and the routers' loss.
 
-    `trained` holds parameters of the model and the routers; `constant` the student's others and the teacher's.
+    `trained` holds parameters of the model and the routers; the student's others are the teacher's.
     """
-    (model, routers), (fixed, teacher) = trained, constant
+    model, routers = trained
     guide = StackedDecoder.of(spec.teacher, teacher)
-    learner = student(spec, model, fixed)
+    learner = student(spec, model, teacher)
     masking = Masking(selector(spec, routers), counts)
     x, records = hidden_states(learner, tokens, masking=masking, remat=spec.remat)
     target = jax.lax.stop_gradient(hidden_states(guide, tokens)[0])
@@ -143,23 +154,20 @@ def _mean(values: Float[Array, "b"], chosen: Bool[Array, "b"]) -> Float[Array, "
     return jnp.sum(jnp.where(chosen, values, 0)) / jnp.maximum(jnp.sum(chosen, dtype=jnp.float32), 1)
 
 
-@functools.partial(jax.jit, static_argnums=0, donate_argnums=1)
 def step(
     spec: Distillation,
     state: TuneState,
-    fixed: Arrays,
     teacher: Arrays,
     tokens: Int[Array, "a b T"],
     counts: Int[Array, "a L b"],
     rates: Float[Array, "2"],
 ) -> tuple[TuneState, dict[str, Array]]:
-    """One step of the optimizers on the mean gradient of `a` batches.
+    """One step of the optimizers on the mean gradient of `a` batches; for `jax.jit`.
 
     Args:
       spec: what to compute.
-      state: donated.
-      fixed: parameters of the student that aren't trained.
-      teacher: the teacher's parameters.
+      state: the masters and moments; to be donated.
+      teacher: the teacher's parameters, and so those of the student that aren't trained.
       tokens: int32 [a b T].
       counts: groups kept in each layer of each row [a L b].
       rates: learning rates of the model and of the routers.
@@ -167,7 +175,7 @@ def step(
     Returns:
       the next state (the same one if the loss or a gradient isn't finite), and the parts of the loss, with `finite`.
     """
-    loss = lambda trained, tokens, counts: losses(spec, trained, (fixed, teacher), tokens, counts)
+    loss = lambda trained, tokens, counts: losses(spec, trained, teacher, tokens, counts)
     gradient = jax.value_and_grad(loss, has_aux=True)
 
     def add(total: Any, batch: Any) -> tuple[Any, None]:

@@ -13,41 +13,33 @@ import jax.numpy as jnp
 import numpy as np
 
 from polarjax.generation.checks import random_key
-from polarjax.memory import peak_memory
+from polarjax.memory import memory_line, peak_memory
 from polarjax.model.checks import check_model, check_windows
 from polarjax.model.decoder import Decoder, logits
 from polarjax.model.parameters import fingerprint, parameters, with_parameters
-from polarjax.model.stacked import hidden_states, stack_parameters, unstack_parameters
-from polarjax.progress import task
-from polarjax.selection.masking import Masking, StackedRouters
-from polarjax.selection.routers import LayerRouter, Routers
+from polarjax.model.stacked import hidden_states, unstack_parameters
+from polarjax.progress import task, tell
+from polarjax.selection.masking import Masking
+from polarjax.selection.routers import Routers
 from polarjax.sparsity.checks import check_options
-from polarjax.sparsity.distillation import (
-    Arrays,
-    Distillation,
-    TuneState,
-    selector,
-    start,
-    step,
-    student,
-)
-from polarjax.sparsity.tune_options import Subset, TuneOptions
+from polarjax.sparsity.distillation import Arrays, Distillation, TuneState, by_tokens, selector, student
+from polarjax.sparsity.tune_options import TuneOptions
 from polarjax.sparsity.tuning_batches import Batches
 from polarjax.sparsity.tuning_checks import (
+    check_devices,
     check_domains,
     check_finite,
     check_group_routers,
     check_memory,
     check_shares,
     check_teacher,
-    memory_of,
 )
+from polarjax.sparsity.tuning_setup import Setup, setup
 from polarjax.sparsity.tuning_state import read_state, save_state
 from polarjax.storage.fingerprint import fingerprint_of
 from polarjax.types import Array, Float, Int, Int32, Key
 
 _LEAST_RATE = 0.02  # of the highest learning rate, at the end
-_GROUP_FIELDS = ("w_group", "b_group", "mean")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -58,7 +50,7 @@ class TuneReport:
       steps, tokens: of the optimizer, and of text.
       seconds: time of training, without compilation and measuring.
       tokens_per_second: rate of training.
-      memory: bytes that a step needs, as planned before it ran.
+      memory: bytes that a step needs on each device with all that lives beside it, as planned before it ran.
       peak: most bytes that the process used on the device; None if the device doesn't say.
       before, after: perplexity on the held-out windows by groups kept; empty without held-out windows.
     """
@@ -89,6 +81,7 @@ def tune(
     dense_layers: tuple[int, ...] = (0,),
     folder: Path | None = None,
     resume: bool = False,
+    devices: int | None = None,
 ) -> tuple[Decoder, Routers, TuneReport]:
     """Trains a model to lose less when groups are skipped, by distillation from itself.
 
@@ -109,6 +102,8 @@ def tune(
       folder: where the state is saved every `options.save_minutes`, and when training is interrupted or diverges;
         None saves nothing.
       resume: continue from the state in `folder`.
+      devices: local devices to divide each batch over; None takes as many as divide `options.batch_size` evenly.
+        The result is the same but for rounding.
 
     Returns:
       The model and routers in the model's dtype, and what was done. Neuron routers are kept as they were.
@@ -128,7 +123,7 @@ def tune(
     batches = Batches(
         domains, check_shares(shares, domains), model.config, options, tuple(dense_layers), seed
     )
-    run = _Run.prepare(model, routers, batches, folder)
+    run = _Run.prepare(model, routers, batches, folder, check_devices(devices, options))
     before = run.measure(held_out)
     if resume:
         run.resume()
@@ -136,58 +131,29 @@ def tune(
     return *run.result(model, routers), run.report(before, run.measure(held_out))
 
 
-def trained_names(names: Sequence[str], subset: Subset) -> list[str]:
-    """Which of the stacked parameters `names` a subset trains."""
-    last = lambda name: name.rsplit(".", 1)[1]
-    chosen = {
-        "all": lambda name: True,
-        "attention": lambda name: name.startswith("layers.attn."),
-        "out": lambda name: name in ("layers.attn.wo", "layers.attn.bo"),
-        "bias": lambda name: last(name) in ("bias", "scale") or last(name).startswith("b"),
-        "routers": lambda name: False,
-    }[subset]
-    return [name for name in names if chosen(name)]
-
-
 class _Run:
-    """One training: the compiled step, its constants, and the state, which changes."""
+    """One training: the compiled step, the teacher, and the state, which changes."""
 
-    def __init__(
-        self, spec: Distillation, batches: Batches, state: TuneState, constant: tuple[Arrays, Arrays]
-    ):
-        self._spec, self._batches, self._state, self._constant = spec, batches, state, constant
+    def __init__(self, plan: Setup, batches: Batches):
+        self._plan, self._batches = plan, batches
         self._folder: Path | None = None
         self._settings: dict[str, Any] = {}
         self.seconds = 0.0
-        self._compiled = self._compile()
-        self.memory = memory_of(self._compiled)
-        check_memory(self.memory)
+        self.memory = plan.memory
+        self._state, self._teacher = plan.arrays()
 
     @classmethod
-    def prepare(cls, model: Decoder, routers: Routers, batches: Batches, folder: Path | None) -> "_Run":
-        """Makes the masters and compiles a step."""
-        options, config = batches.options, model.config
-        dtype = options.dtype or ("float32" if jax.default_backend() == "cpu" else "bfloat16")
-        spec = Distillation(
-            config
-            if options.activation is None
-            else dataclasses.replace(config, activation=options.activation),
-            config,
-            importance=routers.importance,
-            dtype=jnp.dtype(dtype),
-            router_weight=options.router_weight,
-            remat=options.remat,
-            clip=options.clip,
-        )
-        flat = stack_parameters(parameters(model))
-        teacher = {name: value.astype(spec.dtype) for name, value in flat.items()}
-        chosen = trained_names(list(flat), options.train)
-        masters = {name: jnp.array(flat[name], jnp.float32) for name in chosen}
-        fixed = {name: value for name, value in teacher.items() if name not in masters}
-        run = cls(spec, batches, start(spec, masters, _group_arrays(routers)), (fixed, teacher))
+    def prepare(
+        cls, model: Decoder, routers: Routers, batches: Batches, folder: Path | None, devices: int
+    ) -> "_Run":
+        """Compiles a step, checks that it fits, and only then makes its arrays."""
+        plan = setup(model, routers, batches.options, batches.domains[0].shape[1], devices)
+        check_memory(plan)
+        tell(memory_line("a step of tuning", plan.memory))
+        run = cls(plan, batches)
         run._folder = folder
         run._settings = {
-            **options.to_json(),
+            **batches.options.to_json(),
             "weights": fingerprint(model),
             "routers": routers.fingerprint,
             "texts": [fingerprint_of({"windows": np.asarray(each)}) for each in batches.domains],
@@ -199,15 +165,8 @@ class _Run:
     def resume(self) -> None:
         """Continues from the saved state."""
         if self._folder is not None:
-            self._state, self.seconds = read_state(self._folder, self._state, self._settings)
-
-    def _compile(self) -> Any:
-        tokens, counts = self._batches.of(0)
-        abstract = partial(jax.tree.map, jax.typeof)
-        arguments = (abstract(self._state), *map(abstract, self._constant))
-        shaped = [jax.ShapeDtypeStruct(each.shape, each.dtype) for each in (tokens, counts)]
-        rates = jax.ShapeDtypeStruct((2,), jnp.float32)
-        return step.lower(self._spec, *arguments, *shaped, rates).compile()
+            state, self.seconds = read_state(self._folder, self._state, self._settings)
+            self._state = jax.device_put(state, self._plan.placement.whole)
 
     @property
     def steps(self) -> int:
@@ -248,8 +207,9 @@ class _Run:
         falling = _LEAST_RATE + (1 - _LEAST_RATE) * (1 + math.cos(math.pi * fraction)) / 2
         scale = min(1.0, (done + 1) / options.warmup) * falling
         rates = np.asarray([options.learning_rate * scale, options.router_learning_rate * scale], np.float32)
-        arguments = jax.device_put((*self._batches.of(done), rates))
-        self._state, parts = self._compiled(self._state, *self._constant, *arguments)
+        at = self._plan.placement
+        batch = jax.device_put((*self._batches.of(done), rates), (at.rows(1), at.rows(2), at.whole))
+        self._state, parts = self._plan.compiled(self._state, self._teacher, *batch)
         return parts
 
     def _settle(self, waiting: list[tuple[int, dict[str, Array]]], *, keep: int) -> dict[str, Any]:
@@ -284,11 +244,22 @@ class _Run:
         for kept in sorted({K, most, (least + most) // 2, least}, reverse=True):
             counts = self._batches.counts(np.full(size, kept))
             nll = [
-                _mean_nll(self._spec, self._state, self._constant[0], windows[at : at + size], counts)
+                _mean_nll(
+                    self._plan.spec,
+                    self._state,
+                    self._teacher,
+                    *self._placed(windows[at : at + size], counts),
+                )
                 for at in range(0, len(windows) // size * size, size)
             ]
             found[kept] = float(np.exp(np.mean(jax.device_get(nll), dtype=np.float64)))
         return found
+
+    def _placed(self, tokens: Int32[np.ndarray, "b T"], counts: Int32[np.ndarray, "L b"]) -> Any:
+        """Both on the devices, divided among them if they can be."""
+        at = self._plan.placement
+        even = len(tokens) % len(at.devices) == 0
+        return jax.device_put((tokens, counts), (at.rows(0), at.rows(1)) if even else at.whole)
 
     def report(self, before: dict[int, float], after: dict[int, float]) -> TuneReport:
         """What was done, with the perplexities before and after it."""
@@ -298,11 +269,18 @@ class _Run:
 
     def result(self, model: Decoder, routers: Routers) -> tuple[Decoder, Routers]:
         """The trained model and routers, in the dtypes of the given ones."""
-        flat = parameters(model) | unstack_parameters(self._state.model, model.config.num_layers)
-        cast = {name: value.astype(model.dtype) for name, value in flat.items()}
-        tuned = with_parameters(self._spec.config, cast)
-        dtype = routers.layers[0].w_group.dtype
-        learned = {name: value.astype(dtype) for name, value in self._state.routers.items()}
+        old = parameters(model)
+        flat = old | unstack_parameters(self._state.model, model.config.num_layers)
+        cast = {
+            name: jax.device_put(value.astype(model.dtype), old[name].sharding)
+            for name, value in flat.items()
+        }
+        tuned = with_parameters(self._plan.spec.config, cast)
+        like = routers.layers[0].w_group
+        learned = {
+            name: jax.device_put(value, like.sharding).astype(like.dtype)
+            for name, value in self._state.routers.items()
+        }
         layers = tuple(
             dataclasses.replace(layer, **{name: value[i] for name, value in learned.items()})
             for i, layer in enumerate(routers.layers)
@@ -310,24 +288,20 @@ class _Run:
         return tuned, dataclasses.replace(routers, layers=layers, weights=fingerprint(tuned))
 
 
-def _group_arrays(routers: Routers) -> Arrays:
-    """The group routers' arrays [L ...], float32."""
-    only = tuple(dataclasses.replace(layer, w_in=None, w_out=None) for layer in routers.layers)
-    stacked: LayerRouter = StackedRouters.of(Routers(only)).layers
-    found = {name: getattr(stacked, name) for name in _GROUP_FIELDS}
-    return {name: jnp.array(value, jnp.float32) for name, value in found.items() if value is not None}
-
-
 @partial(jax.jit, static_argnums=0)
 def _mean_nll(
-    spec: Distillation, state: TuneState, fixed: Arrays, tokens: Int[Array, "b T"], counts: Int[Array, "L b"]
+    spec: Distillation,
+    state: TuneState,
+    teacher: Arrays,
+    tokens: Int[Array, "b T"],
+    counts: Int[Array, "L b"],
 ) -> Float[Array, ""]:
     """Mean negative log-likelihood of the tokens after the first of each window, in nats."""
-    model = student(spec, state.model, fixed)
+    model = student(spec, state.model, teacher)
     x, _ = hidden_states(model, tokens, masking=Masking(selector(spec, state.routers), counts))
 
-    def one(row: tuple[Array, Array]) -> Array:
-        found = logits(model, row[0])
-        return jax.nn.logsumexp(found, -1) - jnp.take_along_axis(found, row[1][:, None], -1)[:, 0]
+    def one(pair: tuple[Array, Array]) -> Array:
+        found = logits(model, pair[0])
+        return jax.nn.logsumexp(found, -1) - jnp.take_along_axis(found, pair[1][..., None], -1)[..., 0]
 
-    return jnp.mean(jax.lax.map(one, (x[:, :-1], tokens[:, 1:])))
+    return jnp.mean(by_tokens(one, x, jnp.roll(tokens, -1, 1))[:, :-1])

@@ -4,15 +4,17 @@ import math
 from collections.abc import Sequence
 from typing import Any
 
+import jax
 import numpy as np
 
 from polarjax.configs import ModelConfig
 from polarjax.errors import InputError, SparsityError
-from polarjax.memory import device_memory
+from polarjax.memory import device_memory, fraction_hint
 from polarjax.model.checks import check_windows
-from polarjax.numeric import check_type, plain, shown
+from polarjax.numeric import check_type, plain, shown, whole_number
 from polarjax.selection.routers import Routers
 from polarjax.sparsity.tune_options import TuneOptions
+from polarjax.sparsity.tuning_setup import Setup
 from polarjax.types import Int32
 
 
@@ -67,29 +69,51 @@ def check_teacher(model: Any, options: TuneOptions) -> None:
         )
 
 
-def memory_of(compiled: Any) -> dict[str, int]:
-    """Bytes that a compiled step needs on the device, as the compiler planned them."""
-    plan = compiled.memory_analysis()
-    parts = {
-        "state, teacher and batch": plan.argument_size_in_bytes,
-        "temporaries": plan.temp_size_in_bytes,
-        "results beside the state": plan.output_size_in_bytes - plan.alias_size_in_bytes,
-        "program": plan.generated_code_size_in_bytes,
-    }
-    return parts | {"total": sum(parts.values())}
+def check_devices(devices: Any, options: TuneOptions) -> int:
+    """How many local devices a batch is divided over; raises `InputError` if it can't be so many.
 
-
-def check_memory(needed: dict[str, int]) -> None:
-    """Raises `InputError` if a step needs more memory than the device has."""
-    memory = device_memory()
-    if memory is not None and needed["total"] > memory:
+    None takes the most that divide the batch evenly.
+    """
+    here, rows = jax.local_device_count(), options.batch_size
+    if devices is None:
+        return max(count for count in range(1, here + 1) if rows % count == 0)
+    count = whole_number(devices, "devices", where="tune")
+    if count > here:
+        raise InputError("there are fewer devices", where="tune", got=count, expected=f"at most {here}")
+    if rows % count:
         raise InputError(
-            "a step of tuning does not fit the device's memory",
+            "a batch can't be divided evenly over the devices",
             where="tune",
-            got=f"{needed['total'] / 1e9:,.2f} GB",
-            expected=f"at most {memory / 1e9:,.2f} GB",
-            hint="lower --batch-size and raise --accumulate, train less (--train out), or shorten --window",
+            got=f"{rows} windows, {count} devices",
+            hint=f"make the batch size (--batch) a multiple of {count}, or use fewer devices",
         )
+    return count
+
+
+def check_memory(plan: Setup) -> None:
+    """Raises `InputError` if a step needs more memory than the device has; names one that fits, if any does."""
+    memory = device_memory()
+    if memory is None or plan.fits():
+        return
+    needed = plan.memory["total"]
+    raise InputError(
+        "a step of tuning does not fit the device's memory",
+        where="tune",
+        got=f"{needed / 1e9:,.2f} GB",
+        expected=f"at most {memory / 1e9:,.2f} GB",
+        hint=fraction_hint(needed) or _fitting(plan),
+    )
+
+
+def _fitting(plan: Setup) -> str:
+    found = next((each for each in plan.smaller() if each.fits()), None)
+    if found is None:
+        return "use a device with more memory, or shorten the windows (--window)"
+    options, size = found.options, f"{found.memory['total'] / 1e9:,.2f} GB"
+    if options.train != plan.options.train:
+        return f"train less: {options.train} (--train {options.train}) needs {size}"
+    batch, accumulate = options.batch_size, options.accumulate
+    return f"make batches of {batch} and accumulate {accumulate} (--batch {batch} --accumulate {accumulate}): {size}"
 
 
 def check_finite(parts: dict[str, Any], step: int, saved: str) -> None:

@@ -8,10 +8,13 @@ import numpy as np
 import pytest
 
 import polarjax as pj
+from polarjax import memory
+from polarjax.memory import held_bytes, tree_bytes
 from polarjax.model.parameters import parameters
 from polarjax.selection.routers import Routers
-from polarjax.sparsity import TuneOptions, tune, tuning
+from polarjax.sparsity import TuneOptions, tune, tuning, tuning_checks, tuning_setup
 from polarjax.sparsity.own_text import own_windows
+from polarjax.sparsity.tuning_setup import setup, trained_names
 from polarjax.sparsity.tuning_state import is_state
 from tests.model import zoo
 
@@ -98,9 +101,9 @@ def test_a_diverging_run_says_where_and_keeps_the_last_good_state(windows, tmp_p
 def test_a_subset_is_what_changes(subset, changed):
     names = ["embed.tokens", "final_norm.scale", "layers.mlp.w_up", "layers.mlp_norm.scale"]
     names += [f"layers.attn.{name}" for name in ("wq", "wk", "wv", "wo")]
-    found = tuning.trained_names(names, subset)
+    found = trained_names(names, subset)
     assert {name.rsplit(".", 1)[1] for name in found} == changed
-    assert tuning.trained_names(names, "all") == names
+    assert trained_names(names, "all") == names
 
 
 @pytest.mark.parametrize(
@@ -130,3 +133,39 @@ def test_unusable_text_and_routers_are_refused(windows):
         tune(model, None, [windows], key, options=OPTIONS)
     with pytest.raises(pj.InputError, match="shares"):
         tune(model, routers, [windows], key, options=OPTIONS, shares=[-1.0])
+
+
+@pytest.mark.parametrize("train", ["routers", "out", "all"])
+def test_memory_is_planned_before_anything_is_made(train):
+    """What the plan counts as made is what the process then holds more; what the model already has isn't made again."""
+    options = dataclasses.replace(OPTIONS, train=train)
+    plan = setup(zoo.model(NAME), with_means(zoo.routers(NAME)), options, 12, 1)
+    assert plan.memory["held before"] == (before := held_bytes())
+    state, teacher = plan.arrays()
+    assert held_bytes() - before == plan.made
+    masters = 3 * tree_bytes(state.model)  # with Adam's two moments
+    layers = [value for name, value in teacher.items() if name.startswith("layers.")]
+    routers = 3 * tree_bytes(state.routers)
+    assert plan.made == masters + tree_bytes(layers) + routers + 4 * 3  # and three counters
+    assert plan.memory["total"] >= before + plan.made + tree_bytes(state.model)
+
+
+@pytest.mark.parametrize(
+    ("share", "hint"),
+    [
+        (0.95, "XLA_PYTHON_CLIENT_MEM_FRACTION"),
+        (0.9, "--batch 8 --accumulate 2"),
+        (0.001, "use a device with more"),
+    ],
+)
+def test_what_does_not_fit_is_refused_with_what_does(windows, monkeypatch, share, hint):
+    """The hint names settings that were planned too, and fit."""
+    needed = setup(zoo.model(NAME), with_means(zoo.routers(NAME)), OPTIONS, 12, 1).memory["total"]
+    monkeypatch.setattr(memory, "device_memory", lambda: int(needed * share))
+    monkeypatch.setattr(tuning_setup, "device_memory", lambda: int(needed * share))
+    monkeypatch.setattr(tuning_checks, "device_memory", lambda: int(needed * share))
+    monkeypatch.setattr(tuning_setup.Setup, "arrays", None)
+    if "XLA" not in hint:
+        monkeypatch.setenv("XLA_PYTHON_CLIENT_MEM_FRACTION", ".9")
+    with pytest.raises(pj.InputError, match=rf"does not fit the device's memory.*{hint}"):
+        run(windows)
