@@ -1,6 +1,5 @@
-"""The attention block: projections, dense attention over a prompt, selective attention over the cache."""
+"""The attention block: projections, and selective attention over the cache."""
 
-import jax
 import jax.numpy as jnp
 from flax import nnx
 
@@ -50,38 +49,6 @@ def project_qkv(
 def project_out(layer: Attention, heads: Float[Array, "B T K G H"]) -> Float[Array, "B T D"]:
     """The output projection with its bias."""
     return add_bias(jnp.einsum("btkgh,kghd->btd", heads, layer.wo[...]), layer.bo)
-
-
-def attend(
-    q: Float[Array, "B T K G H"],
-    k: Float[Array, "B T K H"],
-    v: Float[Array, "B T K H"],
-    lengths: Int[Array, "B"],
-    *,
-    window: int | None,
-) -> Float[Array, "B T K G H"]:
-    """Causal attention among the tokens of a right-padded batch; rows past `lengths` are undefined."""
-    B, T, K, G, H = q.shape
-
-    def heads_of(q, k, v):
-        with jax.numpy_dtype_promotion("standard"):  # JAX's own attention mixes dtypes
-            return jax.nn.dot_product_attention(
-                q.reshape(B, T, K * G, H),
-                k,
-                v,
-                is_causal=True,
-                key_value_seq_lengths=lengths,
-                local_window_size=None if window is None else (window - 1, 0),
-            )
-
-    def widened(q, k, v):  # XLA has no float16 products with float32 sums on CPUs
-        return heads_of(*(a.astype(jnp.float32) for a in (q, k, v))).astype(q.dtype)
-
-    if q.dtype == jnp.float16:
-        heads = jax.lax.platform_dependent(q, k, v, cpu=widened, default=heads_of)
-    else:
-        heads = heads_of(q, k, v)
-    return heads.reshape(B, T, K, G, H)
 
 
 def group_norms(heads: Float[Array, "... K G H"]) -> Float[Array, "... K"]:

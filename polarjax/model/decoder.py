@@ -8,7 +8,7 @@ import jax.numpy as jnp
 from flax import nnx
 
 from polarjax.configs import ModelConfig
-from polarjax.model import attention, mlp
+from polarjax.model import attention, mlp, prompt_attention
 from polarjax.model.cache import KVCache, write_prompt
 from polarjax.model.checks import (
     as_live,
@@ -170,7 +170,7 @@ def prompt_layer(
 
     def attend(h):
         q, k, v = attention.project_qkv(layer.attn, h, rotation)
-        heads = attention.attend(q, k, v, lengths, window=window)
+        heads = prompt_attention.attend(q, k, v, lengths, window=window)
         norm = _importance(layer.attn, i, heads, sparsity)
         update = _attention_output(layer.attn, i, h, heads, norm, sparsity)
         mean = attention.mean_heads(heads, lengths)

@@ -14,7 +14,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import polarjax as pj
-from polarjax.model import attention
+from polarjax.model import attention, prompt_attention
 from polarjax.model.taps import TapSpec, pack, unpack
 from polarjax.sparsity import collect, collection
 from polarjax.sparsity.activations import open_activations, row_bytes
@@ -54,7 +54,7 @@ def bits(packed: np.ndarray, count: int) -> np.ndarray:
 def parts_of(model: pj.Decoder, layer: int, inputs: jax.Array) -> tuple[np.ndarray, np.ndarray]:
     """The heads' norms [n K], and what each group adds to the layer's output [n K D], from the layer's inputs."""
     block, lengths = model.layers[layer].attn, jnp.full(len(inputs), inputs.shape[1])
-    heads = attention.attend(*attention.project_qkv(block, inputs, None), lengths, window=None)
+    heads = prompt_attention.attend(*attention.project_qkv(block, inputs, None), lengths, window=None)
     heads = np.asarray(heads, np.float64).reshape(-1, *heads.shape[2:])
     added = np.einsum("nkgh,kghd->nkd", heads, np.asarray(block.wo[...], np.float64))
     return np.linalg.norm(heads.reshape(*heads.shape[:2], -1), axis=-1), added
