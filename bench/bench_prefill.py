@@ -4,8 +4,8 @@
     python3 -m bench.bench_prefill table [--models] published shapes with random weights
 
 TFLOP/s count the products of the layers (2 per weight and token), the causal half of attention, and the head at one
-position a row. `pct_of_matmul` compares them with a large bfloat16 product in the same run. `temporary_bytes` is what the
-compiler plans beside weights and cache. If the variable OUT is set, JSON lines are written to that folder.
+position a row. `pct_of_matmul` compares them with a large bfloat16 product in the same run. `temporary_bytes` is what
+the compiler plans beside weights and cache. If the variable OUT is set, JSON lines are written to that folder.
 """
 
 import argparse
