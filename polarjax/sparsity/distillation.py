@@ -119,11 +119,10 @@ def by_tokens(
 def router_loss(
     routers: Arrays, inputs: Float[Array, "L B T D"], importance: Float[Array, "L B T K"]
 ) -> Float[Array, ""]:
-    """Mean squared error of the scores against each group's importance, in multiples of the layer's mean."""
+    """`share_loss` of the scores, the mean over all layers."""
     inputs, importance = jax.lax.stop_gradient((inputs, importance))
-    scale = jnp.maximum(jnp.mean(importance, (1, 2, 3), keepdims=True), 1e-20)
     scores = jax.vmap(score_groups)(inputs, routers["w_group"], routers["b_group"])
-    return jnp.mean(jnp.square(scores - importance / scale))
+    return share_loss(scores, importance)
 
 
 def losses(

@@ -3,6 +3,7 @@
 import dataclasses
 from typing import ClassVar
 
+import jax
 import jax.numpy as jnp
 import optax
 
@@ -63,9 +64,8 @@ class GroupTask:
 
     Attributes:
       kept: number of groups per token that are positive, and that are selected.
-      objective: "importance" predicts how important each group is, which works for any number of groups and says how
-        much more one matters than another; "top" predicts whether it is among the `kept` most important. Both are
-        published, "top" as the default.
+      objective: "importance" predicts each group's share of the token's importance (`share_loss`), which works for
+        any number of groups; "top" predicts whether it is among the `kept` most important, as published.
     """
 
     kept: int
@@ -88,10 +88,9 @@ class GroupTask:
         return top_mask(norms, self.kept)
 
     def loss(self, scores: Float[Array, "b K"], norms: Float[Array, "b K"]) -> Float[Array, ""]:
-        """The squared error of the importance, in multiples of the minibatch's mean; or cross-entropy with the
-        published weights (a positive counts 1, a negative `mean(label)`)."""
+        """`share_loss`, or cross-entropy with the published weights (a positive counts 1, a negative `mean(label)`)."""
         if self.objective == "importance":
-            return jnp.mean(jnp.square(scores - norms / jnp.maximum(jnp.mean(norms), 1e-20)))
+            return share_loss(scores, norms)
         label = self.labels(norms).astype(jnp.float32)
         return _weighted_entropy(scores, label, jnp.mean(label))
 
@@ -106,6 +105,18 @@ class GroupTask:
     def chosen(self, scores: Float[Array, "b K"]) -> Bool[Array, "b K"]:
         """The groups that decoding would select."""
         return top_mask(scores, self.kept)
+
+
+def share_loss(scores: Float[Array, "... K"], importance: Float[Array, "... K"]) -> Float[Array, ""]:
+    """Mean KL(shares ‖ softmax(scores)) over tokens, where shares are each group's part of the token's importance.
+
+    A listwise ranking loss (ListNet, Cao et al. 2007): only differences within a token count, whatever its size, and
+    they carry over to other text better than those of a squared error.
+    """
+    total = jnp.sum(importance, -1, keepdims=True)
+    shares = importance / jnp.maximum(total, 1e-20)
+    logs = jnp.log(jnp.where(shares > 0, shares, 1))
+    return jnp.mean(jnp.sum(shares * (logs - jax.nn.log_softmax(scores, -1)), -1))
 
 
 type Task = NeuronTask | GroupTask

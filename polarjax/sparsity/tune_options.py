@@ -24,7 +24,7 @@ class TuneOptions:
       train: what changes besides the routers: "all" parameters, "attention", the "out" projections of attention,
         "bias" (biases and the scales of norms), or only the "routers".
       learning_rate, router_learning_rate: Adam's, at their highest.
-      router_weight: weight of the routers' own loss, the squared error of the predicted importance.
+      router_weight: weight of the routers' own loss, `share_loss`.
       warmup: steps until the learning rates are at their highest; they then fall as a cosine.
       clip: largest norm of the gradient of the model, and of that of the routers.
       dtype: dtype of the passes; None is bfloat16 on a GPU and float32 on a CPU. Trained values are float32.

@@ -86,9 +86,9 @@ def tune(
     """Trains a model to lose less when groups are skipped, by distillation from itself.
 
     In each window some number of groups is kept, drawn from `options.densities`, or all. The loss is the mean
-    KL(dense model ‖ trained model) of the next token, plus the routers' squared error. The routers choose the groups
-    from their own scores; no gradient passes through the choice. Neuron routers and plans are for the old weights:
-    sparsify again to have new ones.
+    KL(dense model ‖ trained model) of the next token, plus the routers' own loss (`share_loss`). The routers choose
+    the groups from their own scores; no gradient passes through the choice. Neuron routers and plans are for the old
+    weights: sparsify again to have new ones.
 
     Args:
       model: the dense model, which is the teacher and the start.

@@ -24,7 +24,7 @@ CONFIG = dataclasses.replace(
 
 
 def activations(tokens: int = 2000, *, dtype: str = "float32", seed: int = 0) -> Activations:
-    """A neuron is active where a hidden linear map exceeds .7, norms are another linear map: both can be learnt."""
+    """A neuron is active where a hidden linear map exceeds .7, norms are exp of another: both can be learnt."""
     random = np.random.default_rng(seed)
     L, D, F, K = CONFIG.num_layers, CONFIG.d_model, CONFIG.d_ff, CONFIG.num_kv_heads
     inputs = random.normal(size=(L, tokens, D))
@@ -37,7 +37,7 @@ def activations(tokens: int = 2000, *, dtype: str = "float32", seed: int = 0) ->
         dtype=jnp.dtype(dtype),
         inputs=np.asarray(stored).view(np.uint16) if dtype == "bfloat16" else np.asarray(stored),
         activity=np.packbits(active, axis=-1),
-        norms=np.einsum("lnd,ldk->lnk", inputs, groups).astype(np.float32) + 10,
+        norms=np.exp(0.3 * np.einsum("lnd,ldk->lnk", inputs, groups)).astype(np.float32),
         part=random.choice(3, size=tokens, p=(0.8, 0.1, 0.1)).astype(np.uint8),
     )
 

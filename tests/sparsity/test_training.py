@@ -146,14 +146,19 @@ def test_the_loss_is_the_published_one(task):
     assert_close(loss(task, weights, x, record), expected, "rounding")
 
 
-def test_loss_of_importance_is_relative_squared_error():
+def test_loss_of_importance_compares_shares():
     activations, task = planted.activations(64), GroupTask(2, "importance")
     rows = np.arange(64)
     weights = {name: leaf[1] + 0.1 for name, leaf in stacked(activations, task).items()}
     x, record = activations.router_inputs(rows)[1], activations.records("norms", rows)[1]
     scores = np.asarray(x) @ np.asarray(weights["w_group"]) + np.asarray(weights["b_group"])
-    expected = np.mean((scores - record / record.mean()) ** 2)
+    shares = record / record.sum(-1, keepdims=True)
+    chances = np.exp(scores) / np.exp(scores).sum(-1, keepdims=True)
+    expected = (shares * (np.log(shares) - np.log(chances))).sum(-1).mean()
     assert_close(loss(task, weights, x, record), expected, "rounding")
+    assert_close(loss(task, weights, x, 3 * record), expected, "rounding")
+    nothing = jnp.zeros_like(jnp.asarray(record))
+    assert float(loss(task, weights, x, nothing)) == 0  # tokens where no group does anything teach nothing
 
 
 def test_one_router_of_importance_serves_every_density():
