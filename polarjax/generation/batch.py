@@ -75,7 +75,13 @@ def output_room(count: int) -> int:
 
 
 def make_rules(
-    key: Any, *, sampler: Sampler, max_new_tokens: int, stop_ids: Any = (), repetition_penalty: Any = 1.0
+    key: Any,
+    *,
+    sampler: Sampler,
+    max_new_tokens: int,
+    stop_ids: Any = (),
+    repetition_penalty: Any = 1.0,
+    best: int | None = None,
 ) -> Rules:
     """Checks settings and turns them into arrays, so that other values reuse the compiled program."""
     checks.check_sampler(sampler)
@@ -93,6 +99,7 @@ def make_rules(
             np.int32(max_new_tokens),  # pyright: ignore[reportArgumentType]
             key,
             checks.check_penalty(repetition_penalty),
+            best=best,
         )
     )
 

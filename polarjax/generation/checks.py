@@ -113,6 +113,20 @@ def check_copies(count: Any, sampler: Sampler) -> int:
     return count
 
 
+def check_best(count: Any, most: int, where: str = "logprobs") -> int | None:
+    """`count` if log-probabilities of so many likeliest tokens can be had, or None; raises `InputError` otherwise."""
+    count = plain(count)
+    if count is None or (type(count) is int and 0 <= count <= most):
+        return count
+    raise InputError(
+        "unusable number of likeliest tokens",
+        where=where,
+        got=_shown(count),
+        expected=f"0 to {most}, or None for no log-probabilities",
+        hint="pass 0 for those of the generated tokens alone",
+    )
+
+
 def check_stop_ids(ids: Any) -> Any:
     """One id, several, or None, as a tuple; traced ids as int32 [n]. Raises `InputError` if there is no such id."""
     if isinstance(ids, Tracer):

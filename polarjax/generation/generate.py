@@ -8,7 +8,7 @@ import jax
 from jax.core import Tracer
 
 from polarjax.generation.batch import make_rules, prepare
-from polarjax.generation.checks import check_copies, check_new_tokens
+from polarjax.generation.checks import check_best, check_copies, check_new_tokens
 from polarjax.generation.overlap import overlapping_jit
 from polarjax.generation.sampling import Greedy, Sampler
 from polarjax.generation.token_loop import Generation, Rules, StopIds, decode_loop, ids_in
@@ -79,6 +79,7 @@ def start(
     stop_ids: StopIds,
     repetition_penalty: Float[Array, ""] | float,
     num_return_sequences: int,
+    logprobs: int | None,
     sparsity: Sparsity | None,
     implementation: Implementation,
 ) -> Started:
@@ -94,6 +95,7 @@ def start(
         max_new_tokens=limit,
         stop_ids=stop_ids,
         repetition_penalty=repetition_penalty,
+        best=check_best(logprobs, model.config.vocab_size),
     )
     prompts = prepare(model, tokens, lengths, max_new_tokens=limit, copies=copies)
     batch = (prompts.tokens, prompts.lengths)
@@ -112,6 +114,7 @@ def generate(
     stop_ids: StopIds = (),
     repetition_penalty: Float[Array, ""] | float = 1.0,
     num_return_sequences: int = 1,
+    logprobs: int | None = None,
     sparsity: Sparsity | None = None,
     implementation: Implementation = None,
 ) -> Generation:
@@ -131,6 +134,8 @@ def generate(
       stop_ids: ids that end a row, 0 to 2**31 - 1; one id, several, or None.
       repetition_penalty: above 1, makes ids already in a row, including its prompt, less likely.
       num_return_sequences: n; every prompt is continued n times, in consecutive rows: B becomes n·B.
+      logprobs: n; the result has the log-probabilities of its tokens and of the n likeliest at each position, from the
+        logits before penalty and temperature. None computes none. Static.
       sparsity: what to skip while decoding; None is the dense model.
       implementation: kernel implementation; None takes the best for the device.
 
@@ -150,6 +155,7 @@ def generate(
         stop_ids=stop_ids,
         repetition_penalty=repetition_penalty,
         num_return_sequences=num_return_sequences,
+        logprobs=logprobs,
         sparsity=sparsity,
         implementation=implementation,
     )
@@ -160,8 +166,10 @@ def generate(
 
 def _shortened(made: Generation, width: int) -> Generation:
     """The first `width` tokens; cut on the host if possible, since each width would otherwise compile a program."""
-    tokens = made.tokens
-    if isinstance(tokens, Tracer) or not tokens.is_fully_addressable:
-        return dataclasses.replace(made, tokens=tokens[:, :width])
-    where = tokens.sharding if tokens.committed else None
-    return dataclasses.replace(made, tokens=jax.device_put(jax.device_get(tokens)[:, :width], where))
+
+    def cut(leaf):
+        if isinstance(leaf, Tracer) or not leaf.is_fully_addressable:
+            return leaf[:, :width]
+        return jax.device_put(jax.device_get(leaf)[:, :width], leaf.sharding if leaf.committed else None)
+
+    return dataclasses.replace(made, tokens=cut(made.tokens), logprobs=jax.tree.map(cut, made.logprobs))

@@ -2,6 +2,7 @@
 
 import dataclasses
 import math
+from collections.abc import Callable
 from typing import Any, Protocol
 
 import jax
@@ -11,7 +12,11 @@ from jax.core import Tracer
 
 from polarjax.errors import InputError
 from polarjax.numeric import plain
-from polarjax.types import Array, Float, Int, Key
+from polarjax.types import Array, Bool, Float, Int, Key
+
+type Cut = Callable[[Float[Array, "B V"]], Float[Array, "B V"]]
+type Enough = Callable[[Bool[Array, "B V"]], Bool[Array, "B 1"]]
+"""Whether these logits of each row, its largest ones, are enough of them."""
 
 _TINY = float(np.finfo(np.float32).tiny)
 _LARGEST = 2**31 - 1  # of an int32
@@ -40,8 +45,8 @@ class Greedy:
 class Categorical:
     """Draws from the softmax of the logits, after three optional cuts, applied in this order.
 
-    Each value is a number, or one number for each row of the logits. Under `jax.jit` the numbers are traced, so changing
-    them compiles nothing; which cuts are used is static.
+    Each value is a number, or one number for each row of the logits. Under `jax.jit`, the values of a sampler that is an
+    argument are traced, so no change of them compiles anything.
 
     Attributes:
       temperature: divides the logits; above 0.
@@ -56,6 +61,11 @@ class Categorical:
     temperature: Float[Array, "*B"] | float = 1.0
     top_k: Int[Array, "*B"] | int | None = None
     top_p: Float[Array, "*B"] | float | None = None
+
+    @classmethod
+    def of_rows(cls, temperature: Any, top_k: Any, top_p: Any) -> "Categorical":
+        """From arrays [B] that were checked before; a temperature of 0 takes the most likely token."""
+        return _unflatten(None, (temperature, top_k, top_p))
 
     def __post_init__(self) -> None:
         for name, (usable, expected, optional) in _RANGES.items():
@@ -73,23 +83,39 @@ class Categorical:
                     hint="correct the value; Greedy() draws the most likely token",
                 )
 
-    def __call__(self, logits: Float[Array, "B V"], key: Key[Array, ""] | None) -> Int[Array, "B"]:
-        """Draws int32 [B]; row b uses `fold_in(key, b)`, so a row's draw does not depend on the batch size."""
+    def __call__(self, logits: Float[Array, "B V"], key: Key[Array, "*B"] | None) -> Int[Array, "B"]:
+        """Draws int32 [B]. Row b uses `fold_in(key, b)`, or its own of several keys as if it were row 0 of a batch, so
+        its draw does not depend on the batch. Rows with a traced temperature of 0 take the most likely token."""
         if key is None:
             raise InputError(
                 "sampling needs a random key", where="Categorical", hint="pass key=jax.random.key(0)"
             )
+
+        def draw(logits):
+            keys = _row_keys(key, logits.shape[0])
+            return jax.vmap(jax.random.categorical)(keys, self._cut(logits)).astype(jnp.int32)
+
+        if not isinstance(self.temperature, jax.Array):
+            return draw(logits)
+        draws = _column(self, "temperature", logits) > 0
+        likeliest = Greedy()(logits)
+        drawn = jax.lax.cond(jnp.any(draws), draw, lambda _: likeliest, logits)
+        return jnp.where(draws[:, 0] if draws.ndim else draws, drawn, likeliest)
+
+    def _cut(self, logits: Float[Array, "B V"]) -> Float[Array, "B V"]:
+        """The logits divided by the temperature, in float32; -inf for what is cut off."""
         logits = logits.astype(jnp.float32)
         temperature = jnp.clip(_column(self, "temperature", logits), _TINY, 1 / _TINY)
         # At most 0, so it never overflows to +inf. A product with the reciprocal is what XLA makes of a division by
         # a constant: draws are the same whether the temperature is traced or not.
         logits = (logits - logits.max(-1, keepdims=True)) * (1 / temperature)
         if self.top_k is not None:
-            logits = _keep(logits, _largest(logits, _column(self, "top_k", logits)))
+            k = _column(self, "top_k", logits)
+            logits = _cut_if(k < logits.shape[1], lambda x: _keep(x, _largest(x, k)), logits)
         if not _keeps_all(self.top_p):
-            logits = _keep(logits, _nucleus_floor(logits, _column(self, "top_p", logits)))
-        keys = jax.vmap(jax.random.fold_in, (None, 0))(key, jnp.arange(logits.shape[0]))
-        return jax.vmap(jax.random.categorical)(keys, logits).astype(jnp.int32)
+            p = _column(self, "top_p", logits)
+            logits = _cut_if(p < 1, lambda x: _keep(x, _nucleus_floor(x, p)), logits)
+        return logits
 
 
 _RANGES = {
@@ -108,15 +134,17 @@ def _plain(value: Any) -> Any:
 
 def _host(value: Any, dtype: type) -> Any:
     """Numbers as a NumPy array in their device dtype, clipped to its range."""
-    if value is None or isinstance(value, jax.Array):
+    if isinstance(value, jax.Array):
         return value
     low, high = (_TINY, 1 / _TINY) if dtype is np.float32 else (-_LARGEST, _LARGEST)
     return np.asarray(np.clip(np.asarray(value), low, high), dtype)
 
 
 def _flatten(sampler: Categorical) -> tuple[tuple[Any, ...], None]:
-    top_p = None if _keeps_all(sampler.top_p) else _host(sampler.top_p, np.float32)
-    return (_host(sampler.temperature, np.float32), _host(sampler.top_k, np.int32), top_p), None
+    top_k = _LARGEST if sampler.top_k is None else sampler.top_k
+    top_p = 1.0 if sampler.top_p is None else sampler.top_p
+    values = _host(sampler.temperature, np.float32), _host(top_k, np.int32), _host(top_p, np.float32)
+    return values, None
 
 
 def _unflatten(_: None, values: Any) -> Categorical:
@@ -126,12 +154,32 @@ def _unflatten(_: None, values: Any) -> Categorical:
     return sampler
 
 
+def row_of(sampler: Sampler) -> tuple[float, int, float] | None:
+    """Temperature (0 for the most likely token), top_k and top_p of a sampler for one row; None if it has no such."""
+    if isinstance(sampler, Greedy):
+        return 0.0, _LARGEST, 1.0
+    if not isinstance(sampler, Categorical):
+        return None
+    values = _flatten(sampler)[0]
+    return (
+        None
+        if any(isinstance(each, Tracer) or each.ndim for each in values)
+        else tuple(each.item() for each in values)
+    )
+
+
 jax.tree_util.register_pytree_node(Categorical, _flatten, _unflatten)
 
 
 def _keeps_all(top_p: Any) -> bool:
-    """Whether `top_p` is known to cut nothing off, which avoids a sort."""
+    """Whether `top_p` is known to cut nothing off."""
     return top_p is None or (type(top_p) in (int, float) and top_p >= 1)
+
+
+def _row_keys(key: Key[Array, "*B"], rows: int) -> Key[Array, "B"]:
+    if key.ndim and jnp.issubdtype(key.dtype, jax.dtypes.prng_key):
+        return jax.vmap(jax.random.fold_in, (0, None))(key, 0)
+    return jax.vmap(jax.random.fold_in, (None, 0))(key, jnp.arange(rows))
 
 
 def _column(sampler: Categorical, name: str, logits: Float[Array, "B V"]) -> Array:
@@ -149,34 +197,45 @@ def _column(sampler: Categorical, name: str, logits: Float[Array, "B V"]) -> Arr
     return value[:, None] if value.ndim else value
 
 
+def _cut_if(wanted: Bool[Array, "*B 1"], cut: Cut, logits: Float[Array, "B V"]) -> Float[Array, "B V"]:
+    """`cut(logits)`, which isn't computed if no row wants it."""
+    return jax.lax.cond(jnp.any(wanted), cut, lambda logits: logits, logits)
+
+
 def _keep(logits: Float[Array, "B V"], floor: Float[Array, "B 1"]) -> Float[Array, "B V"]:
     return jnp.where(logits >= floor, logits, -jnp.inf)
 
 
-def _largest(logits: Float[Array, "B V"], k: Int[Array, "*B"]) -> Float[Array, "B 1"]:
-    """The k-th largest logit of each row, the smallest if k exceeds V; k may be traced, and nothing is sorted.
+def _floor(logits: Float[Array, "B V"], enough: Enough) -> Float[Array, "B 1"]:
+    """The largest logit of each row that enough logits reach, the smallest logit if there is none.
 
-    Finds it bit by bit, as the largest value that k logits reach.
+    Finds it bit by bit: nothing is sorted.
     """
     bits = jax.lax.bitcast_convert_type(logits, jnp.uint32)
     high = jnp.uint32(1 << 31)
     ranks = jnp.where(bits >= high, ~bits, bits | high)  # unsigned integers, ordered like the floats
-    k = jnp.minimum(k, logits.shape[1])
 
     def lower(i, found):
         candidate = found | (high >> i.astype(jnp.uint32))
-        count = jnp.sum(ranks >= candidate, -1, keepdims=True, dtype=jnp.int32)
-        return jnp.where(count >= k, candidate, found)
+        return jnp.where(enough(ranks >= candidate), candidate, found)
 
     found = jax.lax.fori_loop(0, 32, lower, jnp.zeros((logits.shape[0], 1), jnp.uint32))
-    bits = jnp.where(found >= high, found ^ high, ~found)
-    return jax.lax.bitcast_convert_type(bits, jnp.float32)
+    found = jnp.maximum(found, jnp.min(ranks, -1, keepdims=True))
+    return jax.lax.bitcast_convert_type(jnp.where(found >= high, found ^ high, ~found), jnp.float32)
 
 
-def _nucleus_floor(logits: Float[Array, "B V"], top_p: Float[Array, "*B"]) -> Float[Array, "B 1"]:
-    """The smallest logit inside the nucleus of each row."""
-    ordered = jnp.sort(logits, -1, descending=True)
-    before = jnp.cumsum(jax.nn.softmax(ordered, -1), -1) - jax.nn.softmax(ordered, -1)
-    floor = jnp.min(jnp.where(before < top_p, ordered, jnp.inf), -1, keepdims=True)
-    floor = jnp.minimum(floor, ordered[:, :1])  # the most likely, where float32 rounds top_p to 0
-    return jnp.where(top_p < 1, floor, -jnp.inf)
+def _largest(logits: Float[Array, "B V"], k: Int[Array, "*B 1"]) -> Float[Array, "B 1"]:
+    """The k-th largest logit of each row, the smallest if k exceeds V; k may be traced."""
+    return _floor(logits, lambda reach: jnp.sum(reach, -1, keepdims=True, dtype=jnp.int32) >= k)
+
+
+def _nucleus_floor(logits: Float[Array, "B V"], top_p: Float[Array, "*B 1"]) -> Float[Array, "B 1"]:
+    """The smallest logit inside the nucleus of each row; the largest logit is 0."""
+    weights = jnp.exp(logits)
+    needed = jnp.where(top_p < 1, top_p * jnp.sum(weights, -1, keepdims=True), jnp.inf)
+
+    def enough(reach):
+        mass = jnp.sum(jnp.where(reach, weights, 0), -1, keepdims=True)
+        return (mass >= needed) & (mass > 0)  # float32 rounds the smallest top_p to 0
+
+    return _floor(logits, enough)

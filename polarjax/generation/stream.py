@@ -32,6 +32,7 @@ def stream(
     stop_ids: StopIds = (),
     repetition_penalty: float = 1.0,
     num_return_sequences: int = 1,
+    logprobs: int | None = None,
     sparsity: Sparsity | None = None,
     implementation: Implementation = None,
 ) -> "TokenStream":
@@ -53,6 +54,7 @@ def stream(
         stop_ids=stop_ids,
         repetition_penalty=repetition_penalty,
         num_return_sequences=num_return_sequences,
+        logprobs=logprobs,
         sparsity=sparsity,
         implementation=implementation,
     )
@@ -67,8 +69,9 @@ def stream(
 class TokenStream(Iterator[Generation]):
     """Yields pieces of a generation: `Generation`s of NumPy arrays with only the new tokens.
 
-    `tokens` [B c] are the new tokens, `lengths` how many of them each row has, `stopped` and `failed` the state of
-    the rows so far. A row's pieces concatenate to its row of `generate`. Dropping the stream frees its cache.
+    `tokens` [B c] are the new tokens, `lengths` how many of them each row has, `logprobs` theirs, `stopped` and
+    `failed` the state of the rows so far. A row's pieces concatenate to its row of `generate`. Dropping the stream frees
+    its cache.
 
     Attributes:
       context: the last tokens of each row's prompt, at most `CONTEXT`.
@@ -100,17 +103,18 @@ class TokenStream(Iterator[Generation]):
         if state is None:
             raise StopIteration
         if self._first:
-            self._first, new = False, state.token[:, None]
+            self._first, new = False, jax.tree.map(lambda leaf: leaf[:, None], (state.token, state.logprobs))
         else:
             state, new = self._advance(state, halted=jax.device_put(self._halted))
             self._state = state
-        step, tokens, lengths, stopped, failed = jax.device_get(
+        step, new, lengths, stopped, failed = jax.device_get(
             (state.step, new, state.lengths, state.stopped, state.failed)
         )
         if step >= self._limit or (stopped | failed).all():
             self.close()
         added, self._before = lengths - self._before, lengths
-        return Generation(tokens[:, : max(1, added.max())], added, stopped, failed)
+        tokens, logprobs = jax.tree.map(lambda leaf: leaf[:, : max(1, added.max())], new)
+        return Generation(tokens, added, stopped, failed, logprobs)
 
 
 def _spread(rows, scalar) -> LoopState:

@@ -9,6 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from polarjax.errors import InputError
+from polarjax.generation.logprobs import LogProbs, log_probs, no_log_probs
 from polarjax.generation.sampling import Sampler
 from polarjax.types import Array, Bool, Float, Int, Key
 
@@ -31,6 +32,9 @@ type Step = Callable[[Int[Array, "B"], Any, Bool[Array, "B"]], tuple[Float[Array
 """A decoding step: (token [B], cache, live rows [B]) -> (logits [B V], cache); all that the loop knows about a
 model."""
 
+type Drawn = tuple[Int[Array, "B n"], LogProbs | None]
+"""Tokens of several steps, and their log-probabilities."""
+
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -43,12 +47,14 @@ class Generation:
       stopped: whether a row ended with a stop id, bool [B]; the others ran out of `max_new_tokens`, or failed.
       failed: whether a row ended because its logits were NaN or infinite, or its sampler drew an id outside the
         vocabulary, bool [B]; that draw is not among the tokens.
+      logprobs: log-probabilities of the tokens, if asked for.
     """
 
     tokens: Int[Array, "B M"]
     lengths: Int[Array, "B"]
     stopped: Bool[Array, "B"]
     failed: Bool[Array, "B"]
+    logprobs: LogProbs | None = None
 
 
 @jax.tree_util.register_dataclass
@@ -64,6 +70,7 @@ class LoopState:
       lengths: tokens generated in each row, int32 [B].
       seen: ids in each row, including its prompt, bool [B V].
       cache: whatever the step function carries.
+      logprobs: log-probabilities of the latest tokens, [B] and [B n]; None if not asked for.
     """
 
     step: Int[Array, ""]
@@ -73,6 +80,7 @@ class LoopState:
     lengths: Int[Array, "B"]
     seen: Bool[Array, "B V"]
     cache: Any
+    logprobs: LogProbs | None = None
 
 
 @jax.tree_util.register_dataclass
@@ -104,22 +112,28 @@ def _ids(drawn: Any, rows: int) -> Int[Array, "B"]:
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True, eq=False)
 class Rules:
-    """How a loop draws and when it ends: arrays, so that other settings reuse the program.
+    """How a loop draws and when it ends: arrays, so that other settings reuse the program; one value for all rows, or
+    one for each.
 
     Attributes:
       sampler: draws the tokens; a pytree.
       stop_ids: ids that end a row, int32 [n], or [B n] with each row's own; -1 is padding.
       limit: most tokens of a row, int32 scalar or [B].
-      key: random key; only a sampler that draws needs one.
+      key: random key, or [B] with each row's own; only a sampler that draws needs one. Draw t of a row depends on its
+        key and t alone if it has its own, otherwise on the row's number too.
       repetition_penalty: divides the positive logits of ids already in a row and multiplies the negative
         ones (Keskar et al. 2019), float32 scalar or [B]; 1 disables it.
+      wants_logprobs: rows whose log-probabilities are wanted, bool [B]; None means all.
+      best: how many likeliest tokens log-probabilities are given for; None for no log-probabilities.
     """
 
     sampler: Sampler
     stop_ids: Int[Array, "*B n"]
     limit: Int[Array, "*B"]
-    key: Key[Array, ""] | None
+    key: Key[Array, "*B"] | None
     repetition_penalty: Float[Array, "*B"]
+    wants_logprobs: Bool[Array, "B"] | None = None
+    best: int | None = dataclasses.field(default=None, metadata={"static": True})
 
     def begin(self, logits: Float[Array, "B V"], cache: Any, seen: Bool[Array, "B V"]) -> LoopState:
         """The state after the first token, drawn from the logits that follow the prompts; `seen`: ids in them."""
@@ -129,8 +143,7 @@ class Rules:
 
     def draw(self, logits: Float[Array, "B V"], state: LoopState) -> LoopState:
         """The state after one more token in every live row."""
-        key = None if self.key is None else jax.random.fold_in(self.key, state.step)
-        drawn = _ids(self.sampler(self._penalized(logits, state.seen), key), logits.shape[0])
+        drawn = _ids(self.sampler(self._penalized(logits, state.seen), self._key(state)), logits.shape[0])
         # max propagates NaN; -inf next to finite logits is fine.
         usable = jnp.isfinite(jnp.max(logits, -1)) & (drawn >= 0) & (drawn < logits.shape[1])
         going = self.going(state)
@@ -145,7 +158,24 @@ class Rules:
             lengths=state.lengths + live.astype(jnp.int32),
             seen=state.seen.at[rows, token].set(True),
             cache=state.cache,
+            logprobs=self._logprobs(logits, token, live),
         )
+
+    def _key(self, state: LoopState) -> Key[Array, "*B"] | None:
+        """The key of the next draw."""
+        if self.key is None or not self.key.ndim or not jnp.issubdtype(self.key.dtype, jax.dtypes.prng_key):
+            return None if self.key is None else jax.random.fold_in(self.key, state.step)
+        return jax.vmap(jax.random.fold_in)(self.key, state.lengths)
+
+    def _logprobs(self, logits, token, live) -> LogProbs | None:
+        if self.best is None:
+            return None
+        if self.wants_logprobs is None:
+            return log_probs(logits, token, live, self.best)
+        wanted = live & self.wants_logprobs
+        compute = lambda logits: log_probs(logits, token, wanted, self.best)
+        nothing = lambda logits: no_log_probs(logits.shape[0], self.best)
+        return jax.lax.cond(jnp.any(wanted), compute, nothing, logits)
 
     def _penalized(self, logits: Float[Array, "B V"], seen: Bool[Array, "B V"]) -> Float[Array, "B V"]:
         penalty = self.repetition_penalty.astype(logits.dtype)
@@ -164,16 +194,16 @@ class Rules:
         """The live rows."""
         return ~(state.stopped | state.failed) & (state.lengths < self.limit)
 
-    def advance(self, step: Step, state: LoopState) -> tuple[LoopState, Int[Array, "B CHUNK"]]:
-        """Runs `CHUNK` more steps; returns their tokens too, 0 in rows that have ended."""
+    def advance(self, step: Step, state: LoopState, count: int = CHUNK) -> tuple[LoopState, Drawn]:
+        """Runs `count` more steps; returns what they drew too, 0 in rows that have ended."""
 
-        def one(state: LoopState, _) -> tuple[LoopState, Int[Array, "B"]]:
+        def one(state: LoopState, _) -> tuple[LoopState, Drawn]:
             logits, cache = step(state.token, state.cache, self.going(state))
             state = self.draw(logits, dataclasses.replace(state, cache=cache))
-            return state, state.token
+            return state, (state.token, state.logprobs)
 
-        state, tokens = jax.lax.scan(one, state, None, length=CHUNK)
-        return state, tokens.T
+        state, drawn = jax.lax.scan(one, state, None, length=count)
+        return state, jax.tree.map(lambda leaf: leaf.swapaxes(0, 1), drawn)
 
 
 def ids_in(tokens: Int[Array, "B T"], lengths: Int[Array, "B"], vocab_size: int) -> Bool[Array, "B V"]:
@@ -200,15 +230,20 @@ def decode_loop(
     """
     chunks = max(1, -(-(room - 1) // CHUNK))  # a traced chunk needs its room even if it never runs
     state = rules.begin(first_logits, cache, seen)
-    output = jnp.zeros((first_logits.shape[0], 1 + chunks * CHUNK), jnp.int32).at[:, 0].set(state.token)
 
-    def chunk(carry: tuple[LoopState, Array]) -> tuple[LoopState, Array]:
+    def widened(first: Array) -> Array:
+        return (
+            jnp.zeros((first.shape[0], 1 + chunks * CHUNK, *first.shape[1:]), first.dtype).at[:, 0].set(first)
+        )
+
+    def chunk(carry: tuple[LoopState, Drawn]) -> tuple[LoopState, Drawn]:
         before, output = carry
-        state, tokens = rules.advance(step, before)
-        column = (jnp.zeros_like(before.step), before.step)
-        return state, jax.lax.dynamic_update_slice(output, tokens, column)
+        state, drawn = rules.advance(step, before)
+        write = lambda into, new: jax.lax.dynamic_update_slice_in_dim(into, new, before.step, 1)
+        return state, jax.tree.map(write, output, drawn)
 
+    output = jax.tree.map(widened, (state.token, state.logprobs))
     going = lambda carry: jnp.any(rules.going(carry[0]))
     state, output = jax.lax.while_loop(going, chunk, (state, output))
-    done = Generation(output[:, :room], state.lengths, state.stopped, state.failed)
-    return done, state.cache
+    tokens, logprobs = jax.tree.map(lambda leaf: leaf[:, :room], output)
+    return Generation(tokens, state.lengths, state.stopped, state.failed, logprobs), state.cache

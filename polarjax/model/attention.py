@@ -119,11 +119,14 @@ def attend_cached(
 ) -> tuple[Float[Array, "B D"], tuple[Float[Array, "B K S H"], Float[Array, "B K S H"]]]:
     """One new token per sequence: appends its key and value at `length`, attends with the selected groups only.
 
-    `fill` replaces the other groups' part of the output; None for zeros. Rows that are not `live` attend to nothing.
+    `fill` replaces the other groups' part of the output; None for zeros. Rows that are not `live` append and attend to
+    nothing.
     """
     q, k, v = (a[:, 0] for a in project_qkv(layer, x[:, None], rotation))
-    k_cache, v_cache = write_token(cache[0], k, length), write_token(cache[1], v, length)
-    readable = jnp.minimum(length + 1, k_cache.shape[2])  # a full cache has dropped the new token
+    capacity = cache[0].shape[2]
+    position = length if live is None else jnp.where(live, length, capacity)
+    k_cache, v_cache = write_token(cache[0], k, position), write_token(cache[1], v, position)
+    readable = jnp.minimum(length + 1, capacity)  # a full cache has dropped the new token
     heads = sparse_decode_attention(
         q,
         k_cache,

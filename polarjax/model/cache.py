@@ -68,3 +68,13 @@ def write_token(
     """The cache of one layer with each sequence's `position` replaced by `new`; positions past S are dropped."""
     rows = jnp.arange(cache.shape[0])
     return cache.at[rows, :, position].set(new.astype(cache.dtype), mode="drop")
+
+
+def write_chunk(
+    cache: Float[Array, "B K S H"],
+    new: Float[Array, "R T K H"],
+    rows: Int[Array, "R"],
+    positions: Int[Array, "R T"],
+) -> Float[Array, "B K S H"]:
+    """The cache of one layer with these positions of `rows` replaced by `new`; those outside of it are dropped."""
+    return cache.at[rows[:, None], :, positions].set(new.astype(cache.dtype), mode="drop")

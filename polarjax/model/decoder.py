@@ -153,13 +153,14 @@ def _blocks(model, tokens, lengths, *, sparsity=None, taps=None):
     return x, None if taps is None else Taps.of(taps, records), kv
 
 
-def prompt_start(model: Any, tokens: Int[Array, "B T"], lengths: Int[Array, "B"]):
-    """The embedded tokens, and the rotation of their positions."""
-    positions = jnp.broadcast_to(jnp.arange(tokens.shape[1], dtype=jnp.int32)[None], tokens.shape)
+def prompt_start(
+    model: Any, tokens: Int[Array, "B T"], lengths: Int[Array, "B"], start: Int[Array, "B"] | None = None
+):
+    """The embedded tokens and the rotation of their positions, which begin at `start` (None: 0)."""
+    column = jnp.broadcast_to(jnp.arange(tokens.shape[1], dtype=jnp.int32)[None], tokens.shape)
+    positions = column if start is None else column + start[:, None]
     x = model.embed(tokens, positions)
-    x = jnp.where(
-        (positions < lengths[:, None])[..., None], x, 0
-    )  # padding counts as zeros, whatever its ids
+    x = jnp.where((column < lengths[:, None])[..., None], x, 0)  # padding counts as zeros, whatever its ids
     return x, _rotation(model.config, positions)
 
 
@@ -181,8 +182,8 @@ def prompt_layer(
         mask = None if sparsity is None else sparsity.neuron_mask(i, h, hidden)
         return mlp.combine(layer.mlp, hidden, mask), pack(mlp.active(pre, config))
 
-    after, (h, norm, change, mean, pair) = _residual(layer.attn_norm, x, attend, config)
-    after, activity = _residual(layer.mlp_norm, after, feed, config)
+    after, (h, norm, change, mean, pair) = residual(layer.attn_norm, x, attend, config)
+    after, activity = residual(layer.mlp_norm, after, feed, config)
     return after, (h, activity, norm, change, mean), pair
 
 
@@ -207,7 +208,7 @@ def _rotation(config: ModelConfig, positions: Int[Array, "B T"]) -> Rotation | N
     return None if config.rope is None else rope_rotation(positions, config.rope, config.head_dim)
 
 
-def _residual(norm: Norm, x: Float[Array, "... D"], block: Block, config: ModelConfig):
+def residual(norm: Norm, x: Float[Array, "... D"], block: Block, config: ModelConfig):
     """The residual stream after a block, normalized before the block or after the sum, and the block's second result."""
     before = config.norm_position == "pre"
     update, more = block(norm(x) if before else x)
@@ -234,13 +235,13 @@ def decode_step(
       token: int32 [B].
       cache: keys and values so far; donate it under `jax.jit`. A sequence that is full drops the new key.
       sparsity: what to skip; None is the dense model.
-      live: rows whose logits are wanted; the others read no cache and don't affect the choice of neurons.
-        None means all.
+      live: rows whose logits are wanted; the others keep their cache as it is, read none of it and don't affect the
+        choice of neurons. None means all.
       implementation: kernel implementation; None takes the best for the device.
 
     Returns:
-      float32 logits [B V] for the next token, undefined in rows that are not live, and the cache one position
-      longer.
+      float32 logits [B V] for the next token, undefined in rows that are not live, and the cache, one position
+      longer in live rows.
 
     Raises:
       InputError: the cache is for another batch, model or dtype.
@@ -261,7 +262,8 @@ def decode_step(
             x, pair = _step_layer(layer, i, x, cache, rotation, config, sparsity, live, implementation)
         pairs.append(pair)
     k, v = zip(*pairs, strict=True)
-    return logits(model, x), KVCache(k, v, cache.length + 1)
+    grown = cache.length + (1 if live is None else live.astype(jnp.int32))
+    return logits(model, x), KVCache(k, v, grown)
 
 
 def _step_layer(
@@ -289,8 +291,8 @@ def _step_layer(
     def feed(y):
         index = None if sparsity is None else sparsity.neuron_index(i, h, config, live)
         if index is None:
-            return mlp.combine(layer.mlp, mlp.neurons(layer.mlp, y, config)[1], None), None
+            return mlp.dense(layer.mlp, y, config), None
         return mlp.selected(layer.mlp, y, index, config=config, implementation=implementation), None
 
-    x, (h, pair) = _residual(layer.attn_norm, x, attend, config)
-    return _residual(layer.mlp_norm, x, feed, config)[0], pair
+    x, (h, pair) = residual(layer.attn_norm, x, attend, config)
+    return residual(layer.mlp_norm, x, feed, config)[0], pair

@@ -59,6 +59,11 @@ def combine(
     return add_bias(hidden @ layer.w_down[...], layer.b_down)
 
 
+def dense(layer: Mlp, x: Float[Array, "... D"], config: ModelConfig) -> Float[Array, "... D"]:
+    """The MLP with all its neurons."""
+    return combine(layer, neurons(layer, x, config)[1], None)
+
+
 def selected(
     layer: Mlp,
     x: Float[Array, "B D"],

@@ -1,0 +1,160 @@
+"""The functional core: slots in one pytree of static shapes, and pure functions of it that can be jitted and donated."""
+
+import dataclasses
+import functools
+
+import jax
+import jax.numpy as jnp
+
+from polarjax.configs import ModelConfig
+from polarjax.generation.generate import model_step
+from polarjax.generation.logprobs import LogProbs, no_log_probs
+from polarjax.generation.sampling import Categorical
+from polarjax.generation.token_loop import LoopState, Rules
+from polarjax.model.cache import init_cache
+from polarjax.model.chunks import Pieces, read_pieces
+from polarjax.model.decoder import Decoder
+from polarjax.selection.selectors import Sparsity
+from polarjax.types import Array, Bool, DTypeLike, Implementation, Int
+
+STOP_IDS = 16
+"""Most stop ids of a slot."""
+
+MOST_LOGPROBS = 20
+"""Most likeliest tokens that log-probabilities are given for."""
+
+RUNNING, STOPPED, LENGTH, FAILED = range(4)
+"""How a row is after a call: it goes on, or ended at a stop id, its limit, or unusable logits."""
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True, eq=False)
+class Slots:
+    """B rows, each of which holds a request or nothing. A row goes on while it is below its limit and hasn't ended.
+
+    Attributes:
+      rules: each row's sampler, stop ids [B n], limit [B] (0 for a row without a request), key [B], penalty [B].
+      state: each row's latest token, tokens so far, how it ended, ids seen, and the cache.
+    """
+
+    rules: Rules
+    state: LoopState
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True, eq=False)
+class Reading:
+    """Pieces of prompts, and the settings of the requests that they belong to.
+
+    Attributes:
+      pieces: R pieces.
+      last: whether a piece ends its prompt, bool [R]; its row draws its first token and goes on from there.
+      rules: settings of each piece's request, all [R]; `key` is a seed, an integer.
+    """
+
+    pieces: Pieces
+    last: Bool[Array, "R"]
+    rules: Rules
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True, eq=False)
+class Drawn:
+    """New tokens of every row.
+
+    Attributes:
+      tokens: int32 [B n].
+      counts: how many of them each row has, int32 [B].
+      ended: `RUNNING`, or why a row has ended, int32 [B].
+      logprobs: of the rows that want them, else 0; None if the slots have none.
+    """
+
+    tokens: Int[Array, "B n"]
+    counts: Int[Array, "B"]
+    ended: Int[Array, "B"]
+    logprobs: LogProbs | None
+
+
+def make_slots(config: ModelConfig, *, slots: int, capacity: int, dtype: DTypeLike) -> Slots:
+    """B = `slots` rows without a request, each with S = `capacity` positions of cache. Traceable."""
+    B = slots
+    zeros, ones = jnp.zeros(B, jnp.int32), jnp.ones(B, jnp.float32)
+    none = jnp.zeros(B, bool)
+    rules = Rules(
+        sampler=Categorical.of_rows(ones, zeros + config.vocab_size, ones),
+        stop_ids=jnp.full((B, STOP_IDS), -1, jnp.int32),
+        limit=zeros,
+        key=jax.vmap(jax.random.key)(zeros),
+        repetition_penalty=ones,
+        wants_logprobs=none,
+        best=min(MOST_LOGPROBS, config.vocab_size),
+    )
+    seen = jnp.zeros((B, config.vocab_size), bool)
+    cache = init_cache(config, batch_size=B, capacity=capacity, dtype=dtype)
+    logprobs = no_log_probs(B, rules.best or 0)
+    return Slots(rules, LoopState(jnp.int32(0), zeros, none, none, zeros, seen, cache, logprobs))
+
+
+def read(model: Decoder, slots: Slots, reading: Reading) -> tuple[Slots, Drawn]:
+    """Reads pieces into their rows; those of a prompt's last piece get their settings and first token. Traceable.
+
+    Other rows stay as they are. A row that is being read doesn't go on, provided that its last request has ended.
+    """
+    pieces, B = reading.pieces, slots.rules.limit.shape[0]
+    logits, cache = read_pieces(model, pieces, slots.state.cache)
+    seen = _seen(slots.state.seen, pieces)
+    keys = jax.vmap(jax.random.key)(reading.rules.key)
+    rules = dataclasses.replace(reading.rules, key=keys)
+    begun = rules.begin(logits, None, seen[jnp.minimum(pieces.rows, B - 1)])
+    rows = jnp.where(reading.last, pieces.rows, B)
+    put = lambda into, new: into.at[rows].set(new, mode="drop")
+    old = dataclasses.replace(slots.state, step=None, seen=None, cache=None)
+    state = jax.tree.map(put, old, dataclasses.replace(begun, step=None, seen=None, cache=None))
+    seen = seen.at[rows, begun.token].set(True, mode="drop")
+    state = dataclasses.replace(state, step=slots.state.step, seen=seen, cache=cache)
+    slots = Slots(jax.tree.map(put, slots.rules, rules), state)
+    drew = jnp.zeros(B, jnp.int32).at[rows].set(begun.lengths, mode="drop")
+    return slots, _drawn(
+        slots, state.token[:, None], jax.tree.map(lambda x: x[:, None], state.logprobs), drew
+    )
+
+
+def decode(
+    model: Decoder,
+    slots: Slots,
+    halted: Bool[Array, "B"],
+    *,
+    steps: int,
+    sparsity: Sparsity | None = None,
+    implementation: Implementation = None,
+) -> tuple[Slots, Drawn]:
+    """Runs `steps` decoding steps of all rows that go on, after ending the `halted` ones. Traceable.
+
+    Rows that don't go on read no cache and have no say in the choice of neurons.
+    """
+    step = functools.partial(model_step, model, sparsity=sparsity, implementation=implementation)
+    state = slots.rules.halted(slots.state, halted)
+    after, (tokens, logprobs) = slots.rules.advance(step, state, steps)
+    slots = Slots(slots.rules, after)
+    return slots, _drawn(slots, tokens, logprobs, after.lengths - state.lengths)
+
+
+def free(slots: Slots, rows: Bool[Array, "B"]) -> Slots:
+    """Ends these rows; the next prompt that is read into one begins anew. Traceable."""
+    return dataclasses.replace(slots, state=slots.rules.halted(slots.state, rows))
+
+
+def _drawn(slots: Slots, tokens, logprobs, counts) -> Drawn:
+    state = slots.state
+    ended = jnp.where(state.lengths >= slots.rules.limit, LENGTH, RUNNING)
+    ended = jnp.where(state.stopped, STOPPED, ended)
+    return Drawn(tokens, counts, jnp.where(state.failed, FAILED, ended).astype(jnp.int32), logprobs)
+
+
+def _seen(seen: Bool[Array, "B V"], pieces: Pieces) -> Bool[Array, "B V"]:
+    """The ids in each row after the pieces, whose first ones forget the row's last request."""
+    B, V = seen.shape
+    seen = seen.at[jnp.where(pieces.start == 0, pieces.rows, B)].set(False, mode="drop")
+    valid = jnp.arange(pieces.tokens.shape[1], dtype=jnp.int32)[None] < pieces.counts[:, None]
+    ids = jnp.where(valid, pieces.tokens, V)
+    return seen.at[pieces.rows[:, None], ids].set(True, mode="drop")

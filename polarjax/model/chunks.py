@@ -1,0 +1,81 @@
+"""Reads prompts piece by piece into rows of a cache: later pieces attend to what earlier ones left there."""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+
+from polarjax.model import attention, mlp
+from polarjax.model.cache import KVCache, write_chunk
+from polarjax.model.chunk_attention import attend_to_cache
+from polarjax.model.decoder import Decoder, logits, prompt_start, residual
+from polarjax.types import Array, Float, Int
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True, eq=False)
+class Pieces:
+    """R pieces of prompts, each of up to T tokens; a row may have several, which follow each other.
+
+    Attributes:
+      tokens: right-padded, int32 [R T].
+      counts: tokens of each piece, int32 [R].
+      rows: the row of the cache that each piece belongs to, int32 [R]; B for none.
+      start: position of each piece's first token, int32 [R]: tokens of the same prompt that come before it.
+    """
+
+    tokens: Int[Array, "R T"]
+    counts: Int[Array, "R"]
+    rows: Int[Array, "R"]
+    start: Int[Array, "R"]
+
+
+def read_pieces(model: Decoder, pieces: Pieces, cache: KVCache) -> tuple[Float[Array, "R V"], KVCache]:
+    """Appends pieces to their rows of the cache, densely; other rows stay as they are. Traceable.
+
+    A piece that starts at 0 begins its row anew. Reading a prompt in pieces of any size is the same as `prefill`.
+
+    Args:
+      model: the decoder.
+      pieces: what to read; nothing of it is checked.
+      cache: of B rows, with all earlier pieces in it; donate it under `jax.jit`.
+
+    Returns:
+      float32 logits [R V] after each piece's last token, and the cache.
+    """
+    config, capacity = model.config, cache.capacity
+    tokens, counts, rows, start = pieces.tokens, pieces.counts, pieces.rows, pieces.start
+    x, rotation = prompt_start(model, tokens, counts, start)
+    column = jnp.arange(tokens.shape[1], dtype=jnp.int32)[None]
+    positions = jnp.where(column < counts[:, None], column + start[:, None], capacity)
+    fresh = jnp.all(start == 0)
+    pairs = []
+    for i, layer in enumerate(model.layers):
+
+        def attend(h, i=i, layer=layer):
+            q, k, v = attention.project_qkv(layer.attn, h, rotation)
+            pair = write_chunk(cache.k[i], k, rows, positions), write_chunk(cache.v[i], v, rows, positions)
+            window = config.window(i)
+            heads = jax.lax.cond(
+                fresh,
+                lambda q, k, v, pair: attention.attend(q, k, v, counts, window=window),
+                lambda q, k, v, pair: attend_to_cache(q, pair, rows, start, counts, window=window),
+                q, k, v, pair,
+            )  # fmt: skip
+            return attention.project_out(layer.attn, heads), pair
+
+        with jax.named_scope(f"layer_{i}"):
+            x, pair = residual(layer.attn_norm, x, attend, config)
+            feed = lambda y, layer=layer: (mlp.dense(layer.mlp, y, config), None)
+            x, _ = residual(layer.mlp_norm, x, feed, config)
+        pairs.append(pair)
+    last = jnp.take_along_axis(x, jnp.maximum(counts - 1, 0)[:, None, None], 1)[:, 0]
+    k, v = zip(*pairs, strict=True)
+    return logits(model, last), KVCache(k, v, _lengths(cache.length, pieces))
+
+
+def _lengths(length: Int[Array, "B"], pieces: Pieces) -> Int[Array, "B"]:
+    """Positions filled after the pieces."""
+    begun = jnp.where(pieces.start == 0, pieces.rows, length.shape[0])
+    length = length.at[begun].set(0, mode="drop")
+    return length.at[pieces.rows].max(pieces.start + pieces.counts, mode="drop")
