@@ -14,6 +14,8 @@ if TYPE_CHECKING:
     from polarjax import costs, evaluation, sparsity
     from polarjax.checkpoint.bundle import Bundle, load, save
     from polarjax.configs import ModelConfig, RopeConfig
+    from polarjax.engine.engine import Engine
+    from polarjax.engine.requests import Event
     from polarjax.errors import (
         CheckpointError,
         InputError,
@@ -41,6 +43,8 @@ else:
             "polarjax.sparsity": "",
             "polarjax.checkpoint.bundle": "Bundle load save",
             "polarjax.configs": "ModelConfig RopeConfig",
+            "polarjax.engine.engine": "Engine",
+            "polarjax.engine.requests": "Event",
             "polarjax.errors": (
                 "CheckpointError InputError PolarjaxError SparsityError UnsupportedConfigError"
             ),
@@ -67,6 +71,8 @@ __all__ = [
     "CheckpointError",
     "Completion",
     "Decoder",
+    "Engine",
+    "Event",
     "Generation",
     "GenerationSettings",
     "Greedy",

@@ -30,6 +30,7 @@ FLOORS = {
         "generation",
         "text",
         "checkpoint",
+        "engine",
         "sparsity evaluation",
         "demo",
         "cli",

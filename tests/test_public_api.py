@@ -19,6 +19,8 @@ PUBLIC = {
         "CheckpointError",
         "Completion",
         "Decoder",
+        "Engine",
+        "Event",
         "Generation",
         "GenerationSettings",
         "Greedy",

@@ -15,7 +15,7 @@ from polarjax.model.cache import init_cache
 from polarjax.model.chunks import Pieces, read_pieces
 from polarjax.model.decoder import Decoder
 from polarjax.selection.selectors import Sparsity
-from polarjax.types import Array, Bool, DTypeLike, Implementation, Int
+from polarjax.types import Array, Bool, Implementation, Int
 
 STOP_IDS = 16
 """Most stop ids of a slot."""
@@ -49,11 +49,13 @@ class Reading:
     Attributes:
       pieces: R pieces.
       last: whether a piece ends its prompt, bool [R]; its row draws its first token and goes on from there.
-      rules: settings of each piece's request, all [R]; `key` is a seed, an integer.
+      seeds: of each piece's request, integers [R].
+      rules: settings of each piece's request, all [R], without a key.
     """
 
     pieces: Pieces
     last: Bool[Array, "R"]
+    seeds: Int[Array, "R"]
     rules: Rules
 
 
@@ -75,7 +77,7 @@ class Drawn:
     logprobs: LogProbs | None
 
 
-def make_slots(config: ModelConfig, *, slots: int, capacity: int, dtype: DTypeLike) -> Slots:
+def make_slots(config: ModelConfig, *, slots: int, capacity: int, dtype: jnp.dtype) -> Slots:
     """B = `slots` rows without a request, each with S = `capacity` positions of cache. Traceable."""
     B = slots
     zeros, ones = jnp.zeros(B, jnp.int32), jnp.ones(B, jnp.float32)
@@ -103,8 +105,7 @@ def read(model: Decoder, slots: Slots, reading: Reading) -> tuple[Slots, Drawn]:
     pieces, B = reading.pieces, slots.rules.limit.shape[0]
     logits, cache = read_pieces(model, pieces, slots.state.cache)
     seen = _seen(slots.state.seen, pieces)
-    keys = jax.vmap(jax.random.key)(reading.rules.key)
-    rules = dataclasses.replace(reading.rules, key=keys)
+    rules = dataclasses.replace(reading.rules, key=jax.vmap(jax.random.key)(reading.seeds))
     begun = rules.begin(logits, None, seen[jnp.minimum(pieces.rows, B - 1)])
     rows = jnp.where(reading.last, pieces.rows, B)
     put = lambda into, new: into.at[rows].set(new, mode="drop")

@@ -211,13 +211,18 @@ def random_key(key: Key[Array, ""] | int, where: str = "key") -> Key[Array, ""]:
     ):
         _check_key(key)
         return key  # pyright: ignore[reportReturnType]
-    seed = plain(key)
+    return jax.random.key(check_seed(key, where))
+
+
+def check_seed(seed: Any, where: str = "seed") -> int:
+    """`seed` if JAX has a random key for it; raises `InputError` otherwise."""
+    seed = plain(seed)
     if type(seed) is not int or seed not in SEEDS:
         expected = f"{SEEDS[0]} to {SEEDS[-1]}"
         raise InputError(
             "no such seed", where=where, got=_shown(seed), expected=expected, hint="give 0, 1, 2, …"
         )
-    return jax.random.key(seed)
+    return seed
 
 
 def _check_key(key: Any) -> None:

@@ -168,14 +168,14 @@ class Rules:
         return jax.vmap(jax.random.fold_in)(self.key, state.lengths)
 
     def _logprobs(self, logits, token, live) -> LogProbs | None:
-        if self.best is None:
+        n = self.best
+        if n is None:
             return None
         if self.wants_logprobs is None:
-            return log_probs(logits, token, live, self.best)
+            return log_probs(logits, token, live, n)
         wanted = live & self.wants_logprobs
-        compute = lambda logits: log_probs(logits, token, wanted, self.best)
-        nothing = lambda logits: no_log_probs(logits.shape[0], self.best)
-        return jax.lax.cond(jnp.any(wanted), compute, nothing, logits)
+        compute = lambda logits: log_probs(logits, token, wanted, n)
+        return jax.lax.cond(jnp.any(wanted), compute, lambda logits: no_log_probs(logits.shape[0], n), logits)
 
     def _penalized(self, logits: Float[Array, "B V"], seen: Bool[Array, "B V"]) -> Float[Array, "B V"]:
         penalty = self.repetition_penalty.astype(logits.dtype)

@@ -185,9 +185,7 @@ def continue_rows(
 
     See `continue_batches`, which makes the batches.
     """
-    special = {each: tokenizer.special_id(each) for each in options.stop_strings}
-    stop_strings = [each for each, token in special.items() if token is None]
-    stop_ids = *options.stop_ids, *(token for token in special.values() if token is not None)
+    stop_strings, stop_ids = split_stops(options, tokenizer)
     arguments = {
         "sampler": options.sampler,
         "max_new_tokens": options.max_new_tokens,
@@ -207,6 +205,13 @@ def continue_rows(
             if show is not None:
                 show(pieces)
         return texts.completions
+
+
+def split_stops(options: ContinueOptions, tokenizer: Tokenizer) -> tuple[tuple[str, ...], tuple[int, ...]]:
+    """Stop strings, and stop ids, which include the stop strings that are special tokens."""
+    special = {each: tokenizer.special_id(each) for each in options.stop_strings}
+    strings = tuple(each for each, token in special.items() if token is None)
+    return strings, (*options.stop_ids, *(token for token in special.values() if token is not None))
 
 
 def _positions(model: Decoder, rows: Sequence[Row], options: ContinueOptions) -> int:

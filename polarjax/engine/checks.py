@@ -1,0 +1,111 @@
+"""Checks of what an engine and its requests ask for."""
+
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+
+from polarjax.checkpoint.bundle import Bundle, needed_tokenizer
+from polarjax.configs import ModelConfig
+from polarjax.engine.requests import RowSettings
+from polarjax.engine.slots import MOST_LOGPROBS, STOP_IDS
+from polarjax.errors import InputError
+from polarjax.generation.checks import (
+    check_best,
+    check_new_tokens,
+    check_penalty,
+    check_sampler,
+    check_seed,
+    check_stop_ids,
+)
+from polarjax.generation.sampling import row_of
+from polarjax.model.checks import check_room, check_vocabulary, host_array
+from polarjax.numeric import check_type
+from polarjax.text import continuation
+from polarjax.text.continuation import DEFAULT_NEW_TOKENS, ContinueOptions
+from polarjax.text.prompts import as_prompts
+from polarjax.types import Int32
+
+
+def check_dense(dense: Any, head_density: float | None) -> None:
+    """Raises `InputError` unless `dense` is a boolean that doesn't contradict `head_density`."""
+    check_type(dense, bool, where="Engine: dense", hint="pass True or False")
+    if dense and head_density is not None:
+        hint = "leave one of them out"
+        raise InputError(
+            "dense and head_density contradict each other", where="Engine", got=head_density, hint=hint
+        )
+
+
+def split_stops(options: ContinueOptions, bundle: Bundle) -> tuple[tuple[str, ...], tuple[int, ...]]:
+    """Stop strings and stop ids of a request; raises `CheckpointError` if strings can't be found without a tokenizer."""
+    if not options.stop_strings:
+        return (), options.stop_ids
+    return continuation.split_stops(options, needed_tokenizer(bundle, "stop_strings"))
+
+
+def prompt_ids(prompt: Any, bundle: Bundle) -> Int32[np.ndarray, "n"]:
+    """Token ids of a text, a conversation or ids; raises `InputError` if it is none of them, or empty."""
+    if isinstance(prompt, str) or (
+        isinstance(prompt, list | tuple) and any(isinstance(each, str | Mapping) for each in prompt)
+    ):
+        asked = as_prompts([prompt])[0]
+        ids = np.asarray(asked.ids(needed_tokenizer(bundle, "Engine.submit")), np.int32)
+    else:
+        ids = host_array(prompt)
+    if ids.ndim != 1 or not ids.size or not np.issubdtype(ids.dtype, np.integer):
+        raise InputError(
+            "not a prompt",
+            where="Engine.submit",
+            got=f"{ids.dtype}{list(ids.shape)}" if ids.dtype != object else type(prompt).__name__,
+            expected="a text, a list of messages, or token ids [n], at least one",
+            hint='pass "Once upon a time", or bundle.tokenizer.encode(…)[0][0]',
+        )
+    check_vocabulary(ids[None], bundle.model.config, where="Engine.submit")
+    return ids.astype(np.int32)
+
+
+def check_length(config: ModelConfig, tokens: int, wanted: Any, default: int | None, capacity: int) -> int:
+    """The most new tokens after a prompt; raises `InputError` if prompt and tokens exceed the slot or the model."""
+    if wanted is None:
+        room = min(capacity, config.max_positions) + 1 - tokens
+        wanted = min(default or DEFAULT_NEW_TOKENS, max(1, room))
+    wanted = check_new_tokens(wanted)
+    check_room(config, tokens, wanted, where="Engine.submit")
+    if tokens + wanted - 1 > capacity:  # the last new token is never read
+        raise InputError(
+            "the sequence would exceed a slot's capacity",
+            where="Engine.submit",
+            got=f"{tokens} prompt tokens + {wanted} new ones",
+            expected=f"at most {capacity} before the last one",
+            hint="shorten the prompt, lower max_new_tokens, or make the engine with a larger capacity",
+        )
+    return wanted
+
+
+def row_settings(
+    options: ContinueOptions, stop_ids: tuple[int, ...], seed: Any, logprobs: Any, vocab_size: int
+) -> RowSettings:
+    """The settings of a request as a slot takes them; raises `InputError` if a slot can't."""
+    check_sampler(options.sampler)
+    sampler = row_of(options.sampler)
+    if sampler is None:
+        raise InputError(
+            "a slot can't draw with this sampler",
+            where="sampler",
+            got=repr(options.sampler)[:80],
+            expected="Greedy(), or a Categorical of single numbers",
+            hint="use pj.generate for samplers of your own",
+        )
+    stop_ids = check_stop_ids(stop_ids)
+    if len(stop_ids) > STOP_IDS:
+        raise InputError(
+            "too many stop ids",
+            where="stop_ids",
+            got=len(stop_ids),
+            expected=f"at most {STOP_IDS}",
+            hint="pass the others as stop_strings",
+        )
+    penalty = float(check_penalty(options.repetition_penalty))
+    best = check_best(logprobs, min(MOST_LOGPROBS, vocab_size))
+    return RowSettings(sampler, stop_ids, options.max_new_tokens, check_seed(seed), penalty, best)

@@ -1,0 +1,300 @@
+"""The host loop over the slots: admits requests, reads their prompts between decoding chunks, and hands out tokens."""
+
+import itertools
+from collections import deque
+from collections.abc import Iterator, Sequence
+from typing import Any, Self
+
+import jax
+import numpy as np
+
+from polarjax.checkpoint.bundle import Bundle
+from polarjax.engine import checks
+from polarjax.engine.packing import Packer
+from polarjax.engine.requests import Event, Finished, Request
+from polarjax.engine.sizes import plan_sizes, slots_and_capacity
+from polarjax.engine.slots import FAILED, LENGTH, STOPPED, Drawn, Slots, decode, make_slots, read
+from polarjax.errors import InputError
+from polarjax.generation.overlap import overlapping_jit
+from polarjax.generation.sampling import Sampler
+from polarjax.generation.stream import CONTEXT
+from polarjax.generation.token_loop import CHUNK
+from polarjax.memory import explained_out_of_memory
+from polarjax.model.checks import check_implementation
+from polarjax.numeric import check_type, whole_number
+from polarjax.selection.selectors import Sparsity
+from polarjax.text.assembly import Assembler
+from polarjax.text.continuation import ContinueOptions
+from polarjax.text.prompts import Message
+from polarjax.types import Array, Implementation, Int
+
+READ_TOKENS = 2048
+"""Prompt tokens that are read between two decoding chunks, at most."""
+
+_ENDINGS: dict[int, Finished] = {STOPPED: "stop", LENGTH: "length", FAILED: "failed"}
+
+_make = jax.jit(make_slots, static_argnames=("config", "slots", "capacity", "dtype"))
+_read = jax.jit(read, donate_argnames=("slots",))
+_decode = overlapping_jit(decode, static_argnames=("steps", "implementation"), donate_argnames=("slots",))
+
+
+class Engine(Iterator[Event]):
+    """Continues requests as they come, many at a time: each gets a slot, and frees it for the next when it ends.
+
+    Iterating runs the requests and yields their events until nothing is left to do; then more can be submitted. One
+    thread iterates; any thread may submit and cancel. A request's tokens don't depend on its slot, its company or when
+    it came, unless the plan selects neurons, which is done for all running rows together.
+
+    Args:
+      bundle: the model, with a tokenizer for text and with routers and plans for sparse decoding.
+      slots: B, requests that run at a time; None takes what the device's memory allows, 8 if it doesn't say.
+      capacity: S, positions of a slot: prompt and new tokens but the last; None takes the model's positions, at most
+        4,096.
+      head_density: fraction of groups to keep; None is the calibrated default.
+      dense: decode densely even if the bundle has routers and plans.
+      read_tokens: most tokens of prompts that are read between two chunks of decoding steps: more fill the slots
+        sooner, fewer let running requests wait less.
+      implementation: kernel implementation; None takes the best for the device.
+
+    Attributes:
+      slots, capacity: B and S.
+
+    Raises:
+      InputError: a size isn't a positive whole number, or doesn't fit into the device's memory.
+      SparsityError: the density isn't one, or there are no routers or plans for it.
+    """
+
+    def __init__(
+        self,
+        bundle: Bundle,
+        *,
+        slots: int | None = None,
+        capacity: int | None = None,
+        head_density: float | None = None,
+        dense: bool = False,
+        read_tokens: int = READ_TOKENS,
+        implementation: Implementation = None,
+    ) -> None:
+        check_type(bundle, Bundle, where="Engine", hint="pass pj.load(path), or pj.Bundle(model)")
+        checks.check_dense(dense, head_density)
+        check_implementation(implementation)
+        most = whole_number(read_tokens, "read_tokens", where="Engine")
+        model = bundle.model
+        self.slots, self.capacity = slots_and_capacity(
+            model.config, model.dtype, slots, capacity, read_tokens=most
+        )
+        self._bundle, self._implementation = bundle, implementation
+        skip = bundle.sparsity_by_batch(None if dense else "auto", head_density)
+        self._plans: dict[int, Sparsity | None] = {size: skip(size) for size in plan_sizes(self.slots)}
+        with self._explained():
+            sizes = {"slots": self.slots, "capacity": self.capacity, "dtype": model.dtype}
+            made: Slots = _make(model.config, **sizes)
+        self._slots: Slots | None = made
+        self._packer = Packer(most, slots=self.slots, capacity=self.capacity, best=made.rules.best)
+        self._ids = itertools.count()
+        self._requests: dict[int, Request] = {}
+        self._waiting: deque[Request] = deque()
+        self._reading: list[Request] = []
+        self._running: dict[int, Request] = {}
+        self._unused = deque(range(self.slots))
+        self._halted = np.zeros(self.slots, bool)
+        self._cancelled: deque[int] = deque()
+        self._sent: deque[tuple[Drawn, list[tuple[int, Request]]]] = deque()
+        self._events: deque[Event] = deque()
+
+    def submit(
+        self,
+        prompt: str | Sequence[Message] | Sequence[int] | Int[Array, "n"],
+        *,
+        max_new_tokens: int | None = None,
+        sampler: Sampler | None = None,
+        stop_ids: Sequence[int] | None = None,
+        stop_strings: Sequence[str] | None = None,
+        repetition_penalty: float | None = None,
+        seed: int = 0,
+        logprobs: int | None = None,
+    ) -> int:
+        """Queues a request; returns its id, which its events carry. Defaults come from the model's
+        generation_config.json, as in `Bundle.complete`.
+
+        Args:
+          prompt: a text, a conversation for the chat template, or token ids [n].
+          max_new_tokens: most new tokens; None is the model's, or 64, limited by the positions left.
+          sampler: `Greedy()`, or a `Categorical` of single numbers.
+          stop_ids: ids that end the request, at most 16.
+          stop_strings: strings that end the request and are cut off.
+          repetition_penalty: above 1, makes ids already in the text less likely.
+          seed: a sampler draws what `generate` draws for this prompt alone with `key=jax.random.key(seed)`.
+          logprobs: n, at most 20; events then have the log-probabilities of their tokens and of the n likeliest ones.
+
+        Raises:
+          InputError: the engine is closed, the prompt is empty or too long, or an option is out of range.
+          CheckpointError: text is given or to be found, but the bundle has no tokenizer.
+        """
+        self._check_open()
+        bundle = self._bundle
+        config, settings = bundle.model.config, bundle.generation
+        ids = checks.prompt_ids(prompt, bundle)
+        options = ContinueOptions.of(
+            settings,
+            max_new_tokens=checks.check_length(
+                config, len(ids), max_new_tokens, settings.max_new_tokens, self.capacity
+            ),
+            sampler=sampler,
+            stop_ids=stop_ids,
+            stop_strings=stop_strings,
+            repetition_penalty=repetition_penalty,
+        )
+        strings, stops = checks.split_stops(options, bundle)
+        row = checks.row_settings(options, stops, seed, logprobs, config.vocab_size)
+        assembler = None
+        if bundle.tokenizer is not None:
+            context = ids[-CONTEXT:].tolist()
+            assembler = Assembler(bundle.tokenizer.decode_ids, context=context, stop_strings=strings)
+        request = Request(next(self._ids), ids, row, assembler)
+        self._requests[request.id] = request
+        self._waiting.append(request)
+        return request.id
+
+    def cancel(self, request: int) -> bool:
+        """Ends a request; its last event, "cancelled", follows. False if it has already finished, or there is none."""
+        going = request in self._requests
+        if going:
+            self._cancelled.append(request)
+        return going
+
+    def close(self) -> None:
+        """Drops all requests and frees the slots' memory."""
+        self._slots = None
+        for each in (self._requests, self._waiting, self._reading, self._running, self._sent, self._events):
+            each.clear()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def __next__(self) -> Event:
+        """The next event; waits for the device if there is none yet."""
+        while not self._events:
+            if not self._requests:
+                raise StopIteration
+            try:
+                with self._explained():
+                    self._turn()
+            except BaseException:  # slots that were donated to a failed call are lost
+                self.close()
+                raise
+        return self._events.popleft()
+
+    def warm_up(self) -> None:
+        """Compiles all programs that the engine can need, so that no request waits for one."""
+        self._check_open()
+        for shape in self._packer.shapes:
+            self._call(_read, self._packer.reading([], shape))
+        for size in self._plans:
+            self._decode(size)
+        jax.block_until_ready(self._slots)
+
+    def _turn(self) -> None:
+        """Sends the device its next work, then handles what came before it, so that it never waits for the host."""
+        while self._cancelled:
+            self._finish(self._requests.get(self._cancelled.popleft()))
+        while self._unused and self._waiting:
+            request = self._waiting.popleft()
+            request.slot = self._unused.popleft()
+            self._reading.append(request)
+        before = len(self._sent)
+        if self._reading:
+            self._read_prompts()
+        if self._running:
+            self._decode_chunk()
+        ahead = 1 if len(self._sent) > before else 0
+        while len(self._sent) > ahead:
+            self._handle(*self._sent.popleft())
+
+    def _read_prompts(self) -> None:
+        pieces, reading = self._packer.pack(self._reading)
+        begun = []
+        for piece in pieces:
+            request = piece.request
+            request.read += piece.count
+            if not request.unread:
+                request.drawn = 1
+                self._halted[request.slot] = False  # of the request before
+                self._running[request.slot] = request
+                begun.append((request.slot, request))
+        self._reading = [each for each in self._reading if each.unread]
+        self._sent.append((self._call(_read, reading), begun))
+        self._release()
+
+    def _decode_chunk(self) -> None:
+        rows = list(self._running.items())
+        self._sent.append((self._decode(len(rows)), rows))
+        for _, request in rows:
+            request.drawn += CHUNK
+        self._release()
+
+    def _release(self) -> None:
+        """Frees the slots of requests that will have reached their limits by the time the device gets further work."""
+        for slot in [slot for slot, request in self._running.items() if request.ends_by_itself]:
+            del self._running[slot]
+            self._unused.append(slot)
+
+    def _decode(self, rows: int) -> Drawn:
+        """A chunk of steps with the plan for so many rows."""
+        plan = next(plan for size, plan in self._plans.items() if size >= rows)
+        halted, self._halted = jax.device_put(self._halted), np.zeros(self.slots, bool)
+        return self._call(_decode, halted, steps=CHUNK, sparsity=plan, implementation=self._implementation)
+
+    def _call(self, program, *args: Any, **kwargs: Any) -> Drawn:
+        self._slots, drawn = program(self._bundle.model, self._slots, *args, **kwargs)
+        for leaf in (drawn.tokens, drawn.counts, drawn.ended):
+            leaf.copy_to_host_async()
+        return drawn
+
+    def _handle(self, drawn: Drawn, rows: list[tuple[int, Request]]) -> None:
+        """Makes events of what a call drew."""
+        tokens, counts, ended = jax.device_get((drawn.tokens, drawn.counts, drawn.ended))
+        asked = any(request.settings.logprobs is not None for _, request in rows)
+        logprobs = jax.device_get(drawn.logprobs) if asked else None
+        for slot, request in rows:
+            if request.id not in self._requests:
+                continue
+            new = tokens[slot, : counts[slot]].tolist()
+            wanted = request.settings.logprobs is not None
+            mine = jax.tree.map(lambda leaf, slot=slot: leaf[slot], logprobs) if wanted else None
+            event = request.event(new, _ENDINGS.get(int(ended[slot])), mine)
+            if event.tokens or event.finished:
+                self._events.append(event)
+            if event.finished:
+                self._forget(request)
+
+    def _finish(self, request: Request | None) -> None:
+        """Ends a request that was cancelled, unless it ended before."""
+        if request is not None:
+            self._events.append(request.event([], "cancelled", None))
+            self._forget(request)
+
+    def _forget(self, request: Request) -> None:
+        """Frees the request's slot, if it still has it."""
+        del self._requests[request.id]
+        if request in self._waiting:
+            self._waiting.remove(request)
+        elif request in self._reading:
+            self._reading.remove(request)
+            self._unused.append(request.slot)
+        elif self._running.get(request.slot) is request:
+            del self._running[request.slot]
+            self._halted[request.slot] = True
+            self._unused.append(request.slot)
+
+    def _check_open(self) -> None:
+        if self._slots is None:
+            raise InputError("the engine is closed", where="Engine", hint="make another one")
+
+    def _explained(self):
+        model = self._bundle.model
+        sizes = {"batch_size": self.slots, "cache_length": self.capacity, "dtype": model.dtype}
+        return explained_out_of_memory(model.config, **sizes)

@@ -1,0 +1,68 @@
+"""How many slots, and of what capacity, fit next to the model."""
+
+from polarjax import costs, memory
+from polarjax.configs import ModelConfig
+from polarjax.errors import InputError
+from polarjax.model.chunk_attention import KEY_BLOCK
+from polarjax.numeric import whole_number
+from polarjax.types import DTypeLike
+
+CAPACITY = 4096
+"""Most positions of a slot if the caller doesn't say."""
+
+_WITHOUT_LIMIT = 8  # slots where the device doesn't report its memory
+_MOST = 256
+_USED = 0.95  # of the memory that is left; fragments and small arrays take the rest
+
+
+def slots_and_capacity(
+    config: ModelConfig, dtype: DTypeLike, slots: int | None, capacity: int | None, *, read_tokens: int
+) -> tuple[int, int]:
+    """The given sizes, or those that the device's memory allows; the capacity is a multiple of 8.
+
+    Raises:
+      InputError: a size isn't a positive whole number, or the slots don't fit.
+    """
+    slots = None if slots is None else whole_number(slots, "slots", where="Engine")
+    if capacity is not None:
+        capacity = whole_number(capacity, "capacity", where="Engine")
+    available = _available(config, dtype, read_tokens)
+    if capacity is None:
+        capacity = min(config.max_positions, CAPACITY)
+        if slots is not None and available is not None:
+            each = slots * costs.cache_bytes_per_token(config, dtype)
+            left = int(available - costs.weights_bytes(config, dtype)) - slots * 4 * config.vocab_size
+            capacity = max(8, min(capacity, left // each // 8 * 8))
+    capacity = -(-capacity // 8) * 8
+    if available is None:
+        return slots or _WITHOUT_LIMIT, capacity
+    fitting = costs.largest_batch(config, memory=available, cache_length=capacity, dtype=dtype)
+    if (slots or 1) > fitting:
+        raise InputError(
+            "the slots do not fit into the device's memory",
+            where="Engine",
+            got=f"{slots or 1:,} of {capacity:,} positions",
+            expected=f"at most {fitting:,} of that capacity",
+            hint="lower slots or capacity, or use a narrower dtype",
+        )
+    return slots or min(fitting, _MOST), capacity
+
+
+def _available(config: ModelConfig, dtype: DTypeLike, read_tokens: int) -> float | None:
+    """Bytes for weights and slots; None if the device doesn't report its memory."""
+    limit = memory.device_memory()
+    if limit is None:
+        return None
+    weights = costs.weights_bytes(config, dtype)
+    others = max(0, memory.held_bytes() - weights)
+    scores = 4 * config.num_heads * KEY_BLOCK
+    activations = 4 * (3 * config.d_ff + 8 * config.d_model)
+    return _USED * (limit - others) - read_tokens * (scores + activations)
+
+
+def plan_sizes(slots: int) -> list[int]:
+    """Numbers of rows in use that have a plan, and a program, of their own: a few from 1 to `slots`."""
+    sizes = {slots}
+    while (smallest := min(sizes)) > 1:
+        sizes.add(-(-smallest // 4))
+    return sorted(sizes)
