@@ -272,7 +272,7 @@ def _bare_config(model_type: str | None) -> Any:
     from transformers import PreTrainedConfig
     from transformers.models.auto import configuration_auto
 
-    names = configuration_auto.CONFIG_MAPPING_NAMES  # pyright: ignore[reportPrivateImportUsage]
+    names = configuration_auto.CONFIG_MAPPING_NAMES
     if model_type not in names:
         return None
     return type(names[model_type], (PreTrainedConfig,), {"model_type": model_type})()

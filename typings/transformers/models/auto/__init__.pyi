@@ -1,0 +1,1 @@
+from . import configuration_auto as configuration_auto

@@ -1,0 +1,1 @@
+CONFIG_MAPPING_NAMES: dict[str, str]
