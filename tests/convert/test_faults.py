@@ -127,7 +127,7 @@ FAULTS = {
         "convert/test_faults.py::test_fault_27_a_byte_of_a_converted_model_flips",
     ],
     "28 little memory": [
-        "convert/test_memory.py::test_fault_28_two_gigabytes_in_three_tensors_of_memory",
+        "convert/test_memory.py::test_fault_28_a_checkpoint_in_three_tensors_of_memory",
         "cli/test_out_of_memory.py::test_fault_28_the_memory_really_runs_out",
         "cli/test_out_of_memory.py::test_fault_28_largest_fitting_batch_is_reported",
     ],

@@ -38,10 +38,10 @@ def place(tmp_path_factory):
     shutil.rmtree(folder)
 
 
-def test_fault_28_two_gigabytes_in_three_tensors_of_memory(place):
+def test_fault_28_a_checkpoint_in_three_tensors_of_memory(place):
     """Above JAX just started: below 3 x the largest tensor + 300 MB; the data segment cannot grow by more."""
-    total, largest = big.write(place / "hf", layers=15)
-    assert total >= 2e9
+    total, largest = big.write(place / "hf", layers=8)
+    assert total > 1.8 * (3 * largest + MARGIN)
     allowed = 3 * largest + MARGIN
     command = [sys.executable, "-c", LIMITED, place / "hf", place / "model", str(allowed)]
     environment = os.environ | {"JAX_PLATFORMS": "cpu"}
