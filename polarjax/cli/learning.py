@@ -17,6 +17,7 @@ from polarjax.sparsity.options import (
     MAX_BYTES,
     CalibrateOptions,
     CollectOptions,
+    RefineOptions,
     TrainOptions,
 )
 from polarjax.storage.atomic import check_writable
@@ -27,6 +28,9 @@ if TYPE_CHECKING:
     from polarjax.sparsity.activations import Activations
     from polarjax.sparsity.collection import Recording
     from polarjax.sparsity.training import TrainReport
+    from polarjax.sparsity.tuning import TuneReport
+
+REFINE = RefineOptions()
 
 Folder = Annotated[Path, typer.Argument(help="A model directory.")]
 Texts = Annotated[list[Path], typer.Option(help="A UTF-8 text (.txt, .txt.xz); may be given several times.")]
@@ -67,7 +71,15 @@ Skipped = Annotated[
 Published = Annotated[
     bool,
     typer.Option(
-        "--published", help="The published choices for heads: norms, zeros and top, unless given otherwise."
+        "--published",
+        help="The published choices for heads: norms, zeros, top and no refinement, unless given otherwise.",
+    ),
+]
+RefineTokens = Annotated[
+    int | None,
+    typer.Option(
+        help="Tokens of training text that head routers are refined on, by distillation under their own choices; 0: "
+        f"none. Default: {REFINE.passes} passes over the text, at most {REFINE.most_tokens:,} tokens."
     ),
 ]
 DenseAttention = Annotated[
@@ -164,6 +176,11 @@ def train_options(
     )
 
 
+def refine_options(tokens: int | None, published: bool = False) -> RefineOptions:
+    """The default options with this from the command line."""
+    return RefineOptions(tokens=0 if tokens is None and published else tokens)
+
+
 def calibrate_options(target_recall: float, max_batch: int, dense_attention: str) -> CalibrateOptions:
     """The published options with these, and batch sizes that are powers of two up to `max_batch`."""
     if max_batch < 1:
@@ -191,6 +208,22 @@ def print_training(report: "TrainReport") -> None:
             f"{i:5}{of_neurons}{groups.recall[i]:17.3f}{groups.precision[i]:11.3f}{groups.f1[i]:7.3f}"
             f"{groups.selected[i]:19.3f}"
         )
+
+
+def print_refinement(report: "TuneReport | None") -> None:
+    """Prints what refining did, if there was any."""
+    if report is None:
+        return
+    print(f"\nHead routers, refined on {report.tokens:,} tokens in {report.seconds:.0f} s")
+    print_perplexities(report, "validation")
+
+
+def print_perplexities(report: "TuneReport", part: str) -> None:
+    """Prints the perplexities before and after, one line per number of heads kept."""
+    print(f"Perplexity on the {part} windows, by heads (groups) kept in every layer that skips")
+    print("kept    before     after")
+    for kept, before in report.before.items():
+        print(f"{kept:4}{before:10.3f}{report.after[kept]:10.3f}")
 
 
 def print_plans(table: PlanTable, recall: tuple[tuple[float, ...], ...]) -> None:

@@ -37,6 +37,7 @@ def sparsify(
     rank_by: learning.RankBy = None,
     skipped: learning.Skipped = None,
     published: learning.Published = False,
+    refine_tokens: learning.RefineTokens = None,
     target_recall: learning.Recall = 0.99,
     max_batch: learning.MaxBatch = learning.LARGEST_BATCH,
     dense_attention: learning.DenseAttention = "first",
@@ -61,13 +62,22 @@ def sparsify(
         **learning.head_options(rank_by, skipped, published),
     )
     training = learning.train_options(learning_rate, batch, epochs, head_objective, published)
+    refinement = learning.refine_options(refine_tokens, published)
     calibration = learning.calibrate_options(target_recall, max_batch, dense_attention)
     bundle, windows = learning.load_and_cut(folder, text, window, max_tokens, dtype)
     check_writable(folder)
     recording = learning.announce(bundle, windows, collecting)
-    stages: dict[str, Any] = {"collecting": collecting, "training": training, "calibration": calibration}
     routers, plans, report = learn(
-        bundle.model, windows, recording, key, head_density=head_density, budgets=chosen, **stages
+        bundle.model,
+        windows,
+        recording,
+        key,
+        head_density=head_density,
+        collecting=collecting,
+        training=training,
+        refinement=refinement,
+        calibration=calibration,
+        budgets=chosen,
     )
     write_routers(folder, routers)
     write_plans(folder, plans)
@@ -77,6 +87,7 @@ def sparsify(
 
 def _show(folder: Path, plans: PlanTable, report: "SparsifyReport") -> None:
     learning.print_training(report.training)
+    learning.print_refinement(report.refinement)
     learning.print_plans(plans, report.recall)
     shares = " ".join(f"{share:.3f}" for share in report.attention_importance)
     print(f"\nHow far each layer's attention turns the residual stream (1 - cos): {shares}")

@@ -1,9 +1,10 @@
-"""`polarjax train-routers`: trains routers on recorded activations."""
+"""`polarjax train-routers`: trains routers on recorded activations, and refines those of heads."""
 
-from typing import Any
+from typing import Any, cast
 
 from polarjax.cli import learning
 from polarjax.cli.inputs import random_key
+from polarjax.sparsity.options import CalibrateOptions, DenseAttention
 
 
 def train_routers(
@@ -14,19 +15,33 @@ def train_routers(
     batch: learning.Batch = learning.DEFAULTS.neuron_batch,
     epochs: learning.Epochs = learning.DEFAULTS.max_epochs,
     head_objective: learning.Objective = None,
+    refine_tokens: learning.RefineTokens = None,
+    dense_attention: learning.DenseAttention = "first",
+    published: learning.Published = False,
     seed: learning.Seed = 0,
 ) -> dict[str, Any]:
     """Train the routers of a model directory; replaces existing routers and removes their plans."""
     from polarjax import sparsity
     from polarjax.checkpoint.learned import write_routers
+    from polarjax.sparsity.calibration import dense_layer
+    from polarjax.sparsity.pipeline import StageKeys
+    from polarjax.sparsity.refinement import refine
 
-    key = random_key(seed)
-    options = learning.train_options(learning_rate, batch, epochs, head_objective)
+    keys = StageKeys.of(random_key(seed))
+    training = learning.train_options(learning_rate, batch, epochs, head_objective, published)
+    refinement = learning.refine_options(refine_tokens, published)
+    calibration = CalibrateOptions(dense_attention=cast(DenseAttention, dense_attention))
     bundle, recorded = learning.open_for(folder, activations)
-    routers, report = sparsity.train_routers(
-        recorded, bundle.model.config, key, head_density=head_density, options=options
+    if refinement.tokens != 0:
+        recorded.windows_of("train")  # which is refused before the work, not after it
+    config, density = bundle.model.config, {"head_density": head_density}
+    routers, report = sparsity.train_routers(recorded, config, keys.train, options=training, **density)
+    dense = (dense_layer(recorded, calibration),)
+    routers, refined = refine(
+        bundle.model, routers, recorded, keys.refine, dense_layers=dense, options=refinement, **density
     )
     write_routers(folder, routers)
     learning.print_training(report)
+    learning.print_refinement(refined)
     print(f"\nRouters are in {folder}. Next: polarjax calibrate {folder} --activations {activations}")
-    return report.to_json()
+    return report.to_json() | {"refinement": None if refined is None else refined.to_json()}

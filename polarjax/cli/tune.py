@@ -235,10 +235,8 @@ def _print(report: "TuneReport") -> None:
         f"{report.steps:,} steps, {report.tokens:,} tokens in {report.seconds:,.0f} s "
         f"({report.tokens_per_second:,.0f} tokens/s)"
     )
-    print("\nPerplexity on the held-out windows, by heads (groups) kept in every layer that skips")
-    print("kept    before     after")
-    for kept, before in report.before.items():
-        print(f"{kept:4}{before:10.3f}{report.after[kept]:10.3f}")
+    print()
+    learning.print_perplexities(report, "held-out")
 
 
 def _for_neurons(domains: list[Int32[np.ndarray, "n T"]]) -> Int32[np.ndarray, "n T"]:

@@ -22,7 +22,13 @@ from polarjax.selection.selectors import Oracle, Random, Selector, Sparsity, Sta
 from polarjax.sparsity import collect, sparsify
 from polarjax.sparsity.activations import Activations, open_activations
 from polarjax.sparsity.calibration import measure_recall
-from polarjax.sparsity.options import PUBLISHED, PUBLISHED_OBJECTIVE, CollectOptions, TrainOptions
+from polarjax.sparsity.options import (
+    PUBLISHED,
+    PUBLISHED_OBJECTIVE,
+    CollectOptions,
+    RefineOptions,
+    TrainOptions,
+)
 from polarjax.sparsity.training import train_routers
 from polarjax.storage.atomic import temporary_folder
 from polarjax.text.corpus import Split, standard_library_text
@@ -113,6 +119,7 @@ def _learn(
             head_density=options.head_density,
             collecting=CollectOptions(folder=keep, **PUBLISHED),
             training=training,
+            refinement=RefineOptions(tokens=0),
         )
         selectors = _selectors(open_activations(keep), routers, training, options)
     write_routers(folder, routers)

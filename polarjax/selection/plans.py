@@ -116,6 +116,11 @@ def dense_plan(config: ModelConfig) -> SparsityPlan:
     return SparsityPlan((None,) * config.num_layers, (None,) * config.num_layers)
 
 
+def groups_kept(density: float, groups: int) -> int:
+    """The number of groups that a density keeps of so many: rounded down, at least 1."""
+    return max(1, math.floor(density * groups + 1e-9))
+
+
 def uniform_groups(
     config: ModelConfig, density: float, *, dense_layers: tuple[int, ...] = (0,)
 ) -> tuple[int | None, ...]:
@@ -127,7 +132,7 @@ def uniform_groups(
       SparsityError: the density is not above 0 and at most 1.
     """
     density = check_density(density, where="head density")
-    kept = max(1, math.floor(density * config.num_kv_heads + 1e-9))
+    kept = groups_kept(density, config.num_kv_heads)
     return tuple(None if layer in dense_layers else kept for layer in range(config.num_layers))
 
 

@@ -16,9 +16,9 @@ from polarjax.selection.importance import IMPORTANCES, Importance
 from polarjax.storage.fingerprint import same_weights, short
 from polarjax.types import DTypeLike
 
-FORMAT = 3
-_READABLE = (2, FORMAT)
-"""Format 2 has no means, and its importance is always "norms"."""
+FORMAT = 4
+_READABLE = (2, 3, FORMAT)
+"""Format 3 has no windows; format 2 no means either, and its importance is always "norms"."""
 Part = Literal["train", "validation", "test"]
 Target = Literal["activity", "norms"]
 COLLECT = "collect them again: polarjax collect"
@@ -40,6 +40,8 @@ class Activations:
       importance: what `norms` are.
       means: each group's mean part of the attention output, float32 [L K D], which replaces it where it is skipped;
         None for zeros.
+      windows: the text that was offered, int32 [m T] token ids; None if not recorded.
+      window_part: which part each window belongs to, uint8 [m], as in `part`; None if not recorded.
     """
 
     config: ModelConfig
@@ -52,6 +54,8 @@ class Activations:
     part: np.ndarray
     importance: Importance = "norms"
     means: np.ndarray | None = None
+    windows: np.ndarray | None = None
+    window_part: np.ndarray | None = None
 
     @property
     def num_tokens(self) -> int:
@@ -60,11 +64,14 @@ class Activations:
 
     def rows(self, part: Part | None = None) -> np.ndarray:
         """The row numbers of the tokens in `part` (all tokens for None), ascending."""
-        if part is None:
-            return np.arange(self.num_tokens)
-        if part not in get_args(Part):
-            raise InputError("no such part", got=repr(part), expected=" | ".join(get_args(Part)))
-        return np.flatnonzero(self.part == get_args(Part).index(part))
+        return np.arange(self.num_tokens) if part is None else np.flatnonzero(self.part == _number(part))
+
+    def windows_of(self, part: Part) -> np.ndarray:
+        """The windows of text in `part`, int32 [m T]; `SparsityError` if they were not recorded."""
+        if self.windows is None or self.window_part is None:
+            hint = f"{COLLECT}; or leave out what needs the text (--refine-tokens 0, --budgets uniform)"
+            raise SparsityError("these activations hold no text", where="activations", hint=hint)
+        return np.asarray(self.windows)[self.window_part == _number(part)]
 
     def router_inputs(self, rows: np.ndarray, layer: slice = slice(None)) -> np.ndarray:
         """The router inputs at `rows`, [L b D] in the model's dtype."""
@@ -92,6 +99,12 @@ class Activations:
             _refuse_model(f"{name} {mine[name]}", f"{other[name]}")
         if fingerprint is not None and not same_weights(self.fingerprint, fingerprint):
             _refuse_model(f"weights {short(self.fingerprint)}", short(fingerprint))
+
+
+def _number(part: Part) -> int:
+    if part not in get_args(Part):
+        raise InputError("no such part", got=repr(part), expected=" | ".join(get_args(Part)))
+    return get_args(Part).index(part)
 
 
 def _refuse_model(got: str, expected: str) -> None:
@@ -126,6 +139,14 @@ def means_shape(config: ModelConfig) -> tuple[int, int, int]:
     return config.num_layers, config.num_kv_heads, config.d_model
 
 
+def text_specs(count: int, length: int) -> dict[str, tuple[tuple[int, ...], np.dtype]]:
+    """Name -> (shape, stored dtype) of the arrays that hold `count` windows of `length` tokens."""
+    return {
+        "windows": ((count, length), np.dtype(np.int32)),
+        "window_part": ((count,), np.dtype(np.uint8)),
+    }
+
+
 def is_activations(path: Path) -> bool:
     """Whether `path` is a folder of activations."""
     return (path / "meta.json").is_file() and (path / "inputs.npy").is_file()
@@ -137,6 +158,7 @@ def write_meta(
     dtype: DTypeLike,
     *,
     tokens: int,
+    windows: tuple[int, int],
     fingerprint: str,
     importance: Importance,
     means: bool,
@@ -148,6 +170,7 @@ def write_meta(
         "fingerprint": fingerprint,
         "dtype": jnp.dtype(dtype).name,
         "tokens": tokens,
+        "windows": list(windows),
         "importance": importance,
         "means": means,
     }
@@ -173,6 +196,8 @@ def open_activations(path: str | os.PathLike[str]) -> Activations:
         specs = array_specs(config, dtype, meta["tokens"])
         if meta.get("means", False):
             specs["means"] = (means_shape(config), np.dtype(np.float32))
+        if meta["format"] == FORMAT:
+            specs |= text_specs(*meta["windows"])
         arrays = {name: np.load(folder / f"{name}.npy", mmap_mode="r") for name in specs}
     except InputError:
         raise
@@ -193,6 +218,8 @@ def open_activations(path: str | os.PathLike[str]) -> Activations:
         part=np.array(arrays["part"]),
         importance=importance,
         means=np.array(arrays["means"]) if "means" in arrays else None,
+        windows=arrays.get("windows"),
+        window_part=arrays.get("window_part"),
     )
 
 

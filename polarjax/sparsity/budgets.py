@@ -1,5 +1,7 @@
 """How many groups each layer keeps at the same total, from what skipping in one layer alone does to the output."""
 
+import dataclasses
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -9,14 +11,27 @@ from polarjax.model.parameters import parameters
 from polarjax.model.stacked import StackedDecoder, hidden_states, stack_parameters
 from polarjax.progress import task
 from polarjax.selection.masking import Masking, StackedRouters
-from polarjax.selection.plans import uniform_groups
+from polarjax.selection.plans import PlanTable, uniform_groups
 from polarjax.selection.routers import Routers
+from polarjax.sparsity.activations import Activations
 from polarjax.sparsity.distillation import divergence
 from polarjax.types import Array, Float, Int, Int32
 
 COUNTS = 16
 """Most counts that are measured in a layer; the others are interpolated."""
 _WORST = 1e30  # a divergence that isn't finite
+
+
+MEASURED = 8
+"""Most validation windows that budgets are measured on."""
+
+
+def with_budgets(model: Decoder, routers: Routers, activations: Activations, plans: PlanTable) -> PlanTable:
+    """The plans with budgets measured on validation windows; unchanged for a model with one group."""
+    if model.config.num_kv_heads == 1:
+        return plans
+    windows = activations.windows_of("validation")[:MEASURED]
+    return dataclasses.replace(plans, budgets=group_budgets(model, routers, windows, plans.dense_layers))
 
 
 def group_budgets(

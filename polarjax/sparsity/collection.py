@@ -29,6 +29,7 @@ from polarjax.sparsity.activations import (
     means_shape,
     open_activations,
     row_bytes,
+    text_specs,
     write_meta,
 )
 from polarjax.sparsity.checks import check_flags, check_held_out, check_size
@@ -49,6 +50,7 @@ class Recording:
     Attributes:
       positions: recorded tokens, as indices into the concatenated windows, ascending [n].
       part: part of each recorded token, uint8 [n]: 0 train, 1 validation, 2 test.
+      window_part: part of each window, uint8 [m].
       offered: tokens in all windows.
       num_bytes: size on disk.
       importance: what is recorded of each group.
@@ -57,6 +59,7 @@ class Recording:
 
     positions: Int[np.ndarray, "n"]
     part: UInt8[np.ndarray, "n"]
+    window_part: UInt8[np.ndarray, "m"]
     offered: int
     num_bytes: int
     importance: Importance = "norms"
@@ -80,11 +83,13 @@ def plan_recording(model: "decoder.Decoder", shape: tuple[int, ...], options: Co
     count, length = shape
     part = split_windows(count, options.held_out)
     each = row_bytes(model.config, model.dtype)
-    fixed = 4 * math.prod(means_shape(model.config)) if options.mean_outputs else 0
+    fixed = sum(math.prod(shape) * stored.itemsize for shape, stored in text_specs(count, length).values())
+    fixed += 4 * math.prod(means_shape(model.config)) if options.mean_outputs else 0
     positions = kept_positions(count * length, each, options.max_bytes, options.fit, fixed=fixed)
     return Recording(
         positions,
         part[positions // length],
+        part,
         count * length,
         each * len(positions) + fixed,
         options.importance,
@@ -107,10 +112,10 @@ def collect(
 ) -> Activations:
     """Runs the dense model over token windows and writes what routers learn from.
 
-    Recorded are router inputs, the importance of each group, how far attention turns the residual stream and, for
-    ReLU models, neuron activity at one bit per neuron. A first pass over at most `MEAN_WINDOWS` training windows
-    measures the mean output of each group. The folder appears at `out_dir` only when it is complete; an
-    interrupted run leaves nothing there.
+    Recorded are the windows, router inputs, the importance of each group, how far attention turns the residual
+    stream and, for ReLU models, neuron activity at one bit per neuron. A first pass over at most `MEAN_WINDOWS`
+    training windows measures the mean output of each group. The folder appears at `out_dir` only when it is complete;
+    an interrupted run leaves nothing there.
 
     Args:
       model: the decoder.
@@ -161,9 +166,11 @@ def record(
     with atomic_folder(out, overwrite=overwrite, may_replace=is_activations) as folder:
         arrays = {name: _allocate(folder / f"{name}.npy", *spec) for name, spec in specs.items()}
         arrays["part"][:] = recording.part
+        np.save(folder / "windows.npy", windows)
+        np.save(folder / "window_part.npy", recording.window_part)
         batch, means = min(batch_size, len(windows)), None
         if recording.mean_outputs:
-            means = measure_means(model, training_windows(windows, recording), batch)
+            means = measure_means(model, windows_for_means(windows[recording.window_part == 0]), batch)
             np.save(folder / "means.npy", means)
         selector = Oracle(() if means is None else tuple(map(jax.device_put, means)), recording.importance)
         _record_all(model, selector, windows, recording.positions, arrays, batch)
@@ -174,6 +181,7 @@ def record(
             config,
             dtype,
             tokens=len(recording.positions),
+            windows=(len(windows), windows.shape[1]),
             fingerprint=fingerprint(model),
             importance=recording.importance,
             means=recording.mean_outputs,
@@ -202,11 +210,10 @@ def split_windows(count: int, held_out: tuple[float, float], seed: int = 0) -> U
     return np.random.default_rng(seed).permutation(part)
 
 
-def training_windows(windows: Int32[np.ndarray, "n T"], recording: Recording) -> Int32[np.ndarray, "m T"]:
-    """At most `MEAN_WINDOWS` of the windows that routers are trained on, evenly spread."""
-    numbers = np.unique(recording.positions[recording.part == 0] // windows.shape[1])
-    count = min(len(numbers), MEAN_WINDOWS)
-    return windows[numbers[np.arange(count) * len(numbers) // count]]
+def windows_for_means(windows: Int32[np.ndarray, "n T"]) -> Int32[np.ndarray, "m T"]:
+    """At most `MEAN_WINDOWS` of the windows, evenly spread."""
+    count = min(len(windows), MEAN_WINDOWS)
+    return windows[np.arange(count) * len(windows) // count]
 
 
 def measure_means(

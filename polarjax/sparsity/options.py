@@ -100,6 +100,43 @@ class TrainOptions:
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
+class RefineOptions:
+    """How group routers and means are refined by distillation; see `polarjax.sparsity.refinement.refine`.
+
+    Attributes:
+      tokens: tokens of training text; None means `passes` over it, at most `most_tokens`; 0, as published, leaves the
+        routers as they were trained.
+      passes, most_tokens: how much text is used when `tokens` is None.
+      spread: routers learn to keep `head_density` - `spread` to `head_density` + `spread` of the groups; each window
+        draws one number of groups from this range.
+      batch_tokens: tokens per step of the optimizer, rounded down to whole windows, at least one.
+      learning_rate: Adam's, at its highest, after `warmup` steps.
+    """
+
+    tokens: int | None = None
+    passes: int = 4
+    most_tokens: int = 4_000_000
+    spread: float = 1 / 6
+    batch_tokens: int = 2048
+    learning_rate: float = 1e-3
+    warmup: int = 10
+
+    def __post_init__(self) -> None:
+        whole = ("passes", "most_tokens", "batch_tokens", "warmup")
+        make_plain(self, *whole, "tokens", "spread", "learning_rate")
+        for name in whole:
+            whole_number(getattr(self, name), name, where="RefineOptions")
+        if self.tokens is not None:
+            whole_number(self.tokens, "refine tokens", where="RefineOptions", least=0)
+        for name, most in (("learning_rate", math.inf), ("spread", 1)):
+            value = getattr(self, name)
+            if type(value) not in (int, float) or not 0 < value < most:
+                expected = "above 0" if most == math.inf else "above 0, below 1"
+                got = shown(value)
+                raise InputError(f"{name} is not usable", where="RefineOptions", got=got, expected=expected)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
 class CalibrateOptions:
     """How plans are calibrated.
 

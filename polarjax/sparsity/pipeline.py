@@ -1,10 +1,10 @@
-"""Learns routers and plans from text: collects, trains, calibrates, then measures on text that none of these used."""
+"""Learns routers and plans from text: collects, trains, refines, calibrates, then measures on unused text."""
 
 import dataclasses
 import time
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import numpy as np
@@ -18,12 +18,14 @@ from polarjax.model.checks import check_model, check_windows
 from polarjax.model.parameters import fingerprint
 from polarjax.selection.plans import PlanTable, check_density
 from polarjax.selection.routers import Routers
-from polarjax.sparsity.budgets import group_budgets
-from polarjax.sparsity.calibration import calibrate, measure_recall
+from polarjax.sparsity.budgets import with_budgets
+from polarjax.sparsity.calibration import calibrate, dense_layer, measure_recall
 from polarjax.sparsity.checks import check_budgets, check_options
 from polarjax.sparsity.collection import Recording, plan_recording, record
-from polarjax.sparsity.options import Budgets, CalibrateOptions, CollectOptions, TrainOptions
+from polarjax.sparsity.options import Budgets, CalibrateOptions, CollectOptions, RefineOptions, TrainOptions
+from polarjax.sparsity.refinement import refine
 from polarjax.sparsity.training import TrainReport, train_routers
+from polarjax.sparsity.tuning import TuneReport
 from polarjax.storage.atomic import temporary_folder
 from polarjax.types import Array, Int, Int32, Key, Path
 
@@ -32,8 +34,19 @@ _ELSEWHERE = (
     "(--activations)"
 )
 
-BUDGET_WINDOWS = 8
-"""Most validation windows that budgets are measured on."""
+
+class StageKeys(NamedTuple):
+    """Random keys of the stages, which are the same however the stages are run."""
+
+    train: Key[Array, ""]
+    refine: Key[Array, ""]
+    calibrate: Key[Array, ""]
+    measure: Key[Array, ""]
+
+    @classmethod
+    def of(cls, key: Key[Array, ""]) -> "StageKeys":
+        """The keys that follow from one."""
+        return cls(*jax.random.split(key, 4))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -43,7 +56,8 @@ class SparsifyReport:
     Attributes:
       tokens: number of recorded tokens, all parts together.
       num_bytes: size of the activations.
-      training: router quality on the validation tokens.
+      training: router quality on the validation tokens, before they are refined.
+      refinement: what refining did; None if there was none.
       recall: recall of the plans on the test tokens, by batch size, then layer.
       attention_importance: one value per layer, see `Activations.attention_importance`.
       seconds: time of each stage.
@@ -52,6 +66,7 @@ class SparsifyReport:
     tokens: int
     num_bytes: int
     training: TrainReport
+    refinement: TuneReport | None
     recall: tuple[tuple[float, ...], ...]
     attention_importance: tuple[float, ...]
     seconds: dict[str, float]
@@ -69,6 +84,7 @@ def sparsify(
     head_density: float = 0.5,
     collecting: CollectOptions | None = None,
     training: TrainOptions | None = None,
+    refinement: RefineOptions | None = None,
     calibration: CalibrateOptions | None = None,
     budgets: Budgets = "uniform",
 ) -> tuple[Routers, PlanTable, SparsifyReport]:
@@ -79,7 +95,7 @@ def sparsify(
       windows: int [n T], full windows of token ids.
       key: random key.
       head_density: fraction of groups that group routers learn to pick; also the plans' default.
-      collecting, training, calibration: options of the three stages.
+      collecting, training, refinement, calibration: options of the stages; `RefineOptions(tokens=0)` leaves one out.
       budgets: "uniform" keeps as many groups in every layer but the dense one, as published; "calibrated" keeps as
         many in all, but measures on validation windows how many each layer needs (`group_budgets`).
 
@@ -93,6 +109,7 @@ def sparsify(
     check_model(model, where="sparsify")
     collecting = check_options(collecting, CollectOptions, "collecting")
     training = check_options(training, TrainOptions, "training")
+    refinement = check_options(refinement, RefineOptions, "refinement")
     calibration = check_options(calibration, CalibrateOptions, "calibration")
     key = random_key(key)
     check_density(head_density, where="head density")
@@ -107,6 +124,7 @@ def sparsify(
         head_density=head_density,
         collecting=collecting,
         training=training,
+        refinement=refinement,
         calibration=calibration,
         budgets=budgets,
     )
@@ -121,30 +139,34 @@ def learn(
     head_density: float,
     collecting: CollectOptions,
     training: TrainOptions,
+    refinement: RefineOptions,
     calibration: CalibrateOptions,
     budgets: Budgets = "uniform",
 ) -> tuple[Routers, PlanTable, SparsifyReport]:
     """`sparsify` with checked arguments; `recording` is what `plan_recording` returned for these windows."""
     check_length(recording, model.config, calibration)
-    keys = jax.random.split(key, 3)
+    keys = StageKeys.of(key)
     seconds: dict[str, float] = {}
     with _folder(collecting) as folder:
         with _timed(seconds, "collect"):
             activations = record(model, windows, recording, folder, batch_size=collecting.batch_size)
         with _timed(seconds, "train"):
             options = {"head_density": head_density, "options": training}
-            routers, trained = train_routers(activations, model.config, keys[0], **options)
+            routers, trained = train_routers(activations, model.config, keys.train, **options)
+        with _timed(seconds, "refine"):
+            options = {"head_density": head_density, "options": refinement}
+            dense = (dense_layer(activations, calibration),)
+            routers, refined = refine(model, routers, activations, keys.refine, dense_layers=dense, **options)
         with _timed(seconds, "calibrate"):
             options = {"head_density": head_density, "options": calibration}
-            plans = calibrate(activations, routers, model.config, key=keys[1], **options)
-            if budgets == "calibrated" and model.config.num_kv_heads > 1:
-                rows = group_budgets(model, routers, _held_out(windows, recording), plans.dense_layers)
-                plans = dataclasses.replace(plans, budgets=rows)
+            plans = calibrate(activations, routers, model.config, key=keys.calibrate, **options)
+            if budgets == "calibrated":
+                plans = with_budgets(model, routers, activations, plans)
         with _timed(seconds, "measure"):
-            recall = measure_recall(activations, routers, plans, key=keys[2], options=calibration)
+            recall = measure_recall(activations, routers, plans, key=keys.measure, options=calibration)
         importance = tuple(activations.attention_importance().tolist())
-    report = SparsifyReport(len(recording.part), recording.num_bytes, trained, recall, importance, seconds)
-    return routers, plans, report
+    sizes = len(recording.part), recording.num_bytes
+    return routers, plans, SparsifyReport(*sizes, trained, refined, recall, importance, seconds)
 
 
 def learn_neurons(
@@ -199,11 +221,6 @@ def check_length(recording: Recording, config: ModelConfig, options: CalibrateOp
                 expected=f"at least {needed}, the largest batch size",
                 hint="use a longer text, or hold out more of it",
             )
-
-
-def _held_out(windows: Int32[np.ndarray, "n T"], recording: Recording) -> Int32[np.ndarray, "m T"]:
-    """At most `BUDGET_WINDOWS` validation windows."""
-    return windows[np.unique(recording.positions[recording.part == 1] // windows.shape[1])[:BUDGET_WINDOWS]]
 
 
 @contextmanager

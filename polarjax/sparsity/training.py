@@ -2,7 +2,6 @@
 
 import dataclasses
 import functools
-import math
 from collections.abc import Callable
 from typing import Any, cast
 
@@ -15,7 +14,7 @@ from polarjax.configs import ModelConfig
 from polarjax.errors import InputError, SparsityError
 from polarjax.generation.checks import random_key
 from polarjax.progress import task as progress
-from polarjax.selection.plans import check_density
+from polarjax.selection.plans import check_density, groups_kept
 from polarjax.selection.routers import LayerRouter, Routers, init_routers
 from polarjax.sparsity.activations import Activations
 from polarjax.sparsity.checks import check_flags, check_options, check_sources
@@ -121,7 +120,7 @@ def train_routers(
     initial_key, neuron_key, group_key = jax.random.split(key, 3)
     neurons = config.neuron_sparsity if neurons is None else neurons
     initial = _stack(init_routers(config, initial_key, rank=options.rank, neurons=neurons))
-    kept = max(1, math.floor(density * config.num_kv_heads + 1e-9))
+    kept = groups_kept(density, config.num_kv_heads)
     groups = GroupTask(kept, options.group_objective)
     weights, quality = fit(groups, weights_of(groups, initial), activations, group_key, options)
     neuron_quality = None

@@ -23,7 +23,7 @@ from polarjax.sparsity.collection import (
     fingerprint,
     kept_positions,
     split_windows,
-    training_windows,
+    windows_for_means,
 )
 from polarjax.sparsity.options import CollectOptions
 from tests.model import zoo
@@ -31,6 +31,7 @@ from tests.one_line import refuses
 from tests.tolerances import assert_close
 
 MEANS = 4 * 2 * 4 * 24  # bytes of the mean outputs
+WINDOW = 4 * 12 + 1  # bytes of a window and its part
 ODD = dataclasses.replace(zoo.CONFIGS["opt"], d_ff=43)  # the last byte of packed activity is not full
 
 
@@ -96,9 +97,9 @@ def test_recorded_arrays_equal_the_taps_of_forward(tmp_path, importance, means, 
 
 def test_means_are_measured_on_few_training_windows_evenly_spread():
     tokens = np.repeat(np.arange(1000)[:, None], 12, 1)
-    part = np.repeat(split_windows(1000, (0.2, 0.1)), 12)
-    chosen = training_windows(tokens, collection.Recording(np.arange(12000), part, 12000, 0))[:, 0]
-    assert len(chosen) == MEAN_WINDOWS and not part[chosen * 12].any()
+    part = split_windows(1000, (0.2, 0.1))
+    chosen = windows_for_means(tokens[part == 0])[:, 0]
+    assert len(chosen) == MEAN_WINDOWS and not part[chosen].any()
     assert np.diff(chosen).min() > 0 and np.diff(chosen).max() < 40
 
 
@@ -142,14 +143,14 @@ def test_the_size_is_what_was_announced(tmp_path):
     stored = sum(np.load(file).nbytes for file in (tmp_path / "acts").glob("*.npy"))
     assert (
         stored
-        == activations.num_tokens * row_bytes(ODD, "bfloat16") + MEANS
-        == 60 * (2 * (24 * 2 + 6 + 4 * 4 + 4) + 1) + MEANS
+        == activations.num_tokens * row_bytes(ODD, "bfloat16") + MEANS + 5 * WINDOW
+        == 60 * (2 * (24 * 2 + 6 + 4 * 4 + 4) + 1) + MEANS + 5 * WINDOW
         == collection.plan_recording(odd_model("bfloat16"), (5, 12), CollectOptions()).num_bytes
     )
 
 
 def test_size_bound_is_enforced(tmp_path):
-    needed = row_bytes(ODD, "float32") * 60 + MEANS
+    needed = row_bytes(ODD, "float32") * 60 + MEANS + 5 * WINDOW
     message = rf"got {needed / 1e9:.3g} GB for 60 tokens, expected at most {(needed - 1) / 1e9:.3g} GB.*--max-gb.*--fit"
     with pytest.raises(pj.InputError, match=message):
         collect(odd_model(), windows(), tmp_path / "acts", max_bytes=needed - 1)
@@ -159,7 +160,7 @@ def test_size_bound_is_enforced(tmp_path):
 def test_fit_records_fewer_tokens_and_the_right_ones(tmp_path):
     model, tokens = odd_model(), windows(20)
     everything = collect(model, tokens, tmp_path / "all", batch_size=3)
-    bound = 100 * row_bytes(ODD, "float32") + MEANS
+    bound = 100 * row_bytes(ODD, "float32") + MEANS + 20 * WINDOW
     some = collect(model, tokens, tmp_path / "some", batch_size=3, max_bytes=bound, fit=True)
     assert some.num_tokens == 100
     kept = kept_positions(240, 1, 100, fit=True)
@@ -278,6 +279,9 @@ def spoil_meta(folder: Path, **changes) -> None:
         lambda folder: spoil_meta(folder, tokens=59),
         lambda folder: spoil_meta(folder, importance="size"),
         lambda folder: (folder / "means.npy").unlink(),
+        lambda folder: (folder / "windows.npy").unlink(),
+        lambda folder: spoil_meta(folder, windows=[5, 13]),
+        lambda folder: spoil_meta(folder, windows=60),
         lambda folder: spoil_meta(folder, dtype="float16"),
         lambda folder: spoil_meta(folder, dtype="float99"),
         lambda folder: (folder / "norms.npy").unlink(),
@@ -293,13 +297,27 @@ def test_a_damaged_folder_is_refused(tmp_path, spoil):
         open_activations(tmp_path / "acts")
 
 
-def test_a_folder_of_the_format_before_means_is_read(tmp_path):
+@pytest.mark.parametrize(("version", "missing"), [(2, ("importance", "means", "windows")), (3, ("windows",))])
+def test_a_folder_of_an_earlier_format_is_read(tmp_path, version, missing):
     collect(odd_model(), windows(), tmp_path / "acts", importance="norms", mean_outputs=False)
     meta = json.loads((tmp_path / "acts" / "meta.json").read_text())
-    old = {name: value for name, value in meta.items() if name not in ("importance", "means")} | {"format": 2}
+    old = {name: value for name, value in meta.items() if name not in missing} | {"format": version}
     (tmp_path / "acts" / "meta.json").write_text(json.dumps(old))
+    (tmp_path / "acts" / "windows.npy").unlink()
     activations = open_activations(tmp_path / "acts")
     assert (activations.importance, activations.means, activations.num_tokens) == ("norms", None, 60)
+    with pytest.raises(pj.SparsityError, match=r"hold no text.*collect them again.*--refine-tokens 0"):
+        activations.windows_of("train")
+
+
+def test_the_text_is_kept_with_its_split(tmp_path):
+    offered = windows(10)
+    activations = collect(odd_model(), offered, tmp_path / "acts", held_out=(0.3, 0.1))
+    parts = [activations.windows_of(part) for part in ("train", "validation", "test")]
+    assert [len(part) for part in parts] == [6, 3, 1]
+    assert sorted(map(tuple, np.concatenate(parts))) == sorted(map(tuple, offered))
+    np.testing.assert_array_equal(offered[activations.window_part == 1], parts[1])
+    np.testing.assert_array_equal(np.repeat(activations.window_part, offered.shape[1]), activations.part)
 
 
 def test_a_part_that_does_not_exist_is_refused(tmp_path):

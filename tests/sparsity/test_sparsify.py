@@ -24,7 +24,7 @@ from polarjax.model.parameters import abstract, fingerprint, parameters, with_pa
 from polarjax.selection.routers import init_routers
 from polarjax.sparsity import collect, sparsify
 from polarjax.sparsity.budgets import allocate
-from polarjax.sparsity.options import CalibrateOptions, CollectOptions, TrainOptions
+from polarjax.sparsity.options import CalibrateOptions, CollectOptions, RefineOptions, TrainOptions
 from polarjax.text.corpus import standard_library_text
 from polarjax.text.tokenizer import Tokenizer
 from tests.convert import hf_models
@@ -33,6 +33,7 @@ from tests.one_line import refuses
 
 ASSETS = Path(pj.__file__).parent / "assets"
 FAST = TrainOptions(learning_rate=1e-2, neuron_batch=256, group_batch=256, max_epochs=2)
+UNREFINED = RefineOptions(tokens=0)
 SMALL = CalibrateOptions(batch_sizes=(1, 2, 4), multiple=4, num_batches=16)
 
 
@@ -52,7 +53,8 @@ def test_everything_fits_the_model_and_itself_and_comes_again_with_the_key(tmp_p
     assert plans.batch_sizes == SMALL.batch_sizes and plans.head_density == 0.25
     assert np.array(report.recall).shape == (3, 2)
     assert report.tokens == 480 and report.training.head_density == 0.25
-    assert set(report.seconds) == {"collect", "train", "calibrate", "measure"}
+    assert set(report.seconds) == {"collect", "train", "refine", "calibrate", "measure"}
+    assert report.refinement is not None and 1 in report.refinement.after
     assert json.loads(json.dumps(report.to_json()))["tokens"] == 480
     assert (tmp_path / "acts" / "meta.json").exists()
     again, same_plans, _ = sparsify(model, tiny_windows(), key, **call)
@@ -81,7 +83,7 @@ def test_budgets_keep_as_many_groups_in_all_where_they_matter():
     """Layer 1's output projection is nearly zero, so that its groups can go."""
     model = zoo.model("opt")
     model = zoo.with_parameter(model, "layers.1.attn.wo", model.layers[1].attn.wo[...] * 1e-3)
-    call = {"training": FAST, "calibration": SMALL, "budgets": "calibrated"}
+    call = {"training": FAST, "refinement": UNREFINED, "calibration": SMALL, "budgets": "calibrated"}
     _, plans, _ = sparsify(model, tiny_windows(), jax.random.key(0), **call)
     assert plans == pj.PlanTable.from_json(json.loads(json.dumps(plans.to_json())))
     K = model.config.num_kv_heads
@@ -117,7 +119,7 @@ def test_prosparse_from_its_checkpoint_to_sparse_tokens(tmp_path, monkeypatch):
     training = dataclasses.replace(FAST, neuron_batch=64, max_epochs=8)
     routers, plans, _ = sparsify(
         model, tiny_windows(80), jax.random.key(1), head_density=1.0, training=training, calibration=SMALL
-    )
+    )  # which leaves nothing to refine
     seen = []
 
     def watched(x, w_up, w_down, index, **options):
