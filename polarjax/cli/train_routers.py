@@ -34,8 +34,10 @@ def train_routers(
     bundle, recorded = learning.open_for(folder, activations)
     if refinement.tokens != 0:
         recorded.windows_of("train")  # which is refused before the work, not after it
-    config, density = bundle.model.config, {"head_density": head_density}
-    routers, report = sparsity.train_routers(recorded, config, keys.train, options=training, **density)
+    density: dict[str, Any] = {"head_density": head_density}
+    routers, report = sparsity.train_routers(
+        recorded, bundle.model.config, keys.train, options=training, **density
+    )
     dense = (dense_layer(recorded, calibration),)
     routers, refined = refine(
         bundle.model, routers, recorded, keys.refine, dense_layers=dense, options=refinement, **density

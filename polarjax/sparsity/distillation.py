@@ -14,6 +14,7 @@ from polarjax.model.stacked import StackedDecoder, hidden_states
 from polarjax.selection.masking import Masking, StackedRouters
 from polarjax.selection.means import Importance
 from polarjax.selection.routers import LayerRouter, score_groups
+from polarjax.sparsity.objectives import share_loss
 from polarjax.types import Array, Bool, Float, Int, Num
 
 type Arrays = dict[str, Array]

@@ -2,6 +2,7 @@
 
 import jax
 
+from polarjax.errors import PolarjaxError, SparsityError
 from polarjax.generation.checks import random_key
 from polarjax.model.checks import check_model
 from polarjax.model.decoder import Decoder
@@ -62,15 +63,18 @@ def refine(
     windows = activations.windows_of("train")
     plan = tune_options(options, density, *windows.shape)
     held_out = activations.windows_of("validation")[:MEASURED]
-    _, refined, report = tune(
-        model,
-        routers,
-        [windows],
-        random_key(key),
-        options=plan,
-        held_out=held_out if len(held_out) else None,
-        dense_layers=dense_layers,
-    )
+    held_out = held_out if len(held_out) else None
+    call = {"options": plan, "held_out": held_out, "dense_layers": dense_layers}
+    try:
+        _, refined, report = tune(model, routers, [windows], random_key(key), **call)
+    except PolarjaxError as error:
+        hint = "leave refining out (--refine-tokens 0), or use a device with more memory"
+        if isinstance(error, SparsityError):
+            hint = "check the model with generate, or leave refining out (--refine-tokens 0)"
+        where = f"refine: {error.where}"
+        raise type(error)(
+            error.what, where=where, got=error.got, expected=error.expected, hint=hint
+        ) from error
     return refined, report
 
 

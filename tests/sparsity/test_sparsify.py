@@ -193,26 +193,33 @@ def run(capsys, *words) -> tuple[int, str, str]:
 
 
 QUICK = ("--learning-rate", "0.01", "--batch", "256", "--epochs", "1")
+REFINED = ("--refine-tokens", "2000")
 SHORT = ("--window", "64", "--max-tokens", "4096")
 
 
 def test_the_verbs_one_by_one(tiny, text, tmp_path, capsys):
-    model, acts = tmp_path / "model", tmp_path / "acts"
+    model, acts, published = tmp_path / "model", tmp_path / "acts", ("--published", *REFINED)
     shutil.copytree(tiny, model)
     code, out, _ = run(capsys, "collect", model, "--text", text, "--to", acts, *SHORT, "--published")
     assert code == 0 and "64 windows of 64 tokens; recording 1.0 MB of activations (4,096 tokens)" in out
     code, _, error = run(capsys, "calibrate", model, "--activations", acts)
     assert code == 2 and "the model has no routers yet" in error
-    code, out, _ = run(capsys, "train-routers", model, "--activations", acts, *QUICK, "--json")
-    assert code == 0 and json.loads(out)["train_tokens"] == 55 * 64
-    code, out, _ = run(capsys, "calibrate", model, "--activations", acts, "--max-batch", "4")
+    code, out, _ = run(capsys, "train-routers", model, "--activations", acts, *QUICK, *published, "--json")
+    result = json.loads(out)
+    assert code == 0 and result["train_tokens"] == 55 * 64 and result["refinement"]["tokens"] == 2048
+    chosen = ("--max-batch", "4", "--budgets", "calibrated")
+    code, out, _ = run(capsys, "calibrate", model, "--activations", acts, *chosen)
     assert code == 0 and "batch     4:" in out
-    bundle = pj.load(model)
-    assert bundle.routers is not None and bundle.plans is not None and bundle.plans.batch_sizes == (1, 2, 4)
-    assert bundle.routers.importance == "norms"
-    assert all(layer.mean is None for layer in bundle.routers.layers)
-    run(capsys, "train-routers", model, "--activations", acts, *QUICK)
+    step_by_step = pj.load(model)
+    assert step_by_step.plans.batch_sizes == (1, 2, 4) and step_by_step.plans.budgets
+    assert step_by_step.routers.importance == "norms"
+    assert all(layer.mean is None for layer in step_by_step.routers.layers)
+    run(capsys, "train-routers", model, "--activations", acts, *QUICK, "--refine-tokens", "0")
     assert pj.load(model).plans is None  # they were made for other routers
+    code, _, _ = run(capsys, "sparsify", model, "--text", text, *SHORT, *QUICK, *published, *chosen)
+    at_once = pj.load(model)
+    assert code == 0 and at_once.plans == step_by_step.plans
+    assert at_once.routers.fingerprint == step_by_step.routers.fingerprint
 
 
 def test_tune_makes_a_whole_model_directory(text, tmp_path, capsys):
@@ -261,7 +268,7 @@ def test_sparsify_in_one_go_and_what_it_refuses(tiny, text, tmp_path, capsys):
         code, _, error = run(capsys, "sparsify", model, "--text", text, *SHORT, *wrong)
         assert code == 2 and f"got {wrong[1]}, expected" in error
     cases = (
-        ((), (None, 2), "contributions"),
+        (REFINED, (None, 2), "contributions"),
         (("--published", "--skipped", "mean", "--dense-attention", "important"), (2, None), "norms"),
     )
     for options, groups, importance in cases:
@@ -274,6 +281,7 @@ def test_sparsify_in_one_go_and_what_it_refuses(tiny, text, tmp_path, capsys):
         assert bundle.plans == pj.PlanTable.from_json(result["plans"])
         assert bundle.sparsity(2).plan.groups == groups
         assert bundle.routers.importance == importance
+        assert (result["refinement"] is None) == ("--published" in options)
         assert all(layer.mean is not None for layer in bundle.routers.layers)
     code, out, _ = run(capsys, "inspect", model)
     assert "routers and plans; heads are ranked by norms, skipped ones replaced by their mean outputs" in out
