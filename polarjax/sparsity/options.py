@@ -118,7 +118,7 @@ class RefineOptions:
     most_tokens: int = 4_000_000
     spread: float = 1 / 6
     batch_tokens: int = 2048
-    learning_rate: float = 1e-3
+    learning_rate: float = 5e-3
     warmup: int = 10
 
     def __post_init__(self) -> None:
