@@ -61,6 +61,12 @@ def tune(
     activation: Annotated[
         str | None, typer.Option(help="relu: turn the activation into ReLU, so that neurons become sparse.")
     ] = None,
+    l1: Annotated[
+        float,
+        typer.Option(
+            help="Weight of a penalty on active neurons, for ReLU models and --activation relu; for example 0.3."
+        ),
+    ] = _DEFAULTS.l1,
     save_minutes: Annotated[
         float, typer.Option(help="Save the state this often, beside OUT, for --resume.")
     ] = _DEFAULTS.save_minutes,
@@ -97,6 +103,7 @@ class Request:
     learning_rate: float
     router_learning_rate: float
     activation: str | None
+    l1: float
     save_minutes: float
     resume: bool
     overwrite: bool
@@ -117,6 +124,7 @@ class Request:
             learning_rate=self.learning_rate,
             router_learning_rate=self.router_learning_rate,
             activation=cast(Any, self.activation),
+            l1=self.l1,
             save_minutes=self.save_minutes,
             dtype=self.dtype,
         )
@@ -235,6 +243,9 @@ def _print(report: "TuneReport") -> None:
         f"{report.steps:,} steps, {report.tokens:,} tokens in {report.seconds:,.0f} s "
         f"({report.tokens_per_second:,.0f} tokens/s)"
     )
+    if report.neurons:
+        each = " ".join(f"{active:.2f}" for active in report.neurons)
+        print(f"\nNeurons that a token activates, by layer: {each}; mean {np.mean(report.neurons):.3f}")
     print()
     learning.print_perplexities(report, "held-out")
 

@@ -168,6 +168,18 @@ def prompt_layer(
     layer: Layer, i: Any, x, lengths, rotation, config: ModelConfig, sparsity, window: int | None
 ):
     """Layer `i` over [B T]: the hidden state, all possible records, and the keys and values."""
+    after, (h, norm, change, mean, pair) = attention_half(
+        layer, i, x, lengths, rotation, config, sparsity, window
+    )
+    after, (pre, _) = mlp_half(layer, i, after, h, config, sparsity)
+    return after, (h, pack(mlp.active(pre, config)), norm, change, mean), pair
+
+
+def attention_half(
+    layer: Layer, i: Any, x, lengths, rotation, config: ModelConfig, sparsity, window: int | None
+):
+    """The first half of `prompt_layer`: the hidden state, then its input (which routers read), importance, change,
+    mean, and the keys and values."""
 
     def attend(h):
         q, k, v = attention.project_qkv(layer.attn, h, rotation)
@@ -177,14 +189,19 @@ def prompt_layer(
         mean = attention.mean_heads(heads, lengths)
         return update, (h, norm, attention.change(x, update), mean, (k, v))
 
+    return residual(layer.attn_norm, x, attend, config)
+
+
+def mlp_half(layer: Layer, i: Any, x, h, config: ModelConfig, sparsity):
+    """The second half of `prompt_layer`: the hidden state, and each neuron's pre-activation and output; routers read
+    `h`, the input of the first half."""
+
     def feed(y):
         pre, hidden = mlp.neurons(layer.mlp, y, config)
         mask = None if sparsity is None else sparsity.neuron_mask(i, h, hidden)
-        return mlp.combine(layer.mlp, hidden, mask), pack(mlp.active(pre, config))
+        return mlp.combine(layer.mlp, hidden, mask), (pre, hidden)
 
-    after, (h, norm, change, mean, pair) = residual(layer.attn_norm, x, attend, config)
-    after, activity = residual(layer.mlp_norm, after, feed, config)
-    return after, (h, activity, norm, change, mean), pair
+    return residual(layer.mlp_norm, x, feed, config)
 
 
 def _importance(layer: attention.Attention, i: int, heads, sparsity):

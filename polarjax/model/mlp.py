@@ -51,6 +51,19 @@ def neurons(
     return gate, activate(gate, config) * up
 
 
+def usage(pre: Float[Array, "... F"], config: ModelConfig) -> tuple[Float[Array, "..."], Float[Array, "..."]]:
+    """How many neurons a token uses, float32: the fraction that is active, and the L1 norm of the activations a in
+    units of their root mean square, mean|a| / sqrt(mean a²), both means over the F neurons.
+
+    The second is differentiable, the same for any scale of a and any F, 1 if all are equally large and about
+    sqrt(m / F) if m of them are; it is the square root of the Hoyer-square regularizer over F (DeepHoyer, Yang et al.,
+    arXiv 1908.09979).
+    """
+    values = activate(pre, config).astype(jnp.float32)
+    size = jnp.sqrt(jnp.mean(jnp.square(values), -1) + 1e-20)
+    return jnp.mean(active(pre, config), -1, dtype=jnp.float32), jnp.mean(jnp.abs(values), -1) / size
+
+
 def combine(
     layer: Mlp, hidden: Float[Array, "... F"], mask: Bool[Array, "... F"] | None
 ) -> Float[Array, "... D"]:

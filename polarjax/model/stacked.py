@@ -8,7 +8,8 @@ import jax
 import jax.numpy as jnp
 
 from polarjax.configs import ModelConfig
-from polarjax.model.decoder import Layer, prompt_layer, prompt_start
+from polarjax.model.decoder import Layer, prompt_attention, prompt_mlp, prompt_start
+from polarjax.model.mlp import usage
 from polarjax.model.parameters import with_parameters
 from polarjax.selection.masking import Masking
 from polarjax.types import Array, Float, Int
@@ -74,10 +75,13 @@ class StackedDecoder:
 
 
 class Records(NamedTuple):
-    """What routers learn from: their inputs [L B T D], and the importance of each group, float32 [L B T K]."""
+    """What routers learn from: their inputs [L B T D], and the importance of each group, float32 [L B T K]; and the two
+    values of `polarjax.model.mlp.usage`, averaged over the tokens."""
 
     inputs: Float[Array, "L B T D"]
     importance: Float[Array, "L B T K"]
+    active: Float[Array, "L"]
+    l1: Float[Array, "L"]
 
 
 def hidden_states(
@@ -96,8 +100,10 @@ def hidden_states(
     x, rotation = prompt_start(model, tokens, lengths)
 
     def run(x: Array, layer: Layer, i: Any, window: int | None) -> tuple[Array, Records]:
-        x, (inputs, _, norms, *_), _ = prompt_layer(layer, i, x, lengths, rotation, config, masking, window)
-        return x, Records(inputs, norms)
+        x, (inputs, norms, *_) = prompt_attention(layer, i, x, lengths, rotation, config, masking, window)
+        x, (pre, _) = prompt_mlp(layer, i, x, inputs, config, masking)
+        active, l1 = usage(pre, config)
+        return x, Records(inputs, norms, jnp.mean(active), jnp.mean(l1))
 
     run = jax.checkpoint(run, static_argnums=(3,)) if remat else run
     windows = [config.window(i) for i in range(config.num_layers)]

@@ -32,6 +32,7 @@ class Distillation:
       importance: what routers learn to rank.
       dtype: dtype of the forward and backward passes.
       router_weight: weight of the routers' own loss.
+      l1: weight of the penalty on active neurons.
       remat: compute each layer again in the backward pass.
       clip: largest norm of the gradients of the model, and of those of the routers.
     """
@@ -41,6 +42,7 @@ class Distillation:
     importance: Importance = "contributions"
     dtype: Any = jnp.bfloat16
     router_weight: float = 1.0
+    l1: float = 0.0
     remat: bool = False
     clip: float = 1.0
 
@@ -133,7 +135,13 @@ def losses(
     tokens: Int[Array, "b T"],
     counts: Int[Array, "L b"],
 ) -> tuple[Float[Array, ""], dict[str, Array]]:
-    """The loss of one batch and its parts: the divergence of dense and of sparse rows, and the routers' loss.
+    """The loss of one batch and its parts: the divergence of dense and of sparse rows, the routers' loss, and the
+    fraction of active neurons in each layer [L].
+
+    The penalty on active neurons is `spec.l1` times the mean over tokens and layers of mean|a| / sqrt(mean a²), with
+    the means over a layer's neurons and a the activation's output before it is multiplied by `up`; see
+    `polarjax.model.mlp.usage`. ProSparse (arXiv 2402.13516) and arXiv 2603.23198 train ReLU models with an L1 penalty;
+    divided by the root mean square, it is the same for all scales and widths and isn't lowered by smaller a's.
 
     `trained` holds parameters of the model and the routers; the student's others are the teacher's.
     """
@@ -144,10 +152,13 @@ def losses(
     x, records = hidden_states(learner, tokens, masking=masking, remat=spec.remat)
     target = jax.lax.stop_gradient(hidden_states(guide, tokens)[0])
     each = jnp.mean(divergence(guide, target, learner, x), -1)
-    of_routers = router_loss(routers, *records)
+    of_routers = router_loss(routers, records.inputs, records.importance)
     dense = jnp.all(counts == spec.config.num_kv_heads, 0)
     parts = {"dense": _mean(each, dense), "sparse": _mean(each, ~dense), "routers": of_routers}
-    return jnp.mean(each) + spec.router_weight * of_routers, parts
+    total = jnp.mean(each) + spec.router_weight * of_routers
+    if spec.l1:
+        total = total + spec.l1 * jnp.mean(records.l1)
+    return total, parts | {"neurons": records.active}
 
 
 def _mean(values: Float[Array, "b"], chosen: Bool[Array, "b"]) -> Float[Array, ""]:
@@ -184,6 +195,7 @@ def step(
 
     zeros = jax.tree.map(jnp.zeros_like, (state.model, state.routers))
     parts = dict.fromkeys(("dense", "sparse", "routers"), jnp.zeros(()))
+    parts |= {"neurons": jnp.zeros(spec.config.num_layers)}
     (grads, parts), _ = jax.lax.scan(add, (zeros, parts), (tokens, counts))
     grads, parts = jax.tree.map(lambda total: total / tokens.shape[0], (grads, parts))
     finite = jnp.all(jnp.asarray([jnp.all(jnp.isfinite(leaf)) for leaf in jax.tree.leaves((grads, parts))]))

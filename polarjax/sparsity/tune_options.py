@@ -30,6 +30,8 @@ class TuneOptions:
       dtype: dtype of the passes; None is bfloat16 on a GPU and float32 on a CPU. Trained values are float32.
       remat: compute each layer twice and keep less in memory.
       activation: "relu" turns the student's activation into it; None keeps the model's.
+      l1: weight of the penalty on active neurons of a ReLU student, see `polarjax.sparsity.distillation.losses`; 0 has
+        none. The same value suits models of any size: the penalty is between 0 and 1, and the divergence in nats.
       save_minutes: how often the state is saved.
     """
 
@@ -48,17 +50,21 @@ class TuneOptions:
     dtype: str | None = None
     remat: bool = True
     activation: Literal["relu"] | None = None
+    l1: float = 0.0
     save_minutes: float = 10.0
 
     def __post_init__(self) -> None:
         whole = ("batch_size", "accumulate", "warmup")
         positive = ("learning_rate", "router_learning_rate", "clip", "save_minutes")
-        make_plain(self, *whole, *positive, "tokens", "minutes", "dense_share", "router_weight", "remat")
+        make_plain(
+            self, *whole, *positive, "tokens", "minutes", "dense_share", "router_weight", "remat", "l1"
+        )
         for name in (*whole, *(["tokens"] if self.tokens is not None else [])):
             whole_number(getattr(self, name), name, where="TuneOptions")
         for name in (*positive, *(["minutes"] if self.minutes is not None else [])):
             _check_range(name, getattr(self, name), 0, math.inf, "above 0")
-        _check_range("router_weight", self.router_weight, -1e-300, math.inf, "0 or more")
+        for name in ("router_weight", "l1"):
+            _check_range(name, getattr(self, name), -1e-300, math.inf, "0 or more")
         _check_range("dense_share", self.dense_share, -1e-300, 1, "at least 0 and below 1")
         if self.tokens is None and self.minutes is None:
             hint = "pass tokens (--tokens) or minutes (--minutes)"

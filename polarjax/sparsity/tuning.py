@@ -53,6 +53,8 @@ class TuneReport:
       memory: bytes that a step needs on each device with all that lives beside it, as planned before it ran.
       peak: most bytes that the process used on the device; None if the device doesn't say.
       before, after: perplexity on the held-out windows by groups kept; empty without held-out windows.
+      neurons: fraction of the neurons of each layer that a token activates, with all groups kept, after the training;
+        on the held-out windows, without them on windows of the first step. Empty for models without ReLU.
     """
 
     steps: int
@@ -63,6 +65,7 @@ class TuneReport:
     peak: int | None
     before: dict[int, float]
     after: dict[int, float]
+    neurons: tuple[float, ...] = ()
 
     def to_json(self) -> dict[str, Any]:
         """A plain dictionary."""
@@ -128,7 +131,7 @@ def tune(
     if resume:
         run.resume()
     run.train()
-    return *run.result(model, routers), run.report(before, run.measure(held_out))
+    return *run.result(model, routers), run.report(before, run.measure(held_out), held_out)
 
 
 class _Run:
@@ -228,7 +231,10 @@ class _Run:
         rate = done * self._batches.tokens_per_step / max(self.seconds, 1e-9)
         limit = self._batches.options.minutes
         left = "" if limit is None else f", {self.seconds / 60:.1f} of {limit:g} min"
-        return f"KL dense {parts['dense']:.4f}, sparse {parts['sparse']:.4f}, {rate:,.0f} tokens/s{left}"
+        kl = f"KL dense {parts['dense']:.4f}, sparse {parts['sparse']:.4f}"
+        active = parts["neurons"]
+        neurons = f", neurons {active.min():.0%} to {active.max():.0%}, mean {active.mean():.1%}"
+        return f"{kl}{neurons if self._plan.spec.config.neuron_sparsity else ''}, {rate:,.0f} tokens/s{left}"
 
     def _save(self) -> None:
         if self._folder is not None and self.steps:
@@ -249,7 +255,7 @@ class _Run:
                     self._state,
                     self._teacher,
                     *self._placed(windows[at : at + size], counts),
-                )
+                )[0]
                 for at in range(0, len(windows) // size * size, size)
             ]
             found[kept] = float(np.exp(np.mean(jax.device_get(nll), dtype=np.float64)))
@@ -261,11 +267,24 @@ class _Run:
         even = len(tokens) % len(at.devices) == 0
         return jax.device_put((tokens, counts), (at.rows(0), at.rows(1)) if even else at.whole)
 
-    def report(self, before: dict[int, float], after: dict[int, float]) -> TuneReport:
+    def active(self, held_out: Int32[np.ndarray, "n T"] | None) -> tuple[float, ...]:
+        """The fraction of active neurons in each layer, on at most a batch of windows; empty without ReLU."""
+        if not self._plan.spec.config.neuron_sparsity:
+            return ()
+        windows = self._batches.of(0)[0][0] if held_out is None else held_out
+        tokens = windows[: self._batches.options.batch_size]
+        counts = self._batches.counts(np.full(len(tokens), self._batches.config.num_kv_heads))
+        found = _mean_nll(self._plan.spec, self._state, self._teacher, *self._placed(tokens, counts))[1]
+        return tuple(np.asarray(jax.device_get(found), float).tolist())
+
+    def report(
+        self, before: dict[int, float], after: dict[int, float], held_out: Int32[np.ndarray, "n T"] | None
+    ) -> TuneReport:
         """What was done, with the perplexities before and after it."""
         tokens = self.steps * self._batches.tokens_per_step
         rate = tokens / max(self.seconds, 1e-9)
-        return TuneReport(self.steps, tokens, self.seconds, rate, self.memory, peak_memory(), before, after)
+        measured = (self.steps, tokens, self.seconds, rate, self.memory, peak_memory())
+        return TuneReport(*measured, before, after, self.active(held_out))
 
     def result(self, model: Decoder, routers: Routers) -> tuple[Decoder, Routers]:
         """The trained model and routers, in the dtypes of the given ones."""
@@ -295,13 +314,13 @@ def _mean_nll(
     teacher: Arrays,
     tokens: Int[Array, "b T"],
     counts: Int[Array, "L b"],
-) -> Float[Array, ""]:
-    """Mean negative log-likelihood of the tokens after the first of each window, in nats."""
+) -> tuple[Float[Array, ""], Float[Array, "L"]]:
+    """Mean negative log-likelihood of the tokens after the first of each window, in nats; active neurons by layer."""
     model = student(spec, state.model, teacher)
-    x, _ = hidden_states(model, tokens, masking=Masking(selector(spec, state.routers), counts))
+    x, records = hidden_states(model, tokens, masking=Masking(selector(spec, state.routers), counts))
 
     def one(pair: tuple[Array, Array]) -> Array:
         found = logits(model, pair[0])
         return jax.nn.logsumexp(found, -1) - jnp.take_along_axis(found, pair[1][..., None], -1)[..., 0]
 
-    return jnp.mean(by_tokens(one, x, jnp.roll(tokens, -1, 1))[:, :-1])
+    return jnp.mean(by_tokens(one, x, jnp.roll(tokens, -1, 1))[:, :-1]), records.active

@@ -67,6 +67,14 @@ def check_teacher(model: Any, options: TuneOptions) -> None:
             expected="at least 2",
             hint="tune models with several KV heads",
         )
+    activation = options.activation or model.config.activation
+    if options.l1 and activation != "relu":
+        raise SparsityError(
+            "a penalty on active neurons needs a ReLU, without which no neuron is ever inactive",
+            where="tune",
+            got=f"l1 {options.l1:g} with {activation}",
+            hint="add activation='relu' (--activation relu), or drop l1",
+        )
 
 
 def check_devices(devices: Any, options: TuneOptions) -> int:
@@ -122,6 +130,10 @@ def check_finite(parts: dict[str, Any], step: int, saved: str) -> None:
         raise SparsityError(
             "tuning diverged: the loss or a gradient is NaN or infinite",
             where=f"step {step}",
-            got=", ".join(f"{name} {float(value):.3g}" for name, value in parts.items() if name != "finite"),
+            got=", ".join(
+                f"{name} {float(value):.3g}"
+                for name, value in parts.items()
+                if value.ndim == 0 and name != "finite"
+            ),
             hint=f"lower --learning-rate{saved}",
         )

@@ -55,6 +55,7 @@ def distillation(model: Decoder, routers: Routers, options: TuneOptions) -> Dist
         importance=routers.importance,
         dtype=jnp.dtype(dtype),
         router_weight=options.router_weight,
+        l1=options.l1,
         remat=options.remat,
         clip=options.clip,
     )
