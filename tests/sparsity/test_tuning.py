@@ -11,6 +11,7 @@ import polarjax as pj
 from polarjax import memory
 from polarjax.memory import held_bytes, tree_bytes
 from polarjax.model.parameters import parameters
+from polarjax.model.stacked import StackedDecoder, hidden_states, stack_parameters
 from polarjax.selection.routers import Routers
 from polarjax.sparsity import TuneOptions, tune, tuning, tuning_checks, tuning_setup
 from polarjax.sparsity.own_text import own_windows
@@ -116,11 +117,25 @@ def test_a_subset_is_what_changes(subset, changed):
         ({"dense_share": 1.0}, "dense_share"),
         ({"minutes": float("nan")}, "minutes"),
         ({"batch_size": 0}, "batch_size"),
+        ({"l1": -1.0}, "l1"),
     ],
 )
 def test_unusable_options_are_refused(wrong, message):
     with pytest.raises(pj.InputError, match=message):
         TuneOptions(**{"tokens": 100, **wrong})
+
+
+def test_a_penalty_makes_the_neurons_of_a_relu_student_inactive(windows):
+    options = dataclasses.replace(OPTIONS, activation="relu", l1=10.0)
+    model, _, report = run(windows, options)
+    assert model.config.activation == "relu"
+    config = dataclasses.replace(zoo.CONFIGS[NAME], activation="relu")
+    flat = stack_parameters(parameters(zoo.model(NAME)))
+    before = hidden_states(StackedDecoder.of(config, flat), jnp.asarray(windows[:8]))[1].active
+    assert len(report.neurons) == config.num_layers
+    assert all(np.asarray(report.neurons) < 0.85 * np.asarray(before))
+    with pytest.raises(pj.SparsityError, match="needs a ReLU"):
+        run(windows, dataclasses.replace(options, activation=None))
 
 
 def test_unusable_text_and_routers_are_refused(windows):
