@@ -11,7 +11,7 @@ import numpy as np
 
 from polarjax.configs import ModelConfig
 from polarjax.model import mlp
-from polarjax.model.decoder import Decoder, logits, prompt_attention, prompt_mlp, prompt_start
+from polarjax.model.decoder import Decoder, attention_half, logits, mlp_half, prompt_start
 from polarjax.model.mlp import active
 from polarjax.selection.routers import LayerRouter, Routers
 from polarjax.sparsity.kept_share import importance, kept_share
@@ -21,8 +21,8 @@ from polarjax.types import Array, Bool, Float, Int
 @functools.partial(jax.jit, static_argnames=("config", "window"))
 def dense_layer(layer: Any, x: Array, lengths: Array, rotation: Any, config: ModelConfig, window: int | None):
     """One dense layer: the hidden state [B T D], the neurons' outputs [B T F], and which are active [B T F]."""
-    after, (h, *_) = prompt_attention(layer, 0, x, lengths, rotation, config, None, window)
-    after, (pre, hidden) = prompt_mlp(layer, 0, after, h, config, None)
+    after, (h, *_) = attention_half(layer, 0, x, lengths, rotation, config, None, window)
+    after, (pre, hidden) = mlp_half(layer, 0, after, h, config, None)
     return after, hidden, active(pre, config)
 
 
@@ -76,8 +76,8 @@ def sparse_layer(
     The score of a neuron is the sum over these windows: of its importance, or, given a router, of the router's scores.
     Neurons as good as the last one are kept too.
     """
-    after, (h, *_) = prompt_attention(layer, 0, x, lengths, rotation, config, None, window)
-    return prompt_mlp(layer, 0, after, h, config, _Shared(layer.mlp, router, k, batch))[0]
+    after, (h, *_) = attention_half(layer, 0, x, lengths, rotation, config, None, window)
+    return mlp_half(layer, 0, after, h, config, _Shared(layer.mlp, router, k, batch))[0]
 
 
 @jax.jit

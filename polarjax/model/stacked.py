@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 
 from polarjax.configs import ModelConfig
-from polarjax.model.decoder import Layer, prompt_attention, prompt_mlp, prompt_start
+from polarjax.model.decoder import Layer, attention_half, mlp_half, prompt_start
 from polarjax.model.mlp import usage
 from polarjax.model.parameters import with_parameters
 from polarjax.selection.masking import Masking
@@ -100,8 +100,8 @@ def hidden_states(
     x, rotation = prompt_start(model, tokens, lengths)
 
     def run(x: Array, layer: Layer, i: Any, window: int | None) -> tuple[Array, Records]:
-        x, (inputs, norms, *_) = prompt_attention(layer, i, x, lengths, rotation, config, masking, window)
-        x, (pre, _) = prompt_mlp(layer, i, x, inputs, config, masking)
+        x, (inputs, norms, *_) = attention_half(layer, i, x, lengths, rotation, config, masking, window)
+        x, (pre, _) = mlp_half(layer, i, x, inputs, config, masking)
         active, l1 = usage(pre, config)
         return x, Records(inputs, norms, jnp.mean(active), jnp.mean(l1))
 
