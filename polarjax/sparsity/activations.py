@@ -129,6 +129,13 @@ def array_specs(
     return {name: spec for name, spec in specs.items() if config.neuron_sparsity or name != "activity"}
 
 
+def part_of(config: ModelConfig, layers: range) -> ModelConfig:
+    """The configuration of a model that has only these layers, by which some of the layers are recorded."""
+    window = config.sliding_window
+    window = window[layers.start : layers.stop] if isinstance(window, tuple) else window
+    return dataclasses.replace(config, num_layers=len(layers), sliding_window=window)
+
+
 def row_bytes(config: ModelConfig, dtype: DTypeLike) -> int:
     """Bytes on disk of one token of a recording."""
     return sum(math.prod(shape) * stored.itemsize for shape, stored in array_specs(config, dtype, 1).values())

@@ -1,5 +1,6 @@
 """Computes how many neurons each layer must keep at each batch size: exactly, without a search."""
 
+import functools
 from collections.abc import Callable
 
 import jax
@@ -12,11 +13,11 @@ from polarjax.generation.checks import random_key
 from polarjax.model.taps import unpack
 from polarjax.progress import task
 from polarjax.selection.plans import PlanTable, check_density, dense_above
-from polarjax.selection.routers import Routers
+from polarjax.selection.routers import LayerRouter, Routers
 from polarjax.sparsity.activations import Activations, Part
 from polarjax.sparsity.checks import check_options, check_plans, check_routers
 from polarjax.sparsity.options import CalibrateOptions
-from polarjax.types import Array, Bool, Float, Int, Key
+from polarjax.types import Array, Bool, Float, Int, Key, UInt8
 
 
 def calibrate(
@@ -176,8 +177,7 @@ class HeldOut:
         one = slice(layer, layer + 1)
         inputs = jnp.asarray(self._activations.router_inputs(self.rows, one)[0])
         packed = jnp.asarray(self._activations.records("activity", self.rows, one)[0])
-        scores = jnp.maximum(self._routers.neuron_scores(layer, inputs), 0)
-        return scores, unpack(packed, self._activations.config.d_ff)
+        return _scored(self._routers.layers[layer], inputs, packed, self._activations.config.d_ff)
 
     def curve(
         self, layer: tuple[Float[Array, "n F"], Bool[Array, "n F"]], size: int
@@ -193,6 +193,14 @@ def random_batches(
     each = tokens // size
     cuts = [drawn.permutation(tokens)[: each * size].reshape(each, size) for _ in range(-(-count // each))]
     return np.concatenate(cuts)[:count].astype(np.int32)
+
+
+@functools.partial(jax.jit, static_argnames="num_neurons")
+def _scored(
+    router: LayerRouter, inputs: Float[Array, "n D"], packed: UInt8[Array, "n bytes"], num_neurons: int
+) -> tuple[Float[Array, "n F"], Bool[Array, "n F"]]:
+    scores = Routers((router,)).neuron_scores(0, inputs)
+    return jnp.maximum(scores, 0), unpack(packed, num_neurons)
 
 
 @jax.jit

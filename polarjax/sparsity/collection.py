@@ -12,6 +12,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from polarjax.configs import ModelConfig
 from polarjax.errors import InputError
 from polarjax.model import decoder
 from polarjax.model.checks import check_model, check_windows
@@ -28,16 +29,16 @@ from polarjax.sparsity.activations import (
     is_activations,
     means_shape,
     open_activations,
+    part_of,
     row_bytes,
     text_specs,
     write_meta,
 )
 from polarjax.sparsity.checks import check_flags, check_held_out, check_size
 from polarjax.sparsity.options import HELD_OUT, MAX_BYTES, CollectOptions
+from polarjax.sparsity.positions import divided, kept_positions
 from polarjax.storage.atomic import absolute, atomic_folder
 from polarjax.types import Array, Float, Int, Int32, UInt8
-
-_GOLDEN = 0.6180339887498949  # multiples of it, modulo 1, spread evenly
 
 MEAN_WINDOWS = 64
 """Most training windows that mean outputs are measured on."""
@@ -52,9 +53,10 @@ class Recording:
       part: part of each recorded token, uint8 [n]: 0 train, 1 validation, 2 test.
       window_part: part of each window, uint8 [m].
       offered: tokens in all windows.
-      num_bytes: size on disk.
+      num_bytes: size on disk; if not all layers are recorded at a time, that of the most that are.
       importance: what is recorded of each group.
       mean_outputs: whether each group's mean output is measured first.
+      parts: the layers that are recorded at a time; () for all.
     """
 
     positions: Int[np.ndarray, "n"]
@@ -64,16 +66,25 @@ class Recording:
     num_bytes: int
     importance: Importance = "norms"
     mean_outputs: bool = False
+    parts: tuple[range, ...] = ()
 
     def __str__(self) -> str:
         tokens = f"{len(self.part):,}"
         if len(self.part) < self.offered:
             tokens = f"{tokens} of {self.offered:,}, evenly spread to fit the limit"
-        return f"{self.num_bytes / 1e6:,.1f} MB of activations ({tokens} tokens)"
+        size = f"{self.num_bytes / 1e6:,.1f} MB of activations ({tokens} tokens)"
+        if len(self.parts) > 1:
+            most = max(map(len, self.parts))
+            size += f" at a time: up to {most} of {self.parts[-1].stop} layers, in {len(self.parts)} passes"
+        return size
 
 
-def plan_recording(model: "decoder.Decoder", shape: tuple[int, ...], options: CollectOptions) -> Recording:
+def plan_recording(
+    model: "decoder.Decoder", shape: tuple[int, ...], options: CollectOptions, *, in_parts: bool = False
+) -> Recording:
     """Plans the recording of windows of shape [n T]: which tokens, which part each belongs to, and the size on disk.
+
+    With `in_parts`, fewer layers are recorded at a time if all would exceed `options.max_bytes`, unless `options.fit`.
 
     Raises:
       InputError: unusable options, too few windows, or more than `options.max_bytes`.
@@ -82,9 +93,15 @@ def plan_recording(model: "decoder.Decoder", shape: tuple[int, ...], options: Co
     check_size(options.max_bytes)
     count, length = shape
     part = split_windows(count, options.held_out)
-    each = row_bytes(model.config, model.dtype)
-    fixed = sum(math.prod(shape) * stored.itemsize for shape, stored in text_specs(count, length).values())
-    fixed += 4 * math.prod(means_shape(model.config)) if options.mean_outputs else 0
+    config, L = model.config, model.config.num_layers
+    fixed_of = lambda layers: _fixed_bytes(part_of(config, layers), shape, options.mean_outputs)
+    each_of = lambda layers: row_bytes(part_of(config, layers), model.dtype)
+    passes = 1
+    if in_parts and not options.fit:
+        size = lambda layers: count * length * each_of(layers) + fixed_of(layers)
+        passes = next((n for n in range(1, L + 1) if size(divided(L, n)[0]) <= options.max_bytes), L)
+    parts = divided(L, passes)
+    each, fixed = each_of(parts[0]), fixed_of(parts[0])
     positions = kept_positions(count * length, each, options.max_bytes, options.fit, fixed=fixed)
     return Recording(
         positions,
@@ -94,7 +111,14 @@ def plan_recording(model: "decoder.Decoder", shape: tuple[int, ...], options: Co
         each * len(positions) + fixed,
         options.importance,
         options.mean_outputs,
+        parts,
     )
+
+
+def _fixed_bytes(config: ModelConfig, shape: tuple[int, ...], mean_outputs: bool) -> int:
+    """Bytes on disk of the text and the mean outputs."""
+    text = sum(math.prod(shape) * stored.itemsize for shape, stored in text_specs(*shape).values())
+    return text + (4 * math.prod(means_shape(config)) if mean_outputs else 0)
 
 
 def collect(
@@ -155,25 +179,33 @@ def record(
     *,
     overwrite: bool = False,
     batch_size: int = 8,
+    layers: range | None = None,
+    means: Float[np.ndarray, "L K D"] | None = None,
 ) -> Activations:
     """`collect` with checked arguments; `recording` is what `plan_recording` returned for these windows.
+
+    `layers` are recorded, all for None, as if there were no others. `means` are those of all layers; None measures
+    them.
 
     Raises:
       CheckpointError: `out_dir` exists, or the disk refuses.
     """
-    config, dtype, out = model.config, model.dtype, absolute(out_dir)
+    layers = range(model.config.num_layers) if layers is None else layers
+    config, dtype, out = part_of(model.config, layers), model.dtype, absolute(out_dir)
     specs = array_specs(config, dtype, len(recording.positions))
-    with atomic_folder(out, overwrite=overwrite, may_replace=is_activations) as folder:
+    with atomic_folder(
+        out, overwrite=overwrite, may_replace=is_activations, num_bytes=recording.num_bytes
+    ) as folder:
         arrays = {name: _allocate(folder / f"{name}.npy", *spec) for name, spec in specs.items()}
         arrays["part"][:] = recording.part
         np.save(folder / "windows.npy", windows)
         np.save(folder / "window_part.npy", recording.window_part)
-        batch, means = min(batch_size, len(windows)), None
         if recording.mean_outputs:
-            means = measure_means(model, windows_for_means(windows[recording.window_part == 0]), batch)
-            np.save(folder / "means.npy", means)
+            if means is None:
+                means = means_of(model, windows, recording, batch_size)
+            np.save(folder / "means.npy", means[layers.start : layers.stop])
         selector = Oracle(() if means is None else tuple(map(jax.device_put, means)), recording.importance)
-        _record_all(model, selector, windows, recording.positions, arrays, batch)
+        _record_all(model, selector, windows, recording.positions, arrays, batch_size, layers)
         for array in arrays.values():
             array.flush()
         write_meta(
@@ -187,6 +219,14 @@ def record(
             means=recording.mean_outputs,
         )
     return open_activations(out)
+
+
+def means_of(
+    model: "decoder.Decoder", windows: Int32[np.ndarray, "n T"], recording: Recording, batch_size: int
+) -> Float[np.ndarray, "L K D"]:
+    """The mean outputs that go with a recording."""
+    chosen = windows_for_means(windows[recording.window_part == 0])
+    return measure_means(model, chosen, min(batch_size, len(windows)))
 
 
 def split_windows(count: int, held_out: tuple[float, float], seed: int = 0) -> UInt8[np.ndarray, "count"]:
@@ -241,31 +281,6 @@ def batches(windows: Int32[np.ndarray, "n T"], batch: int) -> Iterator[tuple[Arr
         yield jax.device_put(windows[index]), min(batch, len(windows) - start)
 
 
-def kept_positions(
-    offered: int, bytes_each: int, max_bytes: int, fit: bool, *, fixed: int = 0
-) -> Int[np.ndarray, "kept"]:
-    """Ascending positions of the token stream to record: all of them, or as many as fit, evenly spread.
-
-    The stream is cut into `kept` equal stretches, and one position is taken from each. Its place in the stretch
-    varies, so that the spacing does not resonate with the window length. `fixed` bytes are written in any case.
-
-    Raises:
-      InputError: all positions need more than `max_bytes` and `fit` is False, or not even 64 fit.
-    """
-    allowed = min(offered, max(int(max_bytes) - fixed, 0) // bytes_each)
-    if allowed < offered and (not fit or allowed < 64):
-        raise InputError(
-            "the activations would be larger than allowed",
-            where="collect",
-            got=f"{(offered * bytes_each + fixed) / 1e9:.3g} GB for {offered:,} tokens",
-            expected=f"at most {max_bytes / 1e9:.3g} GB",
-            hint="raise --max-gb, use less text, or pass --fit to record fewer positions",
-        )
-    edges = np.arange(allowed + 1) * offered // max(allowed, 1)
-    stagger = np.arange(allowed) * _GOLDEN % 1.0
-    return edges[:-1] + (stagger * np.diff(edges)).astype(edges.dtype)
-
-
 def _allocate(path: Path, shape: tuple[int, ...], dtype: np.dtype) -> np.memmap:
     """A file-backed array whose blocks are reserved, so that a full disk is an error here instead of a crash later."""
     array = np.lib.format.open_memmap(path, mode="w+", dtype=dtype, shape=shape)
@@ -281,13 +296,16 @@ def _record_all(
     windows: np.ndarray,
     kept: np.ndarray,
     arrays: dict[str, np.memmap],
-    batch: int,
+    batch_size: int,
+    layers: range,
 ) -> None:
-    """Fills the arrays by forward passes of `batch` windows; `selector` says what is recorded of groups."""
+    """Fills the arrays by forward passes; `selector` says what is recorded of groups."""
     length, spec = windows.shape[1], TapSpec(activity="activity" in arrays)
-    with task("collect activations", len(windows), "windows") as advance:
+    batch = min(batch_size, len(windows))
+    some = "" if len(layers) == model.config.num_layers else f", layers {layers.start} to {layers.stop - 1}"
+    with task(f"collect activations{some}", len(windows), "windows") as advance:
         for number, (tokens, count) in enumerate(batches(windows, batch)):
-            taps = _taps(model, selector, tokens, spec)
+            taps = _taps(model, selector, tokens, spec, layers)
             start = number * batch
             low, high = np.searchsorted(kept, (start * length, (start + count) * length))
             rows = kept[low:high] - start * length
@@ -295,12 +313,23 @@ def _record_all(
                 for layer, record in enumerate(getattr(taps, name)):
                     flat = jax.device_get(record).reshape(batch * length, *record.shape[2:])
                     arrays[name][layer, low:high] = flat[rows].view(arrays[name].dtype)
+            taps = None  # so that the next batch's records aren't on the device beside these
             advance(count)
 
 
-@functools.partial(jax.jit, static_argnames="spec")
-def _taps(model: "decoder.Decoder", selector: Oracle, tokens: Int[Array, "b T"], spec: TapSpec) -> Taps:
-    """The records of the dense model; `selector` says what makes a group important."""
+@functools.partial(jax.jit, static_argnames=("spec", "layers"))
+def _taps(
+    model: "decoder.Decoder",
+    selector: Oracle,
+    tokens: Int[Array, "b T"],
+    spec: TapSpec,
+    layers: range | None = None,
+) -> Taps:
+    """The records of the dense model's `layers`, all for None; `selector` says what makes a group important."""
     lengths = jnp.full(tokens.shape[:1], tokens.shape[1], jnp.int32)
     dense = Sparsity(selector, dense_plan(model.config))
-    return cast(Taps, decoder.forward(model, tokens, lengths, sparsity=dense, taps=spec)[1])
+    taps = cast(Taps, decoder.forward(model, tokens, lengths, sparsity=dense, taps=spec)[1])
+    if layers is None:
+        return taps
+    some = {name: value[layers.start : layers.stop] for name, value in vars(taps).items()}
+    return dataclasses.replace(taps, **some)

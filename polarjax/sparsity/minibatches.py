@@ -1,6 +1,7 @@
 """Training tokens in minibatches, from memory or from disk."""
 
 from collections.abc import Iterator
+from typing import NamedTuple
 
 import jax
 import numpy as np
@@ -8,6 +9,24 @@ import numpy as np
 from polarjax.sparsity.activations import Activations
 from polarjax.sparsity.objectives import Task
 from polarjax.types import Array, Float, Int, Num
+
+
+class Cut(NamedTuple):
+    """How training tokens are cut: `pieces` of `steps` minibatches of `batch` tokens, and the tokens of a piece."""
+
+    batch: int
+    pieces: int
+    steps: int
+    tokens: int
+
+    @classmethod
+    def of(cls, rows: int, batch: int, row_bytes: int, memory_bytes: int) -> "Cut":
+        """As few pieces as fit in memory; the only one holds all tokens."""
+        batch = min(batch, rows)
+        most = max(batch, memory_bytes // row_bytes)
+        pieces = min(-(-rows // most), rows // batch)
+        steps = rows // pieces // batch
+        return cls(batch, pieces, steps, rows if pieces == 1 else steps * batch)
 
 
 class Feed:
@@ -20,11 +39,9 @@ class Feed:
         self, activations: Activations, task: Task, rows: np.ndarray, *, batch: int, memory_bytes: int
     ):
         self._activations, self._task, self._rows = activations, task, rows
-        self.batch = min(batch, len(rows))
         one = sum(array.nbytes for array in self._read(rows[:1]))
-        most = max(self.batch, memory_bytes // one)
-        self.pieces = min(-(-len(rows) // most), len(rows) // self.batch)
-        self.steps = len(rows) // self.pieces // self.batch
+        cut = Cut.of(len(rows), batch, one, memory_bytes)
+        self.batch, self.pieces, self.steps = cut.batch, cut.pieces, cut.steps
         self._resident = jax.device_put(self._read(rows)) if self.pieces == 1 else None
 
     def epoch(self, order: np.random.Generator) -> Iterator[tuple[Array, Array, Int[np.ndarray, "steps b"]]]:

@@ -152,6 +152,7 @@ def fit(
             for piece in feed.epoch(order):
                 weights, optimizer_state, losses = _steps(task, options, weights, optimizer_state, *piece)
                 _check_finite(losses, options)
+                piece = None  # so that the next one isn't on the device beside it
             measured = getattr(measure(task, weights, activations), task.criterion)
             best = best.update(weights, np.asarray(measured), epoch, **limits)
             if best.done.all():

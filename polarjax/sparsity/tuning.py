@@ -288,12 +288,11 @@ class _Run:
 
     def result(self, model: Decoder, routers: Routers) -> tuple[Decoder, Routers]:
         """The trained model and routers, in the dtypes of the given ones."""
-        old = parameters(model)
-        flat = old | unstack_parameters(self._state.model, model.config.num_layers)
-        cast = {
-            name: jax.device_put(value.astype(model.dtype), old[name].sharding)
-            for name, value in flat.items()
-        }
+        old, L = parameters(model), model.config.num_layers
+        flat = dict(old)
+        for name, value in self._state.model.items():  # one by one, to have few of them twice
+            flat |= unstack_parameters({name: value.astype(model.dtype)}, L)
+        cast = {name: jax.device_put(value, old[name].sharding) for name, value in flat.items()}
         tuned = with_parameters(self._plan.spec.config, cast)
         like = routers.layers[0].w_group
         learned = {

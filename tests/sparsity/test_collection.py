@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import math
+import types
 from pathlib import Path
 
 import jax
@@ -14,6 +15,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import polarjax as pj
+from bench.models import LLAMA_2_7B, OPT_6_7B
 from polarjax.model import attention, prompt_attention
 from polarjax.model.taps import TapSpec, pack, unpack
 from polarjax.sparsity import collect, collection
@@ -331,3 +333,46 @@ def test_a_batch_of_no_windows_is_refused(tmp_path, batch_size):
     with pytest.raises(pj.InputError, match=f"batch_size is not usable; got {batch_size}"):
         collect(odd_model(), windows(), tmp_path / "acts", batch_size=batch_size)
     assert list(tmp_path.iterdir()) == []
+
+
+PUBLISHED = 400_000  # tokens that the published routers learned from
+
+
+@pytest.mark.parametrize(
+    ("config", "whole", "passes", "most"),
+    [(OPT_6_7B, 132.78, 5, 29.05), (LLAMA_2_7B, 106.55, 4, 26.64)],
+)
+def test_what_published_models_need_on_disk(config, whole, passes, most):
+    """All layers of 400,000 tokens would be more than 100 GB; a few at a time are under 40."""
+    model = types.SimpleNamespace(config=config, dtype=jnp.dtype(jnp.bfloat16))  # the weights are not read
+    shape, options = (PUBLISHED // 500, 500), CollectOptions(mean_outputs=False)
+    with refuses(pj.InputError, rf"larger than allowed; got {whole:.0f} GB.*--fit.*polarjax sparsify"):
+        collection.plan_recording(model, shape, options)
+    planned = collection.plan_recording(model, shape, options, in_parts=True)
+    assert len(planned.part) == PUBLISHED and len(planned.parts) == passes
+    assert sum(map(len, planned.parts)) == 32 and planned.num_bytes / 1e9 == pytest.approx(most, abs=0.01)
+    assert f"up to {max(map(len, planned.parts))} of 32 layers, in {passes} passes" in str(planned)
+    assert PUBLISHED * row_bytes(config, "bfloat16") / 1e9 == pytest.approx(whole, abs=0.02)
+    fitted = collection.plan_recording(model, shape, dataclasses.replace(options, fit=True), in_parts=True)
+    assert len(fitted.part) < PUBLISHED and len(fitted.parts) == 1
+
+
+def test_layers_recorded_a_few_at_a_time_are_those_recorded_together(tmp_path):
+    model, tokens = zoo.model("window"), windows()
+    L, options = model.config.num_layers, CollectOptions()
+    whole = collect(model, tokens, tmp_path / "all")
+    recording = collection.plan_recording(model, tokens.shape, options)
+    means = collection.means_of(model, tokens, recording, 8)
+    for layers in collection.divided(L, 2):
+        folder = tmp_path / str(layers.start)
+        part = collection.record(model, tokens, recording, folder, layers=layers, means=means)
+        assert part.config.num_layers == len(layers)
+        for name in ("inputs", "norms", "change", "means"):
+            expected = getattr(whole, name)[layers.start : layers.stop]
+            assert_close(getattr(part, name), expected, "rounding")
+        np.testing.assert_array_equal(part.part, whole.part)
+
+
+def test_as_many_layers_a_pass_as_fit_evenly():
+    assert [len(each) for each in collection.divided(32, 5)] == [7, 6, 7, 6, 6]
+    assert list(collection.divided(3, 3)) == [range(1), range(1, 2), range(2, 3)]
