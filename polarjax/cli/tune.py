@@ -26,7 +26,7 @@ if TYPE_CHECKING:
 _DEFAULTS = TuneOptions(tokens=1)
 _LEAST, _MOST = _DEFAULTS.densities
 _HELD_OUT = 64  # most windows of a text that are held out
-_OWN = 4096  # most windows that the model writes
+_OWN = 8192  # most windows that the model writes
 
 
 def tune(

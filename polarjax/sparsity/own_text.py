@@ -4,11 +4,16 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from polarjax import costs
 from polarjax.generation.generate import generate
 from polarjax.generation.sampling import Categorical
+from polarjax.memory import device_memory, held_bytes
 from polarjax.model.decoder import Decoder
 from polarjax.progress import task
 from polarjax.types import Array, Int32, Key
+
+
+MOST_ROWS = 512
 
 
 def own_windows(
@@ -18,7 +23,7 @@ def own_windows(
     key: Key[Array, ""],
     *,
     first: int | None,
-    batch_size: int = 256,
+    batch_size: int | None = None,
 ) -> Int32[np.ndarray, "n T"]:
     """Windows of `length` tokens drawn from the dense model at temperature 1, each after a random token.
 
@@ -30,9 +35,9 @@ def own_windows(
       length: T.
       key: random key.
       first: token that begins every window, such as BOS; None begins with the random token.
-      batch_size: windows written at once.
+      batch_size: windows written at once; None is at most `MOST_ROWS`, as many as half of the free memory holds.
     """
-    rows, batch_size = [], min(batch_size, count)
+    rows, batch_size = [], min(batch_size or _rows(model, length), count)
     vocab_size = model.config.vocab_size
     with task("write own text", count, "windows") as advance:
         for start in range(0, count, batch_size):
@@ -46,3 +51,12 @@ def own_windows(
             rows.append(np.concatenate([np.asarray(prompt), np.asarray(drawn.tokens)], 1))
             advance(min(batch_size, count - start))
     return np.concatenate(rows)[:count]
+
+
+def _rows(model: Decoder, length: int) -> int:
+    memory = device_memory()
+    if memory is None:
+        return MOST_ROWS // 2
+    room = costs.weights_bytes(model.config, model.dtype) + (memory - held_bytes()) // 2
+    fitting = costs.largest_batch(model.config, memory=room, cache_length=length, dtype=model.dtype)
+    return max(1, min(MOST_ROWS, fitting))
