@@ -12,7 +12,6 @@ from polarjax.model.decoder import Decoder
 from polarjax.progress import task
 from polarjax.types import Array, Int32, Key
 
-
 MOST_ROWS = 512
 
 
