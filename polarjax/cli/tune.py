@@ -1,9 +1,11 @@
 """`polarjax tune`: heals a model by distillation, so that skipping heads costs less."""
 
+import contextlib
 import dataclasses
 import math
 import os
 import shutil
+from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, cast
 
@@ -70,6 +72,10 @@ def tune(
     save_minutes: Annotated[
         float, typer.Option(help="Save the state this often, beside OUT, for --resume.")
     ] = _DEFAULTS.save_minutes,
+    devices: Annotated[
+        int | None,
+        typer.Option(help="Devices to divide each batch over; default: as many as divide it evenly."),
+    ] = None,
     resume: Annotated[bool, typer.Option("--resume", help="Continue an interrupted run.")] = False,
     overwrite: Annotated[
         bool, typer.Option("--overwrite", help="Replace an existing model directory.")
@@ -105,6 +111,7 @@ class Request:
     activation: str | None
     l1: float
     save_minutes: float
+    devices: int | None
     resume: bool
     overwrite: bool
     seed: int
@@ -166,12 +173,29 @@ def _heal(asked: Request) -> dict[str, Any]:
         dense_layers=(0,) if bundle.plans is None else bundle.plans.dense_layers,
         folder=state,
         resume=asked.resume,
+        devices=asked.devices,
     )
     _print(report)
-    save(target, _with_neurons(bundle, model, routers, domains, key), overwrite=asked.overwrite)
+    with _kept(state):
+        save(target, _with_neurons(bundle, model, routers, domains, key), overwrite=asked.overwrite)
     shutil.rmtree(state, ignore_errors=True)
     print(f"The healed model is in {target}. Next: polarjax eval perplexity {target} --text FILE")
     return report.to_json()
+
+
+@contextlib.contextmanager
+def _kept(state: Path) -> Iterator[None]:
+    """Says in the error of the block where the trained state is."""
+    from polarjax.sparsity.tuning_state import is_state
+
+    try:
+        yield
+    except CheckpointError as error:
+        if not is_state(state):
+            raise
+        hint = f"make room, and finish with --resume: what was trained is in {state}"
+        about = {"where": error.where, "got": error.got, "expected": error.expected}
+        raise CheckpointError(error.what, **about, hint=hint) from error
 
 
 def _check_neurons(bundle: "Bundle", domains: list[Int32[np.ndarray, "n T"]], activation: str | None) -> None:

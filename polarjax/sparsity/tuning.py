@@ -12,6 +12,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from polarjax.errors import CheckpointError
 from polarjax.generation.checks import random_key
 from polarjax.memory import memory_line, peak_memory
 from polarjax.model.checks import check_model, check_windows
@@ -102,8 +103,8 @@ def tune(
       shares: how much of the training each domain is; None mixes them equally.
       held_out: windows [n T] to measure perplexity on, before and after.
       dense_layers: layers whose attention always keeps all groups.
-      folder: where the state is saved every `options.save_minutes`, and when training is interrupted or diverges;
-        None saves nothing.
+      folder: where the state is saved every `options.save_minutes`, at the end, and when training is interrupted or
+        diverges; None saves nothing.
       resume: continue from the state in `folder`.
       devices: local devices to divide each batch over; None takes as many as divide `options.batch_size` evenly.
         The result is the same but for rounding.
@@ -114,7 +115,7 @@ def tune(
     Raises:
       InputError: bad windows or options, or a step that doesn't fit the device's memory.
       SparsityError: routers for another model, or training that diverges.
-      CheckpointError: no state to resume, or one of another run.
+      CheckpointError: no state to resume, or one of another run; or the state can't be saved, and an earlier one stays.
     """
     check_model(model, where="tune")
     options = check_options(options, TuneOptions, "options")
@@ -141,6 +142,7 @@ class _Run:
         self._plan, self._batches = plan, batches
         self._folder: Path | None = None
         self._settings: dict[str, Any] = {}
+        self._saved = 0  # step whose state is in the folder
         self.seconds = 0.0
         self.memory = plan.memory
         self._state, self._teacher = plan.arrays()
@@ -170,6 +172,7 @@ class _Run:
         if self._folder is not None:
             state, self.seconds = read_state(self._folder, self._state, self._settings)
             self._state = jax.device_put(state, self._plan.placement.whole)
+            self._saved = self.steps
 
     @property
     def steps(self) -> int:
@@ -194,9 +197,14 @@ class _Run:
                         began, saved = time.monotonic() - self.seconds, time.monotonic()
             self._settle(waiting, keep=0)
             self.seconds = time.monotonic() - began
-        except BaseException:
-            self._save()
+        except BaseException as error:
+            if not isinstance(error, CheckpointError):  # which is about saving
+                self._save()
             raise
+        try:
+            self._save()
+        except CheckpointError as error:  # the result may still find room elsewhere
+            tell(f"the state after the last step is not saved: {error}")
 
     def _fraction(self, done: int) -> float:
         """How much of the training is done; 1 or more ends it."""
@@ -237,8 +245,17 @@ class _Run:
         return f"{kl}{neurons if self._plan.spec.config.neuron_sparsity else ''}, {rate:,.0f} tokens/s{left}"
 
     def _save(self) -> None:
-        if self._folder is not None and self.steps:
+        if self._folder is None or self.steps in (0, self._saved):
+            return
+        try:
             save_state(self._folder, self._state, self._settings, self.seconds)
+        except CheckpointError as error:
+            hint = "make room, and start again: nothing was saved before"
+            if self._saved:
+                hint = f"make room, and continue with --resume: the state after step {self._saved} is kept"
+            about = {"where": error.where, "got": error.got, "expected": error.expected}
+            raise CheckpointError(error.what, **about, hint=hint) from error
+        self._saved = self.steps
 
     def measure(self, windows: Int32[np.ndarray, "n T"] | None) -> dict[int, float]:
         """Perplexity of `windows` by number of groups kept: all, the most, the middle and the least of the range."""

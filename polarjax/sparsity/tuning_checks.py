@@ -87,7 +87,10 @@ def check_devices(devices: Any, options: TuneOptions) -> int:
         return max(count for count in range(1, here + 1) if rows % count == 0)
     count = whole_number(devices, "devices", where="tune")
     if count > here:
-        raise InputError("there are fewer devices", where="tune", got=count, expected=f"at most {here}")
+        hint = "leave the number out to use as many as divide a batch"
+        raise InputError(
+            "there are fewer devices", where="tune", got=count, expected=f"at most {here}", hint=hint
+        )
     if rows % count:
         raise InputError(
             "a batch can't be divided evenly over the devices",

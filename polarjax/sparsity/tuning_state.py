@@ -7,6 +7,7 @@ import jax
 import numpy as np
 
 from polarjax.errors import CheckpointError
+from polarjax.memory import tree_bytes
 from polarjax.sparsity.distillation import TuneState
 from polarjax.storage.arrays import ArrayWriter, read_arrays
 from polarjax.storage.atomic import atomic_folder, read_json, write_json
@@ -23,7 +24,8 @@ def is_state(folder: Path) -> bool:
 
 def save_state(folder: Path, state: TuneState, settings: dict[str, Any], seconds: float) -> None:
     """Writes the state, replacing an earlier one only when the new one is complete."""
-    with atomic_folder(folder, overwrite=True, may_replace=is_state) as temporary:
+    size = tree_bytes(state)
+    with atomic_folder(folder, overwrite=True, may_replace=is_state, num_bytes=size) as temporary:
         with ArrayWriter(temporary / "arrays") as writer:
             for name, leaf in _named(state).items():
                 writer.reserve(leaf.nbytes)

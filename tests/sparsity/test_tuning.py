@@ -1,6 +1,12 @@
 """Healing lowers what skipping costs, goes on where it was interrupted, and stops at what it can't do."""
 
+import contextlib
 import dataclasses
+import os
+import resource
+import subprocess
+import sys
+from pathlib import Path
 
 import jax
 import jax.numpy as jnp
@@ -12,12 +18,16 @@ from polarjax import memory
 from polarjax.memory import held_bytes, tree_bytes
 from polarjax.model.parameters import parameters
 from polarjax.model.stacked import StackedDecoder, hidden_states, stack_parameters
+from polarjax.progress import show_lines
 from polarjax.selection.routers import Routers
 from polarjax.sparsity import TuneOptions, tune, tuning, tuning_checks, tuning_setup
 from polarjax.sparsity.own_text import own_windows
+from polarjax.sparsity.tuning_batches import Batches
 from polarjax.sparsity.tuning_setup import setup, trained_names
 from polarjax.sparsity.tuning_state import is_state
 from tests.model import zoo
+from tests.one_line import refuses
+from tests.tolerances import assert_close
 
 NAME = "llama-mha"
 OPTIONS = TuneOptions(
@@ -184,3 +194,85 @@ def test_what_does_not_fit_is_refused_with_what_does(windows, monkeypatch, share
         monkeypatch.setenv("XLA_PYTHON_CLIENT_MEM_FRACTION", ".9")
     with pytest.raises(pj.InputError, match=rf"does not fit the device's memory.*{hint}"):
         run(windows)
+
+
+@contextlib.contextmanager
+def full_disk():
+    """No file may grow beyond a few bytes, as on a disk that is full."""
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (100, before[1]))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+
+
+@pytest.mark.parametrize("saved", [True, False])
+def test_a_disk_that_fills_up_leaves_the_last_state(windows, tmp_path, monkeypatch, saved):
+    """It is full when the state of step 3, or the first one, is saved."""
+    folder, original = tmp_path / "state", tuning.save_state
+
+    def save(*arguments):
+        if saved and not is_state(folder):
+            return original(*arguments)
+        with full_disk():
+            return original(*arguments)
+
+    monkeypatch.setattr(tuning, "save_state", save)
+    options = dataclasses.replace(OPTIONS, tokens=4 * 16 * 12, save_minutes=1e-9)
+    hint = "with --resume: the state after step 1 is kept" if saved else "nothing was saved before"
+    with refuses(
+        pj.CheckpointError, rf"state: cannot write here; got File too large. Hint: make room.*{hint}"
+    ):
+        run(windows, options, folder=folder)
+    assert [path.name for path in tmp_path.iterdir()] == ["state"] * saved
+    if saved:
+        monkeypatch.setattr(tuning, "save_state", original)
+        assert run(windows, options, folder=folder, resume=True)[2].steps == 4
+
+
+def test_a_disk_that_is_full_at_the_end_costs_nothing(windows, tmp_path, capsys):
+    options = dataclasses.replace(OPTIONS, tokens=2 * 16 * 12)
+    with show_lines(), full_disk():
+        assert run(windows, options, folder=tmp_path / "state")[2].steps == 2
+    assert "the state after the last step is not saved: " in capsys.readouterr().err
+    assert list(tmp_path.iterdir()) == []
+
+
+def after_one_step(windows, options, devices: int):
+    """The gradients' moments and the parts of the loss; how much memory the step needs."""
+    routers, config = with_means(zoo.routers(NAME)), zoo.CONFIGS[NAME]
+    plan = setup(zoo.model(NAME), routers, options, 12, devices)
+    at, batch = plan.placement, Batches([windows], (1.0,), config, options, (0,), 0).of(0)
+    given = jax.device_put((*batch, np.zeros(2, np.float32)), (at.rows(1), at.rows(2), at.whole))
+    state, parts = plan.compiled(*plan.arrays(), *given)
+    return (state.moments, parts), plan.memory["temporaries"]
+
+
+def on_four_devices() -> None:
+    """Runs in a process with four devices: one and four of them do the same."""
+    windows = np.random.default_rng(0).integers(0, zoo.VOCAB, (16, 12), np.int32)
+    options = dataclasses.replace(OPTIONS, tokens=2 * 8 * 12, batch_size=8, accumulate=2)
+    (many, less), (one, more) = (after_one_step(windows, options, count) for count in (4, 1))
+    assert less < more  # a device has a part of the batch
+    for got, wanted in zip(jax.tree.leaves(many), jax.tree.leaves(one), strict=True):
+        assert len(got.devices()) == 4
+        assert_close(got, wanted, "rounding")
+    model, routers, report = run(windows, options)
+    for value in jax.tree.leaves((model, routers)):
+        assert value.devices() == {jax.devices()[0]}
+    before = run(windows, options, devices=1)[2].before
+    assert_close(list(report.before.values()), list(before.values()), "rounding")
+    for devices, message in ((3, "8 windows, 3 devices. Hint: .*multiple of 3"), (5, "expected at most 4")):
+        with refuses(pj.InputError, message):
+            run(windows, options, devices=devices)
+    assert tuning_checks.check_devices(None, dataclasses.replace(options, batch_size=6)) == 3
+
+
+def test_several_devices_share_a_batch():
+    flags = f"{os.environ['XLA_FLAGS']} --xla_force_host_platform_device_count=4"
+    code = "from tests.sparsity import test_tuning; test_tuning.on_four_devices()"
+    command, root = [sys.executable, "-c", code], Path(__file__).parents[2]
+    environment = os.environ | {"XLA_FLAGS": flags}
+    done = subprocess.run(command, capture_output=True, text=True, check=False, cwd=root, env=environment)
+    assert done.returncode == 0, done.stderr[-2000:]
