@@ -171,7 +171,7 @@ def step(
     teacher: Arrays,
     tokens: Int[Array, "a b T"],
     counts: Int[Array, "a L b"],
-    rates: Float[Array, "2"],
+    rates: Float[Array, "3"],
 ) -> tuple[TuneState, dict[str, Array]]:
     """One step of the optimizers on the mean gradient of `a` batches; for `jax.jit`.
 
@@ -181,7 +181,7 @@ def step(
       teacher: the teacher's parameters, and so those of the student that aren't trained.
       tokens: int32 [a b T].
       counts: groups kept in each layer of each row [a L b].
-      rates: learning rates of the model and of the routers.
+      rates: learning rates of the model, of the routers, and of the mean outputs.
 
     Returns:
       the next state (the same one if the loss or a gradient isn't finite), and the parts of the loss, with `finite`.
@@ -200,7 +200,12 @@ def step(
     grads, parts = jax.tree.map(lambda total: total / tokens.shape[0], (grads, parts))
     finite = jnp.all(jnp.asarray([jnp.all(jnp.isfinite(leaf)) for leaf in jax.tree.leaves((grads, parts))]))
     adam = optimizer(spec)
-    updates = zip(grads, state.moments, (state.model, state.routers), rates, strict=True)
+    of_routers = dict.fromkeys(state.routers, rates[1])
+    by_name = (
+        dict.fromkeys(state.model, rates[0]),
+        of_routers | ({"mean": rates[2]} if "mean" in of_routers else {}),
+    )
+    updates = zip(grads, state.moments, (state.model, state.routers), by_name, strict=True)
     model, routers = (_updated(adam, *update) for update in updates)
     after = TuneState(model[0], routers[0], (model[1], routers[1]), state.step + 1)
     return jax.tree.map(lambda new, old: jnp.where(finite, new, old), after, state), parts | {
@@ -209,8 +214,8 @@ def step(
 
 
 def _updated(
-    adam: optax.GradientTransformation, gradients: Arrays, moments: Any, values: Arrays, rate: Array
+    adam: optax.GradientTransformation, gradients: Arrays, moments: Any, values: Arrays, rates: Arrays
 ) -> tuple[Arrays, Any]:
     with jax.numpy_dtype_promotion("standard"):  # optax mixes dtypes
         change, moments = adam.update(gradients, moments, values)
-    return jax.tree.map(lambda value, by: value - rate * by, values, change), moments
+    return jax.tree.map(lambda value, by, rate: value - rate * by, values, change, rates), moments

@@ -110,25 +110,28 @@ class RefineOptions:
       spread: routers learn to keep `head_density` - `spread` to `head_density` + `spread` of the groups; each window
         draws one number of groups from this range.
       batch_tokens: tokens per step of the optimizer, rounded down to whole windows, at least one.
-      learning_rate: Adam's, at its highest, after `warmup` steps.
+      router_rate: Adam's learning rate for the routers at its highest, times the model's width D.
+      mean_rate: that for the means, as a fraction of their root mean square.
+      warmup: steps until the learning rates are at their highest.
     """
 
     tokens: int | None = None
     passes: int = 4
-    most_tokens: int = 4_000_000
+    most_tokens: int = 1_000_000
     spread: float = 1 / 6
-    batch_tokens: int = 2048
-    learning_rate: float = 5e-3
+    batch_tokens: int = 512
+    router_rate: float = 1.25
+    mean_rate: float = 0.2
     warmup: int = 10
 
     def __post_init__(self) -> None:
         whole = ("passes", "most_tokens", "batch_tokens", "warmup")
-        make_plain(self, *whole, "tokens", "spread", "learning_rate")
+        make_plain(self, *whole, "tokens", "spread", "router_rate", "mean_rate")
         for name in whole:
             whole_number(getattr(self, name), name, where="RefineOptions")
         if self.tokens is not None:
             whole_number(self.tokens, "refine tokens", where="RefineOptions", least=0)
-        for name, most in (("learning_rate", math.inf), ("spread", 1)):
+        for name, most in (("router_rate", math.inf), ("mean_rate", math.inf), ("spread", 1)):
             value = getattr(self, name)
             if type(value) not in (int, float) or not 0 < value < most:
                 expected = "above 0" if most == math.inf else "above 0, below 1"

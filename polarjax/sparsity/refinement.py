@@ -1,6 +1,7 @@
 """Refines group routers and means by distillation: the dense model teaches itself under the routers' own choices."""
 
 import jax
+import jax.numpy as jnp
 
 from polarjax.errors import PolarjaxError, SparsityError
 from polarjax.generation.checks import random_key
@@ -61,7 +62,7 @@ def refine(
     if options.tokens == 0 or groups_kept(density, K) == K:
         return routers, None
     windows = activations.windows_of("train")
-    plan = tune_options(options, density, *windows.shape)
+    plan = tune_options(options, density, routers, windows.shape)
     held_out = activations.windows_of("validation")[:MEASURED]
     held_out = held_out if len(held_out) else None
     call = {"options": plan, "held_out": held_out, "dense_layers": dense_layers}
@@ -78,8 +79,11 @@ def refine(
     return refined, report
 
 
-def tune_options(options: RefineOptions, head_density: float, count: int, length: int) -> TuneOptions:
-    """The options of `tune` for `count` training windows of `length` tokens."""
+def tune_options(
+    options: RefineOptions, head_density: float, routers: Routers, shape: tuple[int, ...]
+) -> TuneOptions:
+    """The options of `tune` for training windows of this shape [n T]."""
+    count, length = shape
     tokens = options.tokens
     if tokens is None:
         tokens = min(options.most_tokens, options.passes * count * length)
@@ -90,6 +94,14 @@ def tune_options(options: RefineOptions, head_density: float, count: int, length
         densities=(least, min(head_density + options.spread, 1.0)),
         dense_share=0.0,
         train="routers",
-        router_learning_rate=options.learning_rate,
+        router_learning_rate=options.router_rate / routers.layers[0].w_group.shape[0],
+        mean_learning_rate=max(options.mean_rate * _size_of_means(routers), 1e-6),
         warmup=options.warmup,
     )
+
+
+def _size_of_means(routers: Routers) -> float:
+    """The root mean square of the mean outputs; 0 without any."""
+    means = [layer.mean for layer in routers.layers if layer.mean is not None]
+    squares = [jnp.mean(jnp.square(mean.astype(jnp.float32))) for mean in means]
+    return float(jax.device_get(jnp.sqrt(sum(squares) / len(squares)))) if squares else 0.0

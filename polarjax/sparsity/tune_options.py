@@ -24,6 +24,7 @@ class TuneOptions:
       train: what changes besides the routers: "all" parameters, "attention", the "out" projections of attention,
         "bias" (biases and the scales of norms), or only the "routers".
       learning_rate, router_learning_rate: Adam's, at their highest.
+      mean_learning_rate: that of the mean outputs; None means `router_learning_rate`.
       router_weight: weight of the routers' own loss, `share_loss`.
       warmup: steps until the learning rates are at their highest; they then fall as a cosine.
       clip: largest norm of the gradient of the model, and of that of the routers.
@@ -44,6 +45,7 @@ class TuneOptions:
     train: Subset = "all"
     learning_rate: float = 1e-4
     router_learning_rate: float = 5e-4
+    mean_learning_rate: float | None = None
     router_weight: float = 1.0
     warmup: int = 30
     clip: float = 1.0
@@ -55,7 +57,8 @@ class TuneOptions:
 
     def __post_init__(self) -> None:
         whole = ("batch_size", "accumulate", "warmup")
-        positive = ("learning_rate", "router_learning_rate", "clip", "save_minutes")
+        positive = ["learning_rate", "router_learning_rate", "clip", "save_minutes"]
+        positive += ["mean_learning_rate"] if self.mean_learning_rate is not None else []
         make_plain(
             self, *whole, *positive, "tokens", "minutes", "dense_share", "router_weight", "remat", "l1"
         )
@@ -77,6 +80,12 @@ class TuneOptions:
         if self.activation not in (None, "relu"):
             raise InputError("not an activation to tune to", got=shown(self.activation), expected="relu")
         object.__setattr__(self, "densities", _as_range(self.densities))
+
+    @property
+    def learning_rates(self) -> tuple[float, float, float]:
+        """Those of the model, the routers and the means, at their highest."""
+        of_means = self.router_learning_rate if self.mean_learning_rate is None else self.mean_learning_rate
+        return self.learning_rate, self.router_learning_rate, of_means
 
     def to_json(self) -> dict[str, Any]:
         """A plain dictionary."""

@@ -217,7 +217,7 @@ class _Run:
         options = self._batches.options
         falling = _LEAST_RATE + (1 - _LEAST_RATE) * (1 + math.cos(math.pi * fraction)) / 2
         scale = min(1.0, (done + 1) / options.warmup) * falling
-        rates = np.asarray([options.learning_rate * scale, options.router_learning_rate * scale], np.float32)
+        rates = scale * np.asarray(options.learning_rates, np.float32)
         at = self._plan.placement
         batch = jax.device_put((*self._batches.of(done), rates), (at.rows(1), at.rows(2), at.whole))
         self._state, parts = self._plan.compiled(self._state, self._teacher, *batch)

@@ -137,7 +137,7 @@ class Setup:
         a, b, layers = options.accumulate, options.batch_size, self.spec.config.num_layers
         tokens = jax.ShapeDtypeStruct((a, b, self.length), jnp.int32, sharding=self.placement.rows(1))
         counts = jax.ShapeDtypeStruct((a, layers, b), jnp.int32, sharding=self.placement.rows(2))
-        rates = jax.ShapeDtypeStruct((2,), jnp.float32, sharding=whole)
+        rates = jax.ShapeDtypeStruct((3,), jnp.float32, sharding=whole)
         return _jitted(self.spec, whole).lower(*everywhere, tokens, counts, rates).compile()
 
     @functools.cached_property
