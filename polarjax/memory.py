@@ -18,7 +18,7 @@ _USUAL, _MOST = 0.75, 0.95  # of a device's memory that JAX takes, and that it c
 
 @contextlib.contextmanager
 def explained_out_of_memory(
-    config: ModelConfig, *, batch_size: int, cache_length: int, dtype: DTypeLike
+    config: ModelConfig, *, batch_size: int, cache_length: int, dtype: DTypeLike, option: str = "--batch-size"
 ) -> Iterator[None]:
     """Turns JAX's out-of-memory error in the block into an `InputError` that says what used the memory.
 
@@ -27,6 +27,7 @@ def explained_out_of_memory(
       batch_size: B, sequences computed in the block.
       cache_length: S, positions of the cache.
       dtype: dtype of weights and cache.
+      option: name of B in the hint.
 
     Raises:
       InputError: the device ran out of memory; gives the sizes and, if known, the largest batch that fits.
@@ -49,14 +50,14 @@ def explained_out_of_memory(
             where=f"{batch_size:,} sequences of up to {cache_length:,} positions",
             got=f"{weights / 1e9:,.2f} GB of weights, {cache / 1e9:,.2f} GB of cache, and temporaries{of}",
             expected=None if memory is None else f"at most {fitting:,} such sequences",
-            hint=_hint(fitting),
+            hint=_hint(fitting, option),
         ) from error
 
 
-def _hint(fitting: int) -> str:
+def _hint(fitting: int, option: str) -> str:
     if fitting < 1:
         return "shorten the texts, or use a narrower dtype or a device with more memory"
-    return f"compute fewer at a time (--batch-size; try {fitting:,} sequences), or shorten the texts"
+    return f"compute fewer at a time ({option}; try {fitting:,} sequences), or shorten the texts"
 
 
 def device_memory() -> int | None:

@@ -297,4 +297,4 @@ class Engine(Iterator[Event]):
     def _explained(self):
         model = self._bundle.model
         sizes = {"batch_size": self.slots, "cache_length": self.capacity, "dtype": model.dtype}
-        return explained_out_of_memory(model.config, **sizes)
+        return explained_out_of_memory(model.config, **sizes, option="slots")

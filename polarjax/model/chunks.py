@@ -5,7 +5,7 @@ import dataclasses
 import jax
 import jax.numpy as jnp
 
-from polarjax.model import attention, mlp
+from polarjax.model import attention, mlp, prompt_attention
 from polarjax.model.cache import KVCache, write_chunk
 from polarjax.model.chunk_attention import attend_to_cache
 from polarjax.model.decoder import Decoder, logits, prompt_start, residual
@@ -58,7 +58,7 @@ def read_pieces(model: Decoder, pieces: Pieces, cache: KVCache) -> tuple[Float[A
             window = config.window(i)
             heads = jax.lax.cond(
                 fresh,
-                lambda q, k, v, pair: attention.attend(q, k, v, counts, window=window),
+                lambda q, k, v, pair: prompt_attention.attend(q, k, v, counts, window=window),
                 lambda q, k, v, pair: attend_to_cache(q, pair, rows, start, counts, window=window),
                 q, k, v, pair,
             )  # fmt: skip

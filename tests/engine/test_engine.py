@@ -1,0 +1,311 @@
+"""The engine: every request gets what it gets alone, whatever runs beside it, and one request's end is its own."""
+
+import dataclasses
+import functools
+import gc
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+import polarjax as pj
+from polarjax.engine.sizes import plan_sizes, slots_and_capacity
+from tests.model import zoo
+from tests.model.test_traces import compilations
+from tests.one_line import refuses
+from tests.tolerances import assert_close
+
+NAME = "llama-gqa"
+MODEL = zoo.model(NAME)
+CONFIG = MODEL.config
+SIZES = {"slots": 3, "capacity": 40}
+RANDOM = np.random.default_rng(7)
+PROMPTS = [RANDOM.integers(0, zoo.VOCAB, n).astype(np.int32) for n in (9, 1, 14, 3, 20, 6, 11)]
+SETTINGS = [
+    {"max_new_tokens": 12},
+    {"max_new_tokens": 20, "sampler": pj.Categorical(1.3, top_k=20), "seed": 5},
+    {"max_new_tokens": 3, "sampler": pj.Categorical(0.9, top_p=0.8), "seed": -(2**40)},
+    {"max_new_tokens": 17, "repetition_penalty": 1.7},
+    {"max_new_tokens": 9, "sampler": pj.Categorical(2.0), "repetition_penalty": 1.2, "stop_ids": (3, 4, 5, 6)},
+    {"max_new_tokens": 1},
+    {"max_new_tokens": 12, "sampler": pj.Categorical(1.1), "seed": 2**40},
+]  # fmt: skip
+TABLE = pj.PlanTable(
+    num_layers=CONFIG.num_layers,
+    num_neurons=CONFIG.d_ff,
+    num_groups=CONFIG.num_kv_heads,
+    batch_sizes=(1,),
+    neurons=((None, None),),
+    recall=((1.0, 1.0),),
+)
+
+
+@functools.cache
+def bundle(kind: str) -> pj.Bundle:
+    """The tiny model, alone or with routers and a plan of its groups."""
+    return pj.Bundle(MODEL) if kind == "dense" else pj.Bundle(MODEL, None, zoo.routers(NAME), TABLE)
+
+
+@functools.cache
+def alone(kind: str) -> list[list[int]]:
+    """What `generate` makes of each request."""
+    sparsity = None if kind == "dense" else bundle(kind).sparsity(1)
+    made = []
+    for prompt, settings in zip(PROMPTS, SETTINGS, strict=True):
+        rest = dict(settings)
+        key = jax.random.key(rest.pop("seed", 0))
+        done = pj.generate(MODEL, prompt[None], np.array([len(prompt)]), key, sparsity=sparsity, **rest)
+        made.append(np.asarray(done.tokens)[0, : int(done.lengths[0])].tolist())
+    return made
+
+
+def run(engine: pj.Engine, order, later=(), **more) -> dict[int, tuple[list[int], str | None]]:
+    """Tokens and ending of the requests in `order`, and of those submitted `later`, one after every other event."""
+    waiting, numbers, found = list(later), {}, {}
+    submit = lambda i: numbers.update({engine.submit(PROMPTS[i], **SETTINGS[i] | more): i})
+    for i in order:
+        submit(i)
+    for count, event in enumerate(engine):
+        tokens, ended = found.get(numbers[event.request], ([], None))
+        assert ended is None, "nothing comes after the end"
+        found[numbers[event.request]] = [*tokens, *event.tokens], event.finished
+        if waiting and count % 2:
+            submit(waiting.pop(0))
+    assert not waiting
+    return found
+
+
+@pytest.mark.parametrize("kind", ["dense", "groups"])
+@pytest.mark.parametrize("read_tokens", [4, 2048])
+def test_a_request_gets_what_it_gets_alone(kind, read_tokens):
+    """In any slot, company and order of arrival, with prompts read whole, in pieces and several at a time."""
+    expected = alone(kind)
+    assert any(tokens[-1] in (3, 4, 5, 6) and len(tokens) < 9 for tokens in expected[4:5])
+    engine = pj.Engine(bundle(kind), **SIZES, read_tokens=read_tokens)
+    everything = range(len(PROMPTS))
+    for order, later in ((everything, ()), (reversed(everything), ()), ((4, 2), (0, 1, 6, 5, 3))):
+        found = run(engine, order, later)
+        for i, tokens in enumerate(expected):
+            stopped = i == 4
+            assert found[i] == (tokens, "stop" if stopped else "length")
+
+
+def test_no_request_compiles_anything():
+    """After `warm_up`: whatever the lengths, settings, number of rows, and order."""
+    with pj.Engine(bundle("groups"), **SIZES) as engine:
+        engine.warm_up()
+        with compilations() as names, jax.transfer_guard("disallow"):
+            run(engine, range(len(PROMPTS)))
+            run(engine, (3,), (0, 4), logprobs=3)
+    assert names == []
+
+
+def test_the_cache_is_written_in_place():
+    engine = pj.Engine(bundle("dense"), **SIZES)
+    places = lambda: {leaf.unsafe_buffer_pointer() for leaf in engine._slots.state.cache.k}
+    before = places()
+    run(engine, (0, 2, 3))
+    assert places() == before
+
+
+def test_fault_19_nan_in_one_row_ends_it_alone():
+    met = {*np.concatenate(PROMPTS).tolist(), *alone("dense")[0], *alone("dense")[3]}
+    stranger = min(set(range(zoo.VOCAB)) - met)
+    broken = pj.Bundle(zoo.with_rows(MODEL, "embed.tokens", stranger, np.nan))
+    engine = pj.Engine(broken, **SIZES)
+    bad = engine.submit([1, stranger, 2], max_new_tokens=5)
+    good = [engine.submit(PROMPTS[i], **SETTINGS[i]) for i in (0, 3)]
+    events = list(engine)
+    assert [(e.tokens, e.finished) for e in events if e.request == bad] == [((), "failed")]
+    for number, i in zip(good, (0, 3), strict=True):
+        mine = [event for event in events if event.request == number]
+        assert sum((event.tokens for event in mine), ()) == tuple(alone("dense")[i])
+
+
+def test_cancelled_requests_free_their_slots():
+    """While waiting, being read and running; the others, and those that take their slots, are as ever."""
+    engine = pj.Engine(bundle("dense"), **SIZES | {"slots": 1}, read_tokens=4)
+    running, waiting = (
+        engine.submit(PROMPTS[3], max_new_tokens=30),
+        engine.submit(PROMPTS[0], max_new_tokens=30),
+    )
+    kept = engine.submit(PROMPTS[0], **SETTINGS[0])
+    events = [next(engine), next(engine)]
+    assert {event.request for event in events} == {running}
+    assert engine.cancel(running) and engine.cancel(waiting)
+    events = list(engine)
+    assert [(e.request, e.tokens) for e in events if e.finished == "cancelled"] == [
+        (running, ()),
+        (waiting, ()),
+    ]
+    assert sum((e.tokens for e in events if e.request == kept), ()) == tuple(alone("dense")[0])
+    assert not engine.cancel(running) and not engine.cancel(99)
+    long = engine.submit(PROMPTS[4], max_new_tokens=20)
+    engine._turn()  # reads four of its tokens
+    engine.cancel(long)
+    again = engine.submit(PROMPTS[0], **SETTINGS[0])
+    events = list(engine)
+    assert [e.finished for e in events if e.request == long] == ["cancelled"]
+    assert sum((e.tokens for e in events if e.request == again), ()) == tuple(alone("dense")[0])
+
+
+def test_log_probabilities_are_those_of_forward():
+    """Before penalties and temperature, here and in `generate` and `stream`."""
+    settings = {
+        "max_new_tokens": 12,
+        "sampler": pj.Categorical(1.3),
+        "repetition_penalty": 1.5,
+        "logprobs": 3,
+    }
+    prompt, n = PROMPTS[6][:4], 4
+    length, key = np.array([n]), jax.random.key(2)
+    made = pj.generate(MODEL, prompt[None], length, key, **settings)
+    row = np.concatenate([prompt, made.tokens[0]])[: zoo.WIDTH]
+    expected = jax.nn.log_softmax(zoo.forward(MODEL, jnp.asarray(row[None]), jnp.array([zoo.WIDTH]))[0], -1)[
+        0
+    ]
+    expected = np.asarray(expected)[n - 1 : -1]  # of the ten tokens that fit
+    pieces = list(pj.stream(MODEL, prompt[None], length, key, **settings))
+    engine = pj.Engine(bundle("dense"), **SIZES)
+    engine.submit(prompt, seed=2, **settings)
+    quiet = engine.submit(prompt, max_new_tokens=5)
+    events = list(engine)
+    assert all((event.logprobs is None) == (event.request == quiet) for event in events)
+    mine = [event.logprobs for event in events if event.request != quiet]
+    together = lambda parts: jax.tree.map(lambda *leaves: np.concatenate(leaves), *parts)
+    streamed = together([jax.tree.map(lambda leaf: leaf[0], piece.logprobs) for piece in pieces])
+    for got in (jax.tree.map(lambda leaf: leaf[0], made.logprobs), streamed, together(mine)):
+        assert got.ids.shape == got.best.shape == (12, 3)
+        assert_close(got.chosen[:10], expected[np.arange(10), row[n:]], "rounding")
+        assert_close(got.best[:10], -np.sort(-expected, -1)[:, :3], "rounding")
+        assert (np.asarray(got.ids)[:10] == np.argsort(-expected, -1)[:, :3]).all()
+
+
+def test_the_plan_is_that_of_the_rows_in_use():
+    assert [plan_sizes(n) for n in (1, 3, 48)] == [[1], [1, 3], [1, 3, 12, 48]]
+    table = dataclasses.replace(
+        TABLE, batch_sizes=(1, 2), neurons=((8, 8), (16, 16)), recall=((1.0, 1.0),) * 2
+    )
+    engine = pj.Engine(pj.Bundle(MODEL, None, zoo.routers(NAME), table), **SIZES, head_density=1.0)
+    kept = {size: plan.plan.neurons for size, plan in engine._plans.items() if plan}
+    assert kept == {1: (8, 8), 3: (None, None)}
+    sparsity = engine._bundle.sparsity(1, 1.0)
+    expected = pj.generate(MODEL, PROMPTS[0][None], np.array([9]), max_new_tokens=12, sparsity=sparsity)
+    assert run(engine, (0,))[0][0] == expected.tokens[0].tolist(), (
+        "alone, it is decoded by the plan for one row"
+    )
+
+
+def test_fault_30_a_closed_engine_frees_its_memory_and_refuses_work():
+    gc.collect()
+    before = {id(each) for each in jax.live_arrays()}
+    held = lambda: [
+        x for x in jax.live_arrays() if id(x) not in before and x.shape[:1] == (3,) and x.ndim == 4
+    ]
+    with pj.Engine(bundle("dense"), **SIZES) as engine:
+        engine.submit(PROMPTS[0], max_new_tokens=20)
+        next(engine)
+        assert held()
+    assert held() == []
+    assert list(engine) == []
+    with refuses(pj.InputError, "closed"):
+        engine.submit([1], max_new_tokens=1)
+    dropped = pj.Engine(bundle("dense"), **SIZES)
+    dropped.submit(PROMPTS[0], max_new_tokens=20)
+    next(dropped)
+    del dropped
+    gc.collect()
+    assert held() == []
+
+
+def test_fault_30_an_engine_whose_call_failed_is_closed(monkeypatch):
+    engine = pj.Engine(bundle("dense"), **SIZES)
+    engine.submit(PROMPTS[0], max_new_tokens=20)
+    next(engine)
+    monkeypatch.setattr(
+        "polarjax.engine.engine._decode", lambda *a, **k: (_ for _ in ()).throw(RuntimeError("Out of memory"))
+    )
+    with refuses(pj.InputError, "3 sequences of up to 40.*ran out of memory.*slots; try 1"):
+        list(engine)
+    with refuses(pj.InputError, "closed"):
+        engine.submit([1])
+
+
+REFUSED = {
+    "no tokens": ({"prompt": []}, "not a prompt"),
+    "two rows": ({"prompt": [[1], [2]]}, r"not a prompt; got int64\[2, 1\]"),
+    "half a token": ({"prompt": [1.5]}, "not a prompt"),
+    "not one": ({"prompt": None}, "not a prompt"),
+    "outside the vocabulary": ({"prompt": [1, 61]}, "token 1 is outside the vocabulary; got 61"),
+    "beyond the slot": (
+        {"max_new_tokens": 33},
+        "capacity; got 9 prompt tokens . 33 new ones, expected at most 40",
+    ),
+    "beyond the model": ({"max_new_tokens": 41}, "exceed the model's positions"),
+    "nothing to make": ({"max_new_tokens": 0}, "max_new_tokens"),
+    "a sampler of its own": ({"sampler": lambda logits, key: logits}, "can't draw with this sampler"),
+    "a number per row": ({"sampler": pj.Categorical((1.0, 2.0))}, "can't draw with this sampler"),
+    "no sampler": ({"sampler": 3}, "not a sampler"),
+    "half a seed": ({"seed": 0.5}, "no such seed"),
+    "a large seed": ({"seed": 2**63}, "no such seed"),
+    "a negative id": ({"stop_ids": (-1,)}, "stop_ids"),
+    "many ids": ({"stop_ids": range(17)}, "too many stop ids; got 17, expected at most 16"),
+    "no penalty": ({"repetition_penalty": 0.0}, "repetition_penalty"),
+    "many log-probabilities": ({"logprobs": 21}, "logprobs.*got 21, expected 0 to 20"),
+}
+
+
+@pytest.mark.parametrize("case", REFUSED)
+def test_refuses_requests_in_one_line(case):
+    given, named = REFUSED[case]
+    engine = shared_engine()
+    with refuses(pj.InputError, named):
+        engine.submit(**{"prompt": PROMPTS[0], "max_new_tokens": 4} | given)
+    assert list(engine) == []
+
+
+@functools.cache
+def shared_engine() -> pj.Engine:
+    """One engine for all that it refuses."""
+    return pj.Engine(bundle("dense"), **SIZES)
+
+
+@pytest.mark.parametrize("text", ["Hi", [{"role": "user", "content": "Hi"}]])
+def test_text_needs_a_tokenizer(text):
+    with refuses(pj.CheckpointError, "no tokenizer"):
+        shared_engine().submit(text)
+    with refuses(pj.CheckpointError, "stop_strings.*no tokenizer"):
+        shared_engine().submit([1], stop_strings=["a"])
+
+
+@pytest.mark.parametrize(
+    ("given", "kind", "named"),
+    [
+        ({"slots": 0}, pj.InputError, "slots"),
+        ({"capacity": 2.5}, pj.InputError, "capacity"),
+        ({"read_tokens": 0}, pj.InputError, "read_tokens"),
+        ({"dense": 1}, pj.InputError, "dense"),
+        ({"dense": True, "head_density": 0.5}, pj.InputError, "contradict"),
+        ({"head_density": 0.5}, pj.SparsityError, "no routers"),
+        ({"implementation": "cuda"}, pj.InputError, "implementation"),
+        ({"bundle": MODEL}, pj.InputError, "not a Bundle"),
+    ],
+)
+def test_refuses_engines_in_one_line(given, kind, named):
+    with refuses(kind, named):
+        pj.Engine(**{"bundle": bundle("dense")} | given)
+
+
+def test_sizes_follow_the_device_memory(monkeypatch):
+    """Slots and capacity fill what the device says it has, and what doesn't fit is refused before it is made."""
+    assert slots_and_capacity(CONFIG, jnp.float32, None, None, read_tokens=64) == (8, 48)
+    monkeypatch.setattr("polarjax.memory.held_bytes", lambda: pj.costs.weights_bytes(CONFIG, "float32"))
+    monkeypatch.setattr("polarjax.memory.device_memory", lambda: 2_000_000)
+    size = functools.partial(slots_and_capacity, CONFIG, jnp.float32, read_tokens=8)
+    slots, capacity = size(None, None)
+    assert capacity == 48 and 8 < slots < 256
+    assert size(None, 24)[0] > slots
+    assert size(2 * slots, None)[1] < 48
+    with refuses(pj.InputError, f"do not fit.*expected at most {slots:,} of that"):
+        size(slots + 1, 48)
