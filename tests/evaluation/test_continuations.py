@@ -85,8 +85,7 @@ def pairs_to_score() -> list[tuple[tuple[int, ...], tuple[int, ...]]]:
     ]
 
 
-@pytest.mark.parametrize("batch_size", [2, None])
-@pytest.mark.parametrize("sparsity", [None, SPARSE], ids=["dense", "sparse"])
+@pytest.mark.parametrize(("sparsity", "batch_size"), [(None, 2), (SPARSE, None)], ids=["dense", "sparse"])
 def test_scores_are_those_of_each_sequence_alone(batch_size, sparsity):
     pairs = pairs_to_score()
     found = scores(pairs, sparsity=sparsity, batch_size=batch_size)

@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 
 import polarjax as pj
 from tests.one_line import refuses
@@ -47,6 +47,7 @@ GREEDY = [
 
 
 @pytest.mark.parametrize("sampler", GREEDY, ids=str)
+@settings(max_examples=8)
 @given(logits=logits(), seed=st.integers(0, 999))
 def test_the_greedy_limits(sampler, logits, seed):
     for draw in (sampler, _compiled(sampler)):

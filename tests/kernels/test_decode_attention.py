@@ -364,7 +364,7 @@ def named_kernels() -> list[tuple[AttentionCase, int | None]]:
     def kind(case: AttentionCase, window: int | None) -> tuple[object, ...]:
         problem = problem_of(case)
         tiles = choose(problem, "bfloat16", HOPPER)
-        sizes = (problem.queries, problem.width), (tiles.block, tiles.stages), tiles.splits > 1
+        sizes = (problem.heads, problem.width), (tiles.block, tiles.stages), tiles.splits > 1
         return *sizes, case.density == 1, window
 
     longest = sorted(attention_cases(), key=lambda case: -case.cache_bytes)

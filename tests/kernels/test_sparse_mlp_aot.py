@@ -67,10 +67,9 @@ def test_compiles_for_h200(case):
     aot.assert_fit(program)
 
 
-SHAPES = [  # what no named workload has: tiles of 32 rows, a width that only narrower columns divide, and so few
-    (32, 8192, 1500),  # neurons that blocks share a tile
-    *((batch, 5248, 1500) for batch in (PADDED[0], PADDED[-1])),
-    *((batch, 4096, 500) for batch in (16, 64)),
+SHAPES = [  # what no named workload has: a width that only narrower columns divide, and so few neurons that blocks
+    (PADDED[-1], 5248, 1500),  # share a tile; smaller batches need fewer registers and less memory
+    (64, 4096, 500),
 ]
 
 

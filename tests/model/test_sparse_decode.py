@@ -29,16 +29,14 @@ def _check(model, tokens, sparsity):
     assert abs(masked[0] - dense).max() > 0.05  # something was skipped
 
 
-@pytest.mark.parametrize(
-    "name", ["opt", "opt-350m", "llama-mha", "llama-mqa", "fatrelu-gated", "qk-norm", "window"]
-)
+@pytest.mark.parametrize("name", ["opt", "llama-mqa", "fatrelu-gated", "window"])
 def test_one_sequence_agrees_with_the_masked_forward(name):
     """At B = 1 the batch's neurons are the token's neurons, so routers select the same in both."""
     model, (tokens, _) = zoo.model(name), zoo.batch(rows=1)
     _check(model, tokens, pj.Sparsity(zoo.routers(name), zoo.half(model.config)))
 
 
-@pytest.mark.parametrize("name", ["opt", "llama-gqa", "window"])
+@pytest.mark.parametrize("name", ["opt-350m", "qk-norm"])
 def test_groups_of_each_sequence_agree_with_the_masked_forward(name):
     model, (tokens, _) = zoo.model(name), zoo.batch()
     plan = pj.SparsityPlan((None, None), zoo.half(model.config).groups)

@@ -68,8 +68,7 @@ def parts_of(model: pj.Decoder, layer: int, inputs: jax.Array) -> tuple[np.ndarr
     [
         ("norms", False, "float32", 5),
         ("norms", True, "bfloat16", 2),
-        ("contributions", False, "bfloat16", 2),
-        ("contributions", True, "bfloat16", 5),
+        ("contributions", False, "bfloat16", 5),
         ("contributions", True, "float32", 2),
     ],
 )
