@@ -22,7 +22,7 @@ from polarjax.types import Array, Bool, Float, Int
 def dense_layer(layer: Any, x: Array, lengths: Array, rotation: Any, config: ModelConfig, window: int | None):
     """One dense layer: the hidden state [B T D], the neurons' outputs [B T F], and which are active [B T F]."""
     after, (h, *_) = attention_half(layer, 0, x, lengths, rotation, config, None, window)
-    after, (pre, hidden) = mlp_half(layer, 0, after, h, config, None)
+    after, (_, pre, hidden) = mlp_half(layer, 0, after, h, config, None)
     return after, hidden, active(pre, config)
 
 

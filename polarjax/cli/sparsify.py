@@ -10,7 +10,7 @@ from polarjax.cli import learning
 from polarjax.cli.inputs import bytes_of, random_key
 from polarjax.errors import InputError
 from polarjax.selection.plans import PlanTable, check_density
-from polarjax.sparsity.options import CollectOptions
+from polarjax.sparsity.options import CollectOptions, NeuronOptions
 from polarjax.storage.atomic import absolute, check_writable
 
 if TYPE_CHECKING:
@@ -42,17 +42,20 @@ def sparsify(
     max_batch: learning.MaxBatch = learning.LARGEST_BATCH,
     dense_attention: learning.DenseAttention = "first",
     budgets: learning.Budgets = "uniform",
+    neurons: learning.Neurons = "relu",
+    target_share: learning.TargetShare = NeuronOptions.target_share,
     seed: learning.Seed = 0,
     dtype: learning.Dtype = None,
 ) -> dict[str, Any]:
     """Learn from text what the model can skip: collect, train-routers and calibrate in one command."""
     from polarjax.checkpoint.learned import write_plans, write_routers
-    from polarjax.sparsity.checks import check_budgets
+    from polarjax.sparsity.checks import check_budgets, check_gated
     from polarjax.sparsity.pipeline import learn
 
     _check_free(activations)
     check_density(head_density, where="head density")
     chosen = check_budgets(budgets, "--budgets")
+    gated = learning.neuron_options(neurons, target_share)
     key = random_key(seed)
     collecting = CollectOptions(
         folder=activations,
@@ -65,6 +68,8 @@ def sparsify(
     refinement = learning.refine_options(refine_tokens, published)
     calibration = learning.calibrate_options(target_recall, max_batch, dense_attention)
     bundle, windows = learning.load_and_cut(folder, text, window, max_tokens, dtype)
+    if gated is not None:
+        check_gated(bundle.model.config)
     check_writable(folder)
     recording = learning.announce(bundle, windows, collecting)
     routers, plans, report = learn(
@@ -78,17 +83,20 @@ def sparsify(
         refinement=refinement,
         calibration=calibration,
         budgets=chosen,
+        neurons=gated,
     )
     write_routers(folder, routers)
     write_plans(folder, plans)
-    _show(folder, plans, report)
+    _show(folder, plans, report, gated)
     return {"plans": plans.to_json(), **report.to_json()}
 
 
-def _show(folder: Path, plans: PlanTable, report: "SparsifyReport") -> None:
+def _show(folder: Path, plans: PlanTable, report: "SparsifyReport", gated: NeuronOptions | None) -> None:
     learning.print_training(report.training)
     learning.print_refinement(report.refinement)
-    learning.print_plans(plans, report.recall)
+    learning.print_plans(plans, report.recall, measure="recall" if gated is None else "share kept")
+    if gated is not None:
+        learning.print_gated(plans, gated.target_share)
     shares = " ".join(f"{share:.3f}" for share in report.attention_importance)
     print(f"\nHow far each layer's attention turns the residual stream (1 - cos): {shares}")
     spent = ", ".join(f"{stage} {seconds:.0f} s" for stage, seconds in report.seconds.items())

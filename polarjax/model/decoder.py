@@ -171,7 +171,7 @@ def prompt_layer(
     after, (h, norm, change, mean, pair) = attention_half(
         layer, i, x, lengths, rotation, config, sparsity, window
     )
-    after, (pre, _) = mlp_half(layer, i, after, h, config, sparsity)
+    after, (_, pre, _) = mlp_half(layer, i, after, h, config, sparsity)
     return after, (h, pack(mlp.active(pre, config)), norm, change, mean), pair
 
 
@@ -193,13 +193,13 @@ def attention_half(
 
 
 def mlp_half(layer: Layer, i: Any, x, h, config: ModelConfig, sparsity):
-    """The second half of `prompt_layer`: the hidden state, and each neuron's pre-activation and output; routers read
-    `h`, the input of the first half."""
+    """The second half of `prompt_layer`: the hidden state, then its input, and each neuron's pre-activation and output;
+    routers read `h`, the input of the first half."""
 
     def feed(y):
         pre, hidden = mlp.neurons(layer.mlp, y, config)
         mask = None if sparsity is None else sparsity.neuron_mask(i, h, hidden)
-        return mlp.combine(layer.mlp, hidden, mask), (pre, hidden)
+        return mlp.combine(layer.mlp, hidden, mask), (y, pre, hidden)
 
     return residual(layer.mlp_norm, x, feed, config)
 

@@ -101,7 +101,7 @@ def hidden_states(
 
     def run(x: Array, layer: Layer, i: Any, window: int | None) -> tuple[Array, Records]:
         x, (inputs, norms, *_) = attention_half(layer, i, x, lengths, rotation, config, masking, window)
-        x, (pre, _) = mlp_half(layer, i, x, inputs, config, masking)
+        x, (_, pre, _) = mlp_half(layer, i, x, inputs, config, masking)
         active, l1 = usage(pre, config)
         return x, Records(inputs, norms, jnp.mean(active), jnp.mean(l1))
 

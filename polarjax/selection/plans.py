@@ -144,7 +144,8 @@ class PlanTable:
       num_layers, num_neurons, num_groups: L, F, K of the model.
       batch_sizes: increasing.
       neurons: for each batch size, neurons kept (k) in each layer (None = dense).
-      recall: for each batch size, the measured recall of the truly active neurons in each layer.
+      recall: for each batch size, the measured recall of the truly active neurons in each layer; in models without ReLU,
+        the share kept of the MLP output's norm (`polarjax.sparsity.kept_share`).
       head_density: default density of groups in every layer but `dense_layers`.
       dense_layers: layers whose attention keeps all groups.
       budgets: groups that each layer keeps instead, with the same sum: row k - 1 replaces k groups in every layer but

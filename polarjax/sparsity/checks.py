@@ -6,7 +6,7 @@ import numpy as np
 
 from polarjax.checkpoint.belonging import check_routers_of_plans, check_weights
 from polarjax.configs import ModelConfig
-from polarjax.errors import InputError
+from polarjax.errors import InputError, SparsityError
 from polarjax.numeric import check_type, plain, shown
 from polarjax.selection.plans import PlanTable
 from polarjax.selection.routers import Routers
@@ -51,6 +51,18 @@ def check_budgets(budgets: Any, where: str) -> Budgets:
         expected = " | ".join(get_args(Budgets))
         raise InputError("no such budgets", where=where, got=str(budgets)[:80], expected=expected)
     return budgets
+
+
+def check_gated(config: ModelConfig) -> None:
+    """Raises `SparsityError` if the neurons of a model are learned by their activity."""
+    if config.neuron_sparsity:
+        raise SparsityError(
+            "the neurons of a ReLU model are learned by which are active, always",
+            where="neurons",
+            got="gated",
+            expected="a model with another activation",
+            hint="leave it out (--neurons relu)",
+        )
 
 
 def check_held_out(held_out: Any) -> None:

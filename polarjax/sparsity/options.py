@@ -140,6 +140,39 @@ class RefineOptions:
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
+class NeuronOptions:
+    """How neurons of models without ReLU are learned; see `polarjax.sparsity.gated_neurons.with_gated_neurons`.
+
+    Attributes:
+      target_share: share of the MLP output's norm that plans keep (`polarjax.sparsity.kept_share.kept_share`).
+      epochs: passes over the training tokens.
+      batch: tokens per step.
+      learning_rate: Adam's, at the first step; it falls as a cosine.
+      rank: R of the routers; None means a quarter of D, at most 1024.
+      memory_bytes: limit on a layer's inputs at the training tokens; training windows above it are left out.
+    """
+
+    target_share: float = 0.9
+    epochs: int = 4
+    batch: int = 128
+    learning_rate: float = 1e-3
+    rank: int | None = None
+    memory_bytes: int = 4 * 10**9
+
+    def __post_init__(self) -> None:
+        whole = ("epochs", "batch", "memory_bytes", *(["rank"] if self.rank is not None else []))
+        make_plain(self, *whole, "target_share", "learning_rate")
+        for name in whole:
+            whole_number(getattr(self, name), name, where="NeuronOptions")
+        for name, most in (("target_share", 1), ("learning_rate", math.inf)):
+            value = getattr(self, name)
+            if type(value) not in (int, float) or not 0 < value < most:
+                expected = "above 0, below 1" if most == 1 else "above 0"
+                got = shown(value)
+                raise InputError(f"{name} is not usable", where="NeuronOptions", got=got, expected=expected)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
 class CalibrateOptions:
     """How plans are calibrated.
 

@@ -20,9 +20,17 @@ from polarjax.selection.plans import PlanTable, check_density
 from polarjax.selection.routers import Routers
 from polarjax.sparsity.budgets import with_budgets
 from polarjax.sparsity.calibration import calibrate, dense_layer, measure_recall
-from polarjax.sparsity.checks import check_budgets, check_options
+from polarjax.sparsity.checks import check_budgets, check_gated, check_options
 from polarjax.sparsity.collection import Recording, plan_recording, record
-from polarjax.sparsity.options import Budgets, CalibrateOptions, CollectOptions, RefineOptions, TrainOptions
+from polarjax.sparsity.gated_neurons import with_gated_neurons
+from polarjax.sparsity.options import (
+    Budgets,
+    CalibrateOptions,
+    CollectOptions,
+    NeuronOptions,
+    RefineOptions,
+    TrainOptions,
+)
 from polarjax.sparsity.refinement import refine
 from polarjax.sparsity.training import TrainReport, train_routers
 from polarjax.sparsity.tuning import TuneReport
@@ -58,7 +66,8 @@ class SparsifyReport:
       num_bytes: size of the activations.
       training: router quality on the validation tokens, before they are refined.
       refinement: what refining did; None if there was none.
-      recall: recall of the plans on the test tokens, by batch size, then layer.
+      recall: recall of the plans on the test tokens, by batch size, then layer; for neurons of a model without ReLU, the
+        share kept of the MLP output's norm.
       attention_importance: one value per layer, see `Activations.attention_importance`.
       seconds: time of each stage.
     """
@@ -87,6 +96,7 @@ def sparsify(
     refinement: RefineOptions | None = None,
     calibration: CalibrateOptions | None = None,
     budgets: Budgets = "uniform",
+    neurons: NeuronOptions | None = None,
 ) -> tuple[Routers, PlanTable, SparsifyReport]:
     """Learns a model's routers and plans from token windows.
 
@@ -98,6 +108,8 @@ def sparsify(
       collecting, training, refinement, calibration: options of the stages; `RefineOptions(tokens=0)` leaves one out.
       budgets: "uniform" keeps as many groups in every layer but the dense one, as published; "calibrated" keeps as
         many in all, but measures on validation windows how many each layer needs (`group_budgets`).
+      neurons: how to learn the neurons of a model without ReLU (`with_gated_neurons`); None keeps its MLPs dense, which
+        is seldom slower (bench/quality). ReLU models have their own way and no such options.
 
     Returns:
       Routers in the model's dtype, plans by batch size, and the measurements.
@@ -114,6 +126,9 @@ def sparsify(
     key = random_key(key)
     check_density(head_density, where="head density")
     check_budgets(budgets, "sparsify")
+    if neurons is not None:
+        check_options(neurons, NeuronOptions, "neurons")
+        check_gated(model.config)
     windows = check_windows(windows, model.config)
     recording = plan_recording(model, windows.shape, collecting)
     return learn(
@@ -127,6 +142,7 @@ def sparsify(
         refinement=refinement,
         calibration=calibration,
         budgets=budgets,
+        neurons=neurons,
     )
 
 
@@ -142,9 +158,11 @@ def learn(
     refinement: RefineOptions,
     calibration: CalibrateOptions,
     budgets: Budgets = "uniform",
+    neurons: NeuronOptions | None = None,
 ) -> tuple[Routers, PlanTable, SparsifyReport]:
     """`sparsify` with checked arguments; `recording` is what `plan_recording` returned for these windows."""
-    check_length(recording, model.config, calibration)
+    if model.config.neuron_sparsity or neurons is not None:
+        check_length(recording, calibration)
     keys = StageKeys.of(key)
     seconds: dict[str, float] = {}
     with _folder(collecting) as folder:
@@ -162,8 +180,14 @@ def learn(
             plans = calibrate(activations, routers, model.config, key=keys.calibrate, **options)
             if budgets == "calibrated":
                 plans = with_budgets(model, routers, activations, plans)
-        with _timed(seconds, "measure"):
-            recall = measure_recall(activations, routers, plans, key=keys.measure, options=calibration)
+        if neurons is not None:
+            with _timed(seconds, "neurons"):
+                routers, plans, recall = with_gated_neurons(
+                    model, routers, plans, activations, keys.measure, calibration=calibration, options=neurons
+                )
+        else:
+            with _timed(seconds, "measure"):
+                recall = measure_recall(activations, routers, plans, key=keys.measure, options=calibration)
         importance = tuple(activations.attention_importance().tolist())
     sizes = len(recording.part), recording.num_bytes
     return routers, plans, SparsifyReport(*sizes, trained, refined, recall, importance, seconds)
@@ -178,10 +202,16 @@ def learn_neurons(
 ) -> tuple[Routers, PlanTable | None]:
     """Routers and plans for new weights: group routers and the heads' settings stay, neurons are learned again.
 
-    Models without ReLU have no neurons to learn.
+    The neurons of models without ReLU aren't; their MLPs become dense.
     """
     routers = dataclasses.replace(routers, weights=fingerprint(model))
     if not model.config.neuron_sparsity:
+        layers = tuple(dataclasses.replace(layer, w_in=None, w_out=None) for layer in routers.layers)
+        routers = dataclasses.replace(routers, layers=layers)
+        if plans is not None:
+            dense, all_kept = (None,) * plans.num_layers, (1.0,) * plans.num_layers
+            sizes = len(plans.batch_sizes)
+            plans = dataclasses.replace(plans, neurons=(dense,) * sizes, recall=(all_kept,) * sizes)
         return routers, kept_for(model.config, routers.weights, routers, plans)[1]
     keys = jax.random.split(key)
     options = CollectOptions()
@@ -204,13 +234,12 @@ def check_neuron_text(
     config: ModelConfig, windows: Int32[np.ndarray, "n T"], model: "decoder.Decoder"
 ) -> None:
     """Raises `InputError` if `learn_neurons` would find too little text; for use before long work."""
-    check_length(plan_recording(model, windows.shape, CollectOptions()), config, CalibrateOptions())
+    if config.neuron_sparsity:
+        check_length(plan_recording(model, windows.shape, CollectOptions()), CalibrateOptions())
 
 
-def check_length(recording: Recording, config: ModelConfig, options: CalibrateOptions) -> None:
+def check_length(recording: Recording, options: CalibrateOptions) -> None:
     """Raises `InputError` if there are fewer held-out tokens than the largest batch to calibrate."""
-    if not config.neuron_sparsity:
-        return
     needed = options.batch_sizes[-1]
     for number, part in ((1, "validation"), (2, "test")):
         got = int(np.sum(recording.part == number))
