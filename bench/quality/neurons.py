@@ -32,8 +32,10 @@ from bench.quality.break_even import kernels, nearest_batch
 from bench.quality.neuron_passes import Text, mean_share, own_top, union
 from polarjax.checkpoint.bundle import Bundle, load_with_tokenizer
 from polarjax.errors import InputError, PolarjaxError
+from polarjax.model.parameters import fingerprint
 from polarjax.progress import show_lines, task
 from polarjax.sparsity.calibration import random_batches
+from polarjax.storage.fingerprint import short
 from polarjax.text.corpus import read_text
 from polarjax.text.token_windows import text_windows
 
@@ -84,8 +86,8 @@ def measure(asked: argparse.Namespace) -> tuple[list[dict[str, Any]], dict[str, 
         )
     text = Text(bundle.model, jnp.asarray(windows))
     head = report.provenance(
-        model=asked.model.name,
-        weights=bundle.weights,
+        model=asked.name or asked.model.name,
+        weights=short(fingerprint(bundle.model)),
         activation=config.activation,
         gated=config.gated_mlp,
         dtype=bundle.model.dtype.name,
@@ -243,6 +245,7 @@ def _options(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("model", type=Path)
     parser.add_argument("--text", type=Path, action="append", required=True)
     parser.add_argument("--out", type=Path)
+    parser.add_argument("--name", help="what the rows call the model; default: the directory's name")
     parser.add_argument("--windows", type=int, default=64)
     parser.add_argument("--window", type=int, default=256, help="tokens a window")
     parser.add_argument("--batches", type=_numbers(int), default=(1, 2, 4, 8, 16, 32, 64, 128, 256, 512))
