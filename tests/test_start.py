@@ -84,16 +84,29 @@ pj.generate(bundle.model, tokens, lengths, max_new_tokens=1)
     assert not {name for name in modules if name.startswith("jax.experimental.pallas")}
 
 
-def test_torch_is_whole_after_a_tokenizer_was_loaded(model_directory):
-    """Modules of transformers that were imported without it have the real one, and so has the program."""
+def test_a_tokenizer_leaves_transformers_and_torch_whole_and_reads_its_model_files_once(model_directory):
+    """Modules of transformers that were imported without torch have the real one, and so has the program.
+
+    transformers finds the same in its model files as without our help, which ends when the tokenizer is loaded.
+    """
     code = f"""
+import sys
+read = []
+sys.addaudithook(lambda event, args: event == "open" and read.append(str(args[0])))
 from polarjax.text.tokenizer import Tokenizer
 Tokenizer.load({str(model_directory / "tokenizer")!r}, model_type="opt")
+assert sum(name.endswith("transformers/models/opt/modeling_opt.py") for name in read) == 1
 from transformers import modeling_rope_utils as before
 assert before.torch.arange(3).tolist() == [0, 1, 2]
 import torch
 from torch import nn
 assert before.torch is torch and nn.Linear(2, 3)
+from transformers import models
+from transformers.utils import import_utils
+found = import_utils.define_import_structure(models.__file__)
+import_utils.define_import_structure.cache_clear()
+import_utils.create_import_structure_from_path.cache_clear()
+assert found == import_utils.define_import_structure(models.__file__)
 """
     assert "torch" in loaded_by(code)
 
@@ -105,25 +118,6 @@ from polarjax.text.tokenizer import Tokenizer
 Tokenizer.load({str(model_directory / "tokenizer")!r}, model_type="opt")
 import sys, transformers.modeling_rope_utils as module
 assert sys.modules["torch"] is torch is module.torch
-"""
-    loaded_by(code)
-
-
-def test_transformers_reads_its_model_files_once(model_directory):
-    """And finds the same in them as without our help, which ends when the tokenizer is loaded."""
-    code = f"""
-import sys
-read = []
-sys.addaudithook(lambda event, args: event == "open" and read.append(str(args[0])))
-from polarjax.text.tokenizer import Tokenizer
-Tokenizer.load({str(model_directory / "tokenizer")!r}, model_type="opt")
-assert sum(name.endswith("transformers/models/opt/modeling_opt.py") for name in read) == 1
-from transformers import models
-from transformers.utils import import_utils
-found = import_utils.define_import_structure(models.__file__)
-import_utils.define_import_structure.cache_clear()
-import_utils.create_import_structure_from_path.cache_clear()
-assert found == import_utils.define_import_structure(models.__file__)
 """
     loaded_by(code)
 

@@ -45,7 +45,7 @@ def test_same_logits_as_torch_and_learnt(name: str, tmp_path: Path):
     tokenizer = AutoTokenizer.from_pretrained(ASSETS / name)
     text = standard_library_text("evaluation")[:60_000]
     stream = token_stream(text, lambda each: tokenizer.backend_tokenizer.encode(each).ids[1:], separator=None)
-    rows = windows(stream, 256, first=tokenizer.bos_token_id)[:4]
+    rows = windows(stream, 256, first=tokenizer.bos_token_id)[:2]
     exact, theirs = (torch_logits(name, rows, dtype) for dtype in (torch.float64, torch.float32))
 
     convert_checkpoint(ASSETS / name, tmp_path / "model")
