@@ -59,7 +59,8 @@ def _check(sizes, window, heads, dtype) -> bool:
             (_, out), grads = jax.jit(jax.value_and_grad(total, (0, 1, 2), has_aux=True))(*moved)
             return [np.asarray(each, np.float64) for each in (out, *grads)]
 
-    exact = run(*(a.astype(jnp.float32) for a in (q, k, v)), "cpu")
+    wide = lambda a: a.astype(jnp.float32)
+    exact = run(wide(q), wide(k), wide(v), "cpu")
     ours, plain = run(q, k, v, "gpu"), run(q, k, v, "cpu")
     far = lambda made: [
         np.linalg.norm(a - b) / max(np.linalg.norm(b), 1e-9) for a, b in zip(made, exact, strict=True)
@@ -112,7 +113,7 @@ def _row(name: str, model: pj.Decoder, batch: int, length: int, rate: float) -> 
         pj.init_cache, model.config, batch_size=batch, capacity=length + 8, dtype=model.dtype
     )
     run = jax.jit(pj.prefill, donate_argnames="cache").lower(model, tokens, lengths, make()).compile()
-    temporary = run.memory_analysis().temp_size_in_bytes
+    temporary = run.memory_analysis().temp_size_in_bytes  # pyright: ignore[reportOptionalMemberAccess]
     cache, times = make(), []
     for _ in range(4):
         started = time.perf_counter()

@@ -24,9 +24,8 @@ def attend(
     plain = partial(_attention, window=window)
     by_platform = {}
     if q.dtype == jnp.float16:  # XLA has no float16 products with float32 sums on CPUs
-        by_platform["cpu"] = lambda q, k, v, lengths: plain(
-            *(a.astype(jnp.float32) for a in (q, k, v)), lengths
-        ).astype(q.dtype)
+        wide = lambda a: a.astype(jnp.float32)
+        by_platform["cpu"] = lambda q, k, v, n: plain(wide(q), wide(k), wide(v), n).astype(q.dtype)
     if _is_fused(q):
         by_platform["cuda"] = partial(plain, implementation="cudnn")
         plain = jax.checkpoint(

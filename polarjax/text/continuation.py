@@ -195,8 +195,8 @@ def continue_rows(
         "sparsity": sparsity,
     }
     batch = (model, *_padded(rows), key)
-    sizes = {"batch_size": len(rows) * options.copies, "cache_length": _positions(model, rows, options)}
-    with explained_out_of_memory(model.config, **sizes, dtype=model.dtype):
+    count, length = len(rows) * options.copies, _positions(model, rows, options)
+    with explained_out_of_memory(model.config, batch_size=count, cache_length=length, dtype=model.dtype):
         if show is None and not stop_strings:
             made = jax.block_until_ready(generate(*batch, **arguments))
             return complete(made, tokenizer, [row[-CONTEXT:] for row in rows for _ in range(options.copies)])

@@ -99,13 +99,14 @@ def test_other_numbers_compile_nothing():
     """A sweep over settings, and the transfers that it needs are explicit ones."""
     model, batch, key = zoo.model(MODEL), prompts(2, 9, [9, 1]), jax.random.key(0)
 
-    def write(temperature, top_k, new, stop_ids, penalty):
-        sampler = pj.Categorical(temperature, top_k=top_k)
+    def write(temperature, top_k, top_p, new, stop_ids, penalty):
+        sampler = pj.Categorical(temperature, top_k=top_k, top_p=top_p)
         settings = {"max_new_tokens": new, "stop_ids": stop_ids, "repetition_penalty": penalty}
         return pj.generate(model, *batch, key, sampler=sampler, **settings)
 
-    jax.block_until_ready(write(0.7, 5, 9, (1,), 1.0))
+    jax.block_until_ready(write(0.7, 5, None, 9, (1,), 1.0))
+    others = ((0.9, 7, 0.5, 12, None, 1.2), (1.3, None, 1.0, 5, 3, 1.0), (0.2, 1, None, 14, [4, 5], 2))
     with compilations() as names, jax.transfer_guard("disallow"):
-        for settings in ((0.9, 7, 12, None, 1.2), (1.3, 50, 5, 3, 1.0), (0.2, 1, 14, [4, 5], 2)):
-            assert write(*settings).tokens.shape == (2, settings[2])
+        for settings in others:
+            assert write(*settings).tokens.shape == (2, settings[3])
     assert names == []
