@@ -74,9 +74,19 @@ def generate(given: Inputs):
 
 
 def stream(given: Inputs):
-    """Greedy tokens of the dense model, in three pieces, the last one cut."""
-    pieces = pj.stream(*given[:3], max_new_tokens=12)
-    return [(piece.tokens, piece.lengths, piece.stopped) for piece in pieces]
+    """Greedy tokens of the dense model and their log-probabilities, in three pieces, the last one cut."""
+    pieces = pj.stream(*given[:3], max_new_tokens=12, logprobs=1)
+    return [(each.tokens, each.lengths, each.stopped, each.logprobs) for each in pieces]
+
+
+def run_engine(given: Inputs):
+    """Drawn and greedy tokens of requests that are read one at a time and in pieces; their log-probabilities."""
+    made = pj.Engine(pj.Bundle(given.model), slots=2, capacity=24, read_tokens=8)
+    lengths = jax.device_get(given.lengths)
+    for i, row in enumerate(jax.device_get(given.tokens)):
+        options = {"sampler": pj.Categorical(0.7, top_k=9, top_p=0.9), "repetition_penalty": 1.1} if i else {}
+        made.submit(row[: lengths[i]], max_new_tokens=5, seed=i, logprobs=1, **options)
+    return [(event.request, event.tokens, event.logprobs) for event in made]
 
 
 def collect(given: Inputs):
@@ -110,6 +120,7 @@ FUNCTIONS = {
     "step": zoo.jit(step),
     "generate": generate,
     "stream": stream,
+    "engine": run_engine,
     "collect": collect,
     "learn": learn,
     "score": score,
@@ -189,7 +200,7 @@ def test_symbolic_batch():
 def on_mesh(folder: str) -> None:
     """Runs in a process with four devices; prints what differs, by function and kind of prompts.
 
-    Training is not among the functions: what it reads is on the disk.
+    Training is not among the functions: what it reads is on the disk. An engine runs on one device.
     """
     mesh = jax.make_mesh((DEVICES,), ("data",))
     everywhere, by_row = (NamedSharding(mesh, PartitionSpec(*axes)) for axes in ((), ("data",)))
@@ -198,7 +209,9 @@ def on_mesh(folder: str) -> None:
     rows = jax.device_put((whole.tokens, whole.lengths, whole.cache), by_row)
     split = whole._replace(tokens=rows[0], lengths=rows[1], cache=rows[2])
     faults = {}
-    for name, kind in itertools.product(FUNCTIONS.keys() - {"learn"}, ("replicated", "row-sharded")):
+    for name, kind in itertools.product(
+        FUNCTIONS.keys() - {"learn", "engine"}, ("replicated", "row-sharded")
+    ):
         try:
             if kind == "row-sharded":
                 assert_alike(jax.device_get(FUNCTIONS[name](split)), want[name])

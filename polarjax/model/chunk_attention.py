@@ -55,7 +55,7 @@ def attend_to_cache(
     shape = (q.shape[0], *q.shape[2:4], q.shape[1])
     sums = jnp.full(shape, _LOW), jnp.zeros(shape, jnp.float32), jnp.zeros((*shape, H), jnp.float32)
     blocks = (jnp.max(end) + block - 1) // block
-    _, total, values = jax.lax.fori_loop(0, jnp.minimum(blocks, -(-S // block)), add, sums)
+    _, total, values = jax.lax.fori_loop(jnp.int32(0), jnp.minimum(blocks, -(-S // block)), add, sums)
     heads = values / jnp.where(total > 0, total, 1)[..., None]
     return jnp.moveaxis(heads, 3, 1).astype(q.dtype)
 
@@ -66,5 +66,6 @@ _LOW = jnp.finfo(jnp.float32).min
 def _block(cache: Float[Array, "B K S H"], rows, first, length: int) -> Float[Array, "R K s H"]:
     """Positions [first, first + length) of `rows`."""
     _, K, _, H = cache.shape
-    take = lambda row: jax.lax.dynamic_slice(cache, (row, 0, first, 0), (1, K, length, H))[0]
+    zero = jnp.zeros_like(first)  # of its dtype: with x64, a Python 0 would be int64
+    take = lambda row: jax.lax.dynamic_slice(cache, (row, zero, first, zero), (1, K, length, H))[0]
     return jax.vmap(take)(rows)
