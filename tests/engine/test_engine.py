@@ -11,6 +11,9 @@ import pytest
 
 import polarjax as pj
 from polarjax.engine.sizes import plan_sizes, slots_and_capacity
+from polarjax.text.tokenizer import Tokenizer
+from tests.cli.test_generate import ASSET, TEMPLATE
+from tests.cli.test_generate import _model as random_model
 from tests.model import zoo
 from tests.model.test_traces import compilations
 from tests.one_line import refuses
@@ -309,3 +312,33 @@ def test_sizes_follow_the_device_memory(monkeypatch):
     assert size(2 * slots, None)[1] < 48
     with refuses(pj.InputError, f"do not fit.*expected at most {slots:,} of that"):
         size(slots + 1, 48)
+
+
+@functools.cache
+def text_bundle() -> pj.Bundle:
+    """A random model with the tokenizer of a bundled one and a chat template."""
+    tokenizer = Tokenizer.load(ASSET)
+    tokenizer.hf.chat_template = TEMPLATE
+    settings = dataclasses.replace(tokenizer.generation, stop_ids=(), max_new_tokens=10)
+    model = random_model(np.random.default_rng(0))
+    return pj.Bundle(model, dataclasses.replace(tokenizer, generation=settings))
+
+
+def test_texts_are_those_of_complete():
+    """Texts and conversations; stop strings within and across tokens; the model's own settings by default."""
+    bundle = text_bundle()
+    prompts = ["Once upon a time", [{"role": "user", "content": "Hi, ünï!"}], "A"]
+    free = bundle.complete(prompts)
+    stops = [free[0].text[3:6], free[1].text[-4:], "</s>"]  # the last one is a special token
+    engine = pj.Engine(bundle, slots=2, capacity=40)
+    for given in ({}, {"stop_strings": stops}, {"max_new_tokens": 12, "sampler": pj.Categorical(0.7)}):
+        numbers = [engine.submit(each, **given) for each in prompts]
+        events = list(engine)
+        for number, prompt in zip(numbers, prompts, strict=True):
+            (expected,) = bundle.complete([prompt], **given)
+            mine = [event for event in events if event.request == number]
+            assert "".join(event.text for event in mine) == expected.text
+            assert sum((event.tokens for event in mine), ()) == expected.tokens
+            assert mine[-1].finished == ("length" if expected.ending == "length" else "stop")
+        if "stop_strings" in given:
+            assert [event.finished for event in events if event.request == numbers[0]][-1] == "stop"
