@@ -93,11 +93,10 @@ def clone(tmp_path_factory) -> Path:
 
 def run(words: list[str], folder: Path) -> None:
     path = os.pathsep.join([str(Path(sys.executable).parent), os.environ["PATH"]])
-    as_users_compile = {name: value for name, value in os.environ.items() if name != "XLA_FLAGS"}
     done = subprocess.run(
         words,
         cwd=folder,
-        env=as_users_compile | {"PATH": path},
+        env=os.environ | {"PATH": path},
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
         text=True,
