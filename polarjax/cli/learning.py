@@ -246,12 +246,11 @@ def print_perplexities(report: "TuneReport", part: str) -> None:
 def print_gated(table: PlanTable, target_share: float) -> None:
     """Prints whether skipping neurons of a model without ReLU can pay."""
     sizes = [size for size, row in zip(table.batch_sizes, table.neurons, strict=True) if any(row)]
-    where = f"Above batch {sizes[-1]}" if sizes else "At every batch size"
+    where = f"at batch sizes up to {sizes[-1]}" if sizes else "at no batch size"
     print(
-        f"{where}, keeping {target_share:.0%} of the output takes so many neurons that all MLPs stay dense. Without "
-        "ReLU, skipping neurons seldom pays: on SmolLM2-135M even a perfect choice of half of them costs +2.9 % "
-        "perplexity at batch 1, +17 % at 4 and +50 % at 16 (bench/quality). tune --activation relu makes neurons that "
-        "can be skipped."
+        f"MLPs skip neurons {where}; the target is {target_share:.0%} of their output's norm. Without ReLU this seldom "
+        "pays: on SmolLM2-135M even a perfect choice of half of the neurons costs +2.9 % perplexity at batch 1, +17 % "
+        "at 4 and +50 % at 16 (bench/quality). tune --activation relu makes neurons that can be skipped."
     )
 
 

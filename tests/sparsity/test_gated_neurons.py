@@ -1,11 +1,14 @@
 """Neurons of models without ReLU: learned where few of them carry the output, and left dense where they don't."""
 
+import dataclasses
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
 import polarjax as pj
+from polarjax.cli import learning
 from polarjax.evaluation import perplexity
 from polarjax.model.parameters import parameters, with_parameters
 from polarjax.sparsity import sparsify
@@ -57,6 +60,18 @@ def test_few_neurons_carry_the_output_and_are_what_is_kept(learned):
     dense = perplexity(model, windows, mode="decode", batch_size=2)
     sparse = perplexity(model, windows, sparsity=sparsity, mode="decode", batch_size=2)
     assert dense.nll != sparse.nll and abs(sparse.nll - dense.nll) < 0.1
+
+
+def test_the_verb_says_where_neurons_are_skipped_and_that_it_seldom_pays(learned, capsys):
+    plans = learned[2]
+    learning.print_gated(plans, 0.9)
+    learning.print_gated(dataclasses.replace(plans, neurons=((None, None),) * 3), 0.9)
+    some, none = capsys.readouterr().out.splitlines()
+    assert "at batch sizes up to 4" in some and "at no batch size" in none and "seldom pays" in none
+    assert learning.neuron_options("relu", 0.9) is None
+    assert learning.neuron_options("gated", 0.8) == NeuronOptions(target_share=0.8)
+    with pytest.raises(pj.InputError, match=r"--neurons.*relu \| gated"):
+        learning.neuron_options("silu", 0.9)
 
 
 def test_where_every_neuron_counts_mlps_stay_dense_and_no_router_is_kept():
