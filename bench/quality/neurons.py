@@ -220,6 +220,11 @@ def _verdicts(rows: list[dict[str, Any]], gated: bool, tolerance: float) -> list
                 f"batch {batch}: the oracle keeps {best['density']:.0%} of the neurons for "
                 f"{best['increase']:+.1%} perplexity; there the sparse MLP is {times} (kernel table, batch {near})"
             )
+            same = ("router", batch, best["density"])
+            for other in rows:
+                if (other.get("selector"), other["batch"], other.get("density")) == same:
+                    row |= {"router_increase": other["increase"]}
+                    cost += f"; the router's choice costs {other['increase']:+.1%}"
         made.append(row | {"says": cost})
     return made
 
