@@ -7,6 +7,7 @@ import typer
 
 from polarjax.cli import learning
 from polarjax.cli.inputs import bytes_of
+from polarjax.progress import tell
 from polarjax.sparsity.options import CollectOptions
 
 
@@ -27,14 +28,18 @@ def collect(
     dtype: learning.Dtype = None,
 ) -> dict[str, Any]:
     """Record router inputs, active neurons and how important heads are, on text, for train-routers."""
+    from polarjax.memory import memory_line
     from polarjax.sparsity.collection import record
+    from polarjax.sparsity.footprint import collecting_batch
 
     max_bytes = bytes_of(max_gb, "--max-gb")
     heads = learning.head_options(rank_by, skipped, published)
     options = CollectOptions(held_out=(validation, test), max_bytes=max_bytes, fit=fit, **heads)
     bundle, windows = learning.load_and_cut(folder, text, window, max_tokens, dtype)
     recording = learning.announce(bundle, windows, options)
-    record(bundle.model, windows, recording, to, overwrite=overwrite)
+    size, needed = collecting_batch(bundle.model, windows.shape, recording, options.batch_size)
+    tell(memory_line("collecting", needed))
+    record(bundle.model, windows, recording, to, overwrite=overwrite, batch_size=size)
     print(f"Written to {to}. Next: polarjax train-routers {folder} --activations {to}")
     return {
         "activations": to,

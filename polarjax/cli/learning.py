@@ -128,13 +128,15 @@ def load_and_cut(
     return bundle, text_windows(texts, tokenizer, length, most=max_tokens // max(length, 1), source=source)
 
 
-def announce(bundle: "Bundle", windows: Int32[np.ndarray, "n T"], options: CollectOptions) -> "Recording":
+def announce(
+    bundle: "Bundle", windows: Int32[np.ndarray, "n T"], options: CollectOptions, *, in_parts: bool = False
+) -> "Recording":
     """Checks the windows, plans their recording, and prints how much will be recorded."""
     from polarjax.model.checks import check_windows
     from polarjax.sparsity.collection import plan_recording
 
     check_windows(windows, bundle.model.config)
-    recording = plan_recording(bundle.model, windows.shape, options)
+    recording = plan_recording(bundle.model, windows.shape, options, in_parts=in_parts)
     count, length = windows.shape
     print(f"{count} windows of {length} tokens; recording {recording}")
     return recording

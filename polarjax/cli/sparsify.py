@@ -71,7 +71,7 @@ def sparsify(
     if gated is not None:
         check_gated(bundle.model.config)
     check_writable(folder)
-    recording = learning.announce(bundle, windows, collecting)
+    recording = learning.announce(bundle, windows, collecting, in_parts=activations is None)
     routers, plans, report = learn(
         bundle.model,
         windows,

@@ -56,7 +56,7 @@ class Recording:
       num_bytes: size on disk; if not all layers are recorded at a time, that of the most that are.
       importance: what is recorded of each group.
       mean_outputs: whether each group's mean output is measured first.
-      parts: the layers that are recorded at a time; () for all.
+      parts: the layers that are recorded at a time.
     """
 
     positions: Int[np.ndarray, "n"]
@@ -64,9 +64,9 @@ class Recording:
     window_part: UInt8[np.ndarray, "m"]
     offered: int
     num_bytes: int
-    importance: Importance = "norms"
-    mean_outputs: bool = False
-    parts: tuple[range, ...] = ()
+    importance: Importance
+    mean_outputs: bool
+    parts: tuple[range, ...]
 
     def __str__(self) -> str:
         tokens = f"{len(self.part):,}"
@@ -80,11 +80,17 @@ class Recording:
 
 
 def plan_recording(
-    model: "decoder.Decoder", shape: tuple[int, ...], options: CollectOptions, *, in_parts: bool = False
+    model: "decoder.Decoder",
+    shape: tuple[int, ...],
+    options: CollectOptions,
+    *,
+    in_parts: bool = False,
+    at_least: int = 1,
 ) -> Recording:
     """Plans the recording of windows of shape [n T]: which tokens, which part each belongs to, and the size on disk.
 
-    With `in_parts`, fewer layers are recorded at a time if all would exceed `options.max_bytes`, unless `options.fit`.
+    With `in_parts`, fewer layers are recorded at a time if all would exceed `options.max_bytes`, unless `options.fit`;
+    in `at_least` so many passes.
 
     Raises:
       InputError: unusable options, too few windows, or more than `options.max_bytes`.
@@ -96,10 +102,10 @@ def plan_recording(
     config, L = model.config, model.config.num_layers
     fixed_of = lambda layers: _fixed_bytes(part_of(config, layers), shape, options.mean_outputs)
     each_of = lambda layers: row_bytes(part_of(config, layers), model.dtype)
-    passes = 1
+    passes = at_least
     if in_parts and not options.fit:
         size = lambda layers: count * length * each_of(layers) + fixed_of(layers)
-        passes = next((n for n in range(1, L + 1) if size(divided(L, n)[0]) <= options.max_bytes), L)
+        passes = next((n for n in range(passes, L) if size(divided(L, n)[0]) <= options.max_bytes), L)
     parts = divided(L, passes)
     each, fixed = each_of(parts[0]), fixed_of(parts[0])
     positions = kept_positions(count * length, each, options.max_bytes, options.fit, fixed=fixed)

@@ -1,21 +1,26 @@
 """What learning needs on the device, as the compiler plans it before anything runs."""
 
+import dataclasses
+import math
+
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from polarjax.configs import ModelConfig
 from polarjax.errors import InputError
-from polarjax.memory import device_memory, fraction_hint, planned_memory, tree_bytes
+from polarjax.memory import device_memory, fraction_hint, memory_line, planned_memory, tree_bytes
 from polarjax.model.decoder import Decoder
 from polarjax.model.taps import TapSpec
+from polarjax.progress import tell
 from polarjax.selection.routers import init_routers
 from polarjax.selection.selectors import Oracle
 from polarjax.sparsity import calibration, collection, training
-from polarjax.sparsity.activations import array_specs, means_shape
-from polarjax.sparsity.collection import Recording
+from polarjax.sparsity.activations import array_specs, means_shape, part_of
+from polarjax.sparsity.collection import Recording, plan_recording
 from polarjax.sparsity.minibatches import Cut
 from polarjax.sparsity.objectives import GroupTask, NeuronTask, Task, weights_of
-from polarjax.sparsity.options import CalibrateOptions, TrainOptions
+from polarjax.sparsity.options import CalibrateOptions, CollectOptions, TrainOptions
 from polarjax.types import DTypeLike
 
 type Memory = dict[str, int]
@@ -35,7 +40,7 @@ def collecting_memory(
     selector = Oracle(means, recording.importance)  # pyright: ignore[reportArgumentType]
     tokens = jax.ShapeDtypeStruct((batch_size, length), jnp.int32)
     if layers is None:
-        layers = recording.parts[-1] if recording.parts else range(config.num_layers)
+        layers = recording.parts[-1]
     spec = TapSpec(activity=config.neuron_sparsity)
     program = collection._taps.lower(model, selector, tokens, spec, layers).compile()
     return planned_memory(program, made=tree_bytes(means, tokens))
@@ -102,3 +107,57 @@ def check_fits(what: str, memory: Memory, hint: str) -> None:
             expected=f"at most {limit / 1e9:,.2f} GB",
             hint=fraction_hint(memory["total"]) or hint,
         )
+
+
+def planned(
+    model: Decoder,
+    shape: tuple[int, ...],
+    recording: Recording,
+    collecting: CollectOptions,
+    training: TrainOptions,
+    calibration: CalibrateOptions,
+) -> tuple[Recording, CollectOptions]:
+    """The recording and the options with as many passes and as small batches as the device's memory takes.
+
+    Prints what each stage will need.
+
+    Raises:
+      InputError: a stage doesn't fit with any.
+    """
+    limit, L = device_memory() or math.inf, model.config.num_layers
+    tokens = [int(np.sum(recording.part == part)) for part in range(2)]
+    while True:
+        config = part_of(model.config, recording.parts[0])
+        learning = training_memory(config, model.dtype, tokens[0], training)
+        passes = len(recording.parts)
+        if learning["total"] <= limit or passes == L or collecting.folder is not None:
+            break
+        parts = {"in_parts": True, "at_least": min(2 * passes, L)}
+        recording = plan_recording(model, shape, collecting, **parts)
+    batch, recorded = collecting_batch(model, shape, recording, collecting.batch_size)
+    tell(memory_line("collecting", recorded))
+    few = (
+        "drop --activations, so that a few layers at a time can be trained, or use a device with more memory"
+    )
+    check_fits("training routers", learning, few)
+    tell(memory_line("training routers", learning))
+    held_out = calibrating_memory(config, model.dtype, tokens[1], calibration, rank=training.rank)
+    if held_out is not None:
+        check_fits("calibrating", held_out, "use a device with more memory")
+        tell(memory_line("calibrating", held_out))
+    return recording, dataclasses.replace(collecting, batch_size=batch)
+
+
+def collecting_batch(
+    model: Decoder, shape: tuple[int, ...], recording: Recording, batch_size: int
+) -> tuple[int, Memory]:
+    """How many windows at a time can be collected, at most `batch_size`, and what that needs.
+
+    Raises:
+      InputError: not even one.
+    """
+    size, limit = min(batch_size, shape[0]), device_memory() or math.inf
+    while (memory := collecting_memory(model, shape[1], recording, size))["total"] > limit and size > 1:
+        size //= 2
+    check_fits("collecting", memory, "shorten the windows (--window), or use a device with more memory")
+    return size, memory

@@ -4,6 +4,7 @@ import dataclasses
 import time
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
+from functools import partial
 from typing import Any, NamedTuple
 
 import jax
@@ -19,9 +20,10 @@ from polarjax.model.parameters import fingerprint
 from polarjax.selection.plans import PlanTable, check_density
 from polarjax.selection.routers import Routers
 from polarjax.sparsity.budgets import with_budgets
-from polarjax.sparsity.calibration import calibrate, dense_layer, measure_recall
+from polarjax.sparsity.calibration import calibrate
 from polarjax.sparsity.checks import check_budgets, check_gated, check_options
 from polarjax.sparsity.collection import Recording, plan_recording, record
+from polarjax.sparsity.footprint import planned
 from polarjax.sparsity.gated_neurons import with_gated_neurons
 from polarjax.sparsity.options import (
     Budgets,
@@ -31,6 +33,7 @@ from polarjax.sparsity.options import (
     RefineOptions,
     TrainOptions,
 )
+from polarjax.sparsity.passes import Stages
 from polarjax.sparsity.refinement import refine
 from polarjax.sparsity.training import TrainReport, train_routers
 from polarjax.sparsity.tuning import TuneReport
@@ -130,7 +133,7 @@ def sparsify(
         check_options(neurons, NeuronOptions, "neurons")
         check_gated(model.config)
     windows = check_windows(windows, model.config)
-    recording = plan_recording(model, windows.shape, collecting)
+    recording = plan_recording(model, windows.shape, collecting, in_parts=collecting.folder is None)
     return learn(
         model,
         windows,
@@ -165,32 +168,30 @@ def learn(
         check_length(recording, calibration)
     keys = StageKeys.of(key)
     seconds: dict[str, float] = {}
+    timed = partial(_timed, seconds)
+    recording, collecting = planned(model, windows.shape, recording, collecting, training, calibration)
+    stages = Stages(
+        collecting, training, calibration, head_density, (keys.train, keys.calibrate, keys.measure), timed
+    )
     with _folder(collecting) as folder:
-        with _timed(seconds, "collect"):
-            activations = record(model, windows, recording, folder, batch_size=collecting.batch_size)
-        with _timed(seconds, "train"):
-            options = {"head_density": head_density, "options": training}
-            routers, trained = train_routers(activations, model.config, keys.train, **options)
-        with _timed(seconds, "refine"):
+        found = stages.run(model, windows, recording, folder)
+        with timed("refine"):
             options = {"head_density": head_density, "options": refinement}
-            dense = (dense_layer(activations, calibration),)
-            routers, refined = refine(model, routers, activations, keys.refine, dense_layers=dense, **options)
-        with _timed(seconds, "calibrate"):
-            options = {"head_density": head_density, "options": calibration}
-            plans = calibrate(activations, routers, model.config, key=keys.calibrate, **options)
-            if budgets == "calibrated":
-                plans = with_budgets(model, routers, activations, plans)
+            options["dense_layers"] = found.plans.dense_layers
+            routers, refined = refine(model, found.routers, found.text, keys.refine, **options)
+        plans, recall = dataclasses.replace(found.plans, routers=routers.fingerprint), found.recall
+        if budgets == "calibrated":
+            with timed("calibrate"):
+                plans = with_budgets(model, routers, found.text, plans)
         if neurons is not None:
-            with _timed(seconds, "neurons"):
+            with timed("neurons"):
                 routers, plans, recall = with_gated_neurons(
-                    model, routers, plans, activations, keys.measure, calibration=calibration, options=neurons
+                    model, routers, plans, found.text, keys.measure, calibration=calibration, options=neurons
                 )
-        else:
-            with _timed(seconds, "measure"):
-                recall = measure_recall(activations, routers, plans, key=keys.measure, options=calibration)
-        importance = tuple(activations.attention_importance().tolist())
     sizes = len(recording.part), recording.num_bytes
-    return routers, plans, SparsifyReport(*sizes, trained, refined, recall, importance, seconds)
+    importance = tuple(found.importance.tolist())
+    report = SparsifyReport(*sizes, found.training, refined, recall, importance, seconds)
+    return routers, plans, report
 
 
 def learn_neurons(
@@ -273,4 +274,4 @@ def _folder(options: CollectOptions) -> Iterator[Path]:
 def _timed(seconds: dict[str, float], stage: str) -> Iterator[None]:
     started = time.perf_counter()
     yield
-    seconds[stage] = time.perf_counter() - started
+    seconds[stage] = seconds.get(stage, 0.0) + time.perf_counter() - started

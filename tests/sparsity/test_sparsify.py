@@ -22,8 +22,9 @@ from polarjax.cli.main import main
 from polarjax.model import mlp
 from polarjax.model.parameters import abstract, fingerprint, parameters, with_parameters
 from polarjax.selection.routers import init_routers
-from polarjax.sparsity import collect, sparsify
+from polarjax.sparsity import collect, passes, sparsify
 from polarjax.sparsity.budgets import allocate
+from polarjax.sparsity.collection import plan_recording
 from polarjax.sparsity.options import CalibrateOptions, CollectOptions, RefineOptions, TrainOptions
 from polarjax.text.corpus import standard_library_text
 from polarjax.text.tokenizer import Tokenizer
@@ -61,6 +62,38 @@ def test_everything_fits_the_model_and_itself_and_comes_again_with_the_key(tmp_p
     again, same_plans, _ = sparsify(model, tiny_windows(), key, **call)
     assert same_plans == plans and again.weights == routers.weights
     assert all(map(np.array_equal, jax.tree.leaves(again), jax.tree.leaves(routers)))
+
+
+def test_a_few_layers_at_a_time_make_a_whole(tmp_path, monkeypatch):
+    """The disk takes one of two layers, so each is recorded, learned from and removed in its turn."""
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    model, windows = zoo.model("opt"), tiny_windows()
+    most = plan_recording(model, windows.shape, CollectOptions()).num_bytes * 2 // 3
+    call = {"training": FAST, "calibration": dataclasses.replace(SMALL, dense_attention="important")}
+    call["refinement"] = RefineOptions(tokens=2048)
+    sizes, key, original = [], jax.random.key(1), passes.record
+
+    def watched(*arguments, **more):
+        sizes.append([path.name for path in tmp_path.iterdir()])
+        recorded = original(*arguments, **more)
+        assert sum(file.stat().st_size for file in tmp_path.rglob("*.npy")) <= 1.1 * most
+        return recorded
+
+    whole, _, expected = sparsify(model, windows, key, **call)
+    monkeypatch.setattr(passes, "record", watched)
+    routers, plans, report = sparsify(model, windows, key, collecting=CollectOptions(max_bytes=most), **call)
+    routers.check(model.config)
+    plans.check(model.config)
+    pj.Bundle(model, routers=routers, plans=plans)
+    assert len(sizes) == 2 and list(tmp_path.iterdir()) == [] and report.num_bytes <= most
+    assert (plans.weights, plans.routers) == (routers.weights, routers.fingerprint)
+    assert report.attention_importance == pytest.approx(expected.attention_importance, rel=1e-4)
+    assert plans.dense_layers == (int(np.argmax(report.attention_importance)),)
+    assert np.array(report.recall).shape == (3, 2) and len(report.training.neurons.f1) == 2
+    found, wanted = (np.array(each.training.groups.captured) for each in (report, expected))
+    assert np.abs(found - wanted).max() < 0.05
+    shapes = [[leaf.shape for leaf in jax.tree.leaves(each)] for each in (routers, whole)]
+    assert shapes[0] == shapes[1]
 
 
 @pytest.mark.parametrize("full", [True, False])
