@@ -16,6 +16,7 @@ from polarjax.evaluation.greedy_agreement import compare
 from polarjax.evaluation.scoring import decoded, first_scored, masked_logits
 from polarjax.evaluation.text_perplexity import token_nll
 from polarjax.model.decoder import Decoder
+from polarjax.selection.masking import Counted
 from polarjax.selection.means import Importance, importance_of, mean_output
 from polarjax.selection.plans import SparsityPlan
 from polarjax.selection.selectors import Random, Selector, Sparsity
@@ -166,9 +167,10 @@ def masked_sums(
 ) -> list[Sums]:
     """Sums of each case, a selector's number and a plan, with the selection applied as a mask.
 
-    The dense model runs once for all of them. Each plan compiles once for all selectors that rank groups by
-    the same importance, and once more for those that fill in mean outputs.
+    The dense model runs once for all of them. All plans share a compiled program if they mask neurons in the same
+    layers, and so do all selectors that rank groups by the same importance and fill in mean outputs, or don't.
     """
+    plans = [plan for _, plan in cases]
     size = masked_batch(windows.shape, model.config.vocab_size)
     found = [Gathered(scored, name) for name in names]
     for number, (index, count) in enumerate(batches(len(windows), size)):
@@ -176,7 +178,7 @@ def masked_sums(
         dense = _dense_logits(model, tokens, context=context)
         fresh = tuple(_redrawn(each, number) for each in selectors)
         for gathered, (which, plan) in zip(found, cases, strict=True):
-            variant = Sparsity(OneOf.of(fresh, which, model.config), plan)
+            variant = Counted.of(OneOf.of(fresh, which, model.config), plan, plans, model.config)
             gathered.add(index, count, _masked_pair(model, tokens, dense, variant, context=context))
             advance(count, note=gathered.where)
     return [each.result() for each in found]

@@ -1,6 +1,7 @@
 """Masks with a traced number of kept groups: one compiled program for every density."""
 
 import dataclasses
+from collections.abc import Sequence
 from typing import Any
 
 import jax
@@ -8,8 +9,9 @@ import jax.numpy as jnp
 
 from polarjax.configs import ModelConfig
 from polarjax.selection.means import Importance, filled, mean_output
+from polarjax.selection.plans import SparsityPlan
 from polarjax.selection.routers import LayerRouter, Routers
-from polarjax.selection.selectors import Selector, check_scores
+from polarjax.selection.selectors import Selector, Sparsity, check_scores
 from polarjax.types import Array, Bool, DTypeLike, Float, Int
 
 
@@ -44,6 +46,61 @@ class Masking:
 def _rank(scores: Float[Array, "... K"]) -> Int[Array, "... K"]:
     """The place of each score in descending order; ties go to the lower index, as in `select_top_k`."""
     return jnp.argsort(jnp.argsort(-scores, axis=-1, stable=True), axis=-1, stable=True)
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True, eq=False)
+class Counted(Sparsity):
+    """A `Sparsity` with traced counts, so that plans share a compiled program. Only for `forward`.
+
+    Its plan says which layers skip anything; the counts there mean nothing.
+
+    Attributes:
+      neurons, groups: how many each layer keeps, int32 [L].
+    """
+
+    neurons: Int[Array, "L"]
+    groups: Int[Array, "L"]
+
+    @classmethod
+    def of(
+        cls, routers: Selector, plan: SparsityPlan, others: Sequence[SparsityPlan], config: ModelConfig
+    ) -> "Counted":
+        """What `plan` keeps; shares its program with those of the `others` that mask neurons in the same layers."""
+        counts = lambda kept, most: jnp.asarray([most if k is None else k for k in kept], jnp.int32)
+        dense = [
+            all(k is None for k in column) for column in zip(*(each.groups for each in others), strict=True)
+        ]
+        which = SparsityPlan(
+            tuple(None if k is None else 1 for k in plan.neurons),
+            tuple(None if nothing else 1 for nothing in dense),
+        )
+        return cls(
+            routers, which, counts(plan.neurons, config.d_ff), counts(plan.groups, config.num_kv_heads)
+        )
+
+    def group_mask(self, layer, x, norms):
+        """As `Sparsity.group_mask`."""
+        if self.plan.groups[layer] is None:
+            return None
+        scores = self.routers.group_scores(layer, x, norms=norms)
+        return top_counted(check_scores("groups", scores, norms.shape), self.groups[layer])
+
+    def neuron_mask(self, layer, x, activity):
+        """As `Sparsity.neuron_mask`."""
+        if self.plan.neurons[layer] is None:
+            return None
+        scores = self.routers.neuron_scores(layer, x, activity=activity)
+        return top_counted(check_scores("neurons", scores, activity.shape), self.neurons[layer])
+
+
+def top_counted(scores: Float[Array, "... n"], k: Int[Array, ""]) -> Bool[Array, "... n"]:
+    """`top_mask` with a traced k, from 1 to n."""
+    scores = jnp.where(jnp.isnan(scores), -jnp.inf, scores)
+    least = jnp.take(jnp.sort(scores, axis=-1), jnp.asarray([scores.shape[-1] - k]), axis=-1)
+    above, equal = scores > least, scores == least
+    room = k - jnp.sum(above, -1, keepdims=True, dtype=jnp.int32)
+    return above | (equal & (jnp.cumsum(equal, -1, dtype=jnp.int32) <= room))
 
 
 @jax.tree_util.register_dataclass

@@ -108,7 +108,8 @@ def plan_recording(
         passes = next((n for n in range(passes, L) if size(divided(L, n)[0]) <= options.max_bytes), L)
     parts = divided(L, passes)
     each, fixed = each_of(parts[0]), fixed_of(parts[0])
-    positions = kept_positions(count * length, each, options.max_bytes, options.fit, fixed=fixed)
+    alone = {"fixed": fixed, "one_layer": passes > 1}
+    positions = kept_positions(count * length, each, options.max_bytes, options.fit, **alone)
     return Recording(
         positions,
         part[positions // length],

@@ -17,8 +17,9 @@ from polarjax.evaluation.pictures import draw
 from polarjax.generation.generate import generate
 from polarjax.model.decoder import forward
 from polarjax.model.taps import TapSpec, unpack
+from polarjax.selection.masking import Counted, top_counted
 from polarjax.selection.routers import Routers, init_routers
-from polarjax.selection.selectors import Oracle, Random, Sparsity
+from polarjax.selection.selectors import Oracle, Random, Sparsity, top_mask
 from polarjax.text.token_windows import ScoredWindows
 from tests.evaluation.test_evaluation import CONFIG, FULL, HALF, MODEL, ROUTERS, WINDOWS
 from tests.tolerances import assert_close
@@ -129,7 +130,23 @@ def test_compilations_do_not_depend_on_windows_and_routers(monkeypatch):
         routers = init_routers(CONFIG, jax.random.key(seed))
         sweep(MODEL, windows, selectors={"router": routers, "oracle": Oracle()}, **options)
     after = [each._cache_size() for each in programs]
-    assert np.subtract(after, before).tolist() == [1, len(plans), len(plans)]
+    assert np.subtract(after, before).tolist() == [1, 1, len(plans)]  # masked: one for all densities
+
+
+def test_masks_with_traced_counts_are_those_of_the_plan():
+    """Ties and missing numbers included."""
+    scores = np.random.default_rng(0).integers(0, 4, (3, 5, 8)).astype(np.float32)
+    scores[0, 0], scores[1, :, 2], scores[2, 0] = 0, np.nan, -np.inf
+    run = jax.jit(top_counted)
+    for k in range(1, 9):
+        np.testing.assert_array_equal(run(scores, jnp.int32(k)), top_mask(scores, k))
+    lengths = np.full(5, 12, np.int32)
+    for plan in (HALF.plan, FULL.plan):
+        counted = Counted.of(ROUTERS, plan, (HALF.plan, FULL.plan), CONFIG)
+        masked = [
+            forward(MODEL, WINDOWS, lengths, sparsity=each)[0] for each in (counted, Sparsity(ROUTERS, plan))
+        ]
+        assert_close(*masked, "rounding")
 
 
 def test_selectors_that_share_a_program_keep_their_means_and_importance():

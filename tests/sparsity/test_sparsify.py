@@ -286,7 +286,7 @@ def test_sparsify_in_one_go_and_what_it_refuses(tiny, text, tmp_path, capsys):
     code, _, error = run(capsys, "sparsify", model, "--text", text, *SHORT, *QUICK)
     assert code == 2 and "too short to calibrate; got 384 validation tokens" in error
     code, _, error = run(capsys, "sparsify", model, "--text", text, *SHORT, *QUICK, "--max-gb", "0.0005")
-    assert code == 2 and "got 0.00101 GB for 4,096 tokens, expected at most 0.0005 GB" in error
+    assert code == 2 and "got 0.000517 GB for 4,096 tokens of one layer, expected at most 0.0005 GB" in error
     code, _, error = run(capsys, "sparsify", model, "--text", text, *SHORT, "--head-density", "0")
     assert code == 2 and "head density: not a density" in error
     code, _, error = run(capsys, "sparsify", model, "--text", text, *SHORT, "--epochs", "0")
