@@ -72,19 +72,10 @@ def sparsify(
         check_gated(bundle.model.config)
     check_writable(folder)
     recording = learning.announce(bundle, windows, collecting, in_parts=activations is None)
-    routers, plans, report = learn(
-        bundle.model,
-        windows,
-        recording,
-        key,
-        head_density=head_density,
-        collecting=collecting,
-        training=training,
-        refinement=refinement,
-        calibration=calibration,
-        budgets=chosen,
-        neurons=gated,
-    )
+    stages: dict[str, Any] = {"collecting": collecting, "training": training}
+    stages |= {"refinement": refinement, "calibration": calibration, "budgets": chosen}
+    stages["neurons"] = gated
+    routers, plans, report = learn(bundle.model, windows, recording, key, head_density=head_density, **stages)
     write_routers(folder, routers)
     write_plans(folder, plans)
     _show(folder, plans, report, gated)

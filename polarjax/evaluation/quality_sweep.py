@@ -51,7 +51,7 @@ def sweep(
     """Measures perplexity, KL(dense ‖ sparse), top-1 agreement and greedy texts of all combinations.
 
     Memory is bounded: a masked batch is as large as its logits allow, and only sums over each window are kept.
-    Protocol "masked" compiles once for all densities and selectors alike; "decode" once a density, batch size and kind of
+    Protocol "masked" compiles once for all densities and selectors; "decode" once a density, batch size and kind of
     selector, as generation does. Standard errors take windows as the units (`polarjax.evaluation.report.ERRORS`).
 
     Args:
