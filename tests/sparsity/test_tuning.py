@@ -244,7 +244,7 @@ def after_one_step(windows, options, devices: int):
     routers, config = with_means(zoo.routers(NAME)), zoo.CONFIGS[NAME]
     plan = setup(zoo.model(NAME), routers, options, 12, devices)
     at, batch = plan.placement, Batches([windows], (1.0,), config, options, (0,), 0).of(0)
-    given = jax.device_put((*batch, np.zeros(2, np.float32)), (at.rows(1), at.rows(2), at.whole))
+    given = jax.device_put((*batch, np.zeros(3, np.float32)), (at.rows(1), at.rows(2), at.whole))
     state, parts = plan.compiled(*plan.arrays(), *given)
     return (state.moments, parts), plan.memory["temporaries"]
 
