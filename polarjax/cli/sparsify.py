@@ -14,6 +14,7 @@ from polarjax.sparsity.options import CollectOptions, NeuronOptions
 from polarjax.storage.atomic import absolute, check_writable
 
 if TYPE_CHECKING:
+    from polarjax.checkpoint.bundle import Bundle
     from polarjax.sparsity.pipeline import SparsifyReport
 
 
@@ -49,7 +50,7 @@ def sparsify(
 ) -> dict[str, Any]:
     """Learn from text what the model can skip: collect, train-routers and calibrate in one command."""
     from polarjax.checkpoint.learned import write_plans, write_routers
-    from polarjax.sparsity.checks import check_budgets, check_gated
+    from polarjax.sparsity.checks import check_budgets
     from polarjax.sparsity.pipeline import learn
 
     _check_free(activations)
@@ -68,13 +69,10 @@ def sparsify(
     refinement = learning.refine_options(refine_tokens, published)
     calibration = learning.calibrate_options(target_recall, max_batch, dense_attention)
     bundle, windows = learning.load_and_cut(folder, text, window, max_tokens, dtype)
-    if gated is not None:
-        check_gated(bundle.model.config)
-    check_writable(folder)
+    _check_ready(folder, bundle, gated)
     recording = learning.announce(bundle, windows, collecting, in_parts=activations is None)
-    stages: dict[str, Any] = {"collecting": collecting, "training": training}
+    stages: dict[str, Any] = {"collecting": collecting, "training": training, "neurons": gated}
     stages |= {"refinement": refinement, "calibration": calibration, "budgets": chosen}
-    stages["neurons"] = gated
     routers, plans, report = learn(bundle.model, windows, recording, key, head_density=head_density, **stages)
     write_routers(folder, routers)
     write_plans(folder, plans)
@@ -92,6 +90,15 @@ def _show(folder: Path, plans: PlanTable, report: "SparsifyReport", gated: Neuro
     print(f"\nHow far each layer's attention turns the residual stream (1 - cos): {shares}")
     spent = ", ".join(f"{stage} {seconds:.0f} s" for stage, seconds in report.seconds.items())
     print(f"{spent}. Routers and plans are in {folder}. Next: polarjax generate {folder} --prompt TEXT")
+
+
+def _check_ready(folder: Path, bundle: "Bundle", gated: NeuronOptions | None) -> None:
+    """Raises unless the model has the neurons that are asked for, and its directory can be written."""
+    from polarjax.sparsity.checks import check_gated
+
+    if gated is not None:
+        check_gated(bundle.model.config)
+    check_writable(folder)
 
 
 def _check_free(activations: Path | None) -> None:
