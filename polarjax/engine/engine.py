@@ -203,8 +203,9 @@ class Engine(Iterator[Event]):
             self._finish(self._requests.get(self._cancelled.popleft()))
         while self._unused and self._waiting:
             request = self._waiting.popleft()
-            request.slot = self._unused.popleft()
-            self._reading.append(request)
+            if request.id in self._requests:  # not cancelled
+                request.slot = self._unused.popleft()
+                self._reading.append(request)
         before = len(self._sent)
         if self._reading:
             self._read_prompts()
@@ -280,9 +281,7 @@ class Engine(Iterator[Event]):
     def _forget(self, request: Request) -> None:
         """Frees the request's slot, if it still has it."""
         del self._requests[request.id]
-        if request in self._waiting:
-            self._waiting.remove(request)
-        elif request in self._reading:
+        if request in self._reading:
             self._reading.remove(request)
             self._unused.append(request.slot)
         elif self._running.get(request.slot) is request:

@@ -134,7 +134,7 @@ def decode(
     Rows that don't go on read no cache and have no say in the choice of neurons.
     """
     step = functools.partial(model_step, model, sparsity=sparsity, implementation=implementation)
-    state = slots.rules.halted(slots.state, halted)
+    state = free(slots, halted).state
     after, (tokens, logprobs) = slots.rules.advance(step, state, steps)
     slots = Slots(slots.rules, after)
     return slots, _drawn(slots, tokens, logprobs, after.lengths - state.lengths)

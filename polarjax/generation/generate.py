@@ -14,11 +14,15 @@ from polarjax.generation.sampling import Greedy, Sampler
 from polarjax.generation.token_loop import Generation, Rules, StopIds, decode_loop, ids_in
 from polarjax.model.cache import KVCache, init_cache
 from polarjax.model.checks import check_implementation, check_model
+from polarjax.model.chunks import read_in_chunks
 from polarjax.model.decoder import Decoder, decode_step, prefill
 from polarjax.model.meshes import auto_axes
 from polarjax.selection.checks import check_sparsity
 from polarjax.selection.selectors import Sparsity
 from polarjax.types import Array, Float, Implementation, Int, Key
+
+READ_TOKENS = 8192
+"""Prompt tokens that are read at a time, padding included, which bounds the memory that it takes."""
 
 
 @functools.partial(jax.jit, static_argnames=("capacity",))
@@ -27,7 +31,9 @@ def read_prompts(model: Decoder, tokens, lengths, *, capacity: int) -> tuple[Flo
 
     def read(model: Decoder, tokens, lengths):
         cache = init_cache(model.config, batch_size=tokens.shape[0], capacity=capacity, dtype=model.dtype)
-        return prefill(model, tokens, lengths, cache)
+        if tokens.size <= READ_TOKENS:
+            return prefill(model, tokens, lengths, cache)
+        return read_in_chunks(model, tokens, lengths, cache, most=READ_TOKENS)
 
     return auto_axes(read, tokens, model, tokens, lengths)
 

@@ -133,8 +133,8 @@ def _plain(value: Any) -> Any:
 
 
 def _host(value: Any, dtype: type) -> Any:
-    """Numbers as a NumPy array in their device dtype, clipped to its range."""
-    if isinstance(value, jax.Array):
+    """Numbers as a NumPy array in their device dtype, clipped to its range; anything else, such as a shape, as it is."""
+    if not isinstance(value, int | float | tuple | np.generic | np.ndarray):
         return value
     low, high = (_TINY, 1 / _TINY) if dtype is np.float32 else (-_LARGEST, _LARGEST)
     return np.asarray(np.clip(np.asarray(value), low, high), dtype)

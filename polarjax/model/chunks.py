@@ -78,4 +78,35 @@ def _lengths(length: Int[Array, "B"], pieces: Pieces) -> Int[Array, "B"]:
     """Positions filled after the pieces."""
     begun = jnp.where(pieces.start == 0, pieces.rows, length.shape[0])
     length = length.at[begun].set(0, mode="drop")
-    return length.at[pieces.rows].max(pieces.start + pieces.counts, mode="drop")
+    end = jnp.where(pieces.counts > 0, pieces.start + pieces.counts, 0)
+    return length.at[pieces.rows].max(end, mode="drop")
+
+
+def read_in_chunks(
+    model: Decoder, tokens: Int[Array, "B T"], lengths: Int[Array, "B"], cache: KVCache, *, most: int
+) -> tuple[Float[Array, "B V"], KVCache]:
+    """`prefill` of an empty cache, at most `most` tokens at a time, which bounds the memory that it needs. Traceable."""
+    (B, T), V = tokens.shape, model.config.vocab_size
+    width = min(T, most)
+    rows, columns = max(1, most // width), -(-T // width)
+    groups = -(-B // rows)
+    tokens = jnp.pad(tokens, ((0, groups * rows - B), (0, columns * width - T)))
+    lengths = jnp.pad(lengths, (0, groups * rows - B))
+
+    def read(carry, i):
+        found, cache = carry
+        group, start = i // columns * rows, i % columns * width
+        own = jax.lax.dynamic_slice_in_dim(lengths, group, rows)
+        piece = Pieces(
+            jax.lax.dynamic_slice(tokens, (group, start), (rows, width)),
+            jnp.clip(own - start, 0, width),
+            group + jnp.arange(rows, dtype=jnp.int32),
+            jnp.full(rows, start, jnp.int32),
+        )
+        logits, cache = read_pieces(model, piece, cache)
+        last = (own > start) & (own <= start + width)
+        return (found.at[jnp.where(last, piece.rows, B)].set(logits, mode="drop"), cache), None
+
+    begin = jnp.zeros((B, V), jnp.float32), cache
+    steps = jnp.arange(groups * columns, dtype=jnp.int32)
+    return jax.lax.scan(read, begin, steps)[0]

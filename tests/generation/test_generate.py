@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 
 import polarjax as pj
+from polarjax.generation import generate as generate_module
 from polarjax.generation.batch import SMALLEST_BUCKET, bucket_length
 from polarjax.model.parameters import with_parameters
 from polarjax.selection.routers import Routers
@@ -37,6 +38,15 @@ def test_greedy_generation_is_a_loop_of_single_steps(name):
     assert (np.asarray(result.tokens) == expected).all()
     assert result.lengths.tolist() == [12] * 3
     assert not result.stopped.any()
+
+
+def test_a_large_batch_is_read_in_chunks(monkeypatch):
+    model, (tokens, lengths) = zoo.model("opt"), zoo.batch()
+    expected = pj.generate(model, tokens, lengths, max_new_tokens=5).tokens
+    monkeypatch.setattr(generate_module, "READ_TOKENS", 8)
+    generate_module.read_prompts.clear_cache()
+    assert (pj.generate(model, tokens, lengths, max_new_tokens=5).tokens == expected).all()
+    generate_module.read_prompts.clear_cache()
 
 
 def test_stop_id_ends_the_row():

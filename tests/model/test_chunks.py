@@ -1,5 +1,7 @@
 """Prompts read in pieces: the same as in one go, whatever the pieces, the rows and their company."""
 
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -7,7 +9,7 @@ import pytest
 
 import polarjax as pj
 from polarjax.model import chunk_attention
-from polarjax.model.chunks import Pieces, read_pieces
+from polarjax.model.chunks import Pieces, read_in_chunks, read_pieces
 from tests.model import zoo
 from tests.tolerances import assert_close
 
@@ -81,6 +83,21 @@ def test_blocks_of_keys_add_up(monkeypatch):
     jax.clear_caches()
     made, _ = read_all(model, tokens, lengths, zoo.empty_cache(model, SLOTS, capacity=16), 4, 3)
     assert_close(made, expected, "rounding")
+
+
+@pytest.mark.parametrize("most", [4, 20])
+def test_a_batch_in_chunks_is_its_prefill(most):
+    """Chunks of a part of one row, and of two rows where there are three."""
+    model, (tokens, lengths) = zoo.model("window"), zoo.batch()
+    expected, full = zoo.prefill(model, tokens, lengths, zoo.empty_cache(model, 3))
+    made, cache = zoo.jit(functools.partial(read_in_chunks, most=most))(
+        model, tokens, lengths, zoo.empty_cache(model, 3)
+    )
+    assert_close(made, expected, "rounding")
+    assert cache.length.tolist() == lengths.tolist()
+    for got, want in zip((*cache.k, *cache.v), (*full.k, *full.v), strict=True):
+        for row, length in enumerate(lengths.tolist()):
+            assert_close(got[row, :, :length], want[row, :, :length], "rounding")
 
 
 def test_a_donated_cache_is_written_in_place():
