@@ -48,7 +48,15 @@ PUBLIC = {
         "sparsity",
         "stream",
     ],
-    "polarjax.sparsity": ["TuneOptions", "calibrate", "collect", "sparsify", "train_routers", "tune"],
+    "polarjax.sparsity": [
+        "TuneOptions",
+        "calibrate",
+        "collect",
+        "refine",
+        "sparsify",
+        "train_routers",
+        "tune",
+    ],
     "polarjax.evaluation": [
         "GreedyOptions",
         "Report",

@@ -17,6 +17,7 @@ def train_routers(
     head_objective: learning.Objective = None,
     refine_tokens: learning.RefineTokens = None,
     dense_attention: learning.DenseAttention = "first",
+    budgets: learning.Budgets = None,
     published: learning.Published = False,
     seed: learning.Seed = 0,
 ) -> dict[str, Any]:
@@ -29,6 +30,7 @@ def train_routers(
 
     keys = StageKeys.of(random_key(seed))
     training = learning.train_options(learning_rate, batch, epochs, head_objective, published)
+    chosen = learning.budgets_of(budgets, published)
     refinement = learning.refine_options(refine_tokens, published)
     calibration = CalibrateOptions(dense_attention=cast(DenseAttention, dense_attention))
     bundle, recorded = learning.open_for(folder, activations)
@@ -38,9 +40,9 @@ def train_routers(
     routers, report = sparsity.train_routers(
         recorded, bundle.model.config, keys.train, options=training, **density
     )
-    dense = (dense_layer(recorded, calibration),)
+    heads = {"dense_layers": (dense_layer(recorded, calibration),), "budgets": chosen}
     routers, refined = refine(
-        bundle.model, routers, recorded, keys.refine, dense_layers=dense, options=refinement, **density
+        bundle.model, routers, recorded, keys.refine, options=refinement, **heads, **density
     )
     write_routers(folder, routers)
     learning.print_training(report)

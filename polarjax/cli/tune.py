@@ -171,6 +171,7 @@ def _heal(asked: Request) -> dict[str, Any]:
         shares=shares,
         held_out=held_out,
         dense_layers=(0,) if bundle.plans is None else bundle.plans.dense_layers,
+        budgets=() if bundle.plans is None else bundle.plans.budgets,
         folder=state,
         resume=asked.resume,
         devices=asked.devices,

@@ -37,6 +37,11 @@ def _perplexity(results: dict[str, Any], figure: Any, axes: Any) -> None:
     axes.plot(
         [row["density"] for row in rows], [row["router"] for row in rows], "v-.", color="#56B4E9", label=label
     )
+    rows = quality["healed"]["rows"]
+    label = f"router, layer {quality['important_layer']} dense, healed"
+    axes.plot(
+        [row["density"] for row in rows], [row["router"] for row in rows], "D-.", color="#E69F00", label=label
+    )
     axes.axhline(quality["dense"], color="0.5", linewidth=1, label="dense")
     axes.set(
         yscale="log",

@@ -14,6 +14,7 @@ import numpy as np
 from polarjax import costs
 from polarjax.checkpoint.bundle import Bundle, load_with_tokenizer
 from polarjax.checkpoint.learned import write_plans, write_routers
+from polarjax.demo.healed import healed
 from polarjax.evaluation import perplexity
 from polarjax.generation.generate import Generation, generate
 from polarjax.selection.plans import SparsityPlan, dense_plan, uniform_groups
@@ -90,7 +91,8 @@ def run(folder: Path, options: DemoOptions | None = None) -> dict[str, Any]:
         "learning": learned | {"seconds": time.perf_counter() - started},
         "plans": _plans(bundle, held_out.tokens),
         "generation": _generation(bundle, options),
-        "quality": _quality(bundle, selectors, held_out, options),
+        "quality": _quality(bundle, selectors, held_out, options)
+        | {"healed": _healed(bundle, selectors.important, held_out, options)},
         "costs": _costs(bundle, options),
     }
 
@@ -120,6 +122,7 @@ def _learn(
             collecting=CollectOptions(folder=keep, **PUBLISHED),
             training=training,
             refinement=RefineOptions(tokens=0),
+            budgets="uniform",
         )
         selectors = _selectors(open_activations(keep), routers, training, options)
     write_routers(folder, routers)
@@ -260,6 +263,20 @@ def _quality(
         "important_layer": learned.important,
         "important_rows": rows(important, options.densities[1:], learned.important),
     }
+
+
+def _healed(bundle: Bundle, layer: int, windows: ScoredWindows, options: DemoOptions) -> dict[str, Any]:
+    """The perplexity of the healed model, dense and with its own routers; `layer` is dense."""
+    model, routers = healed(bundle.model)
+    measure = functools.partial(perplexity, model, windows.tokens, scored=windows.scored, batch_size=11)
+    neurons = dense_plan(model.config).neurons
+    rows = []
+    for density in options.densities[1:]:
+        groups = uniform_groups(model.config, density, dense_layers=(layer,))
+        sparsity = Sparsity(routers, SparsityPlan(neurons, groups))
+        found = measure(sparsity=sparsity, description=f"perplexity, healed, router at {density:g}")
+        rows.append({"density": density, "router": found.perplexity})
+    return {"dense": measure(description="perplexity, healed, dense").perplexity, "rows": rows}
 
 
 def _costs(bundle: Bundle, options: DemoOptions) -> list[dict[str, Any]]:

@@ -136,6 +136,22 @@ def uniform_groups(
     return tuple(None if layer in dense_layers else kept for layer in range(config.num_layers))
 
 
+def check_budget_rows(budgets: Any, num_layers: int, num_groups: int, *, where: str) -> None:
+    """Raises `SparsityError` unless these are the budgets of a `PlanTable` of this size; () is none."""
+    usable = lambda count: type(count) is int and 1 <= count <= num_groups
+    right = isinstance(budgets, tuple) and all(
+        isinstance(row, tuple) and len(row) == num_layers and all(map(usable, row)) for row in budgets
+    )
+    if not right or len(budgets) not in (0, num_groups):
+        raise SparsityError(
+            "unusable budgets",
+            where=where,
+            got=str(budgets)[:80],
+            expected=f"{num_groups} tuples of {num_layers} counts from 1 to {num_groups}",
+            hint="take those of the plans, or run polarjax sparsify again",
+        )
+
+
 @dataclasses.dataclass(frozen=True)
 class PlanTable:
     """Calibrated plans by batch size, and the shape of their model.
@@ -186,16 +202,7 @@ class PlanTable:
             )
         for counts in self.neurons:
             SparsityPlan(counts, (None,) * self.num_layers)
-        usable = lambda count: type(count) is int and 1 <= count <= self.num_groups
-        right = all(len(row) == self.num_layers and all(map(usable, row)) for row in self.budgets)
-        if len(self.budgets) not in (0, self.num_groups) or not right:
-            raise SparsityError(
-                "unusable budgets in a plan table",
-                where="plan table",
-                got=str(self.budgets)[:80],
-                expected=f"{self.num_groups} rows of {self.num_layers} counts from 1 to {self.num_groups}",
-                hint="run polarjax sparsify again",
-            )
+        check_budget_rows(self.budgets, self.num_layers, self.num_groups, where="plan table")
 
     def check(self, config: ModelConfig) -> None:
         """Raises `SparsityError` unless the table was calibrated for a model of this shape."""

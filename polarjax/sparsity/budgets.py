@@ -22,16 +22,25 @@ COUNTS = 16
 _WORST = 1e30  # a divergence that isn't finite
 
 
-MEASURED = 8
-"""Most validation windows that budgets are measured on."""
+MEASURED = 2048
+"""Most validation tokens that budgets are measured on, in whole windows."""
 
 
 def with_budgets(model: Decoder, routers: Routers, activations: Activations, plans: PlanTable) -> PlanTable:
     """The plans with budgets measured on validation windows; unchanged for a model with one group."""
+    return dataclasses.replace(
+        plans, budgets=measured_budgets(model, routers, activations, plans.dense_layers)
+    )
+
+
+def measured_budgets(
+    model: Decoder, routers: Routers, activations: Activations, dense_layers: tuple[int, ...]
+) -> tuple[tuple[int, ...], ...]:
+    """`group_budgets` of validation windows; () for a model with one group."""
     if model.config.num_kv_heads == 1:
-        return plans
-    windows = activations.windows_of("validation")[:MEASURED]
-    return dataclasses.replace(plans, budgets=group_budgets(model, routers, windows, plans.dense_layers))
+        return ()
+    windows = activations.windows_of("validation")
+    return group_budgets(model, routers, windows[: max(1, MEASURED // windows.shape[1])], dense_layers)
 
 
 def group_budgets(

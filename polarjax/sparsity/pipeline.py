@@ -98,7 +98,7 @@ def sparsify(
     training: TrainOptions | None = None,
     refinement: RefineOptions | None = None,
     calibration: CalibrateOptions | None = None,
-    budgets: Budgets = "uniform",
+    budgets: Budgets = "calibrated",
     neurons: NeuronOptions | None = None,
 ) -> tuple[Routers, PlanTable, SparsifyReport]:
     """Learns a model's routers and plans from token windows.
@@ -109,8 +109,8 @@ def sparsify(
       key: random key.
       head_density: fraction of groups that group routers learn to pick; also the plans' default.
       collecting, training, refinement, calibration: options of the stages; `RefineOptions(tokens=0)` leaves one out.
-      budgets: "uniform" keeps as many groups in every layer but the dense one, as published; "calibrated" keeps as
-        many in all, but measures on validation windows how many each layer needs (`group_budgets`).
+      budgets: "calibrated" measures on validation windows how many groups each layer needs (`group_budgets`);
+        "uniform" keeps as many in all, but equally many in every layer but the dense one, as published.
       neurons: how to learn the neurons of a model without ReLU (`with_gated_neurons`); None keeps its MLPs dense, which
         is seldom slower (bench/quality). ReLU models have their own way and no such options.
 
@@ -160,7 +160,7 @@ def learn(
     training: TrainOptions,
     refinement: RefineOptions,
     calibration: CalibrateOptions,
-    budgets: Budgets = "uniform",
+    budgets: Budgets = "calibrated",
     neurons: NeuronOptions | None = None,
 ) -> tuple[Routers, PlanTable, SparsifyReport]:
     """`sparsify` with checked arguments; `recording` is what `plan_recording` returned for these windows."""
@@ -177,7 +177,7 @@ def learn(
         found = stages.run(model, windows, recording, folder)
         with timed("refine"):
             options = {"head_density": head_density, "options": refinement}
-            options["dense_layers"] = found.plans.dense_layers
+            options |= {"dense_layers": found.plans.dense_layers, "budgets": budgets}
             routers, refined = refine(model, found.routers, found.text, keys.refine, **options)
         plans, recall = dataclasses.replace(found.plans, routers=routers.fingerprint), found.recall
         if budgets == "calibrated":

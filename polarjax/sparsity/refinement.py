@@ -10,8 +10,9 @@ from polarjax.model.decoder import Decoder
 from polarjax.selection.plans import check_density, groups_kept
 from polarjax.selection.routers import Routers
 from polarjax.sparsity.activations import Activations
-from polarjax.sparsity.checks import check_options, check_routers
-from polarjax.sparsity.options import RefineOptions
+from polarjax.sparsity.budgets import measured_budgets
+from polarjax.sparsity.checks import check_budgets, check_options, check_routers
+from polarjax.sparsity.options import Budgets, RefineOptions
 from polarjax.sparsity.tune_options import TuneOptions
 from polarjax.sparsity.tuning import TuneReport, tune
 from polarjax.types import Array, Key
@@ -29,6 +30,7 @@ def refine(
     *,
     head_density: float = 0.5,
     dense_layers: tuple[int, ...] = (0,),
+    budgets: Budgets = "calibrated",
     options: RefineOptions | None = None,
 ) -> tuple[Routers, TuneReport | None]:
     """Trains group routers and mean outputs further, on the training windows of the activations, as `tune` does.
@@ -44,6 +46,7 @@ def refine(
       key: random key of what each step draws.
       head_density: fraction of groups that the routers will keep.
       dense_layers: layers whose attention keeps all groups.
+      budgets: whether layers keep the groups that they need ("calibrated", measured first) or equally many.
       options: None means the defaults.
 
     Returns:
@@ -56,6 +59,7 @@ def refine(
     """
     check_model(model, where="refine")
     options = check_options(options, RefineOptions, "options")
+    check_budgets(budgets, "refine")
     check_routers(routers, activations, model.config)
     density = check_density(head_density, where="head density")
     K = model.config.num_kv_heads
@@ -65,7 +69,10 @@ def refine(
     plan = tune_options(options, density, routers, windows.shape)
     held_out = activations.windows_of("validation")[:MEASURED]
     held_out = held_out if len(held_out) else None
-    call = {"options": plan, "held_out": held_out, "dense_layers": dense_layers}
+    rows = ()
+    if budgets == "calibrated":
+        rows = measured_budgets(model, routers, activations, dense_layers)
+    call = {"options": plan, "held_out": held_out, "dense_layers": dense_layers, "budgets": rows}
     try:
         _, refined, report = tune(model, routers, [windows], random_key(key), **call)
     except PolarjaxError as error:

@@ -21,6 +21,7 @@ from polarjax.model.parameters import fingerprint, parameters, with_parameters
 from polarjax.model.stacked import hidden_states, unstack_parameters
 from polarjax.progress import task, tell
 from polarjax.selection.masking import Masking
+from polarjax.selection.plans import check_budget_rows
 from polarjax.selection.routers import Routers
 from polarjax.sparsity.checks import check_options
 from polarjax.sparsity.distillation import Arrays, Distillation, TuneState, by_tokens, selector, student
@@ -83,6 +84,7 @@ def tune(
     shares: Sequence[float] | None = None,
     held_out: Int[np.ndarray, "n T"] | None = None,
     dense_layers: tuple[int, ...] = (0,),
+    budgets: tuple[tuple[int, ...], ...] = (),
     folder: Path | None = None,
     resume: bool = False,
     devices: int | None = None,
@@ -103,6 +105,7 @@ def tune(
       shares: how much of the training each domain is; None mixes them equally.
       held_out: windows [n T] to measure perplexity on, before and after.
       dense_layers: layers whose attention always keeps all groups.
+      budgets: groups that each layer keeps instead, as in `PlanTable`; () keeps equally many in every other layer.
       folder: where the state is saved every `options.save_minutes`, at the end, and when training is interrupted or
         diverges; None saves nothing.
       resume: continue from the state in `folder`.
@@ -121,11 +124,12 @@ def tune(
     options = check_options(options, TuneOptions, "options")
     check_teacher(model, options)
     check_group_routers(routers, model.config)
+    check_budget_rows(budgets, model.config.num_layers, model.config.num_kv_heads, where="tune: budgets")
     domains = check_domains(domains, model.config)
     held_out = None if held_out is None else check_windows(held_out, model.config)
     seed = int(jax.random.bits(random_key(key), (), jnp.uint32))
     batches = Batches(
-        domains, check_shares(shares, domains), model.config, options, tuple(dense_layers), seed
+        domains, check_shares(shares, domains), model.config, options, tuple(dense_layers), seed, budgets
     )
     run = _Run.prepare(model, routers, batches, folder, check_devices(devices, options))
     before = run.measure(held_out)
@@ -164,6 +168,7 @@ class _Run:
             "texts": [fingerprint_of({"windows": np.asarray(each)}) for each in batches.domains],
             "shares": list(batches.shares),
             "seed": batches.seed,
+            "layers": [list(batches.dense_layers), [list(row) for row in batches.budgets]],
         }
         return run
 

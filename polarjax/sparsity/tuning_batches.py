@@ -21,6 +21,7 @@ class Batches:
       options: the run's options.
       dense_layers: layers that always keep all groups.
       seed: of everything that is drawn.
+      budgets: groups that each layer keeps instead, as in `PlanTable`; () keeps equally many in every other layer.
     """
 
     domains: Sequence[Int32[np.ndarray, "n T"]]
@@ -29,6 +30,7 @@ class Batches:
     options: TuneOptions
     dense_layers: tuple[int, ...]
     seed: int
+    budgets: tuple[tuple[int, ...], ...] = ()
 
     @property
     def kept(self) -> tuple[int, int]:
@@ -54,7 +56,9 @@ class Batches:
         return np.stack(rows).reshape(a, b, -1).astype(np.int32), self.counts(kept)
 
     def counts(self, kept: Int[np.ndarray, "... b"]) -> Int32[np.ndarray, "... L b"]:
-        """`kept` groups in every layer but the dense ones."""
+        """`kept` groups in every layer but the dense ones, or as many in all as the budgets say."""
+        if self.budgets:
+            return np.moveaxis(np.asarray(self.budgets, np.int32)[kept - 1], -1, -2)
         counts = np.repeat(kept[..., None, :], self.config.num_layers, -2).astype(np.int32)
         counts[..., list(self.dense_layers), :] = self.config.num_kv_heads
         return counts

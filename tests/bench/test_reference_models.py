@@ -1,8 +1,10 @@
 """The bundled models: HF folders that torch reads alike, with a tokenizer that loses nothing, that have learnt."""
 
+import dataclasses
 import math
 from pathlib import Path
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -11,8 +13,12 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import polarjax as pj
 from checkpoints_convert import convert_checkpoint
+from polarjax.demo.healed import STEPS, healed, pack
+from polarjax.model.parameters import parameters
+from polarjax.selection.routers import Routers
 from polarjax.text.corpus import standard_library_text
 from polarjax.text.token_windows import token_stream, windows
+from tests.model import zoo
 from tests.tolerances import OWN_ERRORS
 
 ASSETS = Path(pj.__file__).parent / "assets"
@@ -26,6 +32,33 @@ def test_size_and_dtype(name: str):
     assert weights.stat().st_size <= 12 * MEGABYTE
     model = AutoModelForCausalLM.from_pretrained(ASSETS / name)
     assert model.dtype == torch.bfloat16
+
+
+def test_all_assets_together_are_small():
+    assert sum(file.stat().st_size for file in ASSETS.rglob("*") if file.is_file()) <= 24 * MEGABYTE
+
+
+def test_what_healing_changed_comes_back_from_its_file(tmp_path: Path):
+    """Output projections to half a step, biases and routers exactly."""
+    plain, key = zoo.model("opt", "bfloat16"), jax.random.key(0)
+    layers = zoo.routers("opt", "bfloat16").layers
+    mean = jax.random.normal(key, (plain.config.num_kv_heads, plain.config.d_model), jnp.bfloat16)
+    routers = Routers(tuple(dataclasses.replace(layer, mean=mean) for layer in layers))
+    tuned = zoo.with_parameter(plain, "layers.1.attn.wo", plain.layers[1].attn.wo[...] * 1.5)
+    tuned = zoo.with_parameter(tuned, "layers.0.attn.bo", plain.layers[0].attn.bo[...] + 1)
+    np.savez_compressed(tmp_path / "healed.npz", **pack(tuned, routers))
+    found, learned = healed(plain, tmp_path / "healed.npz")
+    wanted, got = (
+        {name: np.asarray(value, np.float64) for name, value in parameters(model).items()}
+        for model in (tuned, found)
+    )
+    for name, value in wanted.items():
+        step = value.std((1, 2, 3), keepdims=True) / STEPS if name.endswith("attn.wo") else 0
+        rounding = 2**-8 * np.abs(value) if name.endswith("attn.wo") else 0
+        assert np.all(np.abs(got[name] - value) <= 0.51 * step + rounding), name
+    for name in ("w_group", "b_group", "mean"):
+        for mine, theirs in zip(learned.layers, routers.layers, strict=True):
+            np.testing.assert_array_equal(getattr(mine, name), getattr(theirs, name))
 
 
 @pytest.mark.parametrize("name", MODELS)

@@ -58,6 +58,13 @@ def test_dense_layer_and_predicted_norms_improve_quality(results):
     assert row["router"] < published["router"]
 
 
+def test_healing_makes_skipping_cheap_and_keeps_the_dense_model(results):
+    quality = results["quality"]
+    (before,), (after,) = quality["important_rows"], quality["healed"]["rows"]
+    assert quality["healed"]["dense"] < 1.03 * quality["dense"]
+    assert after["router"] / quality["dense"] - 1 < (before["router"] / quality["dense"] - 1) / 2
+
+
 def test_plans_reach_their_recall_on_other_text(results):
     assert [row["batch_size"] for row in results["plans"]] == [2**i for i in range(10)]
     assert min(min(row["recall"]) for row in results["plans"]) >= 0.985

@@ -117,7 +117,7 @@ def test_budgets_keep_as_many_groups_in_all_where_they_matter():
     """Layer 1's output projection is nearly zero, so that its groups can go."""
     model = zoo.model("opt")
     model = zoo.with_parameter(model, "layers.1.attn.wo", model.layers[1].attn.wo[...] * 1e-3)
-    call = {"training": FAST, "refinement": UNREFINED, "calibration": SMALL, "budgets": "calibrated"}
+    call = {"training": FAST, "refinement": UNREFINED, "calibration": SMALL}
     _, plans, _ = sparsify(model, tiny_windows(), jax.random.key(0), **call)
     assert plans == pj.PlanTable.from_json(json.loads(json.dumps(plans.to_json())))
     K = model.config.num_kv_heads
@@ -232,7 +232,9 @@ SHORT = ("--window", "64", "--max-tokens", "4096")
 
 
 def test_the_verbs_one_by_one(tiny, text, tmp_path, capsys):
-    model, acts, published = tmp_path / "model", tmp_path / "acts", ("--published", *REFINED)
+    model, acts = tmp_path / "model", tmp_path / "acts"
+    spread, most = ("--budgets", "calibrated"), ("--max-batch", "4")
+    published = ("--published", *REFINED, *spread)
     shutil.copytree(tiny, model)
     code, out, _ = run(capsys, "collect", model, "--text", text, "--to", acts, *SHORT, "--published")
     assert code == 0 and "64 windows of 64 tokens; recording 1.0 MB of activations (4,096 tokens)" in out
@@ -241,8 +243,7 @@ def test_the_verbs_one_by_one(tiny, text, tmp_path, capsys):
     code, out, _ = run(capsys, "train-routers", model, "--activations", acts, *QUICK, *published, "--json")
     result = json.loads(out)
     assert code == 0 and result["train_tokens"] == 55 * 64 and result["refinement"]["tokens"] == 2048
-    chosen = ("--max-batch", "4", "--budgets", "calibrated")
-    code, out, _ = run(capsys, "calibrate", model, "--activations", acts, *chosen)
+    code, out, _ = run(capsys, "calibrate", model, "--activations", acts, *most, *spread)
     assert code == 0 and "batch     4:" in out
     step_by_step = pj.load(model)
     assert step_by_step.plans.batch_sizes == (1, 2, 4) and step_by_step.plans.budgets
@@ -250,7 +251,7 @@ def test_the_verbs_one_by_one(tiny, text, tmp_path, capsys):
     assert all(layer.mean is None for layer in step_by_step.routers.layers)
     run(capsys, "train-routers", model, "--activations", acts, *QUICK, "--refine-tokens", "0")
     assert pj.load(model).plans is None  # they were made for other routers
-    code, _, _ = run(capsys, "sparsify", model, "--text", text, *SHORT, *QUICK, *published, *chosen)
+    code, _, _ = run(capsys, "sparsify", model, "--text", text, *SHORT, *QUICK, *published, *most)
     at_once = pj.load(model)
     assert code == 0 and at_once.plans == step_by_step.plans
     assert at_once.routers.fingerprint == step_by_step.routers.fingerprint
@@ -302,7 +303,7 @@ def test_sparsify_in_one_go_and_what_it_refuses(tiny, text, tmp_path, capsys):
         code, _, error = run(capsys, "sparsify", model, "--text", text, *SHORT, *wrong)
         assert code == 2 and f"got {wrong[1]}, expected" in error
     cases = (
-        (REFINED, (None, 2), "contributions"),
+        (REFINED, None, "contributions"),
         (("--published", "--skipped", "mean", "--dense-attention", "important"), (2, None), "norms"),
     )
     for options, groups, importance in cases:
@@ -313,7 +314,10 @@ def test_sparsify_in_one_go_and_what_it_refuses(tiny, text, tmp_path, capsys):
         assert max(result["attention_importance"]) == result["attention_importance"][1]
         bundle = pj.load(model)
         assert bundle.plans == pj.PlanTable.from_json(result["plans"])
-        assert bundle.sparsity(2).plan.groups == groups
+        if groups is None:
+            assert sum(bundle.plans.budgets[1]) == bundle.model.config.num_kv_heads + 2
+        else:
+            assert bundle.sparsity(2).plan.groups == groups
         assert bundle.routers.importance == importance
         assert (result["refinement"] is None) == ("--published" in options)
         assert all(layer.mean is not None for layer in bundle.routers.layers)
