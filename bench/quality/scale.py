@@ -30,7 +30,7 @@ from polarjax.memory import device_memory, peak_memory
 from polarjax.progress import show_lines
 from polarjax.selection.routers import LayerRouter, Routers, init_routers
 from polarjax.sparsity import TuneOptions, calibrate, footprint, train_routers, tuning, tuning_setup
-from polarjax.sparsity.activations import Activations, open_activations, row_bytes
+from polarjax.sparsity.activations import Activations, open_activations, part_of, row_bytes
 from polarjax.sparsity.collection import means_of, plan_recording, record
 from polarjax.sparsity.options import CalibrateOptions, CollectOptions, TrainOptions
 
@@ -143,7 +143,7 @@ def _collect(asked: argparse.Namespace) -> dict[str, Any]:
     """Records the last few of the layers that would be recorded at a time for `TOKENS` tokens."""
     model, windows, options = _model(asked.shape), _windows(asked), CollectOptions(max_bytes=DISK)
     whole = plan_recording(model, (TOKENS // asked.window, asked.window), options, in_parts=True)
-    here = plan_recording(model, windows.shape, options)
+    here = plan_recording(model, windows.shape, CollectOptions(max_bytes=DISK, held_out=(0.3, 0.05)))
     layers = whole.parts[-1]
     batch = min(options.batch_size, len(windows))
     planned = footprint.collecting_memory(model, asked.window, here, batch, layers)
@@ -197,8 +197,10 @@ def _calibrate(asked: argparse.Namespace) -> dict[str, Any]:
     config, held_out = recorded.config, len(recorded.rows("validation"))
     sizes = tuple(size for size in CalibrateOptions().batch_sizes if size <= held_out)
     options = CalibrateOptions(batch_sizes=sizes)
-    made = jax.tree.map(lambda leaf: leaf.astype(recorded.dtype), init_routers(config, jax.random.key(0)))
-    routers = Routers(made.layers, recorded.fingerprint, recorded.importance)
+    one = part_of(config, range(1))
+    made = (init_routers(one, jax.random.key(i)).layers[0] for i in range(config.num_layers))
+    layers = tuple(jax.tree.map(lambda leaf: leaf.astype(recorded.dtype), layer) for layer in made)
+    routers = Routers(layers, recorded.fingerprint, recorded.importance)
     planned = footprint.calibrating_memory(config, recorded.dtype, held_out, options)
     started = time.perf_counter()
     calibrate(recorded, routers, config, key=jax.random.key(1), options=options)
