@@ -51,8 +51,9 @@ def _attention(q, k, v, lengths, *, window: int | None, implementation=None) -> 
 
 
 def _is_fused(q: Float[Array, "B T K G H"]) -> bool:
-    """Whether cuDNN's kernel is there and takes these queries."""
-    if q.dtype not in (jnp.float16, jnp.bfloat16) or q.shape[-1] > _LARGEST_HEAD or q.shape[-1] % 8:
+    """Whether cuDNN's kernel is there and takes these queries; JAX has no gradients of it for odd T."""
+    T, H = q.shape[1], q.shape[-1]
+    if q.dtype not in (jnp.float16, jnp.bfloat16) or T % 2 or H > _LARGEST_HEAD or H % 8:
         return False
     if jax.default_backend() != "gpu":
         return False
