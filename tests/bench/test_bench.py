@@ -12,7 +12,7 @@ from bench import bench_selection, check_sparse_mlp, workloads
 from bench.check_sparse_mlp import checks, kind
 from bench.report import ROOT
 
-GPU = ("bench_decode_attention", "bench_sparse_mlp", "bench_selection", "bench_decode")
+GPU = ("bench_decode_attention", "bench_sparse_mlp", "bench_selection", "bench_decode", "bench_prefill")
 VERBLESS = ("read_floor",)  # on a GPU, too
 CPU = ("bench_convert", "bench_startup", "roofline", "readme_tables")
 
