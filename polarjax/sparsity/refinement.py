@@ -1,5 +1,8 @@
 """Refines group routers and means by distillation: the dense model teaches itself under the routers' own choices."""
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+
 import jax
 import jax.numpy as jnp
 
@@ -73,8 +76,16 @@ def refine(
     if budgets == "calibrated":
         rows = measured_budgets(model, routers, activations, dense_layers)
     call = {"options": plan, "held_out": held_out, "dense_layers": dense_layers, "budgets": rows}
-    try:
+    with _own_hints():
         _, refined, report = tune(model, routers, [windows], random_key(key), **call)
+    return refined, report
+
+
+@contextmanager
+def _own_hints() -> Iterator[None]:
+    """Replaces hints that name options of `tune`."""
+    try:
+        yield
     except PolarjaxError as error:
         hint = "leave refining out (--refine-tokens 0), or use a device with more memory"
         if isinstance(error, SparsityError):
@@ -83,7 +94,6 @@ def refine(
         raise type(error)(
             error.what, where=where, got=error.got, expected=error.expected, hint=hint
         ) from error
-    return refined, report
 
 
 def tune_options(

@@ -93,8 +93,7 @@ def tune(
 
     In each window some number of groups is kept, drawn from `options.densities`, or all. The loss is the mean
     KL(dense model ‖ trained model) of the next token, plus the routers' own loss (`share_loss`). The routers choose
-    the groups from their own scores; no gradient passes through the choice. Neuron routers and plans are for the old
-    weights: sparsify again to have new ones.
+    the groups from their own scores; no gradient passes through the choice. Neuron routers and plans stay the old ones.
 
     Args:
       model: the dense model, which is the teacher and the start.
@@ -110,7 +109,6 @@ def tune(
         diverges; None saves nothing.
       resume: continue from the state in `folder`.
       devices: local devices to divide each batch over; None takes as many as divide `options.batch_size` evenly.
-        The result is the same but for rounding.
 
     Returns:
       The model and routers in the model's dtype, and what was done. Neuron routers are kept as they were.
@@ -128,9 +126,8 @@ def tune(
     domains = check_domains(domains, model.config)
     held_out = None if held_out is None else check_windows(held_out, model.config)
     seed = int(jax.random.bits(random_key(key), (), jnp.uint32))
-    batches = Batches(
-        domains, check_shares(shares, domains), model.config, options, tuple(dense_layers), seed, budgets
-    )
+    parts = check_shares(shares, domains)
+    batches = Batches(domains, parts, model.config, options, tuple(dense_layers), seed, budgets)
     run = _Run.prepare(model, routers, batches, folder, check_devices(devices, options))
     before = run.measure(held_out)
     if resume:
