@@ -158,7 +158,7 @@ class Engine(Iterator[Event]):
 
     def cancel(self, request: int) -> bool:
         """Ends a request; its last event, "cancelled", follows. False if it has already finished, or there is none."""
-        going = request in self._requests
+        going = whole_number(request, "request", where="Engine.cancel", least=0) in self._requests
         if going:
             self._cancelled.append(request)
         return going

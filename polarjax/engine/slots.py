@@ -111,7 +111,7 @@ def read(model: Decoder, slots: Slots, reading: Reading) -> tuple[Slots, Drawn]:
     put = lambda into, new: into.at[rows].set(new, mode="drop")
     old = dataclasses.replace(slots.state, step=None, seen=None, cache=None)
     state = jax.tree.map(put, old, dataclasses.replace(begun, step=None, seen=None, cache=None))
-    seen = seen.at[rows, begun.token].set(True, mode="drop")
+    seen = seen.at[rows].set(begun.seen, mode="drop")
     state = dataclasses.replace(state, step=slots.state.step, seen=seen, cache=cache)
     slots = Slots(jax.tree.map(put, slots.rules, rules), state)
     drew = jnp.zeros(B, jnp.int32).at[rows].set(begun.lengths, mode="drop")

@@ -156,7 +156,7 @@ class Rules:
             stopped=state.stopped | (live & self._is_stop(token)),
             failed=state.failed | (going & ~usable),
             lengths=state.lengths + live.astype(jnp.int32),
-            seen=state.seen.at[rows, token].set(True),
+            seen=state.seen.at[rows, jnp.where(live, token, logits.shape[1])].set(True, mode="drop"),
             cache=state.cache,
             logprobs=self._logprobs(logits, token, live),
         )

@@ -44,6 +44,18 @@ TABLE = pj.PlanTable(
 )
 
 
+def test_a_prompt_in_pieces_sees_only_its_own_ids():
+    """Steps of other rows, between its pieces, leave no mark on a row that is being read."""
+    names = np.arange(1, 21)  # without 0, which is what rows that have ended draw
+    length, settings = np.array([len(names)]), {"max_new_tokens": 15, "repetition_penalty": 1e6}
+    (expected,) = pj.generate(MODEL, names[None], length, **settings).tokens.tolist()
+    assert 0 in expected
+    engine = pj.Engine(bundle("dense"), **SIZES, read_tokens=4)
+    engine.submit(PROMPTS[1], max_new_tokens=20)
+    number = engine.submit(names, **settings)
+    assert sum((each.tokens for each in engine if each.request == number), ()) == tuple(expected)
+
+
 @functools.cache
 def bundle(kind: str) -> pj.Bundle:
     """The tiny model, alone or with routers and a plan of its groups."""
