@@ -14,8 +14,7 @@ def calibrate(
     target_recall: learning.Recall = 0.99,
     max_batch: learning.MaxBatch = learning.LARGEST_BATCH,
     dense_attention: learning.DenseAttention = "first",
-    budgets: learning.Budgets = None,
-    published: learning.Published = False,
+    budgets: learning.Budgets = "uniform",
     seed: learning.Seed = 0,
 ) -> dict[str, Any]:
     """Make plans for a model directory that has routers; replaces existing plans."""
@@ -23,10 +22,11 @@ def calibrate(
     from polarjax.checkpoint.learned import write_plans
     from polarjax.sparsity.budgets import with_budgets
     from polarjax.sparsity.calibration import measure_recall
+    from polarjax.sparsity.checks import check_budgets
     from polarjax.sparsity.pipeline import StageKeys
 
     keys = StageKeys.of(random_key(seed))
-    chosen = learning.budgets_of(budgets, published)
+    chosen = check_budgets(budgets, "--budgets")
     options = learning.calibrate_options(target_recall, max_batch, dense_attention)
     bundle, recorded = learning.open_for(folder, activations, routers=True)
     if bundle.routers is None:

@@ -72,8 +72,7 @@ Published = Annotated[
     bool,
     typer.Option(
         "--published",
-        help="The published choices for heads: norms, zeros, top, no refinement and uniform budgets, unless given "
-        "otherwise.",
+        help="The published choices for heads: norms, zeros, top and no refinement, unless given otherwise.",
     ),
 ]
 RefineTokens = Annotated[
@@ -90,10 +89,10 @@ DenseAttention = Annotated[
     ),
 ]
 Budgets = Annotated[
-    str | None,
+    str,
     typer.Option(
-        help="Heads kept in each layer: calibrated (more in the layers that need them; the default), uniform (as many "
-        "in all)."
+        help="Heads kept in each layer: uniform (as many in every layer but the dense one), calibrated (as many in all, "
+        "more in the layers that need them on this text)."
     ),
 ]
 Neurons = Annotated[
@@ -193,13 +192,6 @@ def train_options(
 def refine_options(tokens: int | None, published: bool = False) -> RefineOptions:
     """The default options with this from the command line."""
     return RefineOptions(tokens=0 if tokens is None and published else tokens)
-
-
-def budgets_of(budgets: str | None, published: bool) -> choices.Budgets:
-    """How heads are spread over layers; "calibrated" unless it is given, or the published choices are wanted."""
-    from polarjax.sparsity.checks import check_budgets
-
-    return check_budgets(budgets or ("uniform" if published else "calibrated"), "--budgets")
 
 
 def calibrate_options(target_recall: float, max_batch: int, dense_attention: str) -> CalibrateOptions:

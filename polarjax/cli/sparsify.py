@@ -42,7 +42,7 @@ def sparsify(
     target_recall: learning.Recall = 0.99,
     max_batch: learning.MaxBatch = learning.LARGEST_BATCH,
     dense_attention: learning.DenseAttention = "first",
-    budgets: learning.Budgets = None,
+    budgets: learning.Budgets = "uniform",
     neurons: learning.Neurons = "relu",
     target_share: learning.TargetShare = NeuronOptions.target_share,
     seed: learning.Seed = 0,
@@ -50,11 +50,12 @@ def sparsify(
 ) -> dict[str, Any]:
     """Learn from text what the model can skip: collect, train-routers and calibrate in one command."""
     from polarjax.checkpoint.learned import write_plans, write_routers
+    from polarjax.sparsity.checks import check_budgets
     from polarjax.sparsity.pipeline import learn
 
     _check_free(activations)
     check_density(head_density, where="head density")
-    chosen = learning.budgets_of(budgets, published)
+    chosen = check_budgets(budgets, "--budgets")
     gated = learning.neuron_options(neurons, target_share)
     key = random_key(seed)
     collecting = CollectOptions(

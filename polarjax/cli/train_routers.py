@@ -17,7 +17,7 @@ def train_routers(
     head_objective: learning.Objective = None,
     refine_tokens: learning.RefineTokens = None,
     dense_attention: learning.DenseAttention = "first",
-    budgets: learning.Budgets = None,
+    budgets: learning.Budgets = "uniform",
     published: learning.Published = False,
     seed: learning.Seed = 0,
 ) -> dict[str, Any]:
@@ -25,12 +25,13 @@ def train_routers(
     from polarjax import sparsity
     from polarjax.checkpoint.learned import write_routers
     from polarjax.sparsity.calibration import dense_layer
+    from polarjax.sparsity.checks import check_budgets
     from polarjax.sparsity.pipeline import StageKeys
     from polarjax.sparsity.refinement import refine
 
     keys = StageKeys.of(random_key(seed))
     training = learning.train_options(learning_rate, batch, epochs, head_objective, published)
-    chosen = learning.budgets_of(budgets, published)
+    chosen = check_budgets(budgets, "--budgets")
     refinement = learning.refine_options(refine_tokens, published)
     calibration = CalibrateOptions(dense_attention=cast(DenseAttention, dense_attention))
     bundle, recorded = learning.open_for(folder, activations)

@@ -257,7 +257,15 @@ def _written(
 
     from polarjax.sparsity.own_text import own_windows
 
-    return own_windows(bundle.model, count, length, jax.random.fold_in(key, 1), first=tokenizer.bos_id)
+    keys = jax.random.split(jax.random.fold_in(key, 1))
+    bos = tokenizer.bos_id
+    if bos is None or tokenizer.begins_with_bos or count < 2:
+        return own_windows(bundle.model, count, length, keys[0], first=bos)
+    halves = ((bos, count - count // 2), (None, count // 2))  # prompts come both ways
+    written = [
+        own_windows(bundle.model, n, length, k, first=b) for k, (b, n) in zip(keys, halves, strict=True)
+    ]
+    return np.concatenate(written)
 
 
 def _print(report: "TuneReport") -> None:

@@ -98,7 +98,7 @@ def sparsify(
     training: TrainOptions | None = None,
     refinement: RefineOptions | None = None,
     calibration: CalibrateOptions | None = None,
-    budgets: Budgets = "calibrated",
+    budgets: Budgets = "uniform",
     neurons: NeuronOptions | None = None,
 ) -> tuple[Routers, PlanTable, SparsifyReport]:
     """Learns a model's routers and plans from token windows.
@@ -160,7 +160,7 @@ def learn(
     training: TrainOptions,
     refinement: RefineOptions,
     calibration: CalibrateOptions,
-    budgets: Budgets = "calibrated",
+    budgets: Budgets = "uniform",
     neurons: NeuronOptions | None = None,
 ) -> tuple[Routers, PlanTable, SparsifyReport]:
     """`sparsify` with checked arguments; `recording` is what `plan_recording` returned for these windows."""

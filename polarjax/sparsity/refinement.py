@@ -33,7 +33,7 @@ def refine(
     *,
     head_density: float = 0.5,
     dense_layers: tuple[int, ...] = (0,),
-    budgets: Budgets = "calibrated",
+    budgets: Budgets = "uniform",
     options: RefineOptions | None = None,
 ) -> tuple[Routers, TuneReport | None]:
     """Trains group routers and mean outputs further, on the training windows of the activations, as `tune` does.

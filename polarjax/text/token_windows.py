@@ -68,9 +68,10 @@ def windows(
 def text_windows(
     texts: Sequence[str], tokenizer: Tokenizer, length: int, *, most: int | None = None, source: str
 ) -> Int[np.ndarray, "n T"]:
-    """Windows of `length` tokens of all `texts`, each starting with BOS if the tokenizer has one.
+    """Windows of `length` tokens of all `texts` to learn from, starting with BOS if the tokenizer has one.
 
-    BOS also precedes each document, but a window never starts with two.
+    If the tokenizer has one but doesn't begin texts with it, prompts come both ways (a chat begins with it), so every
+    second window starts without. BOS also precedes each document, but a window never starts with two.
 
     Args:
       texts: documents, or several separated by form feeds.
@@ -82,7 +83,21 @@ def text_windows(
     Raises:
       InputError: the text does not fill one window, or `length` or `most` is too small.
     """
-    return scored_windows(texts, tokenizer, length, most=most, source=source).tokens
+    _check_most(most, source)
+    bos, documents = tokenizer.bos_id, _documents(DOCUMENT_SEPARATOR.join(texts))
+    rows = [np.asarray(ids, np.int32) for ids in tokenizer.ids_of(documents)]
+    stream, is_text = (
+        _joined(rows, bos),
+        _joined([np.ones(len(row)) for row in rows], None if bos is None else 0),
+    )
+    taken = length - (bos is not None)
+    at = _cut(is_text == 0, taken, taken, at_least=1, length=length, source=source)
+    at = at[_spread(len(at), most)]
+    tokens = _begun(stream[at], bos)
+    if bos is not None and not tokenizer.begins_with_bos:
+        plain = np.flatnonzero((np.arange(len(at)) % 2 == 1) & (at[:, -1] + 1 < len(stream)))
+        tokens[plain] = stream[at[plain, :1] + np.arange(length)]
+    return tokens
 
 
 def scored_windows(
@@ -97,15 +112,14 @@ def scored_windows(
     """The windows of `text_windows`, which tokens of them a score counts, their bytes and words.
 
     Args:
-      texts, tokenizer, length, most, source: as in `text_windows`.
+      texts, tokenizer, length, most, source: as in `text_windows`; here every window starts with BOS if there is one.
       stride: tokens from one window's start to the next; None means that windows don't overlap. With a smaller
         stride, a window begins with text that the one before it scores, and scores only what is new.
 
     Raises:
       InputError: as in `text_windows`, or the stride is below 1 or leaves out text.
     """
-    if most is not None and most < 1:
-        raise InputError("no window is left", where=source, got=most, expected="at least 1 window")
+    _check_most(most, source)
     bos = tokenizer.bos_id
     taken = length - (bos is not None)
     stride = _checked_stride(stride, taken)
@@ -117,9 +131,8 @@ def scored_windows(
     is_text = _joined([np.ones(len(ids)) for ids, _ in encoded], if_bos(0)) > 0
     at = _cut(~is_text, taken, stride, at_least=1, length=length, source=source)
     is_new = at > np.append(-1, at[:-1, -1])[:, None]
-    if most is not None and len(at) > most:
-        chosen = np.arange(most) * len(at) // most
-        at, is_new = at[chosen], is_new[chosen]
+    chosen = _spread(len(at), most)
+    at, is_new = at[chosen], is_new[chosen]
     begun = lambda values: _begun(np.where(is_new, values[at], 0), if_bos(0)).astype(values.dtype)
     return ScoredWindows(
         tokens=_begun(stream[at], bos),
@@ -129,6 +142,18 @@ def scored_windows(
         stride=stride,
         bos=bos,
     )
+
+
+def _check_most(most: int | None, source: str) -> None:
+    """Raises `InputError` unless `most` allows a window."""
+    if most is not None and most < 1:
+        raise InputError("no window is left", where=source, got=most, expected="at least 1 window")
+
+
+def _spread(count: int, most: int | None) -> Int[np.ndarray, "m"]:
+    """At most `most` of `count` indices, evenly spread."""
+    kept = count if most is None else min(count, most)
+    return np.arange(kept) * count // max(kept, 1)
 
 
 def _checked_stride(stride: int | None, taken: int) -> int:

@@ -99,6 +99,11 @@ class Tokenizer:
         return self.hf.bos_token_id
 
     @property
+    def begins_with_bos(self) -> bool:
+        """Whether encoding a text puts `bos_id` before it."""
+        return self.bos_id is not None and self.hf.encode("a", verbose=False)[:1] == [self.bos_id]
+
+    @property
     def eos_id(self) -> int | None:
         """Id of the token that ends a text, if there is one."""
         return self.hf.eos_token_id
@@ -113,6 +118,10 @@ class Tokenizer:
     def stop_ids(self) -> tuple[int, ...]:
         """Ids that end a generation: those of generation_config.json, otherwise `eos_id`."""
         return self.generation.stop_ids
+
+    def ids_of(self, texts: Sequence[str]) -> list[list[int]]:
+        """Token ids of each text without added tokens; fast tokenizers work on several texts at once."""
+        return self.hf(list(texts), add_special_tokens=False, verbose=False)["input_ids"] if texts else []
 
     def encode(
         self, texts: Sequence[str], *, add_special_tokens: bool = True

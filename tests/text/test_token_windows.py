@@ -111,6 +111,19 @@ def test_windows_are_spread_over_the_text(tokenizer):
 
 
 @pytest.mark.parametrize("kind", ["opt"])
+def test_every_second_window_starts_as_prompts_of_a_tokenizer_without_bos_do(tokenizer, monkeypatch):
+    assert tokenizer.begins_with_bos
+    every = text_windows(TEXTS.values(), tokenizer, 16, source="")
+    monkeypatch.setattr(type(tokenizer), "begins_with_bos", False)
+    found = text_windows(TEXTS.values(), tokenizer, 16, source="")
+    assert found.shape == every.shape and len(every) > 4
+    np.testing.assert_array_equal(found[::2], every[::2])
+    np.testing.assert_array_equal(found[1:-1:2, :-1], every[1:-1:2, 1:])
+    following = every[2::2, 1]  # the token after a window begins the next one, unless a separator is between
+    assert np.mean(found[1:-1:2, -1][: len(following)] == following) > 0.5
+
+
+@pytest.mark.parametrize("kind", ["opt"])
 def test_a_text_that_fills_no_window_is_refused(tokenizer):
     ids = tokenizer.hf.encode("abcdef", add_special_tokens=False)
     got = f"here: the text is too short; got {len(ids)} tokens, expected at least {len(ids) + 1} tokens"
