@@ -188,6 +188,16 @@ class Engine(Iterator[Event]):
                 raise
         return self._events.popleft()
 
+    @property
+    def waiting(self) -> int:
+        """Requests without a slot."""
+        return len(self._waiting)
+
+    @property
+    def in_use(self) -> int:
+        """Slots with a request whose prompt is being read or that is running."""
+        return self.slots - len(self._unused)
+
     def warm_up(self) -> None:
         """Compiles all programs that the engine can need, so that no request waits for one."""
         self._check_open()

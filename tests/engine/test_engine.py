@@ -108,7 +108,7 @@ def test_a_request_gets_what_it_gets_alone(kind, read_tokens):
 
 def test_no_request_compiles_anything():
     """After `warm_up`: whatever the lengths, settings, number of rows, and order."""
-    with pj.Engine(bundle("groups"), **SIZES) as engine:
+    with pj.Engine(bundle("groups"), **SIZES, read_tokens=80) as engine:
         engine.warm_up()
         with compilations() as names, jax.transfer_guard("disallow"):
             run(engine, range(len(PROMPTS)))
@@ -148,6 +148,7 @@ def test_cancelled_requests_free_their_slots():
     kept = engine.submit(PROMPTS[0], **SETTINGS[0])
     events = [next(engine), next(engine)]
     assert {event.request for event in events} == {running}
+    assert (engine.in_use, engine.waiting) == (1, 2)
     assert engine.cancel(running) and engine.cancel(waiting)
     events = list(engine)
     assert [(e.request, e.tokens) for e in events if e.finished == "cancelled"] == [
