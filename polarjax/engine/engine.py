@@ -11,9 +11,10 @@ import numpy as np
 from polarjax.checkpoint.bundle import Bundle
 from polarjax.engine import checks
 from polarjax.engine.packing import Packer
+from polarjax.engine.prefixes import Prefixes
 from polarjax.engine.requests import Event, Finished, Request
 from polarjax.engine.sizes import plan_sizes, slots_and_capacity
-from polarjax.engine.slots import FAILED, LENGTH, STOPPED, Drawn, Slots, decode, make_slots, read
+from polarjax.engine.slots import FAILED, LENGTH, STOPPED, Drawn, Slots, decode, make_slots, read, share
 from polarjax.errors import InputError
 from polarjax.generation.overlap import overlapping_jit
 from polarjax.generation.sampling import Sampler
@@ -35,6 +36,7 @@ _ENDINGS: dict[int, Finished] = {STOPPED: "stop", LENGTH: "length", FAILED: "fai
 
 _make = jax.jit(make_slots, static_argnames=("config", "slots", "capacity", "dtype"))
 _read = jax.jit(read, donate_argnames=("slots",))
+_share = jax.jit(share, donate_argnames=("slots",))
 _decode = overlapping_jit(decode, static_argnames=("steps", "implementation"), donate_argnames=("slots",))
 
 
@@ -91,6 +93,7 @@ class Engine(Iterator[Event]):
             made: Slots = _make(model.config, **sizes)
         self._slots: Slots | None = made
         self._packer = Packer(most, slots=self.slots, capacity=self.capacity, best=made.rules.best)
+        self._prefixes = Prefixes(self.slots)
         self._ids = itertools.count()
         self._requests: dict[int, Request] = {}
         self._waiting: deque[Request] = deque()
@@ -205,6 +208,9 @@ class Engine(Iterator[Event]):
             self._call(_read, self._packer.reading([], shape))
         for size in self._plans:
             self._decode(size)
+        nothing = np.zeros(self.capacity, np.int32)
+        numbers = jax.device_put((np.int32(0), np.int32(0), nothing, np.int32(0)))
+        self._slots = _share(self._slots, *numbers)
         jax.block_until_ready(self._slots)
 
     def _turn(self) -> None:
@@ -215,6 +221,7 @@ class Engine(Iterator[Event]):
             request = self._waiting.popleft()
             if request.id in self._requests:  # not cancelled
                 request.slot = self._unused.popleft()
+                self._share_prefix(request, self._prefixes.find(request.prompt))
                 self._reading.append(request)
         before = len(self._sent)
         if self._reading:
@@ -224,6 +231,16 @@ class Engine(Iterator[Event]):
         ahead = 1 if len(self._sent) > before else 0
         while len(self._sent) > ahead:
             self._handle(*self._sent.popleft())
+
+    def _share_prefix(self, request: Request, found: tuple[int, int] | None) -> None:
+        """Copies the beginning of the prompt from the slot that was found to have it."""
+        self._prefixes.drop(request.slot)
+        if found is not None:
+            source, request.read = found
+            tokens = np.zeros(self.capacity, np.int32)
+            tokens[: request.read] = request.prompt[: request.read]
+            numbers = (np.int32(source), np.int32(request.slot), tokens, np.int32(request.read))
+            self._slots = _share(self._slots, *jax.device_put(numbers))
 
     def _read_prompts(self) -> None:
         pieces, reading = self._packer.pack(self._reading)
@@ -236,6 +253,7 @@ class Engine(Iterator[Event]):
                 self._halted[request.slot] = False  # of the request before
                 self._running[request.slot] = request
                 begun.append((request.slot, request))
+                self._prefixes.keep(request.slot, request.prompt)
         self._reading = [each for each in self._reading if each.unread]
         self._sent.append((self._call(_read, reading), begun))
         self._release()

@@ -10,8 +10,8 @@ from polarjax.configs import ModelConfig
 from polarjax.generation.generate import model_step
 from polarjax.generation.logprobs import LogProbs, no_log_probs
 from polarjax.generation.sampling import Categorical
-from polarjax.generation.token_loop import LoopState, Rules
-from polarjax.model.cache import init_cache
+from polarjax.generation.token_loop import LoopState, Rules, ids_in
+from polarjax.model.cache import KVCache, init_cache
 from polarjax.model.chunks import Pieces, read_pieces
 from polarjax.model.decoder import Decoder
 from polarjax.selection.selectors import Sparsity
@@ -117,6 +117,24 @@ def read(model: Decoder, slots: Slots, reading: Reading) -> tuple[Slots, Drawn]:
     drew = jnp.zeros(B, jnp.int32).at[rows].set(begun.lengths, mode="drop")
     return slots, _drawn(
         slots, state.token[:, None], jax.tree.map(lambda x: x[:, None], state.logprobs), drew
+    )
+
+
+def share(
+    slots: Slots,
+    source: Int[Array, ""],
+    target: Int[Array, ""],
+    tokens: Int[Array, "S"],
+    count: Int[Array, ""],
+) -> Slots:
+    """Copies the first `count` of `tokens`, which row `source` holds, into row `target`, to read on there. Traceable."""
+    state = slots.state
+    copied = lambda leaf: leaf.at[target].set(leaf[source])
+    k, v = jax.tree.map(copied, (state.cache.k, state.cache.v))
+    cache = KVCache(k, v, state.cache.length.at[target].set(count))
+    own = ids_in(tokens[None], count[None], state.seen.shape[1])[0]
+    return dataclasses.replace(
+        slots, state=dataclasses.replace(state, cache=cache, seen=state.seen.at[target].set(own))
     )
 
 

@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 
 import polarjax as pj
+from polarjax.engine import engine as engine_module
 from polarjax.engine.sizes import plan_sizes, slots_and_capacity
 from polarjax.text.tokenizer import Tokenizer
 from tests.cli.test_generate import ASSET, TEMPLATE
@@ -164,6 +165,35 @@ def test_cancelled_requests_free_their_slots():
     events = list(engine)
     assert [e.finished for e in events if e.request == long] == ["cancelled"]
     assert sum((e.tokens for e in events if e.request == again), ()) == tuple(alone("dense")[0])
+
+
+def test_prompts_that_begin_alike_are_read_once(monkeypatch):
+    """From a slot that runs, one that ended, and the request's own; the tokens are those of the whole prompt."""
+    copied, share = [], engine_module._share
+    spy = lambda slots, source, target, tokens, count: (
+        copied.append((int(source), int(target), int(count))) or share(slots, source, target, tokens, count)
+    )
+    monkeypatch.setattr(engine_module, "_share", spy)
+    start = np.random.default_rng(3).integers(1, zoo.VOCAB, 35).astype(np.int32)
+    prompts = [
+        np.append(start, [7, 8]),
+        np.append(start[:33], [1]),
+        start,
+        start[:32],
+        np.append(start, [7, 8]),
+    ]
+    settings = {"max_new_tokens": 9, "repetition_penalty": 1.5}
+    engine = pj.Engine(bundle("dense"), slots=2, capacity=48)
+    first = engine.submit(prompts[0], max_new_tokens=11)
+    next(engine)
+    numbers = [engine.submit(each, **settings) for each in prompts[1:]]
+    events = list(engine)
+    for number, prompt in zip(numbers, prompts[1:], strict=True):
+        expected = pj.generate(MODEL, prompt[None], np.array([len(prompt)]), **settings).tokens[0].tolist()
+        assert sum((each.tokens for each in events if each.request == number), ()) == tuple(expected)
+    assert [count for *_, count in copied] == [33, 34, 35]
+    assert copied[0][:2] == (0, 1)
+    assert any(each.request == first and each.finished for each in events)
 
 
 def test_log_probabilities_are_those_of_forward():

@@ -1,0 +1,35 @@
+"""Prompts whose keys and values are still in a slot, for prompts that begin like them."""
+
+import numpy as np
+
+from polarjax.types import Int32
+
+SHORTEST = 32
+"""Fewest tokens that are worth copying."""
+
+
+class Prefixes:
+    """What each of B slots holds from position 0 on."""
+
+    def __init__(self, slots: int) -> None:
+        self._held = [np.zeros(0, np.int32)] * slots
+
+    def keep(self, slot: int, prompt: Int32[np.ndarray, "n"]) -> None:
+        """The slot holds this prompt from now on."""
+        self._held[slot] = prompt
+
+    def drop(self, slot: int) -> None:
+        """The slot is about to be overwritten."""
+        self._held[slot] = np.zeros(0, np.int32)
+
+    def find(self, prompt: Int32[np.ndarray, "n"]) -> tuple[int, int] | None:
+        """The slot that holds the longest beginning of the prompt, and its length, which leaves a token to read."""
+        count, slot = max((_shared(held, prompt[:-1]), -i) for i, held in enumerate(self._held))
+        return None if count < SHORTEST else (-slot, count)
+
+
+def _shared(left: Int32[np.ndarray, "n"], right: Int32[np.ndarray, "m"]) -> int:
+    """Length of the longest common beginning."""
+    n = min(len(left), len(right))
+    differs = np.flatnonzero(left[:n] != right[:n])
+    return int(differs[0]) if len(differs) else n
