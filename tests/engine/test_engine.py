@@ -167,6 +167,27 @@ def test_cancelled_requests_free_their_slots():
     assert sum((e.tokens for e in events if e.request == again), ()) == tuple(alone("dense")[0])
 
 
+def test_running_rows_wait_for_one_call_at_a_time(monkeypatch):
+    """A long prompt is read a chunk at a time between steps; results are looked at once the next call is sent."""
+    calls, handle = [], pj.Engine._handle
+    for name in ("_read", "_decode"):
+        program = getattr(engine_module, name)
+        spy = lambda *a, name=name, program=program, **k: calls.append(name) or program(*a, **k)
+        monkeypatch.setattr(engine_module, name, spy)
+    monkeypatch.setattr(pj.Engine, "_handle", lambda self, *a: calls.append("handle") or handle(self, *a))
+    engine = pj.Engine(bundle("dense"), **SIZES, read_tokens=4)
+    engine.submit(PROMPTS[1], max_new_tokens=30)
+    engine.submit(PROMPTS[4], max_new_tokens=3)
+    next(engine)
+    list(engine)
+    sent = "".join({"_read": "r", "_decode": "d", "handle": ""}[each] for each in calls)
+    assert sent.startswith("rdrdrdrd"), "each part of the long prompt waits for a chunk of steps"
+    waiting, last = 0, max(i for i, each in enumerate(calls) if each != "handle")
+    for i, each in enumerate(calls):
+        waiting += -1 if each == "handle" else 1
+        assert 1 <= waiting <= 3 or i > last, "the device has a call to run while the host looks at one"
+
+
 def test_prompts_that_begin_alike_are_read_once(monkeypatch):
     """From a slot that runs, one that ended, and the request's own; the tokens are those of the whole prompt."""
     copied, share = [], engine_module._share
