@@ -28,7 +28,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from bench import report
-from bench.quality.break_even import kernels, nearest_batch
+from bench.quality.break_even import Kernel, kernels, nearest_batch
 from bench.quality.neuron_passes import Text, mean_share, own_top, union
 from polarjax.checkpoint.bundle import Bundle, load_with_tokenizer
 from polarjax.errors import InputError, PolarjaxError
@@ -37,7 +37,7 @@ from polarjax.progress import show_lines, task
 from polarjax.sparsity.calibration import random_batches
 from polarjax.storage.fingerprint import short
 from polarjax.text.corpus import read_text
-from polarjax.text.token_windows import text_windows
+from polarjax.text.token_windows import scored_windows
 
 GRID = (0.05, 0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9)
 TOKENS = 512  # of random batches at each batch size
@@ -70,10 +70,10 @@ COLUMNS = {
 def measure(asked: argparse.Namespace) -> tuple[list[dict[str, Any]], dict[str, Any]]:
     """All rows, and what they have in common."""
     bundle, tokenizer = load_with_tokenizer(asked.model, asked.dtype)
-    config = bundle.model.config
+    config, table = bundle.model.config, kernels(gated=bundle.model.config.gated_mlp)
     texts = [read_text(path) for path in asked.text]
     source = ", ".join(map(str, asked.text))
-    windows = text_windows(texts, tokenizer, asked.window, most=asked.windows, source=source)
+    windows = scored_windows(texts, tokenizer, asked.window, most=asked.windows, source=source).tokens
     batches = [size for size in asked.batches if size <= windows.size]
     together = [size for size in asked.perplexity_batches if size <= len(windows)]
     if not batches or not together or any(len(windows) % size for size in together):
@@ -99,7 +99,7 @@ def measure(asked: argparse.Namespace) -> tuple[list[dict[str, Any]], dict[str, 
     )
     rows, dense = _densities(text, batches, asked)
     rows += _perplexities(bundle, text, dense, together, asked.densities)
-    return rows + _verdicts(rows, config.gated_mlp, asked.tolerance), head
+    return rows + _verdicts(rows, table, asked.tolerance), head
 
 
 def _densities(
@@ -196,9 +196,9 @@ def _cases(bundle: Bundle, batches: Sequence[int], densities: Sequence[float]) -
             yield "router, plan", batch, planned, routers
 
 
-def _verdicts(rows: list[dict[str, Any]], gated: bool, tolerance: float) -> list[dict[str, Any]]:
+def _verdicts(rows: list[dict[str, Any]], measured: list[Kernel], tolerance: float) -> list[dict[str, Any]]:
     """The rows `verdict`: by the oracle, so a real router does worse."""
-    measured, made = kernels(gated=gated), []
+    made = []
     oracle = [row for row in rows if row.get("selector") == "oracle"]
     for batch in sorted({row["batch"] for row in oracle}):
         within = [row for row in oracle if row["batch"] == batch and row["increase"] <= tolerance]
