@@ -17,6 +17,12 @@ MODEL, SHAPE = zoo.model("opt"), (40, 12)
 TRAINING, CALIBRATION = TrainOptions(), CalibrateOptions(batch_sizes=(1, 2))
 
 
+@pytest.fixture(autouse=True)
+def _nothing_else_is_held(monkeypatch):
+    """What other tests of this process keep on the device would count, too."""
+    monkeypatch.setattr(memory, "held_bytes", lambda: 0)
+
+
 def limited(monkeypatch, most: int) -> None:
     for module in (memory, footprint):
         monkeypatch.setattr(module, "device_memory", lambda: most)
