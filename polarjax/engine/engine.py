@@ -1,5 +1,6 @@
 """The host loop over the slots: admits requests, reads their prompts between decoding chunks, and hands out tokens."""
 
+import contextlib
 import itertools
 from collections import deque
 from collections.abc import Iterator, Sequence
@@ -168,10 +169,16 @@ class Engine(Iterator[Event]):
         return going
 
     def close(self) -> None:
-        """Drops all requests and frees the slots' memory."""
+        """Drops all requests and frees the slots' memory, once the device has finished what was sent."""
+        self._settle()
         self._slots = None
         for each in (self._requests, self._waiting, self._reading, self._running, self._sent, self._events):
             each.clear()
+
+    def _settle(self) -> None:
+        """Waits for what was sent: a process that ends while the device works is aborted."""
+        with contextlib.suppress(Exception):  # slots that were donated to a failed call are lost
+            jax.block_until_ready(self._slots)
 
     def __enter__(self) -> Self:
         return self
@@ -183,6 +190,7 @@ class Engine(Iterator[Event]):
         """The next event; waits for the device if there is none yet."""
         while not self._events:
             if not self._requests:
+                self._settle()
                 raise StopIteration
             try:
                 with self._explained():
