@@ -255,15 +255,9 @@ def main() -> int:
         print("wrong results, so no speed is reported", file=sys.stderr)
         return 1
     if "table" in args.verbs:
-        peak, rows = timing.copy_bandwidth(), []
-        head, path = report.provenance(copy_gbps=peak / 1e9), report.results_path("decode.jsonl")
-        print(head, flush=True)
-        for row in table(args.models, args.seconds, peak):
-            rows.append(row)
-            print(row, flush=True)
-            if path:
-                report.append_jsonl(path, [row], head)
-        print(report.table(rows, COLUMNS))
+        peak = timing.copy_bandwidth()
+        rows = table(args.models, args.seconds, peak)
+        report.measure(rows, report.provenance(copy_gbps=peak / 1e9), "decode.jsonl", COLUMNS)
     return 0
 
 

@@ -147,15 +147,9 @@ def main() -> int:
         print("wrong results, so no speed is reported", file=sys.stderr)
         return 1
     if "table" in args.verbs:
-        rate, rows = matmul_flops(), []
-        head, path = report.provenance(matmul_tflops=rate / 1e12), report.results_path("prefill.jsonl")
-        print(head, flush=True)
-        for row in table(args.models, args.seconds, rate):
-            rows.append(row)
-            print(row, flush=True)
-            if path:
-                report.append_jsonl(path, [row], head)
-        print(report.table(rows, COLUMNS))
+        rate = matmul_flops()
+        rows = table(args.models, args.seconds, rate)
+        report.measure(rows, report.provenance(matmul_tflops=rate / 1e12), "prefill.jsonl", COLUMNS)
     return 0
 
 

@@ -65,6 +65,20 @@ def append_jsonl(path: Path, rows: Sequence[Mapping[str, Any]], head: Mapping[st
             file.write(json.dumps({**head, **row}) + "\n")
 
 
+def measure(
+    rows: Iterable[dict[str, Any]], head: Mapping[str, Any], name: str, columns: Sequence[str]
+) -> None:
+    """Prints each row as it comes and all of them as a table; keeps them in the file `name` if OUT is set."""
+    path, found = results_path(name), []
+    print(head, flush=True)
+    for row in rows:
+        found.append(row)
+        print(row, flush=True)
+        if path:
+            append_jsonl(path, [row], head)
+    print(table(found, columns))
+
+
 def read_jsonl(path: Path) -> list[dict[str, Any]]:
     """The rows of a file of JSON lines."""
     return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines() if line.strip()]

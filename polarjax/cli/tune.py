@@ -259,7 +259,7 @@ def _written(
 
     keys = jax.random.split(jax.random.fold_in(key, 1))
     bos = tokenizer.bos_id
-    if bos is None or tokenizer.begins_with_bos or count < 2:
+    if not tokenizer.bos_is_optional or count < 2:
         return own_windows(bundle.model, count, length, keys[0], first=bos)
     halves = ((bos, count - count // 2), (None, count // 2))  # prompts come both ways
     written = [

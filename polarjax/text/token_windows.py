@@ -86,15 +86,12 @@ def text_windows(
     _check_most(most, source)
     bos, documents = tokenizer.bos_id, _documents(DOCUMENT_SEPARATOR.join(texts))
     rows = [np.asarray(ids, np.int32) for ids in tokenizer.ids_of(documents)]
-    stream, is_text = (
-        _joined(rows, bos),
-        _joined([np.ones(len(row)) for row in rows], None if bos is None else 0),
-    )
+    stream, is_text = _joined(rows, bos), _is_text(rows, bos)
     taken = length - (bos is not None)
-    at = _cut(is_text == 0, taken, taken, at_least=1, length=length, source=source)
+    at = _cut(~is_text, taken, taken, at_least=1, length=length, source=source)
     at = at[_spread(len(at), most)]
     tokens = _begun(stream[at], bos)
-    if bos is not None and not tokenizer.begins_with_bos:
+    if tokenizer.bos_is_optional:
         plain = np.flatnonzero((np.arange(len(at)) % 2 == 1) & (at[:, -1] + 1 < len(stream)))
         tokens[plain] = stream[at[plain, :1] + np.arange(length)]
     return tokens
@@ -128,7 +125,7 @@ def scored_windows(
     encoded = [encode_with_bytes(tokenizer.hf, document) for document in documents]
     words = [words_of(document, sizes) for document, (_, sizes) in zip(documents, encoded, strict=True)]
     stream = _joined([ids for ids, _ in encoded], bos)
-    is_text = _joined([np.ones(len(ids)) for ids, _ in encoded], if_bos(0)) > 0
+    is_text = _is_text([ids for ids, _ in encoded], bos)
     at = _cut(~is_text, taken, stride, at_least=1, length=length, source=source)
     is_new = at > np.append(-1, at[:-1, -1])[:, None]
     chosen = _spread(len(at), most)
@@ -179,6 +176,11 @@ def _joined(parts: Sequence[np.ndarray], first: int | None) -> np.ndarray:
     return np.concatenate(
         [np.zeros(0, np.int32), *(np.append(head, part).astype(np.int32) for part in parts)]
     )
+
+
+def _is_text(parts: Sequence[np.ndarray], first: int | None) -> Bool[np.ndarray, "tokens"]:
+    """Which tokens of `_joined(parts, first)` are the parts'."""
+    return _joined([np.ones(len(part)) for part in parts], None if first is None else 0) > 0
 
 
 def _begun(rows: np.ndarray, first: int | None) -> np.ndarray:

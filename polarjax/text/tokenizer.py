@@ -99,9 +99,9 @@ class Tokenizer:
         return self.hf.bos_token_id
 
     @property
-    def begins_with_bos(self) -> bool:
-        """Whether encoding a text puts `bos_id` before it."""
-        return self.bos_id is not None and self.hf.encode("a", verbose=False)[:1] == [self.bos_id]
+    def bos_is_optional(self) -> bool:
+        """Whether prompts come with and without BOS: there is one, as chats begin with it, but encoding adds none."""
+        return self.bos_id is not None and self.hf.encode("a", verbose=False)[:1] != [self.bos_id]
 
     @property
     def eos_id(self) -> int | None:

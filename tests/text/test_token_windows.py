@@ -112,9 +112,9 @@ def test_windows_are_spread_over_the_text(tokenizer):
 
 @pytest.mark.parametrize("kind", ["opt"])
 def test_every_second_window_starts_as_prompts_of_a_tokenizer_without_bos_do(tokenizer, monkeypatch):
-    assert tokenizer.begins_with_bos
+    assert not tokenizer.bos_is_optional
     every = text_windows(TEXTS.values(), tokenizer, 16, source="")
-    monkeypatch.setattr(type(tokenizer), "begins_with_bos", False)
+    monkeypatch.setattr(type(tokenizer), "bos_is_optional", True)
     found = text_windows(TEXTS.values(), tokenizer, 16, source="")
     assert found.shape == every.shape and len(every) > 4
     np.testing.assert_array_equal(found[::2], every[::2])
