@@ -14,6 +14,12 @@ def plain(value: Any) -> Any:
     return value.item() if scalar and value.ndim == 0 else value
 
 
+def spread(count: int, most: int | None) -> np.ndarray:
+    """At most `most` of the indices below `count`, evenly spread; None takes all."""
+    kept = count if most is None else min(count, most)
+    return np.arange(kept) * count // max(kept, 1)
+
+
 def make_plain(instance: object, *names: str) -> None:
     """Applies `plain` to fields of a frozen dataclass, in its `__post_init__`."""
     for name in names:

@@ -15,6 +15,7 @@ import typer
 from polarjax.cli import learning
 from polarjax.cli.inputs import random_key, window_length
 from polarjax.errors import CheckpointError, InputError, SparsityError
+from polarjax.numeric import spread
 from polarjax.sparsity import tune_options
 from polarjax.sparsity.tune_options import TuneOptions
 from polarjax.storage.atomic import absolute, check_free, check_writable
@@ -242,9 +243,8 @@ def _windows(
                 expected="at least 2, one of them to measure on",
                 hint="use a longer text or a smaller --window",
             )
-        count = min(_HELD_OUT, max(1, len(rows) // 50))
         out = np.zeros(len(rows), bool)
-        out[np.arange(count) * len(rows) // count] = True
+        out[spread(len(rows), min(_HELD_OUT, max(1, len(rows) // 50)))] = True
         domains.append(rows[~out])
         held_out.append(rows[out])
     return domains, np.concatenate(held_out)

@@ -11,6 +11,7 @@ from polarjax.evaluation.estimates import ratio
 from polarjax.evaluation.paired import batches
 from polarjax.generation.generate import generate
 from polarjax.model.decoder import Decoder
+from polarjax.numeric import spread
 from polarjax.selection.selectors import Sparsity
 from polarjax.types import Int
 
@@ -34,8 +35,7 @@ def prompts_of(
     windows: Int[np.ndarray, "n T"], options: GreedyOptions, batch_size: int
 ) -> Int[np.ndarray, "m P"]:
     """The starts of m windows, spread evenly; m is `prompts`, at least `batch_size` and at most n."""
-    count = min(len(windows), max(options.prompts, batch_size))
-    return windows[np.arange(count) * len(windows) // count, : options.prompt_tokens]
+    return windows[spread(len(windows), max(options.prompts, batch_size)), : options.prompt_tokens]
 
 
 def greedy_texts(

@@ -18,7 +18,7 @@ from polarjax.model import decoder
 from polarjax.model.checks import check_model, check_windows
 from polarjax.model.parameters import fingerprint
 from polarjax.model.taps import Taps, TapSpec
-from polarjax.numeric import whole_number
+from polarjax.numeric import spread, whole_number
 from polarjax.progress import task
 from polarjax.selection.importance import Importance
 from polarjax.selection.plans import dense_plan
@@ -259,8 +259,7 @@ def split_windows(count: int, held_out: tuple[float, float], seed: int = 0) -> U
 
 def windows_for_means(windows: Int32[np.ndarray, "n T"]) -> Int32[np.ndarray, "m T"]:
     """At most `MEAN_WINDOWS` of the windows, evenly spread."""
-    count = min(len(windows), MEAN_WINDOWS)
-    return windows[np.arange(count) * len(windows) // count]
+    return windows[spread(len(windows), MEAN_WINDOWS)]
 
 
 def measure_means(

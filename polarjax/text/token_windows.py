@@ -6,6 +6,7 @@ from collections.abc import Callable, Sequence
 import numpy as np
 
 from polarjax.errors import InputError
+from polarjax.numeric import spread
 from polarjax.text.corpus import DOCUMENT_SEPARATOR
 from polarjax.text.token_bytes import encode_with_bytes, words_of
 from polarjax.text.tokenizer import Tokenizer
@@ -89,7 +90,7 @@ def text_windows(
     stream, is_text = _joined(rows, bos), _is_text(rows, bos)
     taken = length - (bos is not None)
     at = _cut(~is_text, taken, taken, at_least=1, length=length, source=source)
-    at = at[_spread(len(at), most)]
+    at = at[spread(len(at), most)]
     tokens = _begun(stream[at], bos)
     if tokenizer.bos_is_optional:
         plain = np.flatnonzero((np.arange(len(at)) % 2 == 1) & (at[:, -1] + 1 < len(stream)))
@@ -128,7 +129,7 @@ def scored_windows(
     is_text = _is_text([ids for ids, _ in encoded], bos)
     at = _cut(~is_text, taken, stride, at_least=1, length=length, source=source)
     is_new = at > np.append(-1, at[:-1, -1])[:, None]
-    chosen = _spread(len(at), most)
+    chosen = spread(len(at), most)
     at, is_new = at[chosen], is_new[chosen]
     begun = lambda values: _begun(np.where(is_new, values[at], 0), if_bos(0)).astype(values.dtype)
     return ScoredWindows(
@@ -145,12 +146,6 @@ def _check_most(most: int | None, source: str) -> None:
     """Raises `InputError` unless `most` allows a window."""
     if most is not None and most < 1:
         raise InputError("no window is left", where=source, got=most, expected="at least 1 window")
-
-
-def _spread(count: int, most: int | None) -> Int[np.ndarray, "m"]:
-    """At most `most` of `count` indices, evenly spread."""
-    kept = count if most is None else min(count, most)
-    return np.arange(kept) * count // max(kept, 1)
 
 
 def _checked_stride(stride: int | None, taken: int) -> int:
