@@ -5,7 +5,9 @@
 
 A row's time is that of one step in a compiled loop of many. Its floor is the time that moving `costs.decode_bytes` takes
 at the bandwidth of a copy measured in the same run. Set XLA_PYTHON_CLIENT_MEM_FRACTION=0.95 for the table: the largest
-cache takes nearly all of an H200. If the variable OUT is set, JSON lines are written to that folder.
+cache takes nearly all of an H200; cells that don't fit are left out. OPT-66B and LLaMA-3.1-70B are single layers with
+next to no vocabulary. `--models tiny` runs on any device. If the variable OUT is set, JSON lines are written to that
+folder. bench_torch measures dense steps of the same shapes in PyTorch.
 """
 
 import argparse
@@ -14,7 +16,7 @@ import itertools
 import sys
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -25,20 +27,22 @@ import numpy as np
 
 import polarjax as pj
 from bench import report, timing
-from bench.models import SHAPES, DecodeShape
+from bench.models import SHAPES, TINY_SHAPE, DecodeShape, shape_of
+from bench.random_models import normal, random_model, routers
 from checkpoints_convert import convert_checkpoint
 from pallas_kernels import record_backends
-from polarjax import costs
+from polarjax import costs, memory
 from polarjax.demo.run import PROMPTS
-from polarjax.model.parameters import abstract, parameters, with_parameters
+from polarjax.model.parameters import abstract
 from polarjax.selection.plans import uniform_groups
-from polarjax.selection.routers import Routers, init_routers
+from polarjax.selection.routers import Routers
 from polarjax.selection.selectors import Sparsity, Static
 
 ASSETS = Path(pj.__file__).parent / "assets"
 STEPS = 16
 NEW = 48
-COLUMNS = ("case", "kind", "ms_per_step", "tokens_per_s", "speedup_vs_dense", "bytes", "pct_of_floor")
+COLUMNS = ("case", "kind", "ms_per_step", "tokens_per_s", "speedup_vs_dense", "pct_of_floor", "compile_s")
+ROOM = 2 * 2**30  # bytes for what is neither weight nor cache
 
 
 # ---- correctness -----------------------------------------------------------------------------------------
@@ -118,37 +122,11 @@ def _logits(model, *, prompts, follow, sparsity, implementation=None) -> np.ndar
 # ---- speed -----------------------------------------------------------------------------------------------
 
 
-@functools.partial(jax.jit, static_argnums=(1, 2))
-def _normal(key: jax.Array, shape: tuple[int, ...], scale: float) -> jax.Array:
-    return jax.random.normal(key, shape, jnp.bfloat16) * jnp.bfloat16(scale)
-
-
-def random_model(config: pj.ModelConfig) -> pj.Decoder:
-    """A model with random weights that keep activations of order one."""
-    shapes, key = parameters(abstract(config, jnp.bfloat16)), jax.random.key(0)
-    made = {}
-    for i, (name, leaf) in enumerate(shapes.items()):
-        if name.endswith("scale"):
-            made[name] = jnp.ones(leaf.shape, jnp.bfloat16)
-        else:
-            made[name] = _normal(jax.random.fold_in(key, i), leaf.shape, config.d_model**-0.5)
-    return with_parameters(config, made)
-
-
-def routers(config: pj.ModelConfig) -> Routers:
-    """Untrained routers whose group scores differ by sequence."""
-    shapes = jax.eval_shape(lambda: init_routers(config, jax.random.key(0)))
-    leaves, tree = jax.tree.flatten(shapes)
-    keys = jax.random.split(jax.random.key(1), len(leaves))
-    draw = [_normal(key, leaf.shape, leaf.shape[0] ** -0.5) for key, leaf in zip(keys, leaves, strict=True)]
-    return jax.tree.unflatten(tree, draw)
-
-
 def filled_cache(config: pj.ModelConfig, batch: int, capacity: int) -> pj.KVCache:
     """A cache of random values with room left for the timed steps."""
     shape, key = (batch, config.num_kv_heads, capacity, config.head_dim), jax.random.key(2)
     draw = lambda side: tuple(
-        _normal(jax.random.fold_in(key, 2 * i + side), shape, 1.0) for i in range(config.num_layers)
+        normal(jax.random.fold_in(key, 2 * i + side), shape, 1.0) for i in range(config.num_layers)
     )
     return pj.KVCache(draw(0), draw(1), jnp.full((batch,), capacity - STEPS, jnp.int32))
 
@@ -192,54 +170,81 @@ def seconds_per_step(loop, model, cache: pj.KVCache, sparsity) -> tuple[float, f
 
 
 def kinds(
-    shape: DecodeShape, batch: int, made: Routers
+    shape: DecodeShape, batch: int, made: Routers, *, xla: bool
 ) -> Iterator[tuple[str, Sparsity | None, dict[str, Any]]]:
     """(name, sparsity, options) of each kind of step compared at one batch size."""
     yield "dense", None, {}
-    yield "dense, XLA's attention", None, {"implementation": "xla"}
+    if xla:
+        yield "dense, XLA's attention", None, {"implementation": "xla"}
     yield f"heads {shape.head_density:g}", Sparsity(made, shape.plan(batch, neurons=False)), {}
     if shape.neuron_density:
-        kind = f"heads {shape.head_density:g}, neurons {shape.neuron_density[batch]:g}"
+        kind = f"heads {shape.head_density:g}, neurons {shape.density_at(batch):g}"
         yield kind, Sparsity(made, shape.plan(batch, neurons=True)), {}
 
 
-def table(names: list[str], seconds: float, peak: float) -> Iterator[dict[str, Any]]:
+def fitting(shape: DecodeShape, batches: Sequence[int] | None) -> list[int]:
+    """The batch sizes whose weights and cache fit into the device's memory; says which don't."""
+    limit, found = memory.device_memory(), []
+    for batch in batches or shape.batches:
+        cache = batch * shape.cache * costs.cache_bytes_per_token(shape.config)
+        needed = costs.weights_bytes(shape.config) + cache
+        if limit is None or needed + ROOM < limit:
+            found.append(batch)
+        else:
+            print(f"{shape.name} B{batch} needs {needed / 1e9:.0f} GB of {limit / 1e9:.0f}", flush=True)
+    return found
+
+
+def _compiled(loop: Any) -> tuple[Any, float]:
+    """The program, and the seconds that the compiler took."""
+    started = time.perf_counter()
+    made = loop.compile()
+    return made, time.perf_counter() - started
+
+
+def table(args: argparse.Namespace, peak: float | None) -> Iterator[dict[str, Any]]:
     """One row per case and kind; stops early when time runs out."""
-    deadline = time.monotonic() + seconds
-    for name in names:
-        shape = SHAPES[name]
+    deadline = time.monotonic() + args.seconds
+    for shape in map(shape_of, args.models):
         made = routers(shape.config)
-        todo = [(batch, *kind) for batch in shape.batches for kind in kinds(shape, batch, made)]
+        todo = [
+            (batch, *kind)
+            for batch in fitting(shape, args.batches)
+            for kind in kinds(shape, batch, made, xla=args.xla)
+        ]
         with ThreadPoolExecutor(1) as pool:  # one at a time, because XLA autotunes its products
             traced = (lowered(shape, batch, sparsity, more) for batch, _, sparsity, more in todo)
-            jobs = [pool.submit(loop.compile) for loop in traced]
-        model = random_model(shape.config)
+            jobs = [pool.submit(_compiled, loop) for loop in traced]
+        model = random_model(shape.config) if todo else None
         for batch, of in itertools.groupby(zip(todo, jobs, strict=True), key=lambda each: each[0][0]):
             cache, dense = filled_cache(shape.config, batch, shape.cache), None
             for (_, kind, sparsity, _), job in of:
                 if time.monotonic() > deadline:
                     print("out of time", flush=True)
                     return
-                median, spread, cache = seconds_per_step(job.result(), model, cache, sparsity)
+                loop, compiling = job.result()
+                median, spread, cache = seconds_per_step(loop, model, cache, sparsity)
                 dense = dense or median
-                moved = costs.decode_bytes(
-                    shape.config,
-                    batch_size=batch,
-                    cache_length=shape.cache - STEPS // 2,
-                    plan=sparsity and sparsity.plan,
-                ).total
                 yield {
-                    "case": f"{name} B{batch} S{shape.cache}",
+                    "case": f"{shape.name} B{batch} S{shape.cache}",
                     "kind": kind,
-                    "ms_per_step": median * 1e3,
+                    **times(shape, batch, median, peak, sparsity and sparsity.plan),
                     "spread_ms": spread * 1e3,
-                    "tokens_per_s": batch / median,
                     "speedup_vs_dense": dense / median,
-                    "bytes": moved,
-                    "pct_of_floor": 100 * moved / peak / median,
+                    "compile_s": compiling,
                 }
             del cache
         del model, made
+
+
+def times(
+    shape: DecodeShape, batch: int, seconds: float, peak: float | None, plan: pj.SparsityPlan | None = None
+) -> dict[str, float]:
+    """The columns of a step's time: speed, the bytes it must move, and the share of its floor at `peak` bytes/s."""
+    length = shape.cache - STEPS // 2
+    moved = costs.decode_bytes(shape.config, batch_size=batch, cache_length=length, plan=plan).total
+    row = {"ms_per_step": seconds * 1e3, "tokens_per_s": batch / seconds, "bytes": moved}
+    return row if peak is None else row | {"pct_of_floor": 100 * moved / peak / seconds}
 
 
 def main() -> int:
@@ -247,17 +252,22 @@ def main() -> int:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("verbs", nargs="+", choices=("check", "table"))
-    parser.add_argument("--models", nargs="+", default=list(SHAPES), choices=tuple(SHAPES))
+    parser.add_argument("--models", nargs="+", default=list(SHAPES), choices=(*SHAPES, TINY_SHAPE.name))
+    parser.add_argument("--batches", nargs="+", type=int, help="instead of those of the shape")
+    parser.add_argument("--xla", action="store_true", help="also the dense step with XLA's attention")
     parser.add_argument("--seconds", type=float, default=240, help="time limit for the table")
     args = parser.parse_args()
-    timing.require_gpu()
+    tiny = args.models == [TINY_SHAPE.name]
+    if not tiny:
+        timing.require_gpu()
     if "check" in args.verbs and not run_checks():
         print("wrong results, so no speed is reported", file=sys.stderr)
         return 1
     if "table" in args.verbs:
-        peak = timing.copy_bandwidth()
-        rows = table(args.models, args.seconds, peak)
-        report.measure(rows, report.provenance(copy_gbps=peak / 1e9), "decode.jsonl", COLUMNS)
+        peak = None if tiny else timing.copy_bandwidth()
+        more = {} if peak is None else {"copy_gbps": peak / 1e9}
+        head = report.provenance(persistent_cache=report.cache_state(), **more)
+        report.measure(table(args, peak), head, "decode.jsonl", COLUMNS)
     return 0
 
 

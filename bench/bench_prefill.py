@@ -22,8 +22,8 @@ import numpy as np
 
 import polarjax as pj
 from bench import report, timing
-from bench.bench_decode import random_model
 from bench.models import SHAPES
+from bench.random_models import random_model
 from polarjax.model.parameters import abstract, parameters
 from polarjax.model.prompt_attention import attend
 
@@ -139,7 +139,7 @@ def main() -> int:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("verbs", nargs="+", choices=("check", "table"))
-    parser.add_argument("--models", nargs="+", default=list(SHAPES), choices=tuple(SHAPES))
+    parser.add_argument("--models", nargs="+", default=["opt-6.7b", "llama-2-7b"], choices=tuple(SHAPES))
     parser.add_argument("--seconds", type=float, default=120, help="time limit for the table")
     args = parser.parse_args()
     timing.require_gpu()

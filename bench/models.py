@@ -1,6 +1,7 @@
-"""Configurations of published models, for measuring whole decoding steps with random weights."""
+"""Published models, for measuring whole decoding steps with random weights."""
 
-from dataclasses import dataclass
+import bisect
+import dataclasses
 
 import polarjax as pj
 from polarjax.selection.plans import uniform_groups
@@ -25,6 +26,12 @@ OPT_6_7B = pj.ModelConfig(
     position_offset=2,
     tie_embeddings=True,
 )
+OPT_30B = dataclasses.replace(
+    OPT_6_7B, num_layers=48, d_model=7168, d_ff=28672, num_heads=56, num_kv_heads=56
+)
+OPT_66B = dataclasses.replace(
+    OPT_6_7B, num_layers=64, d_model=9216, d_ff=36864, num_heads=72, num_kv_heads=72
+)
 LLAMA_2_7B = pj.ModelConfig(
     vocab_size=32000,
     num_layers=32,
@@ -36,17 +43,62 @@ LLAMA_2_7B = pj.ModelConfig(
     max_positions=4096,
     rope=pj.RopeConfig(),
 )
+LLAMA_2_13B = dataclasses.replace(
+    LLAMA_2_7B, num_layers=40, d_model=5120, d_ff=13824, num_heads=40, num_kv_heads=40
+)
+LLAMA_3_1_8B = dataclasses.replace(
+    LLAMA_2_7B,
+    vocab_size=128256,
+    d_ff=14336,
+    num_kv_heads=8,
+    max_positions=131072,
+    rope=pj.RopeConfig(theta=5e5, scaling="llama3", factor=8.0, original_max_positions=8192),
+)
+LLAMA_3_1_70B = dataclasses.replace(LLAMA_3_1_8B, num_layers=80, d_model=8192, d_ff=28672, num_heads=64)
+MISTRAL_7B = dataclasses.replace(
+    LLAMA_2_7B,
+    vocab_size=32768,
+    d_ff=14336,
+    num_kv_heads=8,
+    max_positions=32768,
+    rope=pj.RopeConfig(theta=1e6),
+)
+QWEN_2_5_14B = dataclasses.replace(
+    LLAMA_2_7B,
+    vocab_size=152064,
+    num_layers=48,
+    d_model=5120,
+    d_ff=13824,
+    num_heads=40,
+    num_kv_heads=8,
+    max_positions=131072,
+    norm_eps=1e-6,
+    qkv_bias=True,
+    rope=pj.RopeConfig(theta=1e6),
+)
+TINY = pj.ModelConfig(
+    vocab_size=256,
+    num_layers=2,
+    d_model=32,
+    d_ff=64,
+    num_heads=4,
+    num_kv_heads=4,
+    head_dim=16,
+    max_positions=256,
+    rope=pj.RopeConfig(),
+)
 
 
-@dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True)
 class DecodeShape:
     """A model and the sizes at which its decoding steps are measured.
 
     Attributes:
       cache: S, positions of each sequence.
       batches: B to measure.
-      head_density: published critical density; the first layer's attention stays dense.
-      neuron_density: published mean k / F of each batch size, for models with neuron routers.
+      head_density: published critical density.
+      neuron_density: published mean k / F by batch size, for models with neuron routers.
+      dense_layers: layers whose attention stays dense.
     """
 
     name: str
@@ -54,20 +106,66 @@ class DecodeShape:
     cache: int
     batches: tuple[int, ...]
     head_density: float
-    neuron_density: dict[int, float]
+    neuron_density: dict[int, float] = dataclasses.field(default_factory=dict)
+    dense_layers: tuple[int, ...] = (0,)
 
     def plan(self, batch: int, *, neurons: bool) -> pj.SparsityPlan:
-        """The same counts in every layer, with neurons rounded up to a multiple of 128."""
-        layers = self.config.num_layers
-        groups = uniform_groups(self.config, self.head_density)
-        kept = -(-int(self.neuron_density.get(batch, 1.0) * self.config.d_ff) // 128) * 128
-        return pj.SparsityPlan((kept if neurons else None,) * layers, groups)
+        """The same counts in every layer."""
+        groups = uniform_groups(self.config, self.head_density, dense_layers=self.dense_layers)
+        return pj.SparsityPlan((self._neurons(batch) if neurons else None,) * self.config.num_layers, groups)
+
+    def density_at(self, batch: int) -> float:
+        """k / F at the next larger batch size that has a published value, 1 if there is none."""
+        known = sorted(self.neuron_density)
+        at = bisect.bisect_left(known, batch)
+        return self.neuron_density[known[at]] if at < len(known) else 1.0
+
+    def _neurons(self, batch: int) -> int | None:
+        """Neurons kept in each layer, rounded up to a multiple of 128; None for all."""
+        density = self.density_at(batch)
+        return None if density == 1.0 else -(-int(density * self.config.d_ff) // 128) * 128
+
+    def plans(self) -> pj.PlanTable:
+        """The plans of all batch sizes, as a bundle holds them."""
+        L, sizes = self.config.num_layers, tuple(sorted(self.neuron_density)) or (1,)
+        return pj.PlanTable(
+            num_layers=L,
+            num_neurons=self.config.d_ff,
+            num_groups=self.config.num_kv_heads,
+            batch_sizes=sizes,
+            neurons=tuple((self._neurons(size),) * L for size in sizes),
+            recall=((1.0,) * L,) * len(sizes),
+            head_density=self.head_density,
+            dense_layers=self.dense_layers,
+        )
+
+
+def _layer(name: str, config: pj.ModelConfig, cache: int, *densities) -> DecodeShape:
+    """One layer of a model that is too large, with next to no vocabulary."""
+    config = dataclasses.replace(config, num_layers=1, vocab_size=1024)
+    return DecodeShape(name, config, cache, (1, 16, 64), *densities, dense_layers=())
 
 
 SHAPES = {
     shape.name: shape
     for shape in (
         DecodeShape("opt-6.7b", OPT_6_7B, 1920, (1, 16, 64), 0.5, {1: 0.095, 16: 0.40, 64: 0.62}),
-        DecodeShape("llama-2-7b", LLAMA_2_7B, 3968, (1, 16, 48), 0.5, {}),
+        DecodeShape("llama-2-7b", LLAMA_2_7B, 3968, (1, 16, 48), 0.5),
+        DecodeShape("opt-30b", OPT_30B, 1920, (1, 16), 0.4, {1: 0.075, 16: 0.30, 64: 0.53}),
+        DecodeShape("llama-2-13b", LLAMA_2_13B, 3968, (1, 16, 32), 0.5),
+        DecodeShape("llama-3.1-8b", LLAMA_3_1_8B, 8192, (1, 16, 64), 0.625),
+        DecodeShape("mistral-7b", MISTRAL_7B, 8192, (1, 16, 64), 0.5),
+        DecodeShape("qwen2.5-14b", QWEN_2_5_14B, 8192, (1, 16, 64), 0.625),
+        _layer("opt-66b-layer", OPT_66B, 1920, 0.3, {1: 0.075, 16: 0.26, 64: 0.49}),
+        _layer("llama-3.1-70b-layer", LLAMA_3_1_70B, 8192, 0.625),
     )
 }
+"""OPT-30B and LLaMA-2-13B don't fit into an H200 at batch 64."""
+
+TINY_SHAPE = DecodeShape("tiny", TINY, 64, (1, 2), 0.5)
+"""To try the benches without a GPU."""
+
+
+def shape_of(name: str) -> DecodeShape:
+    """A published shape, or the tiny one."""
+    return TINY_SHAPE if name == TINY_SHAPE.name else SHAPES[name]

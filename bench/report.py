@@ -20,12 +20,13 @@ def provenance(**more: Any) -> dict[str, Any]:
         "device": device.device_kind,
         "platform": device.platform,
         "jax": jax.__version__,
-        "commit": _commit(),
+        "commit": commit(),
         **more,
     }
 
 
-def _commit() -> str:
+def commit() -> str:
+    """The commit that is measured: BENCH_COMMIT, or git's."""
     if known := os.environ.get("BENCH_COMMIT"):
         return known
     command = ["git", "-C", str(ROOT), "rev-parse", "--short=12", "HEAD"]
@@ -34,6 +35,14 @@ def _commit() -> str:
     except FileNotFoundError:
         return "unknown"
     return found.stdout.strip() or "unknown"
+
+
+def cache_state() -> str:
+    """Whether JAX keeps compiled programs on disk, and had some: "off", "empty" or "filled"."""
+    folder = jax.config.jax_compilation_cache_dir  # pyright: ignore[reportAttributeAccessIssue]
+    if not folder:
+        return "off"
+    return "filled" if os.path.isdir(folder) and os.listdir(folder) else "empty"
 
 
 def table(rows: Sequence[Mapping[str, Any]], columns: Sequence[str]) -> str:

@@ -39,13 +39,15 @@ def read_prompts(model: Decoder, tokens, lengths, *, capacity: int) -> tuple[Flo
 
 
 @functools.partial(overlapping_jit, static_argnames=("room", "implementation"), donate_argnames=("cache",))
-def _write(model: Decoder, logits, cache: KVCache, prompts, rules: Rules, sparsity, *, room, implementation):
-    def write(model, logits, cache, prompts, rules, sparsity):
+def write(model: Decoder, logits, cache: KVCache, prompts, rules: Rules, sparsity, *, room, implementation):
+    """Continues prompts that were read: the `Generation` and the final cache, which reuses the buffers of `cache`."""
+
+    def loop(model, logits, cache, prompts, rules, sparsity):
         step = functools.partial(model_step, model, sparsity=sparsity, implementation=implementation)
         seen = ids_in(prompts[0], prompts[1], logits.shape[1])
         return decode_loop(step, logits, cache, rules, seen, room=room)
 
-    return auto_axes(write, logits, model, logits, cache, prompts, rules, sparsity)
+    return auto_axes(loop, logits, model, logits, cache, prompts, rules, sparsity)
 
 
 def model_step(model: Decoder, token, cache, live, *, sparsity, implementation):
@@ -166,7 +168,7 @@ def generate(
         implementation=implementation,
     )
     options = {"room": started.room, "implementation": implementation}
-    made, _ = _write(model, started.logits, started.cache, started.batch, started.rules, sparsity, **options)
+    made, _ = write(model, started.logits, started.cache, started.batch, started.rules, sparsity, **options)
     return made if started.limit == started.room else _shortened(made, started.limit)
 
 

@@ -12,7 +12,15 @@ from bench import bench_selection, check_sparse_mlp, workloads
 from bench.check_sparse_mlp import checks, kind
 from bench.report import ROOT
 
-GPU = ("bench_decode_attention", "bench_sparse_mlp", "bench_selection", "bench_decode", "bench_prefill")
+GPU = (
+    "bench_decode_attention",
+    "bench_sparse_mlp",
+    "bench_selection",
+    "bench_decode",
+    "bench_prefill",
+    "bench_generate",
+)
+TORCH = ("bench_torch",)
 VERBLESS = ("read_floor",)  # on a GPU, too
 CPU = ("bench_convert", "bench_startup", "roofline", "readme_tables")
 
@@ -22,7 +30,7 @@ def run(monkeypatch, name: str, *arguments: str) -> int:
     return importlib.import_module(f"bench.{name}").main()
 
 
-@pytest.mark.parametrize("name", [*GPU, *VERBLESS, *CPU, "check_sparse_mlp"])
+@pytest.mark.parametrize("name", [*GPU, *TORCH, *VERBLESS, *CPU, "check_sparse_mlp"])
 def test_help(monkeypatch, capsys, name):
     with pytest.raises(SystemExit) as ended:
         run(monkeypatch, name, "--help")
@@ -45,14 +53,25 @@ def test_without_a_gpu_one_line_says_so(monkeypatch, name, verb):
     assert "\n" not in str(ended.value)
 
 
+def test_without_pytorchs_gpu_one_line_says_so(monkeypatch):
+    with pytest.raises(SystemExit, match=r"^bench: needs a GPU that PyTorch can use; got none\. Hint: .*"):
+        run(monkeypatch, "bench_torch", "torch")
+
+
 def test_every_bench_is_on_the_page():
     page = (ROOT / "bench" / "README.md").read_text(encoding="utf-8")
     scripts = {
         path.stem for path in (ROOT / "bench").glob("*.py") if 'if __name__ == "__main__"' in path.read_text()
     }
-    assert scripts == {*GPU, *VERBLESS, *CPU, "check_sparse_mlp"}
+    assert scripts == {*GPU, *TORCH, *VERBLESS, *CPU, "check_sparse_mlp"}
     named = set(re.findall(r"^\| (`.*?`) \|", page, re.MULTILINE))
-    assert set(re.findall(r"`(\w+)`", " ".join(named))) >= {*GPU, *VERBLESS, "bench_convert", "bench_startup"}
+    assert set(re.findall(r"`(\w+)`", " ".join(named))) >= {
+        *GPU,
+        *TORCH,
+        *VERBLESS,
+        "bench_convert",
+        "bench_startup",
+    }
     numbers = (*workloads.BATCHES, *(f"{d:g}".lstrip("0") for d in workloads.DENSITIES))
     assert all(str(number) in page for number in numbers)
 
