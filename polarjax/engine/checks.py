@@ -1,4 +1,4 @@
-"""Checks of what an engine and its requests ask for."""
+"""Checks of what an engine and its requests ask for; what they return is in the form that the engine takes."""
 
 from collections.abc import Mapping
 from typing import Any
@@ -7,7 +7,7 @@ import numpy as np
 
 from polarjax.checkpoint.bundle import Bundle, needed_tokenizer
 from polarjax.configs import ModelConfig
-from polarjax.engine.requests import RowSettings
+from polarjax.engine.requests import Request, RowSettings
 from polarjax.engine.slots import MOST_LOGPROBS, STOP_IDS
 from polarjax.errors import InputError
 from polarjax.generation.checks import (
@@ -19,9 +19,11 @@ from polarjax.generation.checks import (
     check_stop_ids,
 )
 from polarjax.generation.sampling import row_of
+from polarjax.generation.stream import CONTEXT
 from polarjax.model.checks import check_room, check_vocabulary, host_array
 from polarjax.numeric import check_type
 from polarjax.text import continuation
+from polarjax.text.assembly import Assembler
 from polarjax.text.continuation import DEFAULT_NEW_TOKENS, ContinueOptions
 from polarjax.text.prompts import as_prompts
 from polarjax.types import Int32
@@ -34,6 +36,36 @@ def check_dense(dense: Any, head_density: float | None) -> None:
         hint = "leave one of them out"
         raise InputError(
             "dense and head_density contradict each other", where="Engine", got=head_density, hint=hint
+        )
+
+
+def as_request(
+    number: int, prompt: Any, bundle: Bundle, capacity: int, *, seed: Any, logprobs: Any, **given: Any
+) -> Request:
+    """A request from what `Engine.submit` was given, which lists the errors; None is the model's own setting."""
+    config, settings = bundle.model.config, bundle.generation
+    ids = prompt_ids(prompt, bundle)
+    wanted, usual = given.pop("max_new_tokens"), settings.max_new_tokens
+    limit = check_length(config, len(ids), wanted, usual, capacity)
+    options = ContinueOptions.of(settings, max_new_tokens=limit, **given)
+    strings, stops = split_stops(options, bundle)
+    row = row_settings(options, stops, seed, logprobs, config.vocab_size)
+    assembler = None
+    if bundle.tokenizer is not None:
+        context = ids[-CONTEXT:].tolist()
+        assembler = Assembler(bundle.tokenizer.decode_ids, context=context, stop_strings=strings)
+    return Request(number, ids, row, assembler)
+
+
+def check_idle(in_use: int) -> None:
+    """Raises `InputError` if slots are in use."""
+    if in_use:
+        raise InputError(
+            "requests are running",
+            where="Engine.warm_up",
+            got=f"{in_use} slots in use",
+            expected="none",
+            hint="warm the engine up before it runs requests, or once it has finished them",
         )
 
 

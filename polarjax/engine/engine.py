@@ -1,7 +1,9 @@
 """The host loop over the slots: admits requests, reads their prompts between decoding chunks, and hands out tokens."""
 
 import contextlib
+import functools
 import itertools
+import threading
 from collections import deque
 from collections.abc import Iterator, Sequence
 from typing import Any, Self
@@ -19,16 +21,13 @@ from polarjax.engine.slots import FAILED, LENGTH, STOPPED, Drawn, Slots, decode,
 from polarjax.errors import InputError
 from polarjax.generation.overlap import overlapping_jit
 from polarjax.generation.sampling import Sampler
-from polarjax.generation.stream import CONTEXT
 from polarjax.generation.token_loop import CHUNK
 from polarjax.memory import explained_out_of_memory
 from polarjax.model.checks import check_implementation
 from polarjax.numeric import check_type, whole_number
 from polarjax.selection.selectors import Sparsity
-from polarjax.text.assembly import Assembler
-from polarjax.text.continuation import ContinueOptions
 from polarjax.text.prompts import Message
-from polarjax.types import Array, Implementation, Int
+from polarjax.types import Array, Implementation, Int, Int32
 
 READ_TOKENS = 2048
 """Prompt tokens that are read between two decoding chunks, at most."""
@@ -44,10 +43,11 @@ _decode = overlapping_jit(decode, static_argnames=("steps", "implementation"), d
 class Engine(Iterator[Event]):
     """Continues requests as they come, many at a time: each gets a slot, and frees it for the next when it ends.
 
-    Iterating runs the requests and yields their events until nothing is left to do; then more can be submitted. One
-    thread iterates; any thread may submit and cancel. A request's tokens don't depend on its slot, its company or when
-    it came, unless the plan selects neurons, which is done for all running rows together. A prompt that begins with 32
-    tokens or more that a slot still holds reads only the rest.
+    Iterating runs the requests and yields their events until nothing is left to do; then more can be submitted. Any
+    thread may submit, cancel and close while one iterates; where several iterate, each event goes to one of them. A
+    request's tokens don't depend on its slot, its company or when it came, unless the plan selects neurons, which is
+    done for all running rows together. A prompt that begins with 32 tokens or more that a slot still holds reads only
+    the rest.
 
     Args:
       bundle: the model, with a tokenizer for text and with routers and plans for sparse decoding.
@@ -90,9 +90,10 @@ class Engine(Iterator[Event]):
         self._bundle, self._implementation = bundle, implementation
         skip = bundle.sparsity_by_batch(None if dense else "auto", head_density)
         self._plans: dict[int, Sparsity | None] = {size: skip(size) for size in plan_sizes(self.slots)}
+        sizes = {"batch_size": self.slots, "cache_length": self.capacity, "dtype": model.dtype}
+        self._explained = functools.partial(explained_out_of_memory, model.config, **sizes, option="slots")
         with self._explained():
-            sizes = {"slots": self.slots, "capacity": self.capacity, "dtype": model.dtype}
-            made: Slots = _make(model.config, **sizes)
+            made: Slots = _make(model.config, slots=self.slots, capacity=self.capacity, dtype=model.dtype)
         self._slots: Slots | None = made
         self._packer = Packer(most, slots=self.slots, capacity=self.capacity, best=made.rules.best)
         self._prefixes = Prefixes(self.slots)
@@ -106,6 +107,8 @@ class Engine(Iterator[Event]):
         self._cancelled: deque[int] = deque()
         self._sent: deque[tuple[Drawn, list[tuple[int, Request]]]] = deque()
         self._events: deque[Event] = deque()
+        self._entry = threading.Lock()  # of what comes: no request enters an engine that is being closed
+        self._work = threading.RLock()  # of the slots and of what runs; taken before `_entry`
 
     def submit(
         self,
@@ -137,28 +140,23 @@ class Engine(Iterator[Event]):
           CheckpointError: text is given or to be found, but the bundle has no tokenizer.
         """
         self._check_open()
-        bundle = self._bundle
-        config, settings = bundle.model.config, bundle.generation
-        ids = checks.prompt_ids(prompt, bundle)
-        options = ContinueOptions.of(
-            settings,
-            max_new_tokens=checks.check_length(
-                config, len(ids), max_new_tokens, settings.max_new_tokens, self.capacity
-            ),
+        request = checks.as_request(
+            next(self._ids),
+            prompt,
+            self._bundle,
+            self.capacity,
+            seed=seed,
+            logprobs=logprobs,
+            max_new_tokens=max_new_tokens,
             sampler=sampler,
             stop_ids=stop_ids,
             stop_strings=stop_strings,
             repetition_penalty=repetition_penalty,
         )
-        strings, stops = checks.split_stops(options, bundle)
-        row = checks.row_settings(options, stops, seed, logprobs, config.vocab_size)
-        assembler = None
-        if bundle.tokenizer is not None:
-            context = ids[-CONTEXT:].tolist()
-            assembler = Assembler(bundle.tokenizer.decode_ids, context=context, stop_strings=strings)
-        request = Request(next(self._ids), ids, row, assembler)
-        self._requests[request.id] = request
-        self._waiting.append(request)
+        with self._entry:
+            self._check_open()
+            self._requests[request.id] = request
+            self._waiting.append(request)
         return request.id
 
     def cancel(self, request: int) -> bool:
@@ -170,10 +168,13 @@ class Engine(Iterator[Event]):
 
     def close(self) -> None:
         """Drops all requests and frees the slots' memory, once the device has finished what was sent."""
-        self._settle()
-        self._slots = None
-        for each in (self._requests, self._waiting, self._reading, self._running, self._sent, self._events):
-            each.clear()
+        with self._work, self._entry:
+            self._settle()
+            self._slots = None
+            held = self._requests, self._waiting, self._reading, self._running, self._sent, self._events
+            for each in held:
+                each.clear()
+            self._unused = deque(range(self.slots))
 
     def _settle(self) -> None:
         """Waits for what was sent: a process that ends while the device works is aborted."""
@@ -188,17 +189,14 @@ class Engine(Iterator[Event]):
 
     def __next__(self) -> Event:
         """The next event; waits for the device if there is none yet."""
-        while not self._events:
-            if not self._requests:
-                self._settle()
-                raise StopIteration
-            try:
-                with self._explained():
+        with self._work:
+            while not self._events:
+                if not self._requests:
+                    self._settle()
+                    raise StopIteration
+                with self._closed_on_failure():
                     self._turn()
-            except BaseException:  # slots that were donated to a failed call are lost
-                self.close()
-                raise
-        return self._events.popleft()
+            return self._events.popleft()
 
     @property
     def waiting(self) -> int:
@@ -211,16 +209,21 @@ class Engine(Iterator[Event]):
         return self.slots - len(self._unused)
 
     def warm_up(self) -> None:
-        """Compiles all programs that the engine can need, so that no request waits for one."""
-        self._check_open()
-        for shape in self._packer.shapes:
-            self._call(_read, self._packer.reading([], shape))
-        for size in self._plans:
-            self._decode(size)
-        nothing = np.zeros(self.capacity, np.int32)
-        numbers = jax.device_put((np.int32(0), np.int32(0), nothing, np.int32(0)))
-        self._slots = _share(self._slots, *numbers)
-        jax.block_until_ready(self._slots)
+        """Compiles all programs that the engine can need, so that no request waits for one.
+
+        Raises:
+          InputError: the engine is closed, or requests have slots: steps that nobody looks at would lose their tokens.
+        """
+        with self._work:
+            self._check_open()
+            checks.check_idle(self.in_use)
+            with self._closed_on_failure():
+                for shape in self._packer.shapes:
+                    self._call(_read, self._packer.reading([], shape))
+                for size in self._plans:
+                    self._decode(size)
+                self._copy(0, 0, np.zeros(0, np.int32))
+                jax.block_until_ready(self._slots)
 
     def _turn(self) -> None:
         """Sends the device its next work, then handles what came before it, so that it never waits for the host."""
@@ -228,10 +231,9 @@ class Engine(Iterator[Event]):
             self._finish(self._requests.get(self._cancelled.popleft()))
         while self._unused and self._waiting:
             request = self._waiting.popleft()
-            if request.id in self._requests:  # not cancelled
-                request.slot = self._unused.popleft()
-                self._share_prefix(request, self._prefixes.find(request.prompt))
-                self._reading.append(request)
+            request.slot = self._unused.popleft()
+            self._share_prefix(request, self._prefixes.find(request.prompt))
+            self._reading.append(request)
         before = len(self._sent)
         if self._reading:
             self._read_prompts()
@@ -246,10 +248,13 @@ class Engine(Iterator[Event]):
         self._prefixes.drop(request.slot)
         if found is not None:
             source, request.read = found
-            tokens = np.zeros(self.capacity, np.int32)
-            tokens[: request.read] = request.prompt[: request.read]
-            numbers = (np.int32(source), np.int32(request.slot), tokens, np.int32(request.read))
-            self._slots = _share(self._slots, *jax.device_put(numbers))
+            self._copy(source, request.slot, request.prompt[: request.read])
+
+    def _copy(self, source: int, target: int, ids: Int32[np.ndarray, "n"]) -> None:
+        """Copies the slot `source`, which holds these tokens, into the slot `target`."""
+        tokens = np.pad(ids, (0, self.capacity - len(ids)))
+        numbers = (np.int32(source), np.int32(target), tokens, np.int32(len(ids)))
+        self._slots = _share(self._slots, *jax.device_put(numbers))
 
     def _read_prompts(self) -> None:
         pieces, reading = self._packer.pack(self._reading)
@@ -316,8 +321,11 @@ class Engine(Iterator[Event]):
             self._forget(request)
 
     def _forget(self, request: Request) -> None:
-        """Frees the request's slot, if it still has it."""
-        del self._requests[request.id]
+        """Frees the request's slot, or its place among those that wait, if it still has one."""
+        with self._entry:
+            del self._requests[request.id]
+            if request.slot < 0:
+                self._waiting.remove(request)
         if request in self._reading:
             self._reading.remove(request)
             self._unused.append(request.slot)
@@ -330,7 +338,12 @@ class Engine(Iterator[Event]):
         if self._slots is None:
             raise InputError("the engine is closed", where="Engine", hint="make another one")
 
-    def _explained(self):
-        model = self._bundle.model
-        sizes = {"batch_size": self.slots, "cache_length": self.capacity, "dtype": model.dtype}
-        return explained_out_of_memory(model.config, **sizes, option="slots")
+    @contextlib.contextmanager
+    def _closed_on_failure(self) -> Iterator[None]:
+        """Closes the engine if a call fails, as slots that were donated to it are lost; explains a lack of memory."""
+        try:
+            with self._explained():
+                yield
+        except BaseException:
+            self.close()
+            raise
