@@ -57,6 +57,12 @@ def as_request(
     return Request(number, ids, row, assembler)
 
 
+def check_open(closed: bool) -> None:
+    """Raises `InputError` if the engine is closed."""
+    if closed:
+        raise InputError("the engine is closed", where="Engine", hint="make another one")
+
+
 def check_idle(in_use: int) -> None:
     """Raises `InputError` if slots are in use."""
     if in_use:

@@ -18,7 +18,6 @@ from polarjax.engine.prefixes import Prefixes
 from polarjax.engine.requests import Event, Finished, Request
 from polarjax.engine.sizes import plan_sizes, slots_and_capacity
 from polarjax.engine.slots import FAILED, LENGTH, STOPPED, Drawn, Slots, decode, make_slots, read, share
-from polarjax.errors import InputError
 from polarjax.generation.overlap import overlapping_jit
 from polarjax.generation.sampling import Sampler
 from polarjax.generation.token_loop import CHUNK
@@ -34,7 +33,7 @@ READ_TOKENS = 2048
 
 _ENDINGS: dict[int, Finished] = {STOPPED: "stop", LENGTH: "length", FAILED: "failed"}
 
-_make = jax.jit(make_slots, static_argnames=("config", "slots", "capacity", "dtype"))
+_make = jax.jit(make_slots, static_argnums=(1, 2), keep_unused=True)
 _read = jax.jit(read, donate_argnames=("slots",))
 _share = jax.jit(share, donate_argnames=("slots",))
 _decode = overlapping_jit(decode, static_argnames=("steps", "implementation"), donate_argnames=("slots",))
@@ -93,7 +92,7 @@ class Engine(Iterator[Event]):
         sizes = {"batch_size": self.slots, "cache_length": self.capacity, "dtype": model.dtype}
         self._explained = functools.partial(explained_out_of_memory, model.config, **sizes, option="slots")
         with self._explained():
-            made: Slots = _make(model.config, slots=self.slots, capacity=self.capacity, dtype=model.dtype)
+            made: Slots = _make(model, self.slots, self.capacity)
         self._slots: Slots | None = made
         self._packer = Packer(most, slots=self.slots, capacity=self.capacity, best=made.rules.best)
         self._prefixes = Prefixes(self.slots)
@@ -139,7 +138,7 @@ class Engine(Iterator[Event]):
           InputError: the engine is closed, the prompt is empty or too long, or an option is out of range.
           CheckpointError: text is given or to be found, but the bundle has no tokenizer.
         """
-        self._check_open()
+        checks.check_open(self.closed)
         request = checks.as_request(
             next(self._ids),
             prompt,
@@ -154,7 +153,7 @@ class Engine(Iterator[Event]):
             repetition_penalty=repetition_penalty,
         )
         with self._entry:
-            self._check_open()
+            checks.check_open(self.closed)
             self._requests[request.id] = request
             self._waiting.append(request)
         return request.id
@@ -199,6 +198,11 @@ class Engine(Iterator[Event]):
             return self._events.popleft()
 
     @property
+    def closed(self) -> bool:
+        """Whether it takes no more requests."""
+        return self._slots is None
+
+    @property
     def waiting(self) -> int:
         """Requests without a slot."""
         return len(self._waiting)
@@ -215,7 +219,7 @@ class Engine(Iterator[Event]):
           InputError: the engine is closed, or requests have slots: steps that nobody looks at would lose their tokens.
         """
         with self._work:
-            self._check_open()
+            checks.check_open(self.closed)
             checks.check_idle(self.in_use)
             with self._closed_on_failure():
                 for shape in self._packer.shapes:
@@ -333,10 +337,6 @@ class Engine(Iterator[Event]):
             del self._running[request.slot]
             self._halted[request.slot] = True
             self._unused.append(request.slot)
-
-    def _check_open(self) -> None:
-        if self._slots is None:
-            raise InputError("the engine is closed", where="Engine", hint="make another one")
 
     @contextlib.contextmanager
     def _closed_on_failure(self) -> Iterator[None]:

@@ -45,7 +45,7 @@ class Packer:
     """
 
     def __init__(self, most: int, *, slots: int, capacity: int, best: int | None) -> None:
-        self._most, self._slots, self._best = most, slots, best
+        self._most, self._slots, self._capacity, self._best = most, slots, capacity, best
         self._longest = min(most, capacity)
         self._piece = min(PIECE, self._longest)
 
@@ -69,8 +69,9 @@ class Packer:
 
     @property
     def _largest(self) -> int:
-        """The largest power of two of pieces in a call."""
-        return 1 << ((self._most // self._piece).bit_length() - 1)
+        """Most pieces in a call, a power of two: as many as `most` tokens are, but no more than all slots can need."""
+        needed = self._slots * -(-self._capacity // self._piece)
+        return min(1 << ((self._most // self._piece).bit_length() - 1), 1 << (needed - 1).bit_length())
 
     def _cut(self, request: Request) -> Iterator[Piece]:
         for start in range(request.read, len(request.prompt), self._piece):

@@ -6,7 +6,6 @@ import functools
 import jax
 import jax.numpy as jnp
 
-from polarjax.configs import ModelConfig
 from polarjax.generation.generate import model_step
 from polarjax.generation.logprobs import LogProbs, no_log_probs
 from polarjax.generation.sampling import Categorical
@@ -77,9 +76,13 @@ class Drawn:
     logprobs: LogProbs | None
 
 
-def make_slots(config: ModelConfig, *, slots: int, capacity: int, dtype: jnp.dtype) -> Slots:
-    """B = `slots` rows without a request, each with S = `capacity` positions of cache. Traceable."""
-    B = slots
+def make_slots(model: Decoder, slots: int, capacity: int) -> Slots:
+    """B = `slots` rows without a request, each with S = `capacity` positions of cache. Traceable.
+
+    Jitted with `keep_unused`, they are bound to the model's device if it is, like the slots that other programs return:
+    so none is compiled for both.
+    """
+    B, config = slots, model.config
     zeros, ones = jnp.zeros(B, jnp.int32), jnp.ones(B, jnp.float32)
     none = jnp.zeros(B, bool)
     rules = Rules(
@@ -92,7 +95,7 @@ def make_slots(config: ModelConfig, *, slots: int, capacity: int, dtype: jnp.dty
         best=min(MOST_LOGPROBS, config.vocab_size),
     )
     seen = jnp.zeros((B, config.vocab_size), bool)
-    cache = init_cache(config, batch_size=B, capacity=capacity, dtype=dtype)
+    cache = init_cache(config, batch_size=B, capacity=capacity, dtype=model.dtype)
     logprobs = no_log_probs(B, rules.best or 0)
     return Slots(rules, LoopState(jnp.int32(0), zeros, none, none, zeros, seen, cache, logprobs))
 

@@ -108,8 +108,10 @@ def test_a_request_gets_what_it_gets_alone(kind, read_tokens):
 
 
 def test_no_request_compiles_anything():
-    """After `warm_up`: whatever the lengths, settings, number of rows, and order."""
-    with pj.Engine(bundle("groups"), **SIZES, read_tokens=80) as engine:
+    """After `warm_up`: whatever the lengths, settings, number of rows, and order. The model is bound to its device, as
+    one that was loaded is."""
+    loaded = dataclasses.replace(bundle("groups"), model=jax.device_put(MODEL, jax.devices()[0]))
+    with pj.Engine(loaded, **SIZES, read_tokens=80) as engine:
         engine.warm_up()
         with compilations() as names, jax.transfer_guard("disallow"):
             run(engine, range(len(PROMPTS)))
