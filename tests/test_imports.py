@@ -15,7 +15,7 @@ import pytest
 
 ROOT = Path(__file__).parents[1]
 PACKAGES = ("polarjax", "pallas_kernels", "checkpoints_convert")
-OPTIONAL = {"datasets", "google", "lm_eval", "matplotlib", "sentencepiece", "torch"}
+OPTIONAL = {"datasets", "google", "lm_eval", "matplotlib", "sentencepiece", "starlette", "torch", "uvicorn"}
 KERNELS_MAY_USE = {"jax", "jaxlib", "numpy", "jaxtyping"}
 FLOORS = {
     "polarjax": (
@@ -31,7 +31,7 @@ FLOORS = {
         "text",
         "checkpoint",
         "engine",
-        "sparsity evaluation",
+        "serving sparsity evaluation",
         "demo",
         "cli",
         "__init__",

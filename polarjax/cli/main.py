@@ -51,6 +51,7 @@ VERBS = {
     "calibrate": Verb("polarjax.cli.calibrate:calibrate", "Find how many neurons each batch size needs."),
     "tune": Verb("polarjax.cli.tune:tune", "Heal a model so that skipping heads costs less."),
     "generate": Verb("polarjax.cli.generate:generate", "Continue prompts, dense or sparse."),
+    "serve": Verb("polarjax.cli.serve:serve", "Answer requests over HTTP, as OpenAI's interface does."),
     "eval perplexity": Verb(
         "polarjax.cli.eval_perplexity:eval_perplexity", "Measure perplexity on text, dense and sparse."
     ),

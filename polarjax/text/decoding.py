@@ -1,5 +1,6 @@
 """Token ids to text, including byte-fallback runs."""
 
+import functools
 import json
 import re
 from collections.abc import Iterator, Sequence
@@ -29,6 +30,36 @@ def decode(hf: Any, ids: Sequence[int], *, skip_special_tokens: bool) -> str:
     skipped = {i for i, token in added.items() if token.special} if skip_special_tokens else set()
     tokens = [backend.id_to_token(i) for i in ids if i not in skipped]
     return backend.decoder.decode(_with_replacements([token for token in tokens if token is not None]))
+
+
+class TokenBytes:
+    """The bytes that single tokens stand for, which need not be whole characters.
+
+    Args:
+      hf: the transformers tokenizer.
+    """
+
+    def __init__(self, hf: Any) -> None:
+        self._hf, self._added, self._types = hf, hf.added_tokens_decoder, decoder_types(hf)
+
+    def __call__(self, token: int) -> bytes:
+        """Those of a token; none for an id that isn't used."""
+        name = self._hf.convert_ids_to_tokens(token) or ""
+        if token in self._added:
+            return name.encode()
+        if "ByteLevel" in self._types:
+            return b"".join(_byte_of_letter().get(each, each.encode()) for each in name)
+        found = _BYTE.fullmatch(name) if "ByteFallback" in self._types or not self._types else None
+        return bytes([int(found[1], 16)]) if found else name.replace("▁", " ").encode()
+
+
+@functools.cache
+def _byte_of_letter() -> dict[str, bytes]:
+    """The letters by which byte-level tokenizers write bytes: printable ones stand for themselves."""
+    printable = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
+    others = [each for each in range(256) if each not in printable]
+    letters = [chr(each) for each in printable] + [chr(256 + i) for i in range(len(others))]
+    return dict(zip(letters, (bytes([each]) for each in [*printable, *others]), strict=True))
 
 
 def falls_back_to_bytes(hf: Any) -> bool:
