@@ -55,11 +55,15 @@ class Timing(NamedTuple):
 
 
 class Event(NamedTuple):
-    """One activity of a device; start and length in nanoseconds."""
+    """One activity of a device; start and length in nanoseconds.
+
+    `op` is the instruction of the compiled program that it belongs to, "" inside a CUDA graph.
+    """
 
     start: float
     length: float
     name: str
+    op: str = ""
 
 
 def time_call(run: Callable[[], Any], calls: int, *, repeats: int = 5) -> Timing:
@@ -90,7 +94,10 @@ def events(run: Callable[[], Any], repeats: int) -> list[Event]:
             p for p in jax.profiler.ProfileData.from_file(str(path)).planes if "/device:GPU:0" in p.name
         ]
         lines = [line for plane in planes for line in plane.lines if line.name.startswith("Stream")]
-        return sorted(Event(e.start_ns, e.duration_ns, e.name) for line in lines for e in line.events)
+        found = [e for line in lines for e in line.events]
+        return sorted(
+            Event(e.start_ns, e.duration_ns, e.name, dict(e.stats).get("hlo_op", "")) for e in found
+        )
 
 
 def _busy(seen: Sequence[Event]) -> float:

@@ -1,5 +1,6 @@
 """The attention block: projections, and selective attention over the cache."""
 
+import jax
 import jax.numpy as jnp
 from flax import nnx
 
@@ -32,6 +33,7 @@ class Attention(nnx.Module):
             self.k_norm = Norm(config, make, width=H, axis="head", kind="rms")
 
 
+@jax.named_scope("projections")
 def project_qkv(
     layer: Attention, x: Float[Array, "B T D"], rotation: Rotation | None
 ) -> tuple[Float[Array, "B T K G H"], Float[Array, "B T K H"], Float[Array, "B T K H"]]:
@@ -46,6 +48,7 @@ def project_qkv(
     return q, k, v
 
 
+@jax.named_scope("projections")
 def project_out(layer: Attention, heads: Float[Array, "B T K G H"]) -> Float[Array, "B T D"]:
     """The output projection with its bias."""
     return add_bias(jnp.einsum("btkgh,kghd->btd", heads, layer.wo[...]), layer.bo)

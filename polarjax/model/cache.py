@@ -62,6 +62,7 @@ def write_prompt(cache: Float[Array, "B K S H"], new: Float[Array, "B T K H"]) -
     return jax.lax.dynamic_update_slice(cache, new.swapaxes(1, 2).astype(cache.dtype), (0, 0, 0, 0))
 
 
+@jax.named_scope("append")
 def write_token(
     cache: Float[Array, "B K S H"], new: Float[Array, "B K H"], position: Int[Array, "B"]
 ) -> Float[Array, "B K S H"]:

@@ -65,6 +65,7 @@ class Decoder(nnx.Module):
         return self.embed.tokens[...].dtype
 
 
+@jax.named_scope("head")
 def logits(model: Any, x: Float[Array, "... D"]) -> Float[Array, "... V"]:
     """Final norm and head of a `Decoder` or `StackedDecoder`; float32."""
     if model.final_norm is not None:

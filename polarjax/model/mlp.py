@@ -72,11 +72,13 @@ def combine(
     return add_bias(hidden @ layer.w_down[...], layer.b_down)
 
 
+@jax.named_scope("mlp")
 def dense(layer: Mlp, x: Float[Array, "... D"], config: ModelConfig) -> Float[Array, "... D"]:
     """The MLP with all its neurons."""
     return combine(layer, neurons(layer, x, config)[1], None)
 
 
+@jax.named_scope("mlp")
 def selected(
     layer: Mlp,
     x: Float[Array, "B D"],

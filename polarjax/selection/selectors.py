@@ -232,6 +232,7 @@ class Sparsity:
         """What replaces the skipped groups' part of the layer's output; None for zeros."""
         return filled(mean_output(self.routers, layer), kept, dtype)
 
+    @jax.named_scope("routers")
     def fill_unread(
         self, layer: int, index: Int[Array, "B k"] | None, dtype: DTypeLike
     ) -> Float[Array, "B D"] | None:
@@ -242,6 +243,7 @@ class Sparsity:
         kept = jnp.zeros((index.shape[0], mean.shape[0]), bool)
         return filled(mean, kept.at[jnp.arange(index.shape[0])[:, None], index].set(True), dtype)
 
+    @jax.named_scope("routers")
     def group_index(
         self, layer: int, x: Float[Array, "B D"], config: ModelConfig
     ) -> Int[Array, "B k"] | None:
@@ -264,6 +266,7 @@ class Sparsity:
         scores = self.routers.neuron_scores(layer, x, activity=activity)
         return top_mask(check_scores("neurons", scores, activity.shape), k)
 
+    @jax.named_scope("routers")
     def neuron_index(
         self, layer: int, x: Float[Array, "B D"], config: ModelConfig, live: Bool[Array, "B"] | None = None
     ) -> Int[Array, "k"] | None:
