@@ -68,6 +68,8 @@ def write_token(
 ) -> Float[Array, "B K S H"]:
     """The cache of one layer with each sequence's `position` replaced by `new`; positions past S are dropped."""
     rows = jnp.arange(cache.shape[0])
+    if rows.size == 1:  # XLA would first read what is there; the second row is dropped
+        rows, position, new = jnp.arange(2), jnp.repeat(position, 2), jnp.repeat(new, 2, 0)
     return cache.at[rows, :, position].set(new.astype(cache.dtype), mode="drop")
 
 
