@@ -142,15 +142,20 @@ def _steps(model, token, cache, sparsity, start, *, implementation=None):
     return jax.lax.scan(one, (token, cache), None, length=STEPS)[0]
 
 
-def lowered(shape: DecodeShape, batch: int, sparsity: Sparsity | None, options: dict[str, Any]) -> Any:
-    """The loop of STEPS steps, lowered from shapes alone, with the compiler options that `generate` uses."""
+def lowered(
+    shape: DecodeShape,
+    batch: int,
+    sparsity: Sparsity | None,
+    options: dict[str, Any],
+    compiler_options: dict[str, Any] = pj.OVERLAP,
+) -> Any:
+    """The loop of STEPS steps, lowered from shapes alone; `generate` has the same compiler options."""
     config, tokens = shape.config, jax.ShapeDtypeStruct((batch,), jnp.int32)
     cache = jax.eval_shape(
         lambda: pj.init_cache(config, batch_size=batch, capacity=shape.cache, dtype=jnp.bfloat16)
     )
-    loop = jax.jit(
-        functools.partial(_steps, **options), donate_argnames=("cache",), compiler_options=pj.OVERLAP
-    )
+    steps = functools.partial(_steps, **options)
+    loop = jax.jit(steps, donate_argnames=("cache",), compiler_options=compiler_options)
     sparsity = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype), sparsity)
     return loop.lower(abstract(config, jnp.bfloat16), tokens, cache, sparsity, tokens)
 
@@ -178,8 +183,7 @@ def kinds(
         yield "dense, XLA's attention", None, {"implementation": "xla"}
     yield f"heads {shape.head_density:g}", Sparsity(made, shape.plan(batch, neurons=False)), {}
     if shape.neuron_density:
-        kind = f"heads {shape.head_density:g}, neurons {shape.density_at(batch):g}"
-        yield kind, Sparsity(made, shape.plan(batch, neurons=True)), {}
+        yield shape.kind(batch), Sparsity(made, shape.plan(batch, neurons=True)), {}
 
 
 def fitting(shape: DecodeShape, batches: Sequence[int] | None) -> list[int]:

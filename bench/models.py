@@ -120,6 +120,11 @@ class DecodeShape:
         at = bisect.bisect_left(known, batch)
         return self.neuron_density[known[at]] if at < len(known) else 1.0
 
+    def kind(self, batch: int) -> str:
+        """What a sparse step keeps, as rows name it."""
+        neurons = f", neurons {self.density_at(batch):g}" if self.neuron_density else ""
+        return f"heads {self.head_density:g}{neurons}"
+
     def _neurons(self, batch: int) -> int | None:
         """Neurons kept in each layer, rounded up to a multiple of 128; None for all."""
         density = self.density_at(batch)

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from bench import report
+from bench.models import SHAPES, DecodeShape
 from bench.workloads import MODELS, AttentionCase
 
 RESULTS = Path(__file__).parent / "results"
@@ -22,10 +23,16 @@ BEGIN, END = "<!-- made by bench.readme_tables -->", "<!-- end of what bench.rea
 MISSING = "not measured"
 NAMES = {
     "opt-6.7b": "OPT-6.7B",
+    "opt-30b": "OPT-30B",
     "opt-66b": "OPT-66B",
+    "opt-66b-layer": "OPT-66B, one layer",
     "llama-2-7b": "LLaMA-2-7B",
+    "llama-2-13b": "LLaMA-2-13B",
     "llama-3.1-8b": "LLaMA-3.1-8B",
     "llama-3.1-70b": "LLaMA-3.1-70B",
+    "llama-3.1-70b-layer": "LLaMA-3.1-70B, one layer",
+    "mistral-7b": "Mistral-7B",
+    "qwen2.5-14b": "Qwen2.5-14B",
 }
 ATTENTION = (
     ("opt-6.7b", 1920),
@@ -35,8 +42,8 @@ ATTENTION = (
     ("llama-3.1-70b", 8192),
 )
 MLP = ("opt-6.7b", "opt-66b", "llama-2-7b")
-STEPS = (("opt-6.7b", 1920, (1, 16, 64)), ("llama-2-7b", 3968, (1, 16, 48)))
 OTHERS = ("dense", "take+dot", "xla", "cudnn", "pooling only")  # kernels that are not ours
+TIMES = ("time_us", "ms_per_step", "seconds", "first_token_ms")
 
 Row = dict[str, Any]
 
@@ -49,7 +56,7 @@ class Results:
     """
 
     def __init__(self, rows: Iterable[Row]) -> None:
-        timed = [row for row in rows if "time_us" in row or "ms_per_step" in row]
+        timed = [row for row in rows if any(column in row for column in TIMES)]
         cases: dict[str, list[Row]] = {}
         for row in report.of_one_device(timed):
             model, _, rest = row["case"].partition(" ")
@@ -79,7 +86,10 @@ class Results:
         """Device, versions, commits and copy bandwidths of the rows used so far."""
         if not self.used:
             return f"{MISSING} on a GPU"
-        device, jax, commit = (_several(row[key] for row in self.used) for key in ("device", "jax", "commit"))
+        device, commit = (_several(row[key] for row in self.used) for key in ("device", "commit"))
+        made = _several(
+            f"{name} {row[name]}" for row in self.used for name in ("jax", "torch") if name in row
+        )
         copies = sorted(row["copy_gbps"] for row in self.used if "copy_gbps" in row)
         reads = sorted(row["read_gbps"] for row in self.used if "read_gbps" in row)
         speeds = "".join(
@@ -87,7 +97,7 @@ class Results:
             for name, of in (("copies", copies), ("reading alone", reads))
             if of
         )
-        return f"{device}, jax {jax}, commit {commit}{speeds}"
+        return f"{device}, {made}, commit {commit}{speeds}"
 
 
 def _several(values: Iterable[str]) -> str:
@@ -201,39 +211,107 @@ def selection(folder: Path) -> str:
 
 
 def steps(folder: Path) -> str:
-    results, lines = Results.read("decode", folder), []
-    for model, cache, batches in STEPS:
-        for batch in batches:
-            case = f"{model} B{batch} S{cache}"
-            dense = results.get(case, "dense")
-            kinds = [row["kind"] for row in results.cases.get(case, ())] or ["dense"]
-            for kind in dict.fromkeys(kinds):
-                row = results.get(case, kind)
-                numbers = [
-                    _number(row, "ms_per_step", "{:.2f}"),
-                    _number(row, "tokens_per_s", "{:,.0f}"),
-                    _number(row, "pct_of_floor", "{:.0f} %"),
-                    _ratio(dense, row, "ms_per_step"),
-                ]
-                lines.append((f"{NAMES[model]}, {batch}, {cache:,}", kind, *numbers))
+    results, torch = Results.read("decode", folder), Results.read("torch", folder)
+    lines = []
+    for shape in SHAPES.values():
+        found = [_cell(shape, batch, results, torch) for batch in shape.batches]
+        if any(set(cells[1:]) != {MISSING} for _, *cells in found):
+            lines += [(f"{NAMES[shape.name]}, {name}", *cells) for name, *cells in found]
+        else:
+            batches = " and ".join(map(str, shape.batches))
+            lines.append((f"{NAMES[shape.name]}, {batches}, {shape.cache:,}", MISSING, *[""] * 9))
     header = (
         "shapes, batch, cache",
-        "computed",
-        "ms per step",
+        "kept",
+        "dense, ms",
+        "of floor",
+        "sparse, ms",
+        "of floor",
         "tokens/s",
-        "of the byte floor",
-        "speedup over dense",
+        "sparse over dense",
+        "PyTorch, ms",
+        "dense over PyTorch",
+        "transformers, ms",
     )
     note = (
-        "Time of a whole decoding step with random weights, by the host's clock. The byte floor is the time it takes "
-        "to move the bytes that the step has to read, at the copy bandwidth."
+        "Time of a whole decoding step with random weights, by the host's clock, beside a dense step in PyTorch "
+        "(compiled, in a CUDA graph) and transformers' compiled static cache. The floor is the time it takes to move "
+        "the bytes that the step has to read, at the copy bandwidth."
     )
-    return _section("Whole models", note, results.source(), _table(header, lines))
+    source = "; ".join(each.source() for each in (results, torch) if each.used or each is results)
+    return _section("Whole models", note, source, _table(header, lines))
+
+
+def _cell(shape: DecodeShape, batch: int, results: Results, torch: Results) -> tuple[str, ...]:
+    """One line: batch and cache, what is kept, then what was measured."""
+    case = f"{shape.name} B{batch} S{shape.cache}"
+    dense, sparse = results.get(case, "dense"), results.get(case, shape.kind(batch))
+    compiled, theirs = (_same_device(torch.get(case, kind), dense) for kind in ("torch", "transformers"))
+    return (
+        f"{batch}, {shape.cache:,}",
+        shape.kind(batch),
+        _number(dense, "ms_per_step", "{:.2f}"),
+        _number(dense, "pct_of_floor", "{:.0f} %"),
+        _number(sparse, "ms_per_step", "{:.2f}"),
+        _number(sparse, "pct_of_floor", "{:.0f} %"),
+        _number(sparse, "tokens_per_s", "{:,.0f}"),
+        _ratio(dense, sparse, "ms_per_step"),
+        _number(compiled, "ms_per_step", "{:.2f}"),
+        _ratio(compiled, dense, "ms_per_step"),
+        _number(theirs, "ms_per_step", "{:.2f}"),
+    )
+
+
+def _same_device(row: Row | None, ours: Row | None) -> Row | None:
+    """The row, unless it was measured on another device."""
+    return row if row and (ours is None or ours["device"] == row["device"]) else None
+
+
+def jobs(folder: Path) -> str:
+    results, lines = Results.read("generate", folder), []
+    for case in results.cases or ("llama-2-7b B64 R1024",):
+        name, slots, requests = case.split()
+        for kind in ("dense", "sparse"):
+            engine, static = (results.get(case, f"{part}, {kind}") for part in ("engine", "static"))
+            lone = [results.get(case, f"lone T{length}, {kind}") for length in (512, 2048)]
+            lines.append(
+                (
+                    f"{NAMES[name]}, {slots[1:]}, {int(requests[1:]):,}",
+                    kind,
+                    _number(engine, "tokens_per_s", "{:,.0f}"),
+                    _number(engine, "prompts_per_s", "{:.1f}"),
+                    _number(engine, "rows_in_use_pct", "{:.0f} %"),
+                    _number(engine, "pct_of_steps", "{:.0f} %"),
+                    _number(engine, "longest_gap_chunks", "{:.1f}"),
+                    _number(static, "tokens_per_s", "{:,.0f}"),
+                    _ratio(engine, static, "tokens_per_s"),
+                    ", ".join(dict.fromkeys(_number(row, "over_prefill", "{:.2f} ×") for row in lone)),
+                )
+            )
+    header = (
+        "shapes, slots, requests",
+        "steps",
+        "tokens/s",
+        "prompts/s",
+        "rows in use",
+        "of steps alone",
+        "longest gap, chunks",
+        "static batches, tokens/s",
+        "engine over static",
+        "lone first token over prefill, 512 and 2,048",
+    )
+    note = (
+        "A fixed trace of requests (prompts of 32 to 2,048 tokens, new tokens with mean 256) through `pj.Engine` and "
+        "through static batches of the same size: new tokens per second, slot-steps that drew a token while requests "
+        "waited, tokens/s as a share of what the decoding steps alone would give, and the longest time between two "
+        "events of a request, in chunks of 8 steps."
+    )
+    return _section("Whole jobs", note, results.source(), _table(header, lines))
 
 
 def markdown(folder: Path = RESULTS) -> str:
     """All tables, as they appear between the markers."""
-    sections = (attention, mlp, selection, steps)
+    sections = (attention, mlp, selection, steps, jobs)
     return "\n\n".join(section(folder) for section in sections)
 
 

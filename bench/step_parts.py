@@ -4,13 +4,12 @@
 
 The loop of bench_decode is compiled without CUDA graphs, so that the profiler says which instruction of the program
 each kernel belongs to; the instruction's name says in which part of the model it is (the `jax.named_scope`s of
-polarjax/model). A kernel that computes something of two parts counts as the one of its last operation. `parts_ms` are
+polarjax/model). A kernel that computes something of two parts counts as the one of its last operation. Columns are
 sums of kernel times per step; with CUDA graphs, kernels of different parts overlap, and gaps are shorter. If the
 variable OUT is set, JSON lines are written to that folder.
 """
 
 import argparse
-import os
 import re
 import sys
 import time
@@ -28,6 +27,7 @@ from bench.program_parts import REST, SCOPES, instruction_parts
 from bench.random_models import random_model, routers
 
 REPEATS = 3
+NO_GRAPHS = {"xla_gpu_enable_command_buffer": "", "xla_gpu_graph_min_graph_size": 1_000_000}
 UNKNOWN = "unknown"
 PARTS = (*SCOPES.values(), REST, UNKNOWN)
 COLUMNS = ("case", "kind", "total_ms", *PARTS)
@@ -65,7 +65,7 @@ def table(names: list[str], batches: list[int] | None, seconds: float) -> Iterat
                 if time.monotonic() > deadline:
                     print("out of time", flush=True)
                     return
-                loop = bench_decode.lowered(shape, batch, sparsity, options).compile()
+                loop = bench_decode.lowered(shape, batch, sparsity, options, NO_GRAPHS).compile()
                 row, cache = _row(shape, batch, loop, model, cache, sparsity)
                 yield {**row, "kind": kind}
             del cache
@@ -98,8 +98,6 @@ def main() -> int:
     parser.add_argument("--batches", nargs="+", type=int, help="instead of those of the shape")
     parser.add_argument("--seconds", type=float, default=480, help="time limit")
     args = parser.parse_args()
-    flags = os.environ.get("XLA_FLAGS", "")
-    os.environ["XLA_FLAGS"] = f"{flags} --xla_gpu_enable_command_buffer="
     timing.require_gpu()
     rows = table(args.models, args.batches, args.seconds)
     report.measure(rows, report.provenance(), "step_parts.jsonl", COLUMNS)

@@ -52,7 +52,9 @@ class Norm(nnx.Module):
         self.bias = make.constant(axes["bias"]) if "bias" in axes else None
 
     def __call__(self, x: Float[Array, "... D"]) -> Float[Array, "... D"]:
-        if x.ndim == 2 and x.shape[0] == 1:  # XLA makes up to three kernels of one row's norm, and one of two rows'
+        if (
+            x.ndim == 2 and x.shape[0] == 1
+        ):  # XLA makes up to three kernels of one row's norm, and one of two rows'
             return self(jnp.concatenate([x, jnp.zeros_like(x)]))[:1]
         y = x.astype(jnp.float32)
         if self.kind == "layer":

@@ -21,8 +21,8 @@ GPU = (
     "bench_generate",
 )
 TORCH = ("bench_torch",)
-VERBLESS = ("read_floor",)  # on a GPU, too
-CPU = ("bench_convert", "bench_startup", "roofline", "readme_tables")
+VERBLESS = ("read_floor", "step_parts")  # on a GPU, too
+CPU = ("bench_convert", "bench_startup", "roofline", "readme_tables", "pictures")
 
 
 def run(monkeypatch, name: str, *arguments: str) -> int:

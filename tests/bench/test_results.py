@@ -4,7 +4,7 @@ import json
 
 import pytest
 
-from bench import readme_tables, roofline
+from bench import pictures, readme_tables, report, roofline
 
 ROW = {"device": "a GPU", "jax": "1", "commit": "c", "copy_gbps": 1000.0, "bytes": 10**8}
 
@@ -87,3 +87,43 @@ def test_picture(tmp_path):
     assert roofline.PICTURE.stat().st_size < 200_000
     with pytest.raises(ValueError, match="no rows"):
         roofline.draw(roofline.series(tmp_path), path, "")
+
+
+def test_steps_beside_pytorch(tmp_path):
+    """Rows of another device are not compared; a model without any row is one line."""
+    case = "opt-6.7b B16 S1920"
+    ours = {"case": case, "kind": "dense", "ms_per_step": 8.0, "pct_of_floor": 87.5, "tokens_per_s": 2000.0}
+    write(tmp_path, "decode", ours, ours | {"kind": "heads 0.5, neurons 0.4", "ms_per_step": 4.0})
+    theirs = {"case": case, "kind": "torch", "ms_per_step": 9.0, "tokens_per_s": 1777.0, "torch": "2"}
+    write(tmp_path, "torch", theirs, theirs | {"kind": "transformers", "ms_per_step": 16.0})
+    line = "| OPT-6.7B, 16, 1,920 | heads 0.5, neurons 0.4 | 8.00 | 88 % | 4.00 | 88 % | 2,000 | 2.00 × | "
+    table = readme_tables.steps(tmp_path)
+    assert line + "9.00 | 1.12 × | 16.00 |" in table
+    assert "| Mistral-7B, 1 and 16 and 64, 8,192 | not measured | " in table
+    write(tmp_path, "torch", theirs | {"device": "another"})
+    assert line + "not measured | not measured | not measured |" in readme_tables.steps(tmp_path)
+
+
+def test_jobs_compare_with_static_batches(tmp_path):
+    case = {"case": "llama-2-7b B64 R256"}
+    engine = {"kind": "engine, dense", "seconds": 5.0, "tokens_per_s": 3000.0, "prompts_per_s": 12.0}
+    static = {"kind": "static, dense", "seconds": 9.0, "tokens_per_s": 1500.0}
+    lone = {"kind": "lone T512, dense", "first_token_ms": 20.0, "over_prefill": 1.2}
+    write(tmp_path, "generate", *(case | row for row in (static, engine, lone)))
+    first = readme_tables.jobs(tmp_path).splitlines()[-2]
+    assert first.startswith("| LLaMA-2-7B, 64, 256 | dense | 3,000 | 12.0 | not measured | ")
+    assert first.endswith("| 1,500 | 2.00 × | 1.20 ×, not measured |")
+
+
+def test_pictures_of_steps(tmp_path):
+    assert not pictures.draw_batches(tmp_path) and not pictures.draw_parts(tmp_path)
+    case = {"case": "llama-2-7b B16 S3968", "kind": "dense"}
+    write(tmp_path, "decode", case | {"ms_per_step": 9.0, "tokens_per_s": 1777.0})
+    write(tmp_path, "step_parts", case | {"total_ms": 3.0, "attention": 2.0, "head": 1.0})
+    (bar,) = pictures.bars(
+        report.read_jsonl(tmp_path / "step_parts.jsonl"), pictures.Results.read("decode", tmp_path)
+    )
+    assert (bar.parts, bar.whole) == ({"attention": 2.0, "head": 1.0}, 9.0)
+    assert pictures.draw_batches(tmp_path) and pictures.draw_parts(tmp_path)
+    for name in (pictures.BATCH, pictures.STEP):
+        assert (tmp_path / name).read_bytes().startswith(b"\x89PNG")
