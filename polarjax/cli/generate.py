@@ -9,11 +9,29 @@ import typer
 PromptTexts = Annotated[list[str] | None, typer.Option(help="A prompt; may be given several times.")]
 PromptFile = Annotated[
     Path | None,
-    typer.Option(help="A file or pipe with one prompt per line (text or .jsonl), or a .json array."),
+    typer.Option(help="A file or pipe with a prompt per line (text or .jsonl), a .json array, or -: stdin."),
 ]
-Output = Annotated[Path | None, typer.Option(help="A .jsonl file for the completions.")]
+Output = Annotated[
+    Path | None, typer.Option(help="A file for the completions, a JSON object per line, or -: stdout.")
+]
 Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace an existing --output.")]
-BatchSize = Annotated[int | None, typer.Option(help="Prompts per batch; default: all.")]
+Resume = Annotated[
+    bool, typer.Option("--resume", help="Go on with --output where a run of --prompts was stopped.")
+]
+Slots = Annotated[
+    int | None,
+    typer.Option(
+        "--slots",
+        "--batch-size",
+        help="Prompts that run at a time; default: every --prompt, and of a file what fits into memory.",
+    ),
+]
+Capacity = Annotated[
+    int | None,
+    typer.Option(
+        help="With --prompts: most tokens of a prompt and its answer; default: the model's, at most 4,096."
+    ),
+]
 NewTokens = Annotated[
     int | None, typer.Option(help="Most new tokens per prompt; default: the model's, or 64.")
 ]
@@ -29,6 +47,10 @@ StopId = Annotated[
     list[int] | None, typer.Option(help="Stop at this token id, instead of the model's; may be repeated.")
 ]
 Copies = Annotated[int, typer.Option(help="Sequences to draw for each prompt.")]
+LogProbs = Annotated[
+    int | None,
+    typer.Option(help="With --prompts: log-probabilities of the tokens and of so many likeliest ones."),
+]
 Seed = Annotated[int, typer.Option(help="Random seed.")]
 Chat = Annotated[bool, typer.Option("--chat", help="Prompts are user messages; use the chat template.")]
 System = Annotated[str | None, typer.Option(help="With --chat: the system message.")]
@@ -48,7 +70,9 @@ class GenerateOptions:
     prompts: Path | None
     output: Path | None
     overwrite: bool
-    batch_size: int | None
+    resume: bool
+    slots: int | None
+    capacity: int | None
     max_new_tokens: int | None
     temperature: float | None
     top_k: int | None
@@ -58,6 +82,7 @@ class GenerateOptions:
     stop: list[str] | None
     stop_id: list[int] | None
     num_return_sequences: int
+    logprobs: int | None
     seed: int
     chat: bool
     system: str | None
@@ -80,7 +105,9 @@ def generate(
     prompts: PromptFile = None,
     output: Output = None,
     overwrite: Overwrite = False,
-    batch_size: BatchSize = None,
+    resume: Resume = False,
+    slots: Slots = None,
+    capacity: Capacity = None,
     max_new_tokens: NewTokens = None,
     temperature: Temperature = None,
     top_k: TopK = None,
@@ -90,6 +117,7 @@ def generate(
     stop: Stop = None,
     stop_id: StopId = None,
     num_return_sequences: Copies = 1,
+    logprobs: LogProbs = None,
     seed: Seed = 0,
     chat: Chat = False,
     system: System = None,
@@ -101,9 +129,10 @@ def generate(
 ) -> dict[str, Any]:
     """Continue prompts: sparse where the model has routers, dense otherwise.
 
-    Sampling and stop ids come from the model's generation_config.json; the options here override it.
+    Sampling and stop ids come from the model's generation_config.json; the options here override it, and the lines of
+    a .jsonl file override the options. Exit code 3: some lines of a file couldn't be answered.
     """
     options = GenerateOptions(**locals())
-    from polarjax.cli import generating  # imports JAX
+    from polarjax.cli import answering, generating  # import JAX
 
-    return generating.run(options)
+    return (generating if prompts is None else answering).run(options)

@@ -1,4 +1,4 @@
-"""The work of `polarjax generate`: read the prompts, prepare the model, run, write and print."""
+"""The work of `polarjax generate --prompt`: prepare the model, run, write and print."""
 
 import contextlib
 import dataclasses
@@ -27,7 +27,7 @@ from polarjax.text.continuation import (
     continue_all,
     count_new_tokens,
 )
-from polarjax.text.prompts import Prompt, read_prompt_file
+from polarjax.text.prompts import Prompt
 from polarjax.text.tokenizer import Tokenizer
 from polarjax.types import Array, Key
 
@@ -40,8 +40,9 @@ _LACKS = {
 def run(options: GenerateOptions) -> dict[str, Any]:
     """Continues the prompts; prints the texts, writes `--output` completely or not at all, returns the numbers."""
     check(options)
+    _check_alone(options)
     key = random_key(options.seed)
-    given = read(options)
+    given = [Prompt.of(text, f"prompt {i}") for i, text in enumerate(options.prompt or [], 1)]
     with contextlib.ExitStack() as stack:
         file = None
         if options.output is not None:
@@ -57,7 +58,7 @@ def run(options: GenerateOptions) -> dict[str, Any]:
             file.writelines(job.completed(i, made) + "\n" for i in range(len(given)))
     result = _result(job, made, seconds, timed=options.timed)
     if not options.stream and options.output is None:
-        _print_texts(given, options.chat, result["texts"])
+        print_texts(given, options.chat, result["texts"])
     _print_summary(result, options.output)
     return result
 
@@ -68,35 +69,36 @@ def check(options: GenerateOptions) -> None:
         raise InputError("--dense and --head-density contradict each other", hint="give one of them")
     if options.system is not None and not options.chat:
         raise InputError("--system is part of a chat", hint="give --chat too, or leave it out")
-    check_batch_size(options.batch_size, where="--batch-size")
+    check_batch_size(options.slots, where="--slots")
     check_options(**options.drawing)
 
 
-def read(options: GenerateOptions) -> list[Prompt]:
-    """The prompts of the command line, then those of the file; raises `InputError` if there is none."""
-    given = [Prompt.of(text, f"prompt {i}") for i, text in enumerate(options.prompt or [], 1)]
-    if options.prompts is not None:
-        given += read_prompt_file(options.prompts)
-    if not given:
+def _check_alone(options: GenerateOptions) -> None:
+    """Raises `InputError` unless there are prompts, and options for them."""
+    for_files = {"--resume": options.resume, "--capacity": options.capacity, "--logprobs": options.logprobs}
+    for name, value in for_files.items():
+        if value is not None and value is not False:
+            raise InputError(f"{name} is for --prompts", hint="give --prompts FILE, or leave it out")
+    if not options.prompt:
         raise InputError("no prompt", hint="give --prompt TEXT or --prompts FILE")
-    several = len(given) > 1 or options.num_return_sequences > 1
+    check_stream(options, several=len(options.prompt) > 1)
+
+
+def check_stream(options: GenerateOptions, *, several: bool) -> None:
+    """Raises `InputError` if more is to be streamed than one sequence."""
+    several = several or options.num_return_sequences > 1
     if options.stream and (several or options.output is not None or options.timed):
         raise InputError(
             "--stream shows one sequence", hint="give one --prompt, without --output and --timed"
         )
-    return given
 
 
 def prepare(options: GenerateOptions, given: Sequence[Prompt], key: Key[Array, ""]) -> "Job":
     """Loads the model and tokenizes the prompts; prints which settings are ignored and why decoding is dense."""
     bundle, tokenizer = bundles.load_with_tokenizer(options.folder, options.dtype)
-    settings = _settings(bundle.generation, options)
+    settings = merged_settings(bundle.generation, options)
     check_copies(options.num_return_sequences, settings.sampler)
-    for note in settings.notes:
-        print(note, file=sys.stderr)
-    dense = options.dense or (options.head_density is None and bundle.missing is not None)
-    if dense and not options.dense:
-        print(_LACKS[str(bundle.missing)])
+    dense = runs_dense(bundle, options)
     rows = [each.ids(tokenizer, chat=options.chat, system=options.system) for each in given]
     count = count_new_tokens(
         options.max_new_tokens, given, rows, bundle.model, settings, option="--max-new-tokens"
@@ -105,16 +107,26 @@ def prepare(options: GenerateOptions, given: Sequence[Prompt], key: Key[Array, "
         settings,
         max_new_tokens=count,
         copies=options.num_return_sequences,
-        batch_size=min(options.batch_size or len(rows), len(rows)),
+        batch_size=min(options.slots or len(rows), len(rows)),
     )
     return Job(bundle, tokenizer, given, rows, key, how, dense, options.head_density)
 
 
-def _settings(asked: GenerationSettings, options: GenerateOptions) -> GenerationSettings:
-    """The model's settings, overridden by options."""
-    return with_stops(
-        with_options(asked, greedy=options.greedy, **options.drawing), options.stop, options.stop_id
-    )
+def merged_settings(asked: GenerationSettings, options: GenerateOptions) -> GenerationSettings:
+    """The model's settings, overridden by options; prints which are ignored."""
+    settings = with_options(asked, greedy=options.greedy, **options.drawing)
+    settings = with_stops(settings, options.stop, options.stop_id)
+    for note in settings.notes:
+        print(note, file=sys.stderr)
+    return settings
+
+
+def runs_dense(bundle: bundles.Bundle, options: GenerateOptions) -> bool:
+    """Whether nothing is skipped; prints why, unless that was asked for."""
+    dense = options.dense or (options.head_density is None and bundle.missing is not None)
+    if dense and not options.dense:
+        print(_LACKS[str(bundle.missing)])
+    return dense
 
 
 @dataclasses.dataclass(frozen=True)
@@ -163,10 +175,15 @@ class Job:
         return self.given[i].completed(made[i * copies : (i + 1) * copies])
 
 
-def _show(prompt: Prompt, chat: bool) -> Show:
-    """Prints new text at once, after the prompt if the text continues it."""
+def print_prompt(prompt: Prompt, chat: bool) -> None:
+    """Prints the prompt if the text that is streamed continues it."""
     if not chat and prompt.messages is None:
         print(prompt.text, end="", flush=True)
+
+
+def _show(prompt: Prompt, chat: bool) -> Show:
+    """Prints new text at once."""
+    print_prompt(prompt, chat)
     return lambda pieces: print(pieces[0], end="", flush=True)
 
 
@@ -196,7 +213,8 @@ def _result(job: Job, made: Sequence[Completion], seconds: float, *, timed: bool
     }
 
 
-def _print_texts(given: Sequence[Prompt], chat: bool, texts: Sequence[str]) -> None:
+def print_texts(given: Sequence[Prompt], chat: bool, texts: Sequence[str]) -> None:
+    """Prints the texts of each prompt after it."""
     copies = len(texts) // len(given)
     for i, text in enumerate(texts):
         prompt = given[i // copies]
@@ -205,6 +223,12 @@ def _print_texts(given: Sequence[Prompt], chat: bool, texts: Sequence[str]) -> N
 
 
 def _print_summary(result: dict[str, Any], written: Path | None) -> None:
+    where = "" if written is None else f" -> {written}"
+    print(f"\n{summary(result, sum(result['tokens']))}{where}")
+
+
+def summary(result: dict[str, Any], tokens: int) -> str:
+    """One line about what was generated."""
     density = result["density"]
     kept = (
         "dense"
@@ -212,6 +236,5 @@ def _print_summary(result: dict[str, Any], written: Path | None) -> None:
         else "keeping {neurons:.0%} of neurons, {groups:.0%} of heads".format(**density)
     )
     note = ", compilation included" if result["compilation_included"] else ""
-    total, seconds, rate = sum(result["tokens"]), result["seconds"], result["tokens_per_second"]
-    where = "" if written is None else f" -> {written}"
-    print(f"\n{total} tokens in {seconds:.2f} s, {rate:.0f} tokens/s{note}; {kept}{where}")
+    seconds, rate = result["seconds"], result["tokens_per_second"]
+    return f"{tokens} tokens in {seconds:.2f} s, {rate:.0f} tokens/s{note}; {kept}"

@@ -2,7 +2,8 @@
 
 A verb is a plain function with typer annotations. It prints text for people and returns a dict for
 programs, which must be convertible to JSON. With `--json`, which every verb gets here, standard output is
-that dict alone and the printed text goes to standard error. A new verb is one line in `VERBS`; a verb of a group
+that dict alone and the printed text goes to standard error. A verb that did only part of its work has the exit code in
+the dict, as `exit_code`. A new verb is one line in `VERBS`; a verb of a group
 (`eval perplexity`) is a line with both words.
 """
 
@@ -77,6 +78,8 @@ GROUPS = {"eval": "Measure the quality of sparse decoding against dense."}
 
 def main(arguments: Sequence[str] | None = None) -> None:
     """Runs the command and exits: 0 on success, 2 with one line on standard error on bad input, 130 on Ctrl-C.
+
+    `generate --prompts` exits with 3 if some lines of the file have no answer.
 
     Args:
         arguments: the words after `polarjax`; by default those of this process.
@@ -188,6 +191,8 @@ def _command(verb: Verb) -> Callable[..., None]:
             raise typer.Exit(BAD_INPUT) from error
         if as_json:
             print(json.dumps(_plain(result)))
+        if isinstance(result, Mapping) and (code := result.get("exit_code")):
+            raise typer.Exit(code)
 
     _add_flags(command, function, _FLAGS if verb.compiles else {"as_json": _FLAGS["as_json"]})
     return command

@@ -15,11 +15,17 @@ def check_options(**options: Any) -> None:
       options: arguments of `GenerationSettings.with_flags`.
     """
     for name, value in options.items():
-        try:
-            GenerationSettings().with_flags(**{name: value})
-        except InputError as error:
-            hint = "correct the value or omit it; --greedy takes the most likely tokens"
-            raise _reworded(error, where="--" + name.replace("_", "-"), hint=hint) from error
+        option = "--" + name.replace("_", "-")
+        hint = "correct the value or omit it; --greedy takes the most likely tokens"
+        check_value(name, value, where=option, hint=hint)
+
+
+def check_value(name: str, value: Any, *, where: str, hint: str) -> None:
+    """Raises `InputError` for a value of an argument of `GenerationSettings.with_flags` that no model accepts."""
+    try:
+        GenerationSettings().with_flags(**{name: value})
+    except InputError as error:
+        raise _reworded(error, where=where, hint=hint) from error
 
 
 def with_options(settings: GenerationSettings, *, greedy: bool, **options: Any) -> GenerationSettings:

@@ -52,7 +52,7 @@ def atomic_folder(
     """
     path = absolute(path)
     _check_name(path)
-    with _refusals(path):
+    with system_errors(path):
         remove_stale(path)
         check_free(path, overwrite, may_replace)
         _check_room(path, num_bytes)
@@ -75,7 +75,7 @@ def atomic_file(path: Path, *, overwrite: bool = False) -> Iterator[TextIO]:
         the block can't be read.
     """
     path = absolute(path)
-    with _refusals(path):
+    with system_errors(path):
         remove_stale(path)
         check_free(path, overwrite, None)
         if path.is_dir():
@@ -127,7 +127,7 @@ def absolute(path: str | os.PathLike[str]) -> Path:
 def check_writable(folder: Path) -> None:
     """Raises `CheckpointError` unless files can be made in a folder; for use before long work that ends there."""
     folder = absolute(folder)
-    with _refusals(folder), _claimed(folder / "probe"):
+    with system_errors(folder), _claimed(folder / "probe"):
         pass
 
 
@@ -286,7 +286,7 @@ def _put(temporary: Path, path: Path) -> None:
 
 
 @contextlib.contextmanager
-def _refusals(path: Path) -> Iterator[None]:
+def system_errors(path: Path) -> Iterator[None]:
     """Turns a system error into a `CheckpointError` that names `path`, or the other file that the error is about."""
     try:
         yield

@@ -24,7 +24,7 @@ def read_text(path: str | Path) -> str:
     path = Path(path)
     hint = "give a UTF-8 text file (.txt or .txt.xz)"
     try:
-        if (got := _unreadable(path)) is not None:
+        if (got := unreadable(path)) is not None:
             raise InputError("cannot read the text", where=str(path), got=got, hint=hint)
         raw = lzma.decompress(path.read_bytes()) if path.suffix == ".xz" else path.read_bytes()
         text = raw.decode("utf-8").removeprefix("\ufeff")
@@ -41,7 +41,7 @@ def read_text(path: str | Path) -> str:
     return text
 
 
-def _unreadable(path: Path) -> str | None:
+def unreadable(path: Path) -> str | None:
     """Why `path` can't be read as text, or None; a terminal is read to its end, like a pipe."""
     if path.is_dir():
         return "a directory"

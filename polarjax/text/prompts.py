@@ -2,17 +2,15 @@
 
 import dataclasses
 import json
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from pathlib import Path
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 from polarjax.errors import InputError
+from polarjax.generation.token_loop import is_token_id
 from polarjax.text.assembly import Completion
-from polarjax.text.corpus import read_text
 from polarjax.text.tokenizer import Tokenizer
 
 SHAPES = '{"prompt": "…"} or {"messages": [{"role": "user", "content": "…"}]}'
-_MOST_NAMED = 10
 
 type Message = Mapping[str, str]
 
@@ -26,12 +24,14 @@ class Prompt:
       text: the text to continue, or the user message of a chat.
       messages: the messages of a chat; None for a text.
       entry: the object it came from; the output is this plus the completions.
+      token_ids: a prompt that is given as tokens; None for a text or a chat.
     """
 
     name: str
     text: str
     messages: tuple[Message, ...] | None
     entry: dict[str, Any]
+    token_ids: tuple[int, ...] | None = None
 
     @classmethod
     def of(cls, text: str, name: str) -> "Prompt":
@@ -44,6 +44,8 @@ class Prompt:
         Raises:
           InputError: there is no chat template, it refuses the messages, or the prompt has no tokens.
         """
+        if self.token_ids is not None:
+            return list(self.token_ids)
         try:
             if self.messages is None and not chat:
                 tokens, _ = tokenizer.encode([self.text])
@@ -58,12 +60,19 @@ class Prompt:
             ) from error
 
     def completed(self, completions: Sequence[Completion]) -> str:
-        """A line of JSON: its object plus `completions`; lone surrogates stay JSON escapes."""
+        """A line of JSON: its object plus `completions`."""
         made = [
             {"text": each.text, "tokens": len(each.tokens), "ending": each.ending} for each in completions
         ]
-        line = json.dumps(self.entry | {"completions": made}, ensure_ascii=False)
-        return line.encode("utf-8", "backslashreplace").decode()  # which writes \ud800 as JSON does
+        return as_json(self.entry | {"completions": made})
+
+
+def as_json(value: Any) -> str:
+    """A line of JSON. Lone surrogates and characters that some readers take for ends of lines are escaped."""
+    line = json.dumps(value, ensure_ascii=False)
+    for each in "\x85\u2028\u2029":
+        line = line.replace(each, f"\\u{ord(each):04x}")
+    return line.encode("utf-8", "backslashreplace").decode()  # which writes \ud800 as JSON does
 
 
 def as_prompts(given: Any) -> list[Prompt]:
@@ -85,7 +94,7 @@ def as_prompts(given: Any) -> list[Prompt]:
         if not isinstance(each, str | list | tuple):
             raise InputError("not a prompt", where=name, got=type(each).__name__, hint=hint)
         try:
-            made.append(_prompt(_as_entry(each), name))
+            made.append(prompt_in(as_entry(each), name))
         except ValueError as error:
             raise InputError(str(error), where=name, hint=hint) from error
     if not made:
@@ -93,98 +102,34 @@ def as_prompts(given: Any) -> list[Prompt]:
     return made
 
 
-def read_prompt_file(path: Path) -> list[Prompt]:
-    """Reads the prompts of a file, in order; the file's name gives the format.
-
-    `.jsonl` holds an object on each line; `.json` one array of texts, objects and conversations; any other name a
-    text with a prompt on each line. The name may be in capitals and end in `.xz`. A pipe, whose name says nothing,
-    holds objects if its first line is one. Empty lines are skipped.
-
-    Raises:
-      InputError: the file cannot be read or is empty, or lines are not prompts; the message lists them.
-    """
-    text, name = read_text(path), path.name.lower().removesuffix(".xz")
-    if name.endswith(".json"):
-        return _prompts(path, "entry", enumerate(_array(path, text), 1), _as_entry)
-    lines = [(i, line) for i, line in enumerate(text.split("\n"), 1) if line.strip()]
-    if name.endswith(".jsonl") or (not path.is_file() and _starts_with_object(lines)):
-        return _prompts(path, "line", lines, _object)
-    return [Prompt.of(line.rstrip("\r"), f"{path}, line {i}") for i, line in lines]
-
-
-def _prompts(
-    path: Path, unit: str, items: Iterable[tuple[int, Any]], read: Callable[[Any], Any]
-) -> list[Prompt]:
-    """The prompts in numbered items; one error lists all bad items."""
-    found, bad = [], []
-    for i, item in items:
-        try:
-            found.append(_prompt(read(item), f"{path}, {unit} {i}"))
-        except ValueError as error:
-            bad.append(f"{unit} {i} ({error})")
-    if bad:
-        rest = f" and {len(bad) - _MOST_NAMED} more" if len(bad) > _MOST_NAMED else ""
-        raise InputError(
-            "some lines are not prompts" if unit == "line" else "some entries are not prompts",
-            where=path,
-            got=", ".join(bad[:_MOST_NAMED]) + rest,
-            expected=SHAPES,
-            hint="correct them; nothing was generated",
-        )
-    return found
-
-
-def _array(path: Path, text: str) -> list[Any]:
-    """The entries of a `.json` file."""
-    try:
-        data = json.loads(text)
-    except (ValueError, RecursionError) as error:
-        hint = "correct the file; if each line is an object of its own, name it .jsonl"
-        raise InputError("not JSON", where=path, got=str(error), hint=hint) from error
-    entries = [data] if isinstance(data, dict) else data
-    if not isinstance(entries, list) or not entries:
-        hint = "write an array of prompts, or one on each line of a .jsonl or .txt file"
-        got = "an empty array" if entries == [] else type(data).__name__
-        raise InputError("no prompts in the file", where=path, got=got, expected="an array", hint=hint)
-    return entries
-
-
-def _starts_with_object(lines: Sequence[tuple[int, str]]) -> bool:
-    try:
-        return isinstance(json.loads(lines[0][1]), dict)
-    except (ValueError, RecursionError):
-        return False
-
-
-def _object(line: str) -> Any:
-    """The value in a line of JSON; raises `ValueError` with the reason if it can't be read."""
-    try:
-        return json.loads(line)
-    except (ValueError, RecursionError) as error:
-        raise ValueError(f"not JSON: {error}") from error
-
-
-def _as_entry(value: Any) -> Any:
+def as_entry(value: Any) -> Any:
     """A text or conversation as the object of a prompt-file line."""
     if isinstance(value, str):
         return {"prompt": str(value)}
     return {"messages": list(value)} if isinstance(value, list | tuple) else value
 
 
-def _prompt(entry: Any, name: str) -> Prompt:
+def prompt_in(entry: Any, name: str) -> Prompt:
     """The prompt in an object; raises `ValueError` with the reason if there is none."""
     if not isinstance(entry, dict):
         raise ValueError(f"not an object: {type(entry).__name__}")
     if ("prompt" in entry) == ("messages" in entry):
         raise ValueError("both prompt and messages" if "prompt" in entry else "neither prompt nor messages")
-    if not isinstance(entry.get("prompt", ""), str):
-        raise ValueError("prompt is not a text")
     if "prompt" in entry:
-        return Prompt(name, entry["prompt"], None, entry)
+        return _of_text_or_ids(entry, name)
     messages = entry["messages"]
     if not isinstance(messages, list) or not messages or not all(map(_is_message, messages)):
         raise ValueError("messages is not a list of objects with the texts role and content")
     return Prompt(name, "", tuple(messages), entry)
+
+
+def _of_text_or_ids(entry: dict[str, Any], name: str) -> Prompt:
+    given = entry["prompt"]
+    if isinstance(given, str):
+        return Prompt(name, given, None, entry)
+    if not isinstance(given, list) or not given or not all(map(is_token_id, given)):
+        raise ValueError("prompt is not a text or a list of token ids")
+    return Prompt(name, "", None, entry, tuple(given))
 
 
 def _is_message(value: Any) -> bool:

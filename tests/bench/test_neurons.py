@@ -13,8 +13,8 @@ from bench.quality.break_even import kernels, nearest_batch
 from bench.quality.neuron_passes import Text, among_largest
 from polarjax.evaluation import perplexity
 from polarjax.text.tokenizer import Tokenizer
+from tests.cli.homes import random_model
 from tests.cli.test_evaluate import ASSET
-from tests.cli.test_generate import _model
 from tests.model import zoo
 from tests.tolerances import assert_close
 
@@ -40,7 +40,7 @@ def test_the_largest_are_found_bit_by_bit(k):
 
 
 def test_one_command_measures_a_model_directory(tmp_path, capsys):
-    model = _model(np.random.default_rng(0))
+    model = random_model(np.random.default_rng(0))
     config = model.config
     pj.save(tmp_path / "m", pj.Bundle(model, Tokenizer.load(ASSET)))
     (tmp_path / "t.txt").write_text("one two three four five six seven " * 40, encoding="utf-8")

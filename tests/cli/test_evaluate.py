@@ -12,7 +12,7 @@ import polarjax as pj
 from polarjax.cli.main import main
 from polarjax.evaluation import perplexity
 from polarjax.text.tokenizer import Tokenizer
-from tests.cli.test_generate import _model
+from tests.cli.homes import random_model
 from tests.model import zoo
 
 ASSET = Path(pj.__file__).parent / "assets" / "opt-6m"
@@ -33,7 +33,7 @@ def measure(tmp_path, capsys):
 
 
 def test_bytes_and_words_of_the_text_count_once(measure):
-    model, tokenizer = _model(np.random.default_rng(0)), Tokenizer.load(ASSET)
+    model, tokenizer = random_model(np.random.default_rng(0)), Tokenizer.load(ASSET)
     documents = ["深度学习模型的稀疏性", "a\n", "déjà vu "]
     rows = [tokenizer.hf.encode(each, add_special_tokens=False) for each in documents]
     stream = [tokenizer.bos_id, *rows[0], tokenizer.bos_id, *rows[1], tokenizer.bos_id, *rows[2]]
@@ -64,7 +64,7 @@ def test_a_sweep_writes_its_report_and_picture(measure, tmp_path, verb, shown):
     outputs = ("--report", str(tmp_path / "r.json"), "--picture", str(tmp_path / "p.png"))
     other = ("--static-text", str(tmp_path / "other.txt"))
     code, out, _ = measure(
-        _model(np.random.default_rng(0)), "word " * 99, *words, *outputs, *other, verb=verb
+        random_model(np.random.default_rng(0)), "word " * 99, *words, *outputs, *other, verb=verb
     )
     assert code == 0
     assert shown in out
@@ -75,7 +75,7 @@ def test_a_sweep_writes_its_report_and_picture(measure, tmp_path, verb, shown):
 
 
 def test_a_model_that_computes_nan_is_no_result(measure, tmp_path):
-    model = zoo.with_rows(_model(np.random.default_rng(0)), "final_norm.bias", 0, np.nan)
+    model = zoo.with_rows(random_model(np.random.default_rng(0)), "final_norm.bias", 0, np.nan)
     code, out, error = measure(
         model, "word " * 99, "--dense", "--window", "16", "--report", str(tmp_path / "r.json")
     )

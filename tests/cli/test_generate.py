@@ -2,7 +2,6 @@
 
 import dataclasses
 import json
-import lzma
 import shutil
 from pathlib import Path
 
@@ -12,53 +11,15 @@ import pytest
 
 import polarjax as pj
 from polarjax.checkpoint.learned import write_plans, write_routers
-from polarjax.cli import main as command
-from polarjax.model.parameters import abstract, parameters, with_parameters
 from polarjax.selection.routers import init_routers
 from polarjax.text import continuation
-from polarjax.text.prompts import read_prompt_file
 from polarjax.text.tokenizer import Tokenizer
+from tests.cli.homes import ASSET, TEMPLATE, random_model  # noqa: F401
 from tests.model import zoo
 from tests.one_line import refuses
 
-ASSET = Path(pj.__file__).parent / "assets" / "opt-6m"
-TEMPLATE = (
-    "{% for m in messages %}{% if m.role == 'tool' %}{{ raise_exception('no tools') }}{% endif %}"
-    "<{{ m.role }}>{{ m.content }}{% endfor %}{% if add_generation_prompt %}<assistant>{% endif %}"
-)
+_model = random_model
 SHORT = ("--max-new-tokens", "12")
-
-
-def _model(rng: np.random.Generator) -> pj.Decoder:
-    config = dataclasses.replace(zoo.CONFIGS["opt"], vocab_size=4096, max_positions=64)
-    draw = lambda leaf: rng.normal(size=leaf.shape).astype(np.float32) * 0.2
-    return with_parameters(config, {path: draw(leaf) for path, leaf in parameters(abstract(config)).items()})
-
-
-@pytest.fixture(scope="module")
-def home(tmp_path_factory) -> Path:
-    """A model directory whose tokenizer has a chat template and no generation settings of its own."""
-    folder = tmp_path_factory.mktemp("home")
-    files = folder / "tokenizer"
-    files.mkdir()
-    for name in ("tokenizer.json", "tokenizer_config.json"):
-        shutil.copyfile(ASSET / name, files / name)
-    (files / "chat_template.jinja").write_text(TEMPLATE)
-    pj.save(folder / "model", pj.Bundle(_model(np.random.default_rng(0)), Tokenizer.load(files)))
-    return folder / "model"
-
-
-@pytest.fixture
-def run(home, capsys):
-    """Runs the verb on `home`, or on the model named first; gives exit code, output and error text."""
-
-    def run(*words: str, model: Path = home) -> tuple[int, str, str]:
-        with pytest.raises(SystemExit) as exit_:
-            command.main(["generate", str(model), *map(str, words)])
-        code = exit_.value.code
-        return (int(code or 0), *capsys.readouterr())
-
-    return run
 
 
 def _result(answer: tuple[int, str, str]) -> dict:
@@ -147,53 +108,6 @@ def test_several_sequences_of_a_prompt(run):
     assert made["prompts"] == ["a"] * 3 + ["b"] * 3
     assert len(set(made["texts"])) == 6
     assert made["texts"] == _result(run(*words, "--json"))["texts"]
-
-
-def test_files_in_and_out_keep_their_order_and_fields(home, run, tmp_path, monkeypatch):
-    entries = [{"id": i, "prompt": "x = " * (1 + i % 3)} for i in range(5)]
-    entries[3] = {"messages": [{"role": "user", "content": "hi"}], "note": "日本"}
-    source, out = tmp_path / "in.jsonl", tmp_path / "sub" / "out.jsonl"
-    source.write_text("\n\n".join(map(json.dumps, entries)) + "\n")
-    made = _result(run("--prompts", source, "--output", out, "--batch-size", "2", *SHORT, "--json"))
-    lines = [json.loads(line) for line in out.read_text().splitlines()]
-    assert [{key: line[key] for key in line if key != "completions"} for line in lines] == entries
-    assert [line["completions"][0]["text"] for line in lines] == made["texts"]
-    assert [line["completions"][0]["tokens"] for line in lines] == made["tokens"] == [12] * 5
-    assert [each.name for each in out.parent.iterdir()] == ["out.jsonl"]
-    calls = _recorded(monkeypatch)
-    prompts = [entry.get("prompt", entry.get("messages")) for entry in entries]
-    completed = pj.load(home).complete(prompts, max_new_tokens=12, batch_size=2)
-    assert [each.text for each in completed] == made["texts"]
-    assert [len(call["tokens"]) for call in calls] == [2, 2, 2], (
-        "a smaller batch compiles a program of its own"
-    )
-    alone = _result(run("--prompt", "x = ", *SHORT, "--json"))
-    assert alone["texts"][0] == made["texts"][0]
-    assert "already exists" in _line(run("--prompts", source, "--output", out, *SHORT))
-    assert run("--prompt", "x = ", "--output", out, "--overwrite", *SHORT)[0] == 0
-    assert len(out.read_text().splitlines()) == 1
-
-
-def test_split_character_round_trips(run, tmp_path):
-    line = r'{"id": "\ud800", "\\\udfff": "日本", "prompt": "x"}'
-    (tmp_path / "in.jsonl").write_text(line, "utf-8")
-    code, _, err = run("--prompts", tmp_path / "in.jsonl", "--output", tmp_path / "out.jsonl", *SHORT)
-    assert code == 0, err
-    written = (tmp_path / "out.jsonl").read_text("utf-8")
-    assert written.startswith(line[:-1] + ', "completions": [')
-    assert json.loads(written).items() > json.loads(line).items()
-
-
-@pytest.mark.parametrize("name", ["p.jsonl", "P.JSONL", "p.jsonl.xz", "P.JSONL.xz"])
-def test_json_lines_are_known_by_their_name(tmp_path, name):
-    line = b'{"prompt": "a"}\n'
-    (tmp_path / name).write_bytes(lzma.compress(line) if name.endswith(".xz") else line)
-    assert [each.text for each in read_prompt_file(tmp_path / name)] == ["a"]
-
-
-def test_a_text_file_of_prompts(run, tmp_path):
-    (tmp_path / "in.txt").write_text("def f\n\nx\r\n")
-    assert _result(run("--prompts", tmp_path / "in.txt", *SHORT, "--json"))["prompts"] == ["def f", "x"]
 
 
 def test_a_chat_goes_through_the_template(home, run):
@@ -320,7 +234,7 @@ REFUSED = {
         ("--prompt", "a", "--repetition-penalty", "0"),
         "--repetition-penalty: repetition_penalty",
     ),
-    "batch of none": (("--prompt", "a", "--batch-size", "0"), "--batch-size"),
+    "batch of none": (("--prompt", "a", "--batch-size", "0"), "--slots: no prompts in a batch"),
     "system alone": (("--prompt", "a", "--system", "s"), "--system is part of a chat"),
     "a long prompt is named": (
         ("--prompt", "a", "--prompt", "b " * 80),
@@ -330,6 +244,9 @@ REFUSED = {
     "no unicode": (("--prompt", "\udcff"), "prompt 1: Tokenizer.encode: not a text"),
     "output is a folder": (("--prompt", "a", "--output", ".", "--overwrite"), "directory is in the way"),
     "no such file": (("--prompts", "none.jsonl"), "none.jsonl: cannot read"),
+    "resume of a prompt": (("--prompt", "a", "--resume"), "--resume is for --prompts"),
+    "capacity of a prompt": (("--prompt", "a", "--capacity", "8"), "--capacity is for --prompts"),
+    "log-probabilities of a prompt": (("--prompt", "a", "--logprobs", "0"), "--logprobs is for --prompts"),
 }
 
 
@@ -339,40 +256,6 @@ def test_refused_in_one_line(run, case):
     assert named in _line(run(*words, "--dense"))
 
 
-LINES = {
-    "not JSON": ("{", "line 2 (not JSON"),
-    "a number": ("3", "line 2 (not an object: int)"),
-    "no prompt": ("{}", "line 2 (neither prompt nor messages)"),
-    "both": ('{"prompt": "a", "messages": []}', "line 2 (both prompt and messages)"),
-    "prompt is a number": ('{"prompt": 3}', "line 2 (prompt is not a text)"),
-    "no messages": ('{"messages": []}', "line 2 (messages is not a list"),
-    "half a message": ('{"messages": [{"role": "user"}]}', "line 2 (messages is not a list"),
-    "half a character": (r'{"prompt": "\ud800"}', "line 2: Tokenizer.encode: not a text"),
-    "refused by the template": (
-        '{"messages": [{"role": "tool", "content": ""}]}',
-        "line 2: the chat template refuses",
-    ),
-    "deep": ("[" * 100_000, "line 2 (not JSON"),
-}
-
-
-@pytest.mark.parametrize("case", LINES)
-def test_bad_lines_are_named_by_number(run, tmp_path, case):
-    line, named = LINES[case]
-    (tmp_path / "in.jsonl").write_text('{"prompt": "a"}\n' + line + "\n")
-    answer = run("--prompts", tmp_path / "in.jsonl", "--output", tmp_path / "out.jsonl", "--dense", *SHORT)
-    assert named in _line(answer)
-    assert [each.name for each in tmp_path.iterdir()] == ["in.jsonl"]
-
-
-def test_all_bad_lines_are_named_up_to_ten(run, tmp_path):
-    (tmp_path / "in.jsonl").write_text("3\n" * 12)
-    line = _line(run("--prompts", tmp_path / "in.jsonl"))
-    assert "line 10 (" in line
-    assert "line 11" not in line
-    assert "and 2 more" in line
-
-
 def test_a_tokenizer_without_chat_template(home, run, tmp_path):
     model = _with_settings(home, tmp_path / "m")
     (model / "tokenizer" / "chat_template.jinja").unlink()
@@ -380,7 +263,7 @@ def test_a_tokenizer_without_chat_template(home, run, tmp_path):
 
 
 def test_fault_19_nan_logits_write_nothing(run, tmp_path):
-    model = zoo.with_rows(_model(np.random.default_rng(0)), "final_norm.bias", 0, np.nan)
+    model = zoo.with_rows(random_model(np.random.default_rng(0)), "final_norm.bias", 0, np.nan)
     pj.save(tmp_path / "m", pj.Bundle(model, Tokenizer.load(ASSET)))
     words = ("--prompt", "a", "--dense", *SHORT, "--output", tmp_path / "out.jsonl")
     assert "computes NaN or infinity in 1 of 1 sequences" in _line(run(*words, model=tmp_path / "m"))

@@ -13,8 +13,7 @@ import polarjax as pj
 from polarjax.engine import engine as engine_module
 from polarjax.engine.sizes import plan_sizes, slots_and_capacity
 from polarjax.text.tokenizer import Tokenizer
-from tests.cli.test_generate import ASSET, TEMPLATE
-from tests.cli.test_generate import _model as random_model
+from tests.cli.homes import ASSET, TEMPLATE, random_model
 from tests.model import zoo
 from tests.model.test_traces import compilations
 from tests.one_line import refuses

@@ -22,7 +22,7 @@ from polarjax.errors import CheckpointError, InputError, SparsityError
 from polarjax.evaluation.continuations import score_continuations
 from polarjax.selection.routers import init_routers
 from polarjax.text.tokenizer import Tokenizer
-from tests.cli.test_generate import TEMPLATE, _model
+from tests.cli.homes import TEMPLATE, random_model
 from tests.one_line import refuses
 from tests.tolerances import assert_close
 
@@ -34,7 +34,7 @@ DATA = [{"query": f"Is {i} even?", "choices": [" yes", " no", " maybe"], "gold":
 
 def bundle_of(name: str) -> pj.Bundle:
     """A small random model, with the tokenizer of a bundled one, routers and plans."""
-    model = _model(np.random.default_rng(0))
+    model = random_model(np.random.default_rng(0))
     tokenizer = Tokenizer.load(ASSETS / name)
     hf = tokenizer.hf
     hf.chat_template = TEMPLATE

@@ -1,7 +1,6 @@
 """Reading text, splitting the standard library."""
 
 import contextlib
-import json
 import lzma
 import os
 import threading
@@ -19,7 +18,6 @@ from polarjax.text.corpus import (
     standard_library_documents,
     standard_library_text,
 )
-from polarjax.text.prompts import read_prompt_file
 from tests.one_line import refuses
 
 SPLITS = get_args(Split)
@@ -81,57 +79,6 @@ def test_reads_pipes(tmp_path: Path):
     writer.join()
     with piped(b"") as path, refuses(InputError, "the text is empty"):
         read_text(path)
-
-
-TWO = [{"prompt": "a", "id": 1}, {"messages": [{"role": "user", "content": "b"}]}]
-
-
-@pytest.mark.parametrize(
-    "content",
-    [
-        "a\r\n\nb",
-        json.dumps(TWO[0]) + "\n" + json.dumps(TWO[1]),
-        '["not", "an object"]\n{"prompt": "a"}',
-        "{a\nb",
-    ],
-)
-def test_a_pipe_of_prompts_holds_objects_if_its_first_line_is_one(tmp_path: Path, content):
-    suffix = "jsonl" if content.startswith('{"') else "txt"
-    (tmp_path / f"p.{suffix}").write_text(content)
-    with piped(content.encode()) as path:
-        found = [(each.text, each.entry) for each in read_prompt_file(path)]
-    assert found == [(each.text, each.entry) for each in read_prompt_file(tmp_path / f"p.{suffix}")]
-    assert len(found) == 2
-
-
-def test_a_json_file_holds_an_array_of_prompts(tmp_path: Path):
-    file = tmp_path / "p.JSON"
-    file.write_text(json.dumps([*TWO, "c", TWO[1]["messages"]], indent=2))
-    entries = [each.entry for each in read_prompt_file(file)]
-    assert entries == [*TWO, {"prompt": "c"}, TWO[1]]
-    file.write_text(json.dumps(TWO[0]))
-    assert [each.entry for each in read_prompt_file(file)] == TWO[:1]
-
-
-@pytest.mark.parametrize(
-    ("content", "message"),
-    [
-        ('{"prompt": "a"}\n{"prompt": "b"}', "not JSON; got Extra data.*name it .jsonl"),
-        ("def main(", "not JSON"),
-        ("[" * 100_000, "not JSON"),
-        ("[]", "no prompts in the file; got an empty array"),
-        ('"a"', "no prompts in the file; got str, expected an array"),
-        (
-            '["a", 3, {"text": "b"}]',
-            r"entry 2 \(not an object: int\), entry 3 \(neither prompt nor messages\)",
-        ),
-        ('{"data": ["a"]}', r"entry 1 \(neither prompt nor messages\)"),
-    ],
-)
-def test_json_that_holds_no_prompts_is_refused(tmp_path: Path, content, message):
-    (tmp_path / "p.json").write_text(content)
-    with refuses(InputError, f"p.json: .*{message}"):
-        read_prompt_file(tmp_path / "p.json")
 
 
 def test_known_modules_keep_their_split():

@@ -1,0 +1,303 @@
+"""The work of `polarjax generate --prompts`: an engine continues the lines of a file."""
+
+import contextlib
+import dataclasses
+import itertools
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from polarjax.checkpoint import bundle as bundles
+from polarjax.cli import generating, job_output
+from polarjax.cli.generate import GenerateOptions
+from polarjax.cli.line_requests import LineRequests, error_of
+from polarjax.engine import checks as engine_checks
+from polarjax.engine.engine import Engine
+from polarjax.engine.in_order import InOrder, Task
+from polarjax.engine.requests import Event
+from polarjax.engine.slots import MOST_LOGPROBS
+from polarjax.errors import InputError
+from polarjax.generation.checks import check_best, check_copies, check_new_tokens, check_seed
+from polarjax.progress import task as progress_task
+from polarjax.selection.plans import densities
+from polarjax.storage.line_file import LineStream
+from polarjax.text.prompt_files import PromptFile, PromptLine
+
+SOME_FAILED = 3
+"""Exit code: the output is complete, but some lines have an error in place of an answer."""
+
+_RATE_SECONDS = 5.0
+
+
+def run(options: GenerateOptions) -> dict[str, Any]:
+    """Answers the lines of `--prompts`, writes them to `--output` or prints the texts, returns the numbers."""
+    check(options)
+    with contextlib.ExitStack() as stack:
+        lines = stack.enter_context(PromptFile(options.prompts, options.prompt or ()))  # pyright: ignore[reportArgumentType]
+        survey = lines.survey()
+        output = job_output.of(options)
+        if isinstance(output, LineStream):
+            stack.enter_context(contextlib.redirect_stdout(sys.stderr))
+        bundle, tokenizer = bundles.load_with_tokenizer(options.folder, options.dtype)
+        settings = generating.merged_settings(bundle.generation, options)
+        dense = generating.runs_dense(bundle, options)
+        requests = LineRequests(
+            tokenizer,
+            settings,
+            options.max_new_tokens,
+            options.num_return_sequences,
+            options.seed,
+            options.logprobs,
+            options.chat,
+            options.system,
+        )
+        _check_for_model(options, bundle, requests, lines)
+        head_density = None if dense else options.head_density
+        engine = Engine(
+            bundle, slots=options.slots, capacity=options.capacity, head_density=head_density, dense=dense
+        )
+        stack.enter_context(engine)
+        _check_length(options, bundle, engine)
+        if options.timed:
+            engine.warm_up()
+        record = job_output.record(options, bundle, settings, engine.capacity, survey, dense=dense)
+        sink = stack.enter_context(output) if isinstance(output, LineStream) else None
+        if isinstance(output, Path):
+            sink = stack.enter_context(job_output.opened(output, record, options))
+        job = Job(engine, requests, lines, sink, options, None if survey is None else survey[1])
+        if isinstance(output, Path):
+            job.skip_written()
+        with _resumable(job, output):
+            result = job.run()
+    sparsity = None if dense else bundle.sparsity(engine.slots, head_density)
+    result["density"] = None if sparsity is None else densities(sparsity.plan, bundle.model.config)
+    _print_summary(job, result, output)
+    return result | ({"exit_code": SOME_FAILED} if job.failed else {})
+
+
+def check(options: GenerateOptions) -> None:
+    """Raises `InputError` for options that contradict each other, or values that no model accepts."""
+    generating.check(options)
+    check_seed(options.seed, "--seed")
+    if options.max_new_tokens is not None:
+        check_new_tokens(options.max_new_tokens)
+    if options.resume and options.overwrite:
+        raise InputError("--resume and --overwrite contradict each other", hint="give one of them")
+
+
+def _check_for_model(
+    options: GenerateOptions, bundle: bundles.Bundle, requests: LineRequests, lines: PromptFile
+) -> None:
+    """Raises `InputError` for options that would fail on every line."""
+    most = min(MOST_LOGPROBS, bundle.model.config.vocab_size)
+    check_best(options.logprobs, most, where="--logprobs")
+    if options.chat:
+        requests.tokenizer.check_chat_template()
+    if not lines.has_settings:
+        check_copies(requests.copies, requests.settings.sampler)
+    else:
+        check_copies(requests.copies, bundle.generation.with_flags(temperature=1.0).sampler)
+
+
+def _check_length(options: GenerateOptions, bundle: bundles.Bundle, engine: Engine) -> None:
+    """Raises `InputError` if `--max-new-tokens` exceeds the slots' capacity after the shortest prompt."""
+    if options.max_new_tokens is None:
+        return
+    try:
+        config = bundle.model.config
+        engine_checks.check_length(config, 1, options.max_new_tokens, None, engine.capacity)
+    except InputError as error:
+        about = {"got": error.got, "expected": error.expected, "hint": error.hint}
+        raise InputError(error.what, where="--max-new-tokens", **about) from error
+
+
+@dataclasses.dataclass(eq=False)
+class Job:
+    """The lines on their way through the engine.
+
+    Attributes:
+      engine, requests, lines, options: what answers what, and how.
+      sink: where the lines of output go; None prints the texts.
+      total: number of lines, if known.
+      written: lines of output, with those that were there before.
+      failed: those with an error.
+      first_error: of them, what the first one says.
+      tokens: new tokens so far.
+    """
+
+    engine: Engine
+    requests: LineRequests
+    lines: PromptFile
+    sink: LineStream | None
+    options: GenerateOptions
+    total: int | None
+    written: int = 0
+    failed: int = 0
+    first_error: str = ""
+    tokens: int = 0
+    resumed: int = 0
+
+    def skip_written(self) -> None:
+        """Takes the lines whose answers an interrupted run has written; see `job_output.written`."""
+        for error in job_output.written(self.sink, self.lines):
+            self._count(error)
+        self.resumed = self.written
+
+    def run(self) -> dict[str, Any]:
+        """Answers the other lines; returns the numbers, and the texts if they go into no file."""
+        indices = itertools.count(self.written)
+        given = self._only_line() if self.options.stream else self.lines
+        take = lambda wait: _next_task(given, wait, indices, self.requests)
+        kept: list[Task] = []
+        started = time.perf_counter()
+        with self._progress() as watch:
+            runner = InOrder(self.engine, take, lambda event: watch(runner, event))
+            for each in runner:
+                self._put(each)
+                if self.sink is None and _wants_json():
+                    kept.append(each)
+            watch(runner, None)
+        seconds = time.perf_counter() - started
+        result = {"lines": self.written, "errors": self.failed, "resumed": self.resumed}
+        result |= self._texts(kept) if self.sink is None else {}
+        return result | {
+            "total_tokens": self.tokens,
+            "seconds": seconds,
+            "tokens_per_second": self.tokens / seconds,
+            "compilation_included": not self.options.timed,
+            "slots": self.engine.slots,
+            "capacity": self.engine.capacity,
+        }
+
+    def _put(self, done: Task) -> None:
+        """Writes or prints a line of output."""
+        error = error_of(done)
+        if self.sink is not None:
+            self.sink.write(self.requests.record(done))
+        elif error is not None and self.options.stream:
+            raise error
+        elif error is not None:
+            print(f"\npolarjax: {error}", file=sys.stderr)
+        elif self.options.stream:
+            print()
+        else:
+            prompt = done.source.prompt
+            generating.print_texts([prompt], self.options.chat, [each.text for each in done.answers])
+        self._count(None if error is None else str(error))
+
+    def _count(self, error: str | None) -> None:
+        self.written += 1
+        self.failed += error is not None
+        self.first_error = self.first_error or error or ""
+
+    def _only_line(self) -> "PromptFile | Once":
+        line, more = self.lines.take(), self.lines.take()
+        generating.check_stream(self.options, several=more is not None)
+        if line is not None and line.prompt is not None:
+            generating.print_prompt(line.prompt, self.options.chat)
+        return Once(line)
+
+    def _texts(self, done: list[Task]) -> dict[str, Any]:
+        """Every sequence, as `generate --prompt` has it."""
+        rows = [(task, each) for task in done for each in task.answers]
+        endings = [self.requests.ending(*row) for row in rows]
+        names = [task.source.prompt.text or task.source.name for task, _ in rows]
+        return {
+            "prompts": names,
+            "texts": [each.text for _, each in rows],
+            "tokens": [len(each.tokens) for _, each in rows],
+            "stopped": [each != "length" for each in endings],
+            "endings": endings,
+        }
+
+    @contextlib.contextmanager
+    def _progress(self) -> Iterator[Any]:
+        """Yields a function of the runner and an event, which reports what is done."""
+        if self.sink is None:  # the texts are the progress
+            yield self._show
+            return
+        with progress_task("answering", self.total, "prompts") as advance:
+            rate, shown = Rate(), self.resumed
+            if shown:
+                advance(shown)
+
+            def watch(runner: InOrder, event: Event | None) -> None:
+                nonlocal shown
+                self._show(runner, event)
+                done = self.resumed + runner.finished - shown
+                shown += done
+                note = f"{self.engine.in_use} of {self.engine.slots} rows in use"
+                advance(done, f"{rate.of(self.tokens):,.0f} tokens/s, {note}")
+
+            yield watch
+
+    def _show(self, _: InOrder, event: Event | None) -> None:
+        if event is not None:
+            self.tokens += len(event.tokens)
+            if self.options.stream:
+                print(event.text, end="", flush=True)
+
+
+@dataclasses.dataclass
+class Once:
+    """One line as if it came from a file."""
+
+    line: PromptLine | None
+
+    def take(self, *, wait: bool) -> PromptLine | None:
+        """The line, the first time."""
+        del wait
+        line, self.line = self.line, None
+        return line
+
+
+class Rate:
+    """Tokens per second over the last few seconds; compilation, before the first tokens, isn't part of it."""
+
+    def __init__(self) -> None:
+        self._begin: tuple[float, int] | None = None
+        self._last: float | None = None
+
+    def of(self, tokens: int) -> float:
+        """The rate, given the tokens so far."""
+        now = time.monotonic()
+        since, before = self._begin = self._begin or (now, tokens)
+        rate = (tokens - before) / max(now - since, 1e-9)
+        if now - since >= _RATE_SECONDS:
+            self._begin, self._last = (now, tokens), rate
+        return rate if self._last is None else self._last
+
+
+def _next_task(
+    lines: PromptFile | Once, wait: bool, indices: Iterator[int], requests: LineRequests
+) -> Task | None:
+    line = lines.take(wait=wait)
+    return None if line is None else requests.task(next(indices), line)
+
+
+def _wants_json() -> bool:
+    """Whether the result is printed as JSON, and what is printed otherwise goes to standard error."""
+    return sys.stdout is sys.stderr
+
+
+@contextlib.contextmanager
+def _resumable(job: Job, output: Any) -> Iterator[None]:
+    """Says, if the block is interrupted, where what was done is."""
+    try:
+        yield
+    except (KeyboardInterrupt, SystemExit):
+        if isinstance(output, Path):
+            print(f"polarjax: {output} has {job.written:,} lines; --resume goes on", file=sys.stderr)
+        raise
+
+
+def _print_summary(job: Job, result: dict[str, Any], output: Any) -> None:
+    where = f" -> {output}" if isinstance(output, Path) else ""
+    to = sys.stderr if isinstance(output, LineStream) else sys.stdout
+    lines = f"{job.written:,} prompts" + (f", {job.resumed:,} of them before" if job.resumed else "")
+    print(f"\n{lines}; {generating.summary(result, job.tokens)}{where}", file=to)
+    if job.failed:
+        many = f"{job.failed:,} of {job.written:,} prompts have no answer, the first because of this: "
+        print(f"polarjax: {many}{job.first_error}", file=sys.stderr)

@@ -1,0 +1,170 @@
+"""Where `polarjax generate --prompts` writes, and whether what is there may be continued or replaced."""
+
+import contextlib
+import hashlib
+import json
+import os
+import stat
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from polarjax.checkpoint.bundle import Bundle, needed_tokenizer
+from polarjax.cli.generate import GenerateOptions
+from polarjax.cli.line_requests import begins
+from polarjax.errors import CheckpointError, InputError
+from polarjax.generation.settings import GENERATION_CONFIG, GenerationSettings
+from polarjax.model.parameters import parameters
+from polarjax.storage.fingerprint import fingerprint_of
+from polarjax.storage.line_file import (
+    LineFile,
+    LineStream,
+    check_record,
+    is_stream,
+    open_stream,
+    record_path,
+    target_of,
+    write_record,
+)
+from polarjax.storage.record import digests, files
+from polarjax.text.prompt_files import ANSWERS, STDIN, PromptFile
+
+_FORMAT = 1
+_PROMPTS = "prompts file"
+
+
+def of(options: GenerateOptions) -> LineStream | Path | None:
+    """A stream for the output, or the path of its file; None if texts are printed.
+
+    Raises:
+      InputError: the output would be mixed with another one, or is a stream and was to be resumed.
+      CheckpointError: something is at the path that is not to be replaced, or is the file of prompts.
+    """
+    output = options.output
+    if output is None or output == STDIN or is_stream(output):
+        if options.resume:
+            hint = "name a file with --output, or drop --resume"
+            raise InputError("only a file can be resumed", where="--resume", got=output, hint=hint)
+        if output is None:
+            return None
+        _check_other(options.prompts, output)
+        if output != STDIN:
+            return open_stream(output)
+        if sys.stdout is sys.stderr:
+            hint = "name a file with --output, or drop --json"
+            raise InputError("--output - and --json both need standard output", hint=hint)
+        return LineStream.stdout()
+    path = target_of(output)
+    _check_other(options.prompts, path)
+    _check_free(path, options)
+    return path
+
+
+def _check_other(prompts: Any, output: Path) -> None:
+    """Raises `CheckpointError` if the prompts would be overwritten, or would never end."""
+    read = _status(prompts, 0)
+    for each in (output, record_path(output)):
+        written = _status(each, 1)
+        if read is None or written is None or not stat.S_ISREG(read.st_mode):
+            continue
+        if os.path.samestat(read, written):
+            hint = "choose another name for the output"
+            raise CheckpointError("this is the file of the prompts", where=each, hint=hint)
+
+
+def _status(path: Path, standard: int) -> os.stat_result | None:
+    try:
+        return os.fstat(standard) if path == STDIN else os.stat(path)
+    except OSError:
+        return None
+
+
+def _check_free(path: Path, options: GenerateOptions) -> None:
+    """Raises `CheckpointError` if the output is a directory, or is there and is neither resumed nor replaced."""
+    if path.is_dir():
+        hint = "choose another name for the file"
+        raise CheckpointError("a directory is in the way", where=path, hint=hint)
+    if path.exists() and not options.overwrite and not options.resume:
+        hint = "go on with it with --resume, replace it with --overwrite, or choose another name"
+        raise CheckpointError("the output already exists", where=path, hint=hint)
+
+
+@contextlib.contextmanager
+def opened(path: Path, record: dict[str, Any], options: GenerateOptions) -> Iterator[LineFile]:
+    """The output, empty or as an interrupted run of the same job left it.
+
+    Raises:
+      CheckpointError: it was begun by another job, or can't be written.
+    """
+    with LineFile(path) as file:
+        if options.resume and path.stat().st_size:
+            check_record(path, record, may_be_unknown=_PROMPTS)
+        else:
+            file.clear()
+            write_record(path, record)
+        yield file
+
+
+def written(file: Any, lines: PromptFile) -> Iterator[str | None]:
+    """Takes the lines whose answers are in the output; yields the error of each, if it has one. Cuts a torn last line.
+
+    Raises:
+      CheckpointError: what is in the output isn't what these lines would have become.
+    """
+    for number, text in enumerate(file.lines(), 1):
+        line = lines.take()
+        found = _object(text)
+        if line is None or not begins(line, found) or found.keys().isdisjoint(ANSWERS):
+            raise CheckpointError(
+                "the output is of other prompts",
+                where=f"{file.path}, line {number}",
+                got=text[:80],
+                expected="no further line" if line is None else f"the answer to {line.name} of the prompts",
+                hint="resume with the prompts it was begun with, or start over with --overwrite",
+            )
+        yield found.get("error")
+
+
+def _object(text: str) -> dict[str, Any]:
+    try:
+        value = json.loads(text)
+    except (ValueError, RecursionError):
+        return {}
+    return value if isinstance(value, dict) else {}
+
+
+def record(
+    options: GenerateOptions,
+    bundle: Bundle,
+    settings: GenerationSettings,
+    capacity: int,
+    survey: tuple[str, int] | None,
+    *,
+    dense: bool,
+) -> dict[str, Any]:
+    """All that the output depends on, by name."""
+    tokenizer = needed_tokenizer(bundle, options.folder).folder
+    names = [name for name in files(tokenizer) if name != GENERATION_CONFIG]
+    sums = {name: each["sha256"] for name, each in digests(tokenizer, names).items()}
+    about = ("num_return_sequences", "logprobs", "seed", "chat", "system")
+    most = options.max_new_tokens
+    return {
+        "format": _FORMAT,
+        _PROMPTS: None if survey is None else survey[0],
+        "prompt": list(options.prompt or ()),
+        "model": fingerprint_of(parameters(bundle.model)),
+        "tokenizer": _sum(sums),
+        "routers": None if dense or bundle.routers is None else bundle.routers.fingerprint,
+        "plans": None if dense or bundle.plans is None else _sum(bundle.plans.to_json()),
+        "head_density": None if dense else options.head_density,
+        "capacity": capacity,
+        **settings.to_json(),
+        "max_new_tokens": settings.max_new_tokens if most is None else most,
+        **{name: getattr(options, name) for name in about},
+    }
+
+
+def _sum(value: Any) -> str:
+    """A checksum of a value that JSON can hold."""
+    return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()

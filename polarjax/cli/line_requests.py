@@ -1,0 +1,170 @@
+"""Lines of a prompt file as requests to an engine, and their results as lines of output."""
+
+import dataclasses
+import hashlib
+import math
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+import numpy as np
+
+from polarjax.cli.sampling_options import check_value, with_options
+from polarjax.engine.in_order import Answer, Task
+from polarjax.errors import InputError, PolarjaxError
+from polarjax.generation.checks import check_copies, check_seed, check_stop_ids
+from polarjax.generation.settings import GenerationSettings
+from polarjax.text.assembly import Ending, check_stop_strings
+from polarjax.text.prompt_files import PromptLine
+from polarjax.text.prompts import as_json
+from polarjax.text.tokenizer import Tokenizer
+
+_DRAWING = ("temperature", "top_k", "top_p", "repetition_penalty")
+_CODE = ("Engine.submit", "GenerationSettings", "Categorical", "Tokenizer.encode", "sampler")
+
+
+@dataclasses.dataclass(frozen=True)
+class LineRequests:
+    """How lines are answered where they don't say it themselves.
+
+    Attributes:
+      tokenizer: the model's.
+      settings: sampling and stops.
+      max_new_tokens: most new tokens; None leaves it to the engine.
+      copies: requests for each line.
+      seed: of the first line; the others have seeds that follow from it and their place.
+      logprobs: n, or None.
+      chat, system: as in `Prompt.ids`.
+    """
+
+    tokenizer: Tokenizer
+    settings: GenerationSettings
+    max_new_tokens: int | None
+    copies: int
+    seed: int
+    logprobs: int | None
+    chat: bool
+    system: str | None
+
+    def task(self, index: int, line: PromptLine) -> Task:
+        """The requests of the line with this index, or what is wrong with it."""
+        if line.prompt is None:
+            return Task(line, error=line.error)
+        try:
+            given = line.settings
+            settings = self._settings(given)
+            check_copies(self.copies, settings.sampler)
+            own = check_seed(given["seed"]) if "seed" in given else None
+            ids = line.prompt.ids(self.tokenizer, chat=self.chat, system=self.system)
+        except InputError as error:
+            return Task(line, error=error)
+        options = {
+            "prompt": ids,
+            "max_new_tokens": given.get("max_new_tokens", self.max_new_tokens),
+            "sampler": settings.sampler,
+            "stop_ids": settings.stop_ids,
+            "stop_strings": settings.stop_strings,
+            "repetition_penalty": settings.repetition_penalty,
+            "logprobs": given.get("logprobs", self.logprobs),
+        }
+        return Task(line, options, self._seeds(index, own))
+
+    def _settings(self, given: Mapping[str, Any]) -> GenerationSettings:
+        """The settings of a line."""
+        drawing = {name: given[name] for name in _DRAWING if name in given}
+        temperature = drawing.get("temperature")
+        greedy = type(temperature) in (int, float) and temperature == 0
+        if greedy:
+            drawing = {name: drawing[name] for name in drawing if name == "repetition_penalty"}
+        for name, value in drawing.items():
+            hint = "correct the value or leave it out; temperature 0 takes the most likely tokens"
+            check_value(name, value, where=name, hint=hint)
+        settings = with_options(self.settings, greedy=greedy, **drawing)
+        stops: dict[str, Any] = {}
+        if "stop" in given:
+            stop = given["stop"]
+            stops["stop_strings"] = check_stop_strings(stop if isinstance(stop, list) else [stop])
+        if "stop_ids" in given:
+            stops["stop_ids"] = check_stop_ids(given["stop_ids"])
+        return dataclasses.replace(settings, **stops)
+
+    def _seeds(self, index: int, own: int | None) -> Iterator[int]:
+        """A seed for each copy: the line's or the command's own, then ones that follow from it."""
+        index, seed = (index, self.seed) if own is None else (0, own)
+        for copy in range(self.copies):
+            yield seed if not index and not copy else _mixed(seed, index, copy)
+
+    def record(self, task: Task) -> str:
+        """The line of output."""
+        made = dict(task.source.head)
+        if task.error is None:
+            made["completions"] = [self._completion(task, each) for each in task.answers]
+        if (error := error_of(task)) is not None:
+            made["error"] = str(error)
+        return as_json(made)
+
+    def _completion(self, task: Task, answer: Answer) -> dict[str, Any]:
+        made = {
+            "text": answer.text,
+            "tokens": len(answer.tokens),
+            "ending": self.ending(task, answer),
+        }
+        if task.options["logprobs"] is None:
+            return made
+        names = ("chosen", "ids", "best")
+        parts = {name: [np.asarray(getattr(each, name)) for each in answer.logprobs] for name in names}
+        lists = {name: [each for part in parts[name] for each in part.tolist()] for name in names}
+        chosen, best = lists["chosen"], lists["best"]
+        lists |= {"chosen": [_rounded(each) for each in chosen]}
+        lists |= {"best": [[_rounded(each) for each in row] for row in best]}
+        return made | {"logprobs": {"tokens": answer.tokens.tolist(), **lists}}
+
+    def ending(self, task: Task, answer: Answer) -> Ending:
+        """Why an answer ended, in the words of `Completion`."""
+        if answer.finished == "failed":
+            return "failed"
+        if answer.finished != "stop":
+            return "length"
+        special = map(self.tokenizer.special_id, task.options["stop_strings"])
+        last = answer.tokens[-1] if answer.tokens else None
+        return "stop_id" if last in (*task.options["stop_ids"], *special) else "stop_string"
+
+
+def begins(line: PromptLine, written: Mapping[str, Any]) -> bool:
+    """Whether a line of output is of this line of the prompts."""
+    return all(written.get(key, _NOTHING) == value for key, value in line.head.items())
+
+
+_NOTHING = object()
+
+
+def error_of(task: Task) -> InputError | None:
+    """What is wrong with a line, or with its answers."""
+    name = task.source.name
+    if task.error is not None:
+        return _located(name, task.error)
+    failed = [len(each.tokens) for each in task.answers if each.finished == "failed"]
+    if not failed:
+        return None
+    return InputError(
+        "the model computes NaN or infinity",
+        where=name,
+        got=f"{len(failed)} of {len(task.answers)} sequences, one after {failed[0]} tokens",
+        hint="compute with --dtype float32, or convert an undamaged checkpoint",
+    )
+
+
+def _located(name: str, error: PolarjaxError) -> InputError:
+    """The error with the line in front of the key that it is about."""
+    parts = [part for part in str(error.where or "").split(": ") if part and part not in (name, *_CODE)]
+    where = ": ".join([name, *parts])
+    return InputError(error.what, where=where, got=error.got, expected=error.expected, hint=error.hint)
+
+
+def _mixed(seed: int, index: int, copy: int) -> int:
+    digest = hashlib.sha256(f"{seed} {index} {copy}".encode()).digest()
+    return int.from_bytes(digest[:8], "little", signed=True)
+
+
+def _rounded(value: float) -> float | None:
+    """A log-probability in JSON; further digits can depend on what else the engine ran."""
+    return round(value, 4) if math.isfinite(value) else None
