@@ -217,7 +217,8 @@ def table(args: argparse.Namespace, peak: float | None) -> Iterator[dict[str, An
             for kind in kinds(shape, batch, made, xla=args.xla)
         ]
         with ThreadPoolExecutor(1) as pool:  # one at a time, because XLA autotunes its products
-            traced = (lowered(shape, batch, sparsity, more) for batch, _, sparsity, more in todo)
+            how = {**pj.OVERLAP, **dict(args.option)}
+            traced = (lowered(shape, batch, sparsity, more, how) for batch, _, sparsity, more in todo)
             jobs = [pool.submit(_compiled, loop) for loop in traced]
         model = random_model(shape.config) if todo else None
         for batch, of in itertools.groupby(zip(todo, jobs, strict=True), key=lambda each: each[0][0]):
@@ -231,7 +232,7 @@ def table(args: argparse.Namespace, peak: float | None) -> Iterator[dict[str, An
                 dense = dense or median
                 yield {
                     "case": f"{shape.name} B{batch} S{shape.cache}",
-                    "kind": kind,
+                    "kind": kind + "".join(f", {name}={value}" for name, value in args.option),
                     **times(shape, batch, median, peak, sparsity and sparsity.plan),
                     "spread_ms": spread * 1e3,
                     "speedup_vs_dense": dense / median,
@@ -251,6 +252,15 @@ def times(
     return row if peak is None else row | {"pct_of_floor": 100 * moved / peak / seconds}
 
 
+def _option(text: str) -> tuple[str, int | bool | str]:
+    """A compiler option's name and value, with the type that the compiler wants."""
+    name, found, value = text.partition("=")
+    if not found:
+        raise argparse.ArgumentTypeError(f"{text!r} is not NAME=VALUE")
+    kinds = {"true": True, "false": False}
+    return name, int(value) if value.isdigit() else kinds.get(value, value)
+
+
 def main() -> int:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
@@ -259,6 +269,9 @@ def main() -> int:
     parser.add_argument("--models", nargs="+", default=list(SHAPES), choices=(*SHAPES, TINY_SHAPE.name))
     parser.add_argument("--batches", nargs="+", type=int, help="instead of those of the shape")
     parser.add_argument("--xla", action="store_true", help="also the dense step with XLA's attention")
+    parser.add_argument(
+        "--option", type=_option, action="append", default=[], help="a compiler option to try: NAME=VALUE"
+    )
     parser.add_argument("--seconds", type=float, default=240, help="time limit for the table")
     args = parser.parse_args()
     tiny = args.models == [TINY_SHAPE.name]

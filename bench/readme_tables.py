@@ -110,7 +110,7 @@ def _range(ordered: Sequence[float]) -> str:
 
 
 def _number(row: Row | None, key: str, form: str) -> str:
-    return MISSING if row is None or key not in row else form.format(row[key])
+    return MISSING if row is None or row.get(key) is None else form.format(row[key])
 
 
 def _ratio(slow: Row | None, fast: Row | None, key: str = "time_us") -> str:

@@ -107,6 +107,7 @@ def test_steps_beside_pytorch(tmp_path):
 def test_jobs_compare_with_static_batches(tmp_path):
     case = {"case": "llama-2-7b B64 R256"}
     engine = {"kind": "engine, dense", "seconds": 5.0, "tokens_per_s": 3000.0, "prompts_per_s": 12.0}
+    engine |= {"rows_in_use_pct": None}  # no request waited
     static = {"kind": "static, dense", "seconds": 9.0, "tokens_per_s": 1500.0}
     lone = {"kind": "lone T512, dense", "first_token_ms": 20.0, "over_prefill": 1.2}
     write(tmp_path, "generate", *(case | row for row in (static, engine, lone)))
