@@ -175,7 +175,9 @@ def _transformers(shape: DecodeShape, batch: int) -> Row:
     counting = hasattr(
         cache.layers[0], "cumulative_length"
     )  # a layer counts its tokens, since transformers 5
-    where = {} if counting else {"cache_position": position[0]}
+    where: Row = {} if counting else {"cache_position": position[0]}
+    if model.config.model_type == "opt":  # without a mask, it makes one of a length that it waits for
+        where["attention_mask"] = torch.ones(batch, shape.cache, dtype=torch.long, device=device)
 
     def step() -> None:
         out = forward(input_ids=token, past_key_values=cache, position_ids=position, use_cache=True, **where)
