@@ -12,7 +12,7 @@ from typing import Any
 from polarjax.checkpoint import bundle as bundles
 from polarjax.cli import generating, job_output
 from polarjax.cli.generate import GenerateOptions
-from polarjax.cli.line_requests import LineRequests, error_of
+from polarjax.cli.line_requests import LineRequests, error_of, most_characters
 from polarjax.engine import checks as engine_checks
 from polarjax.engine.engine import Engine
 from polarjax.engine.in_order import InOrder, Task
@@ -20,10 +20,13 @@ from polarjax.engine.requests import Event
 from polarjax.engine.slots import MOST_LOGPROBS
 from polarjax.errors import InputError
 from polarjax.generation.checks import check_best, check_copies, check_new_tokens, check_seed
+from polarjax.generation.sampling import Categorical
+from polarjax.generation.settings import GenerationSettings
 from polarjax.progress import task as progress_task
 from polarjax.selection.plans import densities
 from polarjax.storage.line_file import LineStream
 from polarjax.text.prompt_files import PromptFile, PromptLine
+from polarjax.text.tokenizer import Tokenizer
 
 SOME_FAILED = 3
 """Exit code: the output is complete, but some lines have an error in place of an answer."""
@@ -39,39 +42,24 @@ def run(options: GenerateOptions) -> dict[str, Any]:
         survey = lines.survey()
         output = job_output.of(options)
         if isinstance(output, LineStream):
+            stack.enter_context(output)
             stack.enter_context(contextlib.redirect_stdout(sys.stderr))
         bundle, tokenizer = bundles.load_with_tokenizer(options.folder, options.dtype)
         settings = generating.merged_settings(bundle.generation, options)
+        _check_for_model(options, bundle, tokenizer, settings, lines)
         dense = generating.runs_dense(bundle, options)
-        requests = LineRequests(
-            tokenizer,
-            settings,
-            options.max_new_tokens,
-            options.num_return_sequences,
-            options.seed,
-            options.logprobs,
-            options.chat,
-            options.system,
-        )
-        _check_for_model(options, bundle, requests, lines)
-        head_density = None if dense else options.head_density
-        engine = Engine(
-            bundle, slots=options.slots, capacity=options.capacity, head_density=head_density, dense=dense
-        )
-        stack.enter_context(engine)
-        _check_length(options, bundle, engine)
-        if options.timed:
-            engine.warm_up()
-        record = job_output.record(options, bundle, settings, engine.capacity, survey, dense=dense)
-        sink = stack.enter_context(output) if isinstance(output, LineStream) else None
+        engine = stack.enter_context(_engine(options, bundle, dense=dense))
+        requests = _requests(options, tokenizer, settings, engine.capacity)
+        job = Job(engine, requests, lines, None, options, None if survey is None else survey[1])
         if isinstance(output, Path):
-            sink = stack.enter_context(job_output.opened(output, record, options))
-        job = Job(engine, requests, lines, sink, options, None if survey is None else survey[1])
-        if isinstance(output, Path):
+            record = job_output.record(options, bundle, settings, engine.capacity, survey, dense=dense)
+            job.sink = stack.enter_context(job_output.opened(output, record, options))
             job.skip_written()
+        else:
+            job.sink = output
         with _resumable(job, output):
             result = job.run()
-    sparsity = None if dense else bundle.sparsity(engine.slots, head_density)
+    sparsity = None if dense else bundle.sparsity(engine.slots, options.head_density)
     result["density"] = None if sparsity is None else densities(sparsity.plan, bundle.model.config)
     _print_summary(job, result, output)
     return result | ({"exit_code": SOME_FAILED} if job.failed else {})
@@ -88,29 +76,54 @@ def check(options: GenerateOptions) -> None:
 
 
 def _check_for_model(
-    options: GenerateOptions, bundle: bundles.Bundle, requests: LineRequests, lines: PromptFile
+    options: GenerateOptions,
+    bundle: bundles.Bundle,
+    tokenizer: Tokenizer,
+    settings: GenerationSettings,
+    lines: PromptFile,
 ) -> None:
     """Raises `InputError` for options that would fail on every line."""
     most = min(MOST_LOGPROBS, bundle.model.config.vocab_size)
     check_best(options.logprobs, most, where="--logprobs")
     if options.chat:
-        requests.tokenizer.check_chat_template()
-    if not lines.has_settings:
-        check_copies(requests.copies, requests.settings.sampler)
-    else:
-        check_copies(requests.copies, bundle.generation.with_flags(temperature=1.0).sampler)
+        tokenizer.check_chat_template()
+    drawn = lines.has_settings and options.num_return_sequences > 1  # lines may ask for it
+    check_copies(options.num_return_sequences, Categorical() if drawn else settings.sampler)
 
 
-def _check_length(options: GenerateOptions, bundle: bundles.Bundle, engine: Engine) -> None:
-    """Raises `InputError` if `--max-new-tokens` exceeds the slots' capacity after the shortest prompt."""
-    if options.max_new_tokens is None:
-        return
+def _engine(options: GenerateOptions, bundle: bundles.Bundle, *, dense: bool) -> Engine:
+    """The engine; raises `InputError` if its slots can't hold `--max-new-tokens` after the shortest prompt."""
+    head_density = None if dense else options.head_density
+    engine = Engine(
+        bundle, slots=options.slots, capacity=options.capacity, head_density=head_density, dense=dense
+    )
     try:
-        config = bundle.model.config
-        engine_checks.check_length(config, 1, options.max_new_tokens, None, engine.capacity)
+        if options.max_new_tokens is not None:
+            limits = bundle.model.config, 1, options.max_new_tokens, None, engine.capacity
+            engine_checks.check_length(*limits)
     except InputError as error:
+        engine.close()
         about = {"got": error.got, "expected": error.expected, "hint": error.hint}
         raise InputError(error.what, where="--max-new-tokens", **about) from error
+    if options.timed:
+        engine.warm_up()
+    return engine
+
+
+def _requests(
+    options: GenerateOptions, tokenizer: Tokenizer, settings: GenerationSettings, capacity: int
+) -> LineRequests:
+    return LineRequests(
+        tokenizer=tokenizer,
+        settings=settings,
+        max_new_tokens=options.max_new_tokens,
+        copies=options.num_return_sequences,
+        seed=options.seed,
+        logprobs=options.logprobs,
+        chat=options.chat,
+        system=options.system,
+        most_characters=most_characters(tokenizer, capacity),
+    )
 
 
 @dataclasses.dataclass(eq=False)
@@ -228,7 +241,7 @@ class Job:
                 self._show(runner, event)
                 done = self.resumed + runner.finished - shown
                 shown += done
-                note = f"{self.engine.in_use} of {self.engine.slots} rows in use"
+                note = f"{runner.in_use} of {self.engine.slots} rows in use"
                 advance(done, f"{rate.of(self.tokens):,.0f} tokens/s, {note}")
 
             yield watch

@@ -28,7 +28,8 @@ from polarjax.storage.line_file import (
     write_record,
 )
 from polarjax.storage.record import digests, files
-from polarjax.text.prompt_files import ANSWERS, STDIN, PromptFile
+from polarjax.text.byte_lines import STDIN
+from polarjax.text.prompt_files import ANSWERS, PromptFile
 
 _FORMAT = 1
 _PROMPTS = "prompts file"

@@ -15,11 +15,14 @@ from polarjax.generation.checks import check_copies, check_seed, check_stop_ids
 from polarjax.generation.settings import GenerationSettings
 from polarjax.text.assembly import Ending, check_stop_strings
 from polarjax.text.prompt_files import PromptLine
-from polarjax.text.prompts import as_json
+from polarjax.text.prompts import Prompt, as_json
 from polarjax.text.tokenizer import Tokenizer
 
+_CHEAP = 200_000
+"""Characters that are tokenized in a moment."""
+
 _DRAWING = ("temperature", "top_k", "top_p", "repetition_penalty")
-_CODE = ("Engine.submit", "GenerationSettings", "Categorical", "Tokenizer.encode", "sampler")
+_CODE = ("Engine.submit", "Tokenizer.encode", "Tokenizer.encode_chat", "stop_strings")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -34,6 +37,7 @@ class LineRequests:
       seed: of the first line; the others have seeds that follow from it and their place.
       logprobs: n, or None.
       chat, system: as in `Prompt.ids`.
+      most_characters: a text that is longer isn't tokenized, because it can't fit.
     """
 
     tokenizer: Tokenizer
@@ -44,19 +48,21 @@ class LineRequests:
     logprobs: int | None
     chat: bool
     system: str | None
+    most_characters: int
 
     def task(self, index: int, line: PromptLine) -> Task:
         """The requests of the line with this index, or what is wrong with it."""
         if line.prompt is None:
-            return Task(line, error=line.error)
+            return Task(line, error=line.error, size=line.size)
         try:
+            self._check_size(line.prompt)
             given = line.settings
             settings = self._settings(given)
             check_copies(self.copies, settings.sampler)
             own = check_seed(given["seed"]) if "seed" in given else None
             ids = line.prompt.ids(self.tokenizer, chat=self.chat, system=self.system)
         except InputError as error:
-            return Task(line, error=error)
+            return Task(line, error=error, size=line.size)
         options = {
             "prompt": ids,
             "max_new_tokens": given.get("max_new_tokens", self.max_new_tokens),
@@ -66,18 +72,28 @@ class LineRequests:
             "repetition_penalty": settings.repetition_penalty,
             "logprobs": given.get("logprobs", self.logprobs),
         }
-        return Task(line, options, self._seeds(index, own))
+        return Task(line, options, self._seeds(index, own), size=line.size)
+
+    def _check_size(self, prompt: Prompt) -> None:
+        texts = [prompt.text, *(each["content"] for each in prompt.messages or ())]
+        if (got := sum(map(len, texts))) > self.most_characters:
+            expected = f"at most {self.most_characters:,}, even of the longest tokens"
+            hint = "shorten the prompt, or give a larger --capacity"
+            raise InputError(
+                "the prompt is too long", got=f"{got:,} characters", expected=expected, hint=hint
+            )
 
     def _settings(self, given: Mapping[str, Any]) -> GenerationSettings:
         """The settings of a line."""
         drawing = {name: given[name] for name in _DRAWING if name in given}
         temperature = drawing.get("temperature")
         greedy = type(temperature) in (int, float) and temperature == 0
+        for name, value in drawing.items():
+            if name != "temperature" or not greedy:
+                hint = "correct the value or leave it out; temperature 0 takes the most likely tokens"
+                check_value(name, value, where=None, hint=hint)
         if greedy:
             drawing = {name: drawing[name] for name in drawing if name == "repetition_penalty"}
-        for name, value in drawing.items():
-            hint = "correct the value or leave it out; temperature 0 takes the most likely tokens"
-            check_value(name, value, where=name, hint=hint)
         settings = with_options(self.settings, greedy=greedy, **drawing)
         stops: dict[str, Any] = {}
         if "stop" in given:
@@ -127,6 +143,11 @@ class LineRequests:
         special = map(self.tokenizer.special_id, task.options["stop_strings"])
         last = answer.tokens[-1] if answer.tokens else None
         return "stop_id" if last in (*task.options["stop_ids"], *special) else "stop_string"
+
+
+def most_characters(tokenizer: Tokenizer, capacity: int) -> int:
+    """The longest text that is tokenized for slots of this capacity, even if it turns out to be too long."""
+    return max(_CHEAP, capacity * max(map(len, tokenizer.hf.get_vocab())))
 
 
 def begins(line: PromptLine, written: Mapping[str, Any]) -> bool:

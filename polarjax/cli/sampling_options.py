@@ -20,7 +20,7 @@ def check_options(**options: Any) -> None:
         check_value(name, value, where=option, hint=hint)
 
 
-def check_value(name: str, value: Any, *, where: str, hint: str) -> None:
+def check_value(name: str, value: Any, *, where: str | None, hint: str) -> None:
     """Raises `InputError` for a value of an argument of `GenerationSettings.with_flags` that no model accepts."""
     try:
         GenerationSettings().with_flags(**{name: value})
@@ -59,6 +59,6 @@ def with_stops(
         raise _reworded(error, where="--stop-id", hint="give ids of the model's tokenizer") from error
 
 
-def _reworded(error: InputError, *, where: str, hint: str) -> InputError:
+def _reworded(error: InputError, *, where: str | None, hint: str) -> InputError:
     """The error, reworded for the command line."""
     return InputError(error.what, where=where, got=error.got, expected=error.expected, hint=hint)

@@ -12,7 +12,7 @@ from polarjax.errors import PolarjaxError
 from polarjax.generation.logprobs import LogProbs
 
 HELD_BYTES = 1 << 26
-"""Bytes of results that may wait for an earlier one before no further task is begun."""
+"""Bytes of tasks and their results that may wait for an earlier one before no further task is begun."""
 
 
 def most_held(slots: int) -> int:
@@ -49,16 +49,16 @@ class Task:
       options: arguments of `Engine.submit`, without the seed.
       seeds: the seed of each request; one that is refused ends the task.
       error: why there are no requests.
+      size: about how many bytes the source and the answers so far are.
       answers: of the requests so far.
-      size: about how many bytes the answers are.
     """
 
     source: Any
     options: Mapping[str, Any] = dataclasses.field(default_factory=dict)
     seeds: Iterator[int] = dataclasses.field(default_factory=lambda: iter(()))
     error: PolarjaxError | None = None
-    answers: list[Answer] = dataclasses.field(default_factory=list)
     size: int = 0
+    answers: list[Answer] = dataclasses.field(default_factory=list)
     begun: bool = False  # whether all of its requests are submitted
 
     @property
@@ -79,6 +79,7 @@ class InOrder(Iterator[Task]):
 
     Attributes:
       finished: tasks that are done, yielded or not.
+      in_use: slots that had a request when the device got its latest work.
     """
 
     def __init__(
@@ -88,7 +89,7 @@ class InOrder(Iterator[Task]):
         self._held: deque[Task] = deque()
         self._requests: dict[int, tuple[Task, Answer]] = {}
         self._partial: Task | None = None
-        self._size, self.finished = 0, 0
+        self._size, self.finished, self.in_use = 0, 0, 0
 
     def __next__(self) -> Task:
         """The next task that is done; waits for the device if need be."""
@@ -100,6 +101,7 @@ class InOrder(Iterator[Task]):
                 task = self._held.popleft()
                 self._size -= task.size
                 return task
+            self.in_use = min(len(self._requests), self._engine.slots)
             event = next(self._engine, None)
             if event is None:
                 raise RuntimeError("the engine has ended before its requests")
@@ -121,6 +123,7 @@ class InOrder(Iterator[Task]):
         if task is None:
             return False
         self._held.append(task)
+        self._size += task.size
         self._partial = task
         return True
 

@@ -13,19 +13,29 @@ class Prefixes:
 
     def __init__(self, slots: int) -> None:
         self._held = [np.zeros(0, np.int32)] * slots
+        self._starts = [b""] * slots  # of those with `SHORTEST` tokens, the first ones
 
     def keep(self, slot: int, prompt: Int32[np.ndarray, "n"]) -> None:
         """The slot holds this prompt from now on."""
-        self._held[slot] = prompt
+        self._held[slot], self._starts[slot] = prompt, _start(prompt)
 
     def drop(self, slot: int) -> None:
         """The slot is about to be overwritten."""
-        self._held[slot] = np.zeros(0, np.int32)
+        self.keep(slot, np.zeros(0, np.int32))
 
     def find(self, prompt: Int32[np.ndarray, "n"]) -> tuple[int, int] | None:
         """The slot that holds the longest beginning of the prompt, and its length, which leaves a token to read."""
-        count, slot = max((_shared(held, prompt[:-1]), -i) for i, held in enumerate(self._held))
-        return None if count < SHORTEST else (-slot, count)
+        prompt = prompt[:-1]
+        begins = _start(prompt)
+        alike = [i for i, start in enumerate(self._starts) if begins and start == begins]
+        if not alike:
+            return None
+        count, slot = max((_shared(self._held[i], prompt), -i) for i in alike)
+        return -slot, count
+
+
+def _start(prompt: Int32[np.ndarray, "n"]) -> bytes:
+    return prompt[:SHORTEST].tobytes() if len(prompt) >= SHORTEST else b""
 
 
 def _shared(left: Int32[np.ndarray, "n"], right: Int32[np.ndarray, "m"]) -> int:

@@ -14,6 +14,7 @@ from polarjax.text.corpus import unreadable
 LONGEST_LINE = 1 << 24
 """Bytes of a line that are kept, less one."""
 
+STDIN = Path("-")
 _CHUNK = 1 << 16
 
 
@@ -34,7 +35,7 @@ class ByteLines:
         self._path, self._buffer, self._searched = path, bytearray(), 0
         self._read_all = self.ended = False
         self._stream = self._opened()
-        self.regular = path != Path("-") and path.parts[1:2] != ("dev",) and _is_regular(self._stream)
+        self.regular = path != STDIN and path.parts[1:2] != ("dev",) and _is_regular(self._stream)
 
     def take(self, *, wait: bool) -> bytes | None:
         """The next line; None after the last one, or, unless `wait`, if it isn't there yet."""
@@ -82,9 +83,9 @@ class ByteLines:
         self._stream.close()
 
     def _opened(self) -> io.RawIOBase | lzma.LZMAFile:
-        if self._path == Path("-"):
+        if self._path == STDIN:
             if sys.stdin is None:
-                raise self._refusal("standard input is closed")
+                raise self._refusal("a closed file")
             return io.FileIO(os.dup(0))
         if (got := unreadable(self._path)) is not None:
             raise self._refusal(got)
@@ -96,7 +97,8 @@ class ByteLines:
 
     def _refusal(self, got: str | None) -> InputError:
         hint = "give a UTF-8 text or .jsonl file, or - for standard input"
-        return InputError("cannot read the prompts", where=str(self._path), got=got, hint=hint)
+        where = "standard input" if self._path == STDIN else str(self._path)
+        return InputError("cannot read the prompts", where=where, got=got, hint=hint)
 
 
 def _is_regular(stream: io.RawIOBase | lzma.LZMAFile) -> bool:

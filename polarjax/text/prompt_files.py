@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any, Self
 
 from polarjax.errors import InputError
-from polarjax.text.byte_lines import LONGEST_LINE, ByteLines
+from polarjax.text.byte_lines import LONGEST_LINE, STDIN, ByteLines
 from polarjax.text.corpus import read_text
 from polarjax.text.prompts import SHAPES, Prompt, as_entry, as_json, prompt_in
 
@@ -32,7 +32,6 @@ KEYS = ("id", "prompt", "messages", *SETTINGS)
 ANSWERS = ("completions", "error")
 """Keys that the output adds to what it repeats."""
 
-STDIN = Path("-")
 _BOM, _UTF16 = b"\xef\xbb\xbf", (b"\xff\xfe", b"\xfe\xff")
 
 
@@ -46,6 +45,7 @@ class PromptLine:
       prompt: the prompt; None if there is an error.
       settings: the line's own, by name.
       error: what is wrong.
+      size: bytes of the line, if it is one.
     """
 
     name: str
@@ -53,6 +53,7 @@ class PromptLine:
     prompt: Prompt | None = None
     settings: Mapping[str, Any] = dataclasses.field(default_factory=dict)
     error: InputError | None = None
+    size: int = 0
 
 
 class PromptFile:
@@ -113,7 +114,7 @@ class PromptFile:
             return None
         raw, self._pushed = self._pushed, None
         raw = self._next_line(wait=wait) if raw is None else raw
-        return None if raw is None else self._parsed(raw)
+        return None if raw is None else dataclasses.replace(self._parsed(raw), size=len(raw))
 
     def survey(self) -> tuple[str, int] | None:
         """Checksum of the file and number of prompts, before any is taken; None for a pipe, which is read only once."""

@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 
 import polarjax as pj
-from polarjax.cli import answering, job_output
+from polarjax.cli import answering, job_output, line_requests
 from polarjax.cli import main as command
 from polarjax.engine.engine import Engine
 from polarjax.text.tokenizer import Tokenizer
@@ -86,7 +86,7 @@ def test_lines_are_answered_in_order_with_their_own_settings(home, whole):
     assert [i for i, line in enumerate(lines) if "error" in line] == ERRORS
     assert all(("completions" in line) != ("error" in line) for line in lines)
     assert "line 5: the sequence would exceed" in lines[2]["error"]
-    assert "line 19: temperature: temperature is not usable; got 'hot'" in lines[9]["error"]
+    assert "line 19: temperature is not usable; got 'hot'" in lines[9]["error"]
     assert "line 23: not JSON" in lines[11]["error"]
     drawn = {"sampler": pj.Categorical(0.8, 9, 0.9), "repetition_penalty": 1.3, "seed": 3}
     for i, prompt, options in (
@@ -163,6 +163,22 @@ def test_what_was_interrupted_is_finished_byte_for_byte(run, whole, source, tmp_
     code, _, err = run("--prompts", source, "--output", out, *SIZES, "--resume")
     assert (code, out.read_bytes()) == (3, content), err
     assert "3 of 13 prompts have no answer" in err
+
+
+def test_texts_that_cannot_fit_are_not_tokenized(run, home, tmp_path, monkeypatch):
+    """Tokenizing megabytes would stop the other lines for long."""
+    monkeypatch.setattr(line_requests, "_CHEAP", 0)
+    tokenizer = pj.load(home).tokenizer
+    most = line_requests.most_characters(tokenizer, 40)
+    texts = ["x", "x" * (most + 1), "x" * most]
+    (tmp_path / "in.txt").write_text("\n".join(texts))
+    assert run("--prompts", tmp_path / "in.txt", "--output", tmp_path / "o", *SIZES)[0] == 3
+    errors = [line.get("error", "") for line in records(tmp_path / "o")]
+    assert not errors[0]
+    assert (
+        f"line 2: the prompt is too long; got {most + 1:,} characters, expected at most {most:,}" in errors[1]
+    )
+    assert "tokens" in errors[2]
 
 
 def test_resume_starts_where_there_is_nothing(run, whole, source, tmp_path):

@@ -143,7 +143,7 @@ def test_what_is_no_file_is_refused(tmp_path: Path, name):
 
 def test_closed_standard_input_is_refused(monkeypatch):
     monkeypatch.setattr(sys, "stdin", None)
-    with refuses(InputError, "cannot read the prompts; got standard input is closed"):
+    with refuses(InputError, "cannot read the prompts; got a closed file"):
         PromptFile(Path("-"))
 
 
