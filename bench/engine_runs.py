@@ -154,12 +154,12 @@ def measured(engine: WatchedEngine, done: Run) -> dict[str, Any]:
     """The columns of a run; see bench/README.md."""
     chunks = [call for call in done.calls if call.lengths is not None]
     reads = [call for call in done.calls if call.lengths is None]
-    full = shares(done.calls, engine.slots)
+    full = [call for call in chunks if call.waiting] or chunks
     steps, prompts = seconds_alone(engine, chunks), seconds_alone(engine, reads)
+    chunk = seconds_alone(engine, full) / max(1, len(full))
     engine.stand(())
-    chunk = steps / max(1, len(chunks))
     return {
-        **full,
+        **shares(done.calls, engine.slots),
         "mean_rows": float(np.mean([len(call.lengths or ()) for call in chunks])) if chunks else 0.0,
         "chunks": len(chunks),
         "reads": len(reads),
