@@ -114,7 +114,7 @@ def run(engine: WatchedEngine, trace: Sequence[Wish]) -> Run:
     gap = 0.0
     started = time.perf_counter()
     for wish in trace:
-        tokens[engine.submit(wish.prompt.tolist(), max_new_tokens=wish.new, stop_ids=())] = 0
+        tokens[engine.submit(wish.prompt, max_new_tokens=wish.new, stop_ids=())] = 0
     for event in engine:
         now = time.perf_counter()
         if event.tokens:
@@ -177,9 +177,9 @@ def first_token(engine: WatchedEngine, vocab_size: int, length: int, repeats: in
     """Median seconds from the submission of a lone prompt, of other ids each time, to its first token."""
     rng, times = np.random.default_rng(length), []
     for _ in range(repeats + 1):
-        prompt = rng.integers(0, vocab_size, length)
+        prompt: Any = rng.integers(0, vocab_size, length)
         started = time.perf_counter()
-        engine.submit(prompt.tolist(), max_new_tokens=2 * CHUNK, stop_ids=())
+        engine.submit(prompt, max_new_tokens=2 * CHUNK, stop_ids=())
         next(event for event in engine if event.tokens)
         times.append(time.perf_counter() - started)
         for _ in engine:

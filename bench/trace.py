@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 
@@ -16,7 +17,7 @@ MEAN_NEW, MOST_NEW = 256, 1024
 class Wish:
     """A request: a prompt, int32 [n], and exactly how many new tokens it gets."""
 
-    prompt: np.ndarray
+    prompt: Any
     new: int
 
 
