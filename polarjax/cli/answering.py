@@ -5,6 +5,7 @@ import dataclasses
 import itertools
 import sys
 import time
+from collections import deque
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -15,7 +16,7 @@ from polarjax.cli.generate import GenerateOptions
 from polarjax.cli.line_requests import LineRequests, error_of, most_characters
 from polarjax.engine import checks as engine_checks
 from polarjax.engine.engine import Engine
-from polarjax.engine.in_order import InOrder, Task
+from polarjax.engine.in_order import InOrder, Task, most_held
 from polarjax.engine.requests import Event
 from polarjax.engine.slots import MOST_LOGPROBS
 from polarjax.errors import InputError
@@ -50,9 +51,12 @@ def run(options: GenerateOptions) -> dict[str, Any]:
         dense = generating.runs_dense(bundle, options)
         engine = stack.enter_context(_engine(options, bundle, dense=dense))
         requests = _requests(options, tokenizer, settings, engine.capacity)
-        job = Job(engine, requests, lines, None, options, None if survey is None else survey[1])
+        total = None if survey is None else survey[1]
+        apart = most_held(engine.slots) if not dense and _selects_neurons(bundle) else None
+        job = Job(engine, requests, lines, None, options, total, apart)
         if isinstance(output, Path):
-            record = job_output.record(options, bundle, settings, engine.capacity, survey, dense=dense)
+            record = job_output.record(options, bundle, settings, engine, survey, dense=dense)
+            record["slots"] = engine.slots if apart else None
             job.sink = stack.enter_context(job_output.opened(output, record, options))
             job.skip_written()
         else:
@@ -110,6 +114,13 @@ def _engine(options: GenerateOptions, bundle: bundles.Bundle, *, dense: bool) ->
     return engine
 
 
+def _selects_neurons(bundle: bundles.Bundle) -> bool:
+    """Whether a plan chooses neurons, for all rows together."""
+    return bundle.plans is not None and any(
+        count is not None for row in bundle.plans.neurons for count in row
+    )
+
+
 def _requests(
     options: GenerateOptions, tokenizer: Tokenizer, settings: GenerationSettings, capacity: int
 ) -> LineRequests:
@@ -134,10 +145,14 @@ class Job:
       engine, requests, lines, options: what answers what, and how.
       sink: where the lines of output go; None prints the texts.
       total: number of lines, if known.
+      apart: see `InOrder`.
       written: lines of output, with those that were there before.
       failed: those with an error.
       first_error: of them, what the first one says.
       tokens: new tokens so far.
+      resumed: lines of output that were there before.
+      begin: index of the first line that runs.
+      again: lines that were taken and still have to run.
     """
 
     engine: Engine
@@ -146,28 +161,43 @@ class Job:
     sink: LineStream | None
     options: GenerateOptions
     total: int | None
+    apart: int | None
     written: int = 0
     failed: int = 0
     first_error: str = ""
     tokens: int = 0
     resumed: int = 0
+    begin: int = 0
+    again: deque[PromptLine] = dataclasses.field(default_factory=deque)
 
     def skip_written(self) -> None:
-        """Takes the lines whose answers an interrupted run has written; see `job_output.written`."""
-        for error in job_output.written(self.sink, self.lines):
+        """Takes the lines whose answers an interrupted run has written; see `job_output.written`.
+
+        Those that the next ones have to run beside run again; their answers are known.
+        """
+        for line, error in job_output.written(self.sink, self.lines):
             self._count(error)
-        self.resumed = self.written
+            if self.apart:
+                self.again.append(line)
+                if self.written % self.apart == 0:
+                    self.again.clear()
+        self.resumed, self.begin = self.written, self.written - len(self.again)
+        following = self.lines.take()
+        self.again = deque() if following is None else deque([*self.again, following])
 
     def run(self) -> dict[str, Any]:
         """Answers the other lines; returns the numbers, and the texts if they go into no file."""
-        indices = itertools.count(self.written)
-        given = self._only_line() if self.options.stream else self.lines
-        take = lambda wait: _next_task(given, wait, indices, self.requests)
+        if self.options.stream:
+            self._only_line()
+        indices = itertools.count(self.begin)
         kept: list[Task] = []
         started = time.perf_counter()
         with self._progress() as watch:
-            runner = InOrder(self.engine, take, lambda event: watch(runner, event))
-            for each in runner:
+            take = lambda wait: self._next_task(indices, wait)
+            runner = InOrder(self.engine, take, lambda event: watch(runner, event), self.apart)
+            for i, each in enumerate(runner, self.begin):
+                if i < self.resumed:
+                    continue
                 self._put(each)
                 if self.sink is None and _wants_json():
                     kept.append(each)
@@ -205,12 +235,17 @@ class Job:
         self.failed += error is not None
         self.first_error = self.first_error or error or ""
 
-    def _only_line(self) -> "PromptFile | Once":
+    def _next_task(self, indices: Iterator[int], wait: bool) -> Task | None:
+        line = self.again.popleft() if self.again else self.lines.take(wait=wait)
+        return None if line is None else self.requests.task(next(indices), line)
+
+    def _only_line(self) -> None:
+        """Raises `InputError` unless there is one line; prints its prompt."""
         line, more = self.lines.take(), self.lines.take()
         generating.check_stream(self.options, several=more is not None)
         if line is not None and line.prompt is not None:
             generating.print_prompt(line.prompt, self.options.chat)
-        return Once(line)
+        self.again.extend([] if line is None else [line])
 
     def _texts(self, done: list[Task]) -> dict[str, Any]:
         """Every sequence, as `generate --prompt` has it."""
@@ -239,7 +274,7 @@ class Job:
             def watch(runner: InOrder, event: Event | None) -> None:
                 nonlocal shown
                 self._show(runner, event)
-                done = self.resumed + runner.finished - shown
+                done = max(self.begin + runner.finished - shown, 0)
                 shown += done
                 note = f"{runner.in_use} of {self.engine.slots} rows in use"
                 advance(done, f"{rate.of(self.tokens):,.0f} tokens/s, {note}")
@@ -251,19 +286,6 @@ class Job:
             self.tokens += len(event.tokens)
             if self.options.stream:
                 print(event.text, end="", flush=True)
-
-
-@dataclasses.dataclass
-class Once:
-    """One line as if it came from a file."""
-
-    line: PromptLine | None
-
-    def take(self, *, wait: bool) -> PromptLine | None:
-        """The line, the first time."""
-        del wait
-        line, self.line = self.line, None
-        return line
 
 
 class Rate:
@@ -281,13 +303,6 @@ class Rate:
         if now - since >= _RATE_SECONDS:
             self._begin, self._last = (now, tokens), rate
         return rate if self._last is None else self._last
-
-
-def _next_task(
-    lines: PromptFile | Once, wait: bool, indices: Iterator[int], requests: LineRequests
-) -> Task | None:
-    line = lines.take(wait=wait)
-    return None if line is None else requests.task(next(indices), line)
 
 
 def _wants_json() -> bool:

@@ -13,6 +13,7 @@ from typing import Any
 from polarjax.checkpoint.bundle import Bundle, needed_tokenizer
 from polarjax.cli.generate import GenerateOptions
 from polarjax.cli.line_requests import begins
+from polarjax.engine.engine import Engine
 from polarjax.errors import CheckpointError, InputError
 from polarjax.generation.settings import GENERATION_CONFIG, GenerationSettings
 from polarjax.model.parameters import parameters
@@ -29,7 +30,7 @@ from polarjax.storage.line_file import (
 )
 from polarjax.storage.record import digests, files
 from polarjax.text.byte_lines import STDIN
-from polarjax.text.prompt_files import ANSWERS, PromptFile
+from polarjax.text.prompt_files import ANSWERS, PromptFile, PromptLine
 
 _FORMAT = 1
 _PROMPTS = "prompts file"
@@ -107,8 +108,8 @@ def opened(path: Path, record: dict[str, Any], options: GenerateOptions) -> Iter
         yield file
 
 
-def written(file: Any, lines: PromptFile) -> Iterator[str | None]:
-    """Takes the lines whose answers are in the output; yields the error of each, if it has one. Cuts a torn last line.
+def written(file: Any, lines: PromptFile) -> Iterator[tuple[PromptLine, str | None]]:
+    """Takes the lines whose answers are in the output; yields each, and its error if it has one. Cuts a torn last line.
 
     Raises:
       CheckpointError: what is in the output isn't what these lines would have become.
@@ -124,7 +125,7 @@ def written(file: Any, lines: PromptFile) -> Iterator[str | None]:
                 expected="no further line" if line is None else f"the answer to {line.name} of the prompts",
                 hint="resume with the prompts it was begun with, or start over with --overwrite",
             )
-        yield found.get("error")
+        yield line, found.get("error")
 
 
 def _object(text: str) -> dict[str, Any]:
@@ -139,7 +140,7 @@ def record(
     options: GenerateOptions,
     bundle: Bundle,
     settings: GenerationSettings,
-    capacity: int,
+    engine: Engine,
     survey: tuple[str, int] | None,
     *,
     dense: bool,
@@ -159,7 +160,7 @@ def record(
         "routers": None if dense or bundle.routers is None else bundle.routers.fingerprint,
         "plans": None if dense or bundle.plans is None else _sum(bundle.plans.to_json()),
         "head_density": None if dense else options.head_density,
-        "capacity": capacity,
+        "capacity": engine.capacity,
         **settings.to_json(),
         "max_new_tokens": settings.max_new_tokens if most is None else most,
         **{name: getattr(options, name) for name in about},

@@ -63,15 +63,15 @@ def check_open(closed: bool) -> None:
         raise InputError("the engine is closed", where="Engine", hint="make another one")
 
 
-def check_idle(in_use: int) -> None:
+def check_idle(in_use: int, where: str) -> None:
     """Raises `InputError` if slots are in use."""
     if in_use:
         raise InputError(
             "requests are running",
-            where="Engine.warm_up",
+            where=where,
             got=f"{in_use} slots in use",
             expected="none",
-            hint="warm the engine up before it runs requests, or once it has finished them",
+            hint="do this before the engine runs requests, or once it has finished them",
         )
 
 

@@ -15,9 +15,9 @@ from polarjax.checkpoint.bundle import Bundle
 from polarjax.engine import checks
 from polarjax.engine.packing import Packer
 from polarjax.engine.prefixes import Prefixes
-from polarjax.engine.requests import Event, Finished, Request
+from polarjax.engine.requests import ENDINGS, Event, Request
 from polarjax.engine.sizes import plan_sizes, slots_and_capacity
-from polarjax.engine.slots import FAILED, LENGTH, STOPPED, Drawn, Slots, decode, make_slots, read, share
+from polarjax.engine.slots import Drawn, Slots, decode, make_slots, read, share
 from polarjax.generation.overlap import overlapping_jit
 from polarjax.generation.sampling import Sampler
 from polarjax.generation.token_loop import CHUNK
@@ -30,8 +30,6 @@ from polarjax.types import Array, Implementation, Int, Int32
 
 READ_TOKENS = 2048
 """Prompt tokens that are read between two decoding chunks, at most."""
-
-_ENDINGS: dict[int, Finished] = {STOPPED: "stop", LENGTH: "length", FAILED: "failed"}
 
 _make = jax.jit(make_slots, static_argnums=(1, 2), keep_unused=True)
 _read = jax.jit(read, donate_argnames=("slots",))
@@ -101,8 +99,7 @@ class Engine(Iterator[Event]):
         self._waiting: deque[Request] = deque()
         self._reading: list[Request] = []
         self._running: dict[int, Request] = {}
-        self._unused = deque(range(self.slots))
-        self._halted = np.zeros(self.slots, bool)
+        self._unused, self._halted = deque(range(self.slots)), np.zeros(self.slots, bool)
         self._cancelled: deque[int] = deque()
         self._sent: deque[tuple[Drawn, list[tuple[int, Request]]]] = deque()
         self._events: deque[Event] = deque()
@@ -138,7 +135,6 @@ class Engine(Iterator[Event]):
           InputError: the engine is closed, the prompt is empty or too long, or an option is out of range.
           CheckpointError: text is given or to be found, but the bundle has no tokenizer.
         """
-        checks.check_open(self.closed)
         request = checks.as_request(
             next(self._ids),
             prompt,
@@ -170,9 +166,8 @@ class Engine(Iterator[Event]):
         with self._work, self._entry:
             self._settle()
             self._slots = None
-            held = self._requests, self._waiting, self._reading, self._running, self._sent, self._events
-            for each in held:
-                each.clear()
+            for x in (self._requests, self._waiting, self._reading, self._running, self._sent, self._events):
+                x.clear()
             self._unused = deque(range(self.slots))
 
     def _settle(self) -> None:
@@ -212,6 +207,12 @@ class Engine(Iterator[Event]):
         """Slots with a request whose prompt is being read or that is running."""
         return self.slots - len(self._unused)
 
+    def reset(self) -> None:
+        """Forgets what slots hold: requests then run as on a new engine. Raises `InputError` if a slot is in use."""
+        with self._work:
+            checks.check_idle(self.in_use, "Engine.reset")
+            self._prefixes, self._unused = Prefixes(self.slots), deque(range(self.slots))
+
     def warm_up(self) -> None:
         """Compiles all programs that the engine can need, so that no request waits for one.
 
@@ -220,7 +221,7 @@ class Engine(Iterator[Event]):
         """
         with self._work:
             checks.check_open(self.closed)
-            checks.check_idle(self.in_use)
+            checks.check_idle(self.in_use, "Engine.warm_up")
             with self._closed_on_failure():
                 for shape in self._packer.shapes:
                     self._call(_read, self._packer.reading([], shape))
@@ -309,10 +310,10 @@ class Engine(Iterator[Event]):
         for slot, request in rows:
             if request.id not in self._requests:
                 continue
-            new = tokens[slot, : counts[slot]].tolist()
             wanted = request.settings.logprobs is not None
             mine = jax.tree.map(lambda leaf, slot=slot: leaf[slot], logprobs) if wanted else None
-            event = request.event(new, _ENDINGS.get(int(ended[slot])), mine)
+            new, ending = tokens[slot, : counts[slot]].tolist(), ENDINGS.get(int(ended[slot]))
+            event = request.event(new, ending, mine)
             if event.tokens or event.finished:
                 self._events.append(event)
             if event.finished:

@@ -72,10 +72,14 @@ class InOrder(Iterator[Task]):
 
     At most 2 B requests are in the engine, and at most `most_held(B)` tasks are between `take` and the result.
 
+    Where neurons are chosen for all rows together, results depend on what runs together. With `apart`, so many tasks run
+    without those before and after them, as on a new engine.
+
     Args:
       engine: of B slots; nobody else uses it.
       take: the next task; None if there is none, or, if it is called with False, if it would have to be waited for.
       watch: called with every event.
+      apart: number of tasks that run together; None lets all mix.
 
     Attributes:
       finished: tasks that are done, yielded or not.
@@ -83,12 +87,17 @@ class InOrder(Iterator[Task]):
     """
 
     def __init__(
-        self, engine: Engine, take: Callable[[bool], Task | None], watch: Callable[[Event], None]
+        self,
+        engine: Engine,
+        take: Callable[[bool], Task | None],
+        watch: Callable[[Event], None],
+        apart: int | None = None,
     ) -> None:
-        self._engine, self._take, self._watch = engine, take, watch
+        self._engine, self._take, self._watch, self._apart = engine, take, watch, apart
         self._held: deque[Task] = deque()
         self._requests: dict[int, tuple[Task, Answer]] = {}
         self._partial: Task | None = None
+        self._taken = 0
         self._size, self.finished, self.in_use = 0, 0, 0
 
     def __next__(self) -> Task:
@@ -119,9 +128,14 @@ class InOrder(Iterator[Task]):
         """Takes another task; False if there is none yet, or no room."""
         if len(self._held) >= most_held(self._engine.slots) or self._size >= HELD_BYTES:
             return False
+        if self._apart and self._taken % self._apart == 0:
+            if self._requests:
+                return False
+            self._engine.reset()
         task = self._take(not self._held)
         if task is None:
             return False
+        self._taken += 1
         self._held.append(task)
         self._size += task.size
         self._partial = task

@@ -5,11 +5,15 @@ from typing import Literal
 
 import numpy as np
 
+from polarjax.engine.slots import FAILED, LENGTH, STOPPED
 from polarjax.generation.logprobs import LogProbs
 from polarjax.text.assembly import Assembler
 from polarjax.types import Int32
 
 type Finished = Literal["stop", "length", "failed", "cancelled"]
+
+ENDINGS: dict[int, Finished] = {STOPPED: "stop", LENGTH: "length", FAILED: "failed"}
+"""Why a row has ended, by how it is in `Drawn`."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -83,9 +87,10 @@ class Request:
         if self.assembler is not None:
             before = len(self.assembler.tokens)
             text = self.assembler.push(tokens)
+            if finished is not None or self.assembler.stopped:
+                text += self.assembler.finish()  # which can complete a stop string
             if self.assembler.stopped:
                 finished, tokens = "stop", self.assembler.tokens[before:]
-            text += "" if finished is None else self.assembler.finish()
         if logprobs is not None:
             kept, n = len(tokens), self.settings.logprobs
             logprobs = LogProbs(logprobs.chosen[:kept], logprobs.ids[:kept, :n], logprobs.best[:kept, :n])

@@ -10,13 +10,16 @@ import sys
 import time
 from pathlib import Path
 
+import jax
 import numpy as np
 import pytest
 
 import polarjax as pj
+from polarjax.checkpoint.learned import write_plans, write_routers
 from polarjax.cli import answering, job_output, line_requests
 from polarjax.cli import main as command
 from polarjax.engine.engine import Engine
+from polarjax.selection.routers import init_routers
 from polarjax.text.tokenizer import Tokenizer
 from tests.cli.homes import ASSET, random_model
 from tests.model import zoo
@@ -179,6 +182,31 @@ def test_texts_that_cannot_fit_are_not_tokenized(run, home, tmp_path, monkeypatc
         f"line 2: the prompt is too long; got {most + 1:,} characters, expected at most {most:,}" in errors[1]
     )
     assert "tokens" in errors[2]
+
+
+def test_where_neurons_are_chosen_for_all_rows_the_company_is_the_same_again(
+    run, home, tmp_path, monkeypatch
+):
+    """Lines run in groups, apart from others, and a group that was interrupted runs again."""
+    monkeypatch.setattr(answering, "most_held", lambda slots: 6)
+    model, source = shutil.copytree(home, tmp_path / "m"), tmp_path / "in.txt"
+    config = pj.load(model).model.config
+    write_routers(model, init_routers(config, jax.random.key(0)))
+    sizes = (config.num_layers, config.d_ff, config.num_kv_heads)
+    rows = ((config.d_ff // 4,) * config.num_layers,)
+    write_plans(model, pj.PlanTable(*sizes, (2,), rows, ((1.0,) * config.num_layers,)))
+    source.write_text("".join(f"x{i} = \n" + "\n" * (i % 3) for i in range(14)))
+    words = ("--prompts", source, *SIZES[:-1], "9", "--output")
+    assert run(*words, tmp_path / "whole", model=model)[0] == 0
+    content = (tmp_path / "whole").read_bytes()
+    lines = content.splitlines(keepends=True)
+    for kept in (4, 6, 11, 14):
+        (tmp_path / "out").write_bytes(b"".join(lines[:kept])[: -1 if kept % 2 else None])
+        shutil.copy(tmp_path / "whole.run", tmp_path / "out.run")
+        assert run(*words, tmp_path / "out", "--resume", model=model)[0] == 0
+        assert (tmp_path / "out").read_bytes() == content, f"from line {kept} on"
+    more = refused(run(*words, tmp_path / "out", "--resume", "--slots", "3", model=model))
+    assert "begun with another slots; got 2, expected 3" in more
 
 
 def test_resume_starts_where_there_is_nothing(run, whole, source, tmp_path):

@@ -20,11 +20,15 @@ class FakeEngine:
 
     def __init__(self, slots: int) -> None:
         self.slots, self.most, self._ids = slots, 0, itertools.count()
-        self._waiting, self._running, self._events = deque(), {}, deque()
+        self._waiting, self._running, self._events, self.resets = deque(), {}, deque(), []
 
     @property
     def waiting(self) -> int:
         return len(self._waiting)
+
+    def reset(self) -> None:
+        assert not self._waiting and not self._running
+        self.resets.append(next(self._ids))
 
     def submit(self, *, tokens: int, seed: int, logprobs: bool = False) -> int:
         if tokens < 0:
@@ -52,7 +56,7 @@ class FakeEngine:
         return self._events.popleft()
 
 
-def run(tokens, slots: int = 4, *, copies: int = 1, source_waits=lambda i: False, **options):
+def run(tokens, slots: int = 4, *, copies: int = 1, source_waits=lambda i: False, apart=None, **options):
     """Yields the number of each task and its answers as they come."""
     engine, given, asked = FakeEngine(slots), enumerate(tokens), []
 
@@ -67,7 +71,7 @@ def run(tokens, slots: int = 4, *, copies: int = 1, source_waits=lambda i: False
             return Task(i, error=InputError("bad", hint="none"))
         return Task(i, {"tokens": count} | options, iter(range(copies)))
 
-    runner = InOrder(engine, take, lambda event: None)  # pyright: ignore[reportArgumentType]
+    runner = InOrder(engine, take, lambda event: None, apart)  # pyright: ignore[reportArgumentType]
     for task in runner:
         yield engine, runner, task
 
@@ -124,6 +128,14 @@ def test_results_that_wait_are_limited_by_their_size(monkeypatch):
         ahead.append(runner.finished - task.source)
     assert max(ahead) < 10
     assert len(ahead) == 201
+
+
+def test_tasks_apart_do_not_run_together():
+    """Every five begin on an engine that has nothing else to do, and forgets what came before."""
+    found = list(run([9, 1, None, 3, 1, 50, 1, 2, None, None, 4], copies=2, apart=5))
+    assert [task.source for *_, task in found] == list(range(11))
+    engine = found[0][0]
+    assert len(engine.resets) >= 3
 
 
 def test_an_engine_that_ends_early_is_no_end_of_the_tasks(monkeypatch):
