@@ -189,19 +189,21 @@ def test_where_neurons_are_chosen_for_all_rows_the_company_is_the_same_again(
 ):
     """Lines run in groups, apart from others, and a group that was interrupted runs again."""
     monkeypatch.setattr(answering, "most_held", lambda slots: 6)
-    model, source = shutil.copytree(home, tmp_path / "m"), tmp_path / "in.txt"
+    model, source = shutil.copytree(home, tmp_path / "m"), tmp_path / "in.jsonl"
     config = pj.load(model).model.config
     write_routers(model, init_routers(config, jax.random.key(0)))
     sizes = (config.num_layers, config.d_ff, config.num_kv_heads)
     rows = ((config.d_ff // 4,) * config.num_layers,)
     write_plans(model, pj.PlanTable(*sizes, (2,), rows, ((1.0,) * config.num_layers,)))
-    source.write_text("".join(f"x{i} = \n" + "\n" * (i % 3) for i in range(14)))
-    words = ("--prompts", source, *SIZES[:-1], "9", "--output")
+    lengths = (9, 2, 20, 1, 13, 5, 17, 3, 11, 2, 19, 4, 8, 14, 6, 1)
+    prompts = [json.dumps({"prompt": f"x{i} = ", "max_new_tokens": n}) for i, n in enumerate(lengths)]
+    source.write_text("\n".join(prompts))
+    words = ("--prompts", source, *SIZES, "--output")
     assert run(*words, tmp_path / "whole", model=model)[0] == 0
     content = (tmp_path / "whole").read_bytes()
     lines = content.splitlines(keepends=True)
-    for kept in (4, 6, 11, 14):
-        (tmp_path / "out").write_bytes(b"".join(lines[:kept])[: -1 if kept % 2 else None])
+    for kept in (1, 5, 6, 9, 16):
+        (tmp_path / "out").write_bytes(b"".join(lines[:kept])[: -1 if kept == 9 else None])
         shutil.copy(tmp_path / "whole.run", tmp_path / "out.run")
         assert run(*words, tmp_path / "out", "--resume", model=model)[0] == 0
         assert (tmp_path / "out").read_bytes() == content, f"from line {kept} on"
