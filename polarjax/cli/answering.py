@@ -77,6 +77,8 @@ def check(options: GenerateOptions) -> None:
         check_new_tokens(options.max_new_tokens)
     if options.resume and options.overwrite:
         raise InputError("--resume and --overwrite contradict each other", hint="give one of them")
+    if options.logprobs is not None and options.output is None:
+        raise InputError("--logprobs is for --output", hint="give --output FILE, or - for standard output")
 
 
 def _check_for_model(

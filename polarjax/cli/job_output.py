@@ -83,13 +83,17 @@ def _status(path: Path, standard: int) -> os.stat_result | None:
 
 
 def _check_free(path: Path, options: GenerateOptions) -> None:
-    """Raises `CheckpointError` if the output is a directory, or is there and is neither resumed nor replaced."""
+    """Raises `CheckpointError` if the output can't be written, or is there and is neither resumed nor replaced."""
     if path.is_dir():
         hint = "choose another name for the file"
         raise CheckpointError("a directory is in the way", where=path, hint=hint)
     if path.exists() and not options.overwrite and not options.resume:
         hint = "go on with it with --resume, replace it with --overwrite, or choose another name"
         raise CheckpointError("the output already exists", where=path, hint=hint)
+    place = next(each for each in (path, *path.parents) if each.exists())
+    if not os.access(place, os.W_OK) or (place != path and not place.is_dir()):
+        hint = "choose a writable folder"
+        raise CheckpointError("cannot write here", where=place, hint=hint)
 
 
 @contextlib.contextmanager

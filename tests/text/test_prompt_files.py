@@ -5,6 +5,7 @@ import json
 import lzma
 import os
 import sys
+import tracemalloc
 from pathlib import Path
 
 import pytest
@@ -202,6 +203,19 @@ def test_what_the_output_repeats_is_one_line():
     assert len(line.splitlines()) == 1
     assert "日本" in line
     assert json.loads(line.encode()) == value
+
+
+def test_memory_does_not_grow_with_the_file(tmp_path: Path):
+    (tmp_path / "in.txt").write_text("a prompt of some length\n" * 10_000)
+    tracemalloc.start()
+    with PromptFile(tmp_path / "in.txt") as lines:
+        survey, count = lines.survey(), 0
+        assert survey is not None and survey[1] == 10_000
+        while lines.take() is not None:
+            count += 1
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert (count, peak < 300_000) == (10_000, True), peak
 
 
 def test_the_survey_tells_files_apart_and_counts_prompts(tmp_path: Path):
