@@ -278,7 +278,7 @@ class Job:
                 self._show(runner, event)
                 done = max(self.begin + runner.finished - shown, 0)
                 shown += done
-                note = f"{runner.in_use} of {self.engine.slots} rows in use"
+                note = f"{runner.in_use}/{self.engine.slots} rows in use"
                 advance(done, f"{rate.of(self.tokens):,.0f} tokens/s, {note}")
 
             yield watch

@@ -20,8 +20,6 @@ from polarjax.cli import answering, job_output, line_requests
 from polarjax.cli import main as command
 from polarjax.engine.engine import Engine
 from polarjax.selection.routers import init_routers
-from polarjax.text.tokenizer import Tokenizer
-from tests.cli.homes import ASSET, random_model
 from tests.model import zoo
 
 SIZES = ("--slots", "2", "--capacity", "40", "--max-new-tokens", "12")
@@ -365,13 +363,14 @@ def test_overwrite_replaces_and_a_full_disk_leaves_whole_lines(run, whole, sourc
     assert "/dev/full: cannot write here; got No space left on device" in line
 
 
-def test_fault_19_nan_in_one_line_is_an_error_of_that_line(run, home, tmp_path):
+def test_fault_19_nan_in_one_line_is_an_error_of_that_line(run, home, tmp_path, monkeypatch):
     """The other lines are answered as ever; the exit code says that one is not."""
-    model = zoo.with_rows(random_model(np.random.default_rng(0)), "embed.positions", 17, np.nan)
-    pj.save(tmp_path / "m", pj.Bundle(model, Tokenizer.load(ASSET)))
+    bundle = pj.load(home)
+    broken = pj.Bundle(zoo.with_rows(bundle.model, "embed.positions", 17, np.nan), bundle.tokenizer)
+    monkeypatch.setattr(answering.bundles, "load_with_tokenizer", lambda *_: (broken, broken.tokenizer))
     (tmp_path / "in.jsonl").write_text("\n".join(json.dumps({"prompt": [5] * n}) for n in (1, 16, 1)))
     words = ("--prompts", tmp_path / "in.jsonl", "--output", tmp_path / "o", *SIZES)
-    assert run(*words, model=tmp_path / "m")[0] == 3
+    assert run(*words)[0] == 3
     good, bad, again = records(tmp_path / "o")
     assert good == again and good["completions"] == [alone(home, [5])]
     assert bad["completions"] == [{"text": "", "tokens": 0, "ending": "failed"}]
