@@ -217,7 +217,7 @@ def test_prompts_that_begin_alike_are_read_once(monkeypatch):
     assert copied[0][:2] == (0, 1)
     assert any(each.request == first and each.finished for each in events)
     engine.reset()
-    engine.submit(prompts[0], max_new_tokens=3)
+    engine.submit(prompts[0], max_new_tokens=11)
     next(engine)
     assert len(copied) == 3, "a reset engine holds nothing"
     with refuses(pj.InputError, "Engine.reset: requests are running; got 1 slots in use"):
