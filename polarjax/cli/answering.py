@@ -23,6 +23,7 @@ from polarjax.errors import InputError
 from polarjax.generation.checks import check_best, check_copies, check_new_tokens, check_seed
 from polarjax.generation.sampling import Categorical
 from polarjax.generation.settings import GenerationSettings
+from polarjax.numeric import whole_number
 from polarjax.progress import task as progress_task
 from polarjax.selection.plans import densities
 from polarjax.storage.line_file import LineStream
@@ -75,6 +76,8 @@ def check(options: GenerateOptions) -> None:
     check_seed(options.seed, "--seed")
     if options.max_new_tokens is not None:
         check_new_tokens(options.max_new_tokens)
+    if options.capacity is not None:
+        whole_number(options.capacity, "capacity", where="--capacity")
     if options.resume and options.overwrite:
         raise InputError("--resume and --overwrite contradict each other", hint="give one of them")
     if options.logprobs is not None and options.output is None:

@@ -58,7 +58,10 @@ Stream = Annotated[bool, typer.Option("--stream", help="Print the text of one pr
 Dense = Annotated[bool, typer.Option("--dense", help="Run dense, even if there are routers.")]
 HeadDensity = Annotated[float | None, typer.Option(help="Fraction of heads (groups) to keep.")]
 Dtype = Annotated[str | None, typer.Option(help="Dtype of the computation; default: as stored.")]
-Timed = Annotated[bool, typer.Option("--timed", help="Run twice and time the compiled run.")]
+Timed = Annotated[
+    bool,
+    typer.Option("--timed", help="Time without compilation: run twice, or, with --prompts, compile first."),
+]
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

@@ -22,6 +22,7 @@ from polarjax.storage.line_file import (
     LineFile,
     LineStream,
     check_record,
+    is_record,
     is_stream,
     open_stream,
     record_path,
@@ -32,7 +33,6 @@ from polarjax.storage.record import digests, files
 from polarjax.text.byte_lines import STDIN
 from polarjax.text.prompt_files import ANSWERS, PromptFile, PromptLine
 
-_FORMAT = 1
 _PROMPTS = "prompts file"
 
 
@@ -90,6 +90,9 @@ def _check_free(path: Path, options: GenerateOptions) -> None:
     if path.exists() and not options.overwrite and not options.resume:
         hint = "go on with it with --resume, replace it with --overwrite, or choose another name"
         raise CheckpointError("the output already exists", where=path, hint=hint)
+    if os.path.lexists(beside := record_path(path)) and not is_record(beside):
+        hint = "choose another name for the output, or move this away"
+        raise CheckpointError("the record of the output goes here", where=beside, hint=hint)
     place = next(each for each in (path, *path.parents) if each.exists())
     if not os.access(place, os.W_OK) or (place != path and not place.is_dir()):
         hint = "choose a writable folder"
@@ -156,7 +159,6 @@ def record(
     about = ("num_return_sequences", "logprobs", "seed", "chat", "system")
     most = options.max_new_tokens
     return {
-        "format": _FORMAT,
         _PROMPTS: None if survey is None else survey[0],
         "prompt": list(options.prompt or ()),
         "model": fingerprint_of(parameters(bundle.model)),

@@ -89,6 +89,11 @@ class LineRequests:
         temperature = drawing.get("temperature")
         greedy = type(temperature) in (int, float) and temperature == 0
         for name, value in drawing.items():
+            if isinstance(value, list):  # one for each row
+                hint = "correct the value or leave it out"
+                raise InputError(
+                    f"{name} is not usable", got=repr(value)[:80], expected="a number", hint=hint
+                )
             if name != "temperature" or not greedy:
                 hint = "correct the value or leave it out; temperature 0 takes the most likely tokens"
                 check_value(name, value, where=None, hint=hint)

@@ -7,6 +7,7 @@ must be about to write the same.
 import contextlib
 import fcntl
 import io
+import json
 import os
 import select
 import stat
@@ -18,6 +19,8 @@ from typing import Any, Self
 from polarjax.errors import CheckpointError
 from polarjax.storage.atomic import absolute, atomic_file, dump_json, read_json, system_errors
 
+_KIND, _FORMAT = "polarjax lines", 1
+_MOST = 1 << 24  # bytes of a record
 _START_OVER = "start over with --overwrite, or write to another --output"
 
 
@@ -182,10 +185,18 @@ def record_path(path: Path) -> Path:
     return path.with_name(f"{path.name}.run")
 
 
+def is_record(path: Path) -> bool:
+    """Whether a file was written by `write_record`."""
+    try:
+        return path.stat().st_size < _MOST and _KIND in json.loads(path.read_text("utf-8"))
+    except (OSError, ValueError, TypeError, RecursionError):
+        return False
+
+
 def write_record(path: Path, record: Mapping[str, Any]) -> None:
     """Says what the lines of a new file come from."""
     with atomic_file(record_path(path), overwrite=True) as stream:
-        dump_json(stream, dict(record))
+        dump_json(stream, {_KIND: _FORMAT, **record})
 
 
 def check_record(path: Path, record: Mapping[str, Any], *, may_be_unknown: str) -> None:
@@ -197,7 +208,7 @@ def check_record(path: Path, record: Mapping[str, Any], *, may_be_unknown: str) 
     if not where.is_file():
         hint = f"nothing says what made {path.name}: {_START_OVER}"
         raise CheckpointError("the record of the output is missing", where=where, hint=hint)
-    found = read_json(where, hint=_START_OVER)
+    found, record = read_json(where, hint=_START_OVER), {_KIND: _FORMAT, **record}
     for name in dict.fromkeys([*record, *found]):
         ours, theirs = record.get(name), found.get(name)
         unknown = name == may_be_unknown and None in (ours, theirs)

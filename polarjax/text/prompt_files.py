@@ -5,6 +5,7 @@ import hashlib
 import json
 import math
 import os
+import re
 from collections import deque
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
@@ -32,6 +33,7 @@ KEYS = ("id", "prompt", "messages", *SETTINGS)
 ANSWERS = ("completions", "error")
 """Keys that the output adds to what it repeats."""
 
+_OBJECT = re.compile(rb'\s*\{\s*["}]')  # how a line of JSON begins, even one that is bad further on
 _BOM, _UTF16 = b"\xef\xbb\xbf", (b"\xff\xfe", b"\xfe\xff")
 
 
@@ -98,7 +100,7 @@ class PromptFile:
                 "the prompts are UTF-16", where=_named(path), expected="UTF-8", hint="save them as UTF-8"
             )
         if not name.endswith(".jsonl") and not self._lines.regular:
-            self._json = self.has_settings = _is_object(self._pushed)
+            self._json = self.has_settings = _OBJECT.match(self._pushed) is not None
 
     @property
     def ended(self) -> bool:
@@ -253,13 +255,6 @@ def _array(path: Path, text: str) -> list[Any]:
         got = "an empty array" if entries == [] else type(data).__name__
         raise InputError("no prompts in the file", where=path, got=got, expected="an array", hint=hint)
     return entries
-
-
-def _is_object(line: bytes) -> bool:
-    try:
-        return isinstance(json.loads(line), dict)
-    except (ValueError, RecursionError):
-        return False
 
 
 def _every(lines: ByteLines) -> Iterator[bytes]:

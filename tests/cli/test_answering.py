@@ -310,13 +310,14 @@ REFUSED = {
     "itself": (("--output", "in.jsonl", "--overwrite"), "in.jsonl: this is the file of the prompts"),
     "a link to itself": (("--output", "link", "--overwrite"), "in.jsonl: this is the file of the prompts"),
     "its record": (("--output", "in", "--overwrite"), "in.run: this is the file of the prompts"),
+    "another record": (("--output", "other"), "other.run: the record of the output goes here"),
     "below a file": (("--output", "in.jsonl/out"), "in.jsonl: cannot write here"),
     "unseen": (("--logprobs", "2"), "--logprobs is for --output"),
     "mixed": (("--output", "-", "--json"), "--output - and --json both need standard output"),
     "long": (("--max-new-tokens", "41"), "--max-new-tokens: the sequence would exceed a slot's capacity"),
     "nothing": (("--max-new-tokens", "0"), "max_new_tokens: nothing to generate"),
     "slots": (("--slots", "0"), "--slots"),
-    "capacity": (("--capacity", "-1"), "capacity is not usable"),
+    "capacity": (("--capacity", "-1"), "--capacity: capacity is not usable"),
     "log-probabilities": (("--logprobs", "21"), "--logprobs: unusable number"),
     "seed": (("--seed", str(2**63)), "--seed: no such seed"),
     "copies": (("--num-return-sequences", "0"), "num_return_sequences: no sequences"),
@@ -328,7 +329,7 @@ REFUSED = {
 def test_refused_in_one_line_and_nothing_is_touched(run, source, tmp_path, monkeypatch, case):
     words, named = REFUSED[case]
     monkeypatch.chdir(tmp_path)
-    for name in ("out.jsonl", "other.jsonl"):
+    for name in ("out.jsonl", "other.run"):
         (tmp_path / name).write_text("precious")
     (tmp_path / "link").symlink_to("in.jsonl")
     (tmp_path / "in.run").hardlink_to("in.jsonl")

@@ -2,7 +2,6 @@
 
 import errno
 import io
-import json
 import os
 import signal
 import subprocess
@@ -111,6 +110,7 @@ def test_the_record_names_what_differs(tmp_path: Path):
     with refuses(CheckpointError, "out.run: the record of the output is missing"):
         check()
     write_record(path, record)
+    assert line_file.is_record(record_path(path))
     check()
     check(file=None)
     for name, other in {"file": "abd", "seed": 1, "stop": [], "system": "x", "new": 1}.items():
@@ -122,6 +122,6 @@ def test_the_record_names_what_differs(tmp_path: Path):
     record_path(path).write_text("{")
     with refuses(CheckpointError, "out.run: not readable as JSON"):
         check()
-    assert json.loads(json.dumps(record)) == record
+    assert not line_file.is_record(record_path(path))
     assert {each.name for each in tmp_path.iterdir()} == {"out.run"}
     assert line_file.is_stream(Path("/dev/null")) and not line_file.is_stream(path)

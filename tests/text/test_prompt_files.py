@@ -41,6 +41,7 @@ def heads(path: Path) -> list[dict]:
         json.dumps(TWO[0]) + "\n" + json.dumps(TWO[1]),
         '["not", "an object"]\n{"prompt": "a"}',
         "{a\nb\u2028\x85\x0c",
+        '{"prompt": "a" and more\n{"prompt": "b"}',
     ],
 )
 def test_a_pipe_holds_objects_if_its_first_line_is_one(tmp_path: Path, monkeypatch, content):
