@@ -52,12 +52,14 @@ def run(options: GenerateOptions) -> dict[str, Any]:
         dense = generating.runs_dense(bundle, options)
         engine = stack.enter_context(_engine(options, bundle, dense=dense))
         requests = _requests(options, tokenizer, settings, engine.capacity)
-        total = None if survey is None else survey[1]
-        apart = most_held(engine.slots) if not dense and _selects_neurons(bundle) else None
+        total = None if survey is None else survey.count
+        mixes = dense or not _selects_neurons(bundle)
+        mixes = mixes and options.logprobs is None and not (survey and survey.logprobs)
+        apart = None if mixes else most_held(engine.slots)
         job = Job(engine, requests, lines, None, options, total, apart)
         if isinstance(output, Path):
-            record = job_output.record(options, bundle, settings, engine, survey, dense=dense)
-            record["slots"] = engine.slots if apart else None
+            flags = {"dense": dense, "apart": apart is not None}
+            record = job_output.record(options, bundle, settings, engine, survey, **flags)
             job.sink = stack.enter_context(job_output.opened(output, record, options))
             job.skip_written()
         else:

@@ -31,7 +31,7 @@ from polarjax.storage.line_file import (
 )
 from polarjax.storage.record import digests, files
 from polarjax.text.byte_lines import STDIN
-from polarjax.text.prompt_files import ANSWERS, PromptFile, PromptLine
+from polarjax.text.prompt_files import ANSWERS, PromptFile, PromptLine, Survey
 
 _PROMPTS = "prompts file"
 
@@ -108,7 +108,7 @@ def opened(path: Path, record: dict[str, Any], options: GenerateOptions) -> Iter
     """
     with LineFile(path) as file:
         if options.resume and path.stat().st_size:
-            check_record(path, record, may_be_unknown=_PROMPTS)
+            check_record(path, record, may_be_unknown=(_PROMPTS, "slots"))
         else:
             file.clear()
             write_record(path, record)
@@ -148,18 +148,19 @@ def record(
     bundle: Bundle,
     settings: GenerationSettings,
     engine: Engine,
-    survey: tuple[str, int] | None,
+    survey: Survey | None,
     *,
     dense: bool,
+    apart: bool,
 ) -> dict[str, Any]:
-    """All that the output depends on, by name."""
+    """All that the output depends on, by name; the number of slots, too, if lines run `apart` (see `InOrder`)."""
     tokenizer = needed_tokenizer(bundle, options.folder).folder
     names = [name for name in files(tokenizer) if name != GENERATION_CONFIG]
     sums = {name: each["sha256"] for name, each in digests(tokenizer, names).items()}
     about = ("num_return_sequences", "logprobs", "seed", "chat", "system")
     most = options.max_new_tokens
     return {
-        _PROMPTS: None if survey is None else survey[0],
+        _PROMPTS: None if survey is None else survey.checksum,
         "prompt": list(options.prompt or ()),
         "model": fingerprint_of(parameters(bundle.model)),
         "tokenizer": _sum(sums),
@@ -167,6 +168,7 @@ def record(
         "plans": None if dense or bundle.plans is None else _sum(bundle.plans.to_json()),
         "head_density": None if dense else options.head_density,
         "capacity": engine.capacity,
+        "slots": engine.slots if apart else None,
         **settings.to_json(),
         "max_new_tokens": settings.max_new_tokens if most is None else most,
         **{name: getattr(options, name) for name in about},

@@ -192,5 +192,5 @@ def _mixed(seed: int, index: int, copy: int) -> int:
 
 
 def _rounded(value: float) -> float | None:
-    """A log-probability in JSON; further digits can depend on what else the engine ran."""
-    return round(value, 4) if math.isfinite(value) else None
+    """A log-probability in JSON."""
+    return round(value, 6) if math.isfinite(value) else None

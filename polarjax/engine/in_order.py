@@ -72,8 +72,8 @@ class InOrder(Iterator[Task]):
 
     At most 2 B requests are in the engine, and at most `most_held(B)` tasks are between `take` and the result.
 
-    Where neurons are chosen for all rows together, results depend on what runs together. With `apart`, so many tasks run
-    without those before and after them, as on a new engine.
+    Rounding depends on what runs together; tokens do too if neurons are chosen for all rows together. With `apart`, so
+    many tasks run without those before and after them, as on a new engine.
 
     Args:
       engine: of B slots; nobody else uses it.

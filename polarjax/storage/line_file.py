@@ -12,7 +12,7 @@ import os
 import select
 import stat
 import sys
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from pathlib import Path
 from typing import Any, Self
 
@@ -199,10 +199,10 @@ def write_record(path: Path, record: Mapping[str, Any]) -> None:
         dump_json(stream, {_KIND: _FORMAT, **record})
 
 
-def check_record(path: Path, record: Mapping[str, Any], *, may_be_unknown: str) -> None:
+def check_record(path: Path, record: Mapping[str, Any], *, may_be_unknown: Collection[str]) -> None:
     """Raises `CheckpointError`, naming the first difference, unless a file of lines was begun with this record.
 
-    `may_be_unknown` is the name of a value that is None where it isn't known, which matches everything.
+    `may_be_unknown` are names of values that are None where they aren't known, which matches everything.
     """
     where = record_path(path)
     if not where.is_file():
@@ -211,7 +211,7 @@ def check_record(path: Path, record: Mapping[str, Any], *, may_be_unknown: str) 
     found, record = read_json(where, hint=_START_OVER), {_KIND: _FORMAT, **record}
     for name in dict.fromkeys([*record, *found]):
         ours, theirs = record.get(name), found.get(name)
-        unknown = name == may_be_unknown and None in (ours, theirs)
+        unknown = name in may_be_unknown and None in (ours, theirs)
         if ours != theirs and not unknown:
             raise CheckpointError(
                 f"the output was begun with another {name}",

@@ -34,6 +34,7 @@ ANSWERS = ("completions", "error")
 """Keys that the output adds to what it repeats."""
 
 _OBJECT = re.compile(rb'\s*\{\s*["}]')  # how a line of JSON begins, even one that is bad further on
+_LOGPROBS = b'"logprobs"'
 _BOM, _UTF16 = b"\xef\xbb\xbf", (b"\xff\xfe", b"\xfe\xff")
 
 
@@ -56,6 +57,16 @@ class PromptLine:
     settings: Mapping[str, Any] = dataclasses.field(default_factory=dict)
     error: InputError | None = None
     size: int = 0
+
+
+@dataclasses.dataclass(frozen=True)
+class Survey:
+    """What is in a file that can be read twice: its checksum, the number of prompts, and whether lines may ask for
+    log-probabilities."""
+
+    checksum: str
+    count: int
+    logprobs: bool
 
 
 class PromptFile:
@@ -88,7 +99,8 @@ class PromptFile:
             text = read_text(path)
             entries = enumerate(_array(path, text), 1)
             self._given.extend(_checked(f"entry {i}", {"entry": i}, as_entry(each)) for i, each in entries)
-            self._whole = hashlib.sha256(text.encode()).hexdigest()
+            checksum = hashlib.sha256(text.encode()).hexdigest()
+            self._whole = Survey(checksum, len(self._given), _LOGPROBS.decode() in text)
             return
         self._lines = ByteLines(path)
         self._pushed = self._next_line(wait=True)
@@ -118,17 +130,18 @@ class PromptFile:
         raw = self._next_line(wait=wait) if raw is None else raw
         return None if raw is None else dataclasses.replace(self._parsed(raw), size=len(raw))
 
-    def survey(self) -> tuple[str, int] | None:
-        """Checksum of the file and number of prompts, before any is taken; None for a pipe, which is read only once."""
+    def survey(self) -> Survey | None:
+        """What is in the file, before any prompt is taken; None for a pipe, which is read only once."""
         if self._lines is None:
-            return self._whole, len(self._given)
+            return self._whole
         if not self._lines.regular:
             return None
-        digest, count = hashlib.sha256(), len(self._given)
+        digest, count, logprobs = hashlib.sha256(), len(self._given), False
         for line in _every(ByteLines(self._path)):
             digest.update(line + b"\n")
             count += bool(line.strip())
-        return digest.hexdigest(), count
+            logprobs = logprobs or _LOGPROBS in line
+        return Survey(digest.hexdigest(), count, logprobs and self._json)
 
     def close(self) -> None:
         """Closes the file; prompts that weren't taken are lost."""

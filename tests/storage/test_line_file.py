@@ -106,7 +106,7 @@ def test_a_pipe_that_nobody_reads_is_left_to_the_command():
 
 def test_the_record_names_what_differs(tmp_path: Path):
     path, record = tmp_path / "out", {"file": "abc", "seed": 0, "stop": ["a"], "system": None}
-    check = lambda **other: check_record(path, record | other, may_be_unknown="file")
+    check = lambda **other: check_record(path, record | other, may_be_unknown=("file",))
     with refuses(CheckpointError, "out.run: the record of the output is missing"):
         check()
     write_record(path, record)

@@ -104,7 +104,7 @@ def test_a_json_file_holds_an_array_of_prompts(tmp_path: Path):
     ]
     assert str(found[4].error).startswith("not an object; got int")
     assert found[5].settings == {"temperature": 2}
-    assert PromptFile(file).survey()[1] == 6  # pyright: ignore[reportOptionalSubscript]
+    assert PromptFile(file).survey().count == 6  # pyright: ignore[reportOptionalMemberAccess]
     file.write_text(json.dumps(TWO[0]))
     assert heads(file) == TWO[:1]
 
@@ -211,7 +211,7 @@ def test_memory_does_not_grow_with_the_file(tmp_path: Path):
     tracemalloc.start()
     with PromptFile(tmp_path / "in.txt") as lines:
         survey, count = lines.survey(), 0
-        assert survey is not None and survey[1] == 10_000
+        assert survey is not None and survey.count == 10_000
         while lines.take() is not None:
             count += 1
     peak = tracemalloc.get_traced_memory()[1]
@@ -226,6 +226,12 @@ def test_the_survey_tells_files_apart_and_counts_prompts(tmp_path: Path):
         with PromptFile(tmp_path / f"{i}.txt", ["x"]) as lines:
             survey = lines.survey()
         assert survey is not None
-        assert survey[1] == 3 + (i == 2)
+        assert survey.count == 3 + (i == 2)
         surveys.add(survey)
     assert len(surveys) == 3
+    for name, asks in (("a.jsonl", True), ("a.txt", False), ("a.json", True)):
+        (tmp_path / name).write_text('{"prompt": "a", "logprobs": 0}')
+        with PromptFile(tmp_path / name) as lines:
+            survey = lines.survey()
+        assert survey is not None
+        assert survey.logprobs == asks
