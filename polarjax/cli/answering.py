@@ -42,6 +42,7 @@ def run(options: GenerateOptions) -> dict[str, Any]:
     with contextlib.ExitStack() as stack:
         lines = stack.enter_context(PromptFile(options.prompts, options.prompt or ()))  # pyright: ignore[reportArgumentType]
         survey = lines.survey()
+        taken = _only_line(options, lines) if options.stream else []
         output = job_output.of(options)
         if isinstance(output, LineStream):
             stack.enter_context(output)
@@ -56,7 +57,7 @@ def run(options: GenerateOptions) -> dict[str, Any]:
         mixes = dense or not _selects_neurons(bundle)
         mixes = mixes and options.logprobs is None and not (survey and survey.logprobs)
         apart = None if mixes else most_held(engine.slots)
-        job = Job(engine, requests, lines, None, options, total, apart)
+        job = Job(engine, requests, lines, None, options, total, apart, again=deque(taken))
         if isinstance(output, Path):
             flags = {"dense": dense, "apart": apart is not None}
             record = job_output.record(options, bundle, settings, engine, survey, **flags)
@@ -84,6 +85,13 @@ def check(options: GenerateOptions) -> None:
         raise InputError("--resume and --overwrite contradict each other", hint="give one of them")
     if options.logprobs is not None and options.output is None:
         raise InputError("--logprobs is for --output", hint="give --output FILE, or - for standard output")
+
+
+def _only_line(options: GenerateOptions, lines: PromptFile) -> list[PromptLine]:
+    """The line that is streamed; raises `InputError` if there are several."""
+    found = [line for line in (lines.take(), lines.take()) if line is not None]
+    generating.check_stream(options, several=len(found) > 1)
+    return found
 
 
 def _check_for_model(
@@ -194,8 +202,8 @@ class Job:
 
     def run(self) -> dict[str, Any]:
         """Answers the other lines; returns the numbers, and the texts if they go into no file."""
-        if self.options.stream:
-            self._only_line()
+        if self.options.stream and (prompt := self.again[0].prompt) is not None:
+            generating.print_prompt(prompt, self.options.chat)
         indices = itertools.count(self.begin)
         kept: list[Task] = []
         started = time.perf_counter()
@@ -206,7 +214,7 @@ class Job:
                 if i < self.resumed:
                     continue
                 self._put(each)
-                if self.sink is None and _wants_json():
+                if self.sink is None and job_output.wants_json():
                     kept.append(each)
             watch(runner, None)
         seconds = time.perf_counter() - started
@@ -245,14 +253,6 @@ class Job:
     def _next_task(self, indices: Iterator[int], wait: bool) -> Task | None:
         line = self.again.popleft() if self.again else self.lines.take(wait=wait)
         return None if line is None else self.requests.task(next(indices), line)
-
-    def _only_line(self) -> None:
-        """Raises `InputError` unless there is one line; prints its prompt."""
-        line, more = self.lines.take(), self.lines.take()
-        generating.check_stream(self.options, several=more is not None)
-        if line is not None and line.prompt is not None:
-            generating.print_prompt(line.prompt, self.options.chat)
-        self.again.extend([] if line is None else [line])
 
     def _texts(self, done: list[Task]) -> dict[str, Any]:
         """Every sequence, as `generate --prompt` has it."""
@@ -312,11 +312,6 @@ class Rate:
         return rate if self._last is None else self._last
 
 
-def _wants_json() -> bool:
-    """Whether the result is printed as JSON, and what is printed otherwise goes to standard error."""
-    return sys.stdout is sys.stderr
-
-
 @contextlib.contextmanager
 def _resumable(job: Job, output: Any) -> Iterator[None]:
     """Says, if the block is interrupted, where what was done is."""
@@ -331,7 +326,8 @@ def _resumable(job: Job, output: Any) -> Iterator[None]:
 def _print_summary(job: Job, result: dict[str, Any], output: Any) -> None:
     where = f" -> {output}" if isinstance(output, Path) else ""
     to = sys.stderr if isinstance(output, LineStream) else sys.stdout
-    lines = f"{job.written:,} prompts" + (f", {job.resumed:,} of them before" if job.resumed else "")
+    lines = "1 prompt" if job.written == 1 else f"{job.written:,} prompts"
+    lines += f", {job.resumed:,} of them before" if job.resumed else ""
     print(f"\n{lines}; {generating.summary(result, job.tokens)}{where}", file=to)
     if job.failed:
         many = f"{job.failed:,} of {job.written:,} prompts have no answer, the first because of this: "

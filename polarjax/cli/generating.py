@@ -4,13 +4,14 @@ import contextlib
 import dataclasses
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 from polarjax.checkpoint import bundle as bundles
 from polarjax.cli.generate import GenerateOptions
 from polarjax.cli.inputs import random_key
+from polarjax.cli.job_output import standard_output
 from polarjax.cli.sampling_options import check_options, with_options, with_stops
 from polarjax.errors import CheckpointError, InputError
 from polarjax.generation.checks import check_copies
@@ -19,6 +20,7 @@ from polarjax.selection.plans import densities
 from polarjax.selection.selectors import Sparsity
 from polarjax.storage.atomic import atomic_file
 from polarjax.text.assembly import Completion
+from polarjax.text.byte_lines import STDIN
 from polarjax.text.continuation import (
     ContinueOptions,
     Row,
@@ -41,12 +43,18 @@ def run(options: GenerateOptions) -> dict[str, Any]:
     """Continues the prompts; prints the texts, writes `--output` completely or not at all, returns the numbers."""
     check(options)
     _check_alone(options)
+    if options.output != STDIN:
+        return _run(options, _lines_of_file(options))
+    with standard_output() as stream, contextlib.redirect_stdout(sys.stderr):
+        return _run(options, contextlib.nullcontext(stream.write))
+
+
+def _run(
+    options: GenerateOptions, output: contextlib.AbstractContextManager[Callable[[str], None] | None]
+) -> dict[str, Any]:
     key = random_key(options.seed)
     given = [Prompt.of(text, f"prompt {i}") for i, text in enumerate(options.prompt or [], 1)]
-    with contextlib.ExitStack() as stack:
-        file = None
-        if options.output is not None:
-            file = stack.enter_context(atomic_file(options.output, overwrite=options.overwrite))
+    with output as write:
         job = prepare(options, given, key)
         if options.timed:
             job.run()
@@ -54,13 +62,24 @@ def run(options: GenerateOptions) -> dict[str, Any]:
         made = job.run(_show(given[0], options.chat) if options.stream else None)
         seconds = time.perf_counter() - started
         _check_finite(made, options.folder)
-        if file is not None:
-            file.writelines(job.completed(i, made) + "\n" for i in range(len(given)))
+        if write is not None:
+            for i in range(len(given)):
+                write(job.completed(i, made))
     result = _result(job, made, seconds, timed=options.timed)
     if not options.stream and options.output is None:
         print_texts(given, options.chat, result["texts"])
     _print_summary(result, options.output)
     return result
+
+
+@contextlib.contextmanager
+def _lines_of_file(options: GenerateOptions) -> Iterator[Callable[[str], None] | None]:
+    """Yields a function that writes a line of `--output`, or None if there is no such file."""
+    if options.output is None:
+        yield None
+        return
+    with atomic_file(options.output, overwrite=options.overwrite) as file:
+        yield lambda line: file.writelines((line, "\n"))
 
 
 def check(options: GenerateOptions) -> None:
@@ -223,7 +242,7 @@ def print_texts(given: Sequence[Prompt], chat: bool, texts: Sequence[str]) -> No
 
 
 def _print_summary(result: dict[str, Any], written: Path | None) -> None:
-    where = "" if written is None else f" -> {written}"
+    where = "" if written in (None, STDIN) else f" -> {written}"
     print(f"\n{summary(result, sum(result['tokens']))}{where}")
 
 

@@ -51,16 +51,24 @@ def of(options: GenerateOptions) -> LineStream | Path | None:
         if output is None:
             return None
         _check_other(options.prompts, output)
-        if output != STDIN:
-            return open_stream(output)
-        if sys.stdout is sys.stderr:
-            hint = "name a file with --output, or drop --json"
-            raise InputError("--output - and --json both need standard output", hint=hint)
-        return LineStream.stdout()
+        return standard_output() if output == STDIN else open_stream(output)
     path = target_of(output)
     _check_other(options.prompts, path)
     _check_free(path, options)
     return path
+
+
+def standard_output() -> LineStream:
+    """Standard output for lines; raises `InputError` if the result goes there as JSON."""
+    if wants_json():
+        hint = "name a file with --output, or drop --json"
+        raise InputError("--output - and --json both need standard output", hint=hint)
+    return LineStream.stdout()
+
+
+def wants_json() -> bool:
+    """Whether the result is printed as JSON, and what is printed otherwise goes to standard error."""
+    return sys.stdout is sys.stderr
 
 
 def _check_other(prompts: Any, output: Path) -> None:

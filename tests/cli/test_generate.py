@@ -102,6 +102,13 @@ def test_a_special_token_as_a_stop_string_is_a_stop_id(home, run, monkeypatch):
     assert calls[0]["stop_ids"] == (1, 0)
 
 
+def test_lines_go_to_standard_output(run):
+    code, out, err = run("--prompt", "def f", "--output", "-", *SHORT)
+    assert (code, json.loads(out)["completions"][0]["tokens"]) == (0, 12)
+    assert "12 tokens in" in err
+    assert "--output - and --json both need" in _line(run("--prompt", "def f", "--output", "-", "--json"))
+
+
 def test_several_sequences_of_a_prompt(run):
     words = ("--prompt", "a", "--prompt", "b", *SHORT, "--temperature", "2", "--num-return-sequences", "3")
     made = _result(run(*words, "--json"))
