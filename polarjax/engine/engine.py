@@ -12,13 +12,12 @@ import jax
 import numpy as np
 
 from polarjax.checkpoint.bundle import Bundle
-from polarjax.engine import checks
+from polarjax.engine import checks, programs
 from polarjax.engine.packing import Packer
 from polarjax.engine.prefixes import Prefixes
 from polarjax.engine.requests import ENDINGS, Event, Request
 from polarjax.engine.sizes import plan_sizes, slots_and_capacity
-from polarjax.engine.slots import Drawn, Slots, decode, make_slots, read, share
-from polarjax.generation.overlap import overlapping_jit
+from polarjax.engine.slots import Drawn, Slots
 from polarjax.generation.sampling import Sampler
 from polarjax.generation.token_loop import CHUNK
 from polarjax.memory import explained_out_of_memory
@@ -30,11 +29,6 @@ from polarjax.types import Array, Implementation, Int, Int32
 
 READ_TOKENS = 2048
 """Prompt tokens that are read between two decoding chunks, at most."""
-
-_make = jax.jit(make_slots, static_argnums=(1, 2), keep_unused=True)
-_read = jax.jit(read, donate_argnames=("slots",))
-_share = jax.jit(share, donate_argnames=("slots",))
-_decode = overlapping_jit(decode, static_argnames=("steps", "implementation"), donate_argnames=("slots",))
 
 
 class Engine(Iterator[Event]):
@@ -90,7 +84,7 @@ class Engine(Iterator[Event]):
         sizes = {"batch_size": self.slots, "cache_length": self.capacity, "dtype": model.dtype}
         self._explained = functools.partial(explained_out_of_memory, model.config, **sizes, option="slots")
         with self._explained():
-            made: Slots = _make(model, self.slots, self.capacity)
+            made: Slots = programs.make(model, self.slots, self.capacity)
         self._slots: Slots | None = made
         self._packer = Packer(most, slots=self.slots, capacity=self.capacity, best=made.rules.best)
         self._prefixes = Prefixes(self.slots)
@@ -223,12 +217,18 @@ class Engine(Iterator[Event]):
             checks.check_open(self.closed)
             checks.check_idle(self.in_use, "Engine.warm_up")
             with self._closed_on_failure():
-                for shape in self._packer.shapes:
-                    self._call(_read, self._packer.reading([], shape))
+                readings = [self._packer.reading([], shape) for shape in self._packer.shapes]
+                chunks, halted = map(self._steps, self._plans.values()), jax.device_put(self._halted)
+                programs.compile_all(self._bundle.model, self._slots, readings, halted, chunks)
+                for reading in readings:
+                    self._call(programs.read, reading)
                 for size in self._plans:
                     self._decode(size)
                 self._copy(0, 0, np.zeros(0, np.int32))
                 jax.block_until_ready(self._slots)
+
+    def _steps(self, plan: Sparsity | None) -> dict[str, Any]:
+        return {"steps": CHUNK, "sparsity": plan, "implementation": self._implementation}
 
     def _turn(self) -> None:
         """Sends the device its next work, then handles what came before it, so that it never waits for the host."""
@@ -259,7 +259,7 @@ class Engine(Iterator[Event]):
         """Copies the slot `source`, which holds these tokens, into the slot `target`."""
         tokens = np.pad(ids, (0, self.capacity - len(ids)))
         numbers = (np.int32(source), np.int32(target), tokens, np.int32(len(ids)))
-        self._slots = _share(self._slots, *jax.device_put(numbers))
+        self._slots = programs.share(self._slots, *jax.device_put(numbers))
 
     def _read_prompts(self) -> None:
         pieces, reading = self._packer.pack(self._reading)
@@ -274,7 +274,7 @@ class Engine(Iterator[Event]):
                 begun.append((request.slot, request))
                 self._prefixes.keep(request.slot, request.prompt)
         self._reading = [each for each in self._reading if each.unread]
-        self._sent.append((self._call(_read, reading), begun))
+        self._sent.append((self._call(programs.read, reading), begun))
         self._release()
 
     def _decode_chunk(self) -> None:
@@ -294,7 +294,7 @@ class Engine(Iterator[Event]):
         """A chunk of steps with the plan for so many rows."""
         plan = next(plan for size, plan in self._plans.items() if size >= rows)
         halted, self._halted = jax.device_put(self._halted), np.zeros(self.slots, bool)
-        return self._call(_decode, halted, steps=CHUNK, sparsity=plan, implementation=self._implementation)
+        return self._call(programs.decode, halted, **self._steps(plan))
 
     def _call(self, program, *args: Any, **kwargs: Any) -> Drawn:
         self._slots, drawn = program(self._bundle.model, self._slots, *args, **kwargs)

@@ -3,7 +3,7 @@
 from polarjax import costs, memory
 from polarjax.configs import ModelConfig
 from polarjax.errors import InputError
-from polarjax.model.chunk_attention import KEY_BLOCK
+from polarjax.model.chunk_attention import KEY_BLOCK, SCORES_BYTES
 from polarjax.numeric import whole_number
 from polarjax.types import DTypeLike
 
@@ -55,9 +55,9 @@ def _available(config: ModelConfig, dtype: DTypeLike, read_tokens: int) -> float
         return None
     weights = costs.weights_bytes(config, dtype)
     others = max(0, memory.held_bytes() - weights)
-    scores = 4 * config.num_heads * KEY_BLOCK
-    activations = 4 * (3 * config.d_ff + 8 * config.d_model)
-    return _USED * (limit - others) - read_tokens * (scores + activations)
+    scores = 3 * min(SCORES_BYTES, read_tokens * 4 * config.num_heads * KEY_BLOCK)
+    activations = read_tokens * 4 * (3 * config.d_ff + 8 * config.d_model)
+    return _USED * (limit - others) - scores - activations
 
 
 def plan_sizes(slots: int) -> list[int]:

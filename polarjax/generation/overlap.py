@@ -1,6 +1,5 @@
 """Compiles the token loop so that independent kernels run concurrently."""
 
-import functools
 from collections.abc import Callable
 from typing import Any
 
@@ -17,19 +16,24 @@ resident at once.
 """
 
 
-def overlapping_jit(function: Callable[..., Any], **jit_options: Any) -> Callable[..., Any]:
+class overlapping_jit:  # noqa: N801 - used like jax.jit
     """`jax.jit(function, **jit_options)`, compiled with `OVERLAP` on a GPU.
 
     Compiler options belong to the outermost jit: inside another trace this is plain `jax.jit`, and the outer program's
     options apply.
     """
-    plain = jax.jit(function, **jit_options)
-    overlapping = jax.jit(function, compiler_options=OVERLAP, **jit_options)
 
-    @functools.wraps(function)
-    def call(*args: Any, **kwargs: Any) -> Any:
-        nested = any(isinstance(leaf, Tracer) for leaf in jax.tree.leaves((args, kwargs)))
-        run = plain if nested or jax.default_backend() != "gpu" else overlapping
-        return run(*args, **kwargs)
+    def __init__(self, function: Callable[..., Any], **jit_options: Any) -> None:
+        self._plain = jax.jit(function, **jit_options)
+        self._overlapping = jax.jit(function, compiler_options=OVERLAP, **jit_options)
 
-    return call
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        return self._of(args, kwargs)(*args, **kwargs)
+
+    def lower(self, *args: Any, **kwargs: Any) -> jax.stages.Lowered:
+        """As of a function that `jax.jit` returned."""
+        return self._of(args, kwargs).lower(*args, **kwargs)
+
+    def _of(self, *operands: Any) -> Any:
+        nested = any(isinstance(leaf, Tracer) for leaf in jax.tree.leaves(operands))
+        return self._plain if nested or jax.default_backend() != "gpu" else self._overlapping

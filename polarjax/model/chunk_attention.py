@@ -6,7 +6,10 @@ import jax.numpy as jnp
 from polarjax.types import Array, Float, Int
 
 KEY_BLOCK = 512
-"""Positions of the cache that are scored at a time, which bounds the memory of the scores."""
+"""Positions of the cache that are scored at a time, at most."""
+
+SCORES_BYTES = 1 << 28
+"""Most bytes of the scores of a block, unless 64 positions need more; a few arrays of that size are alive at a time."""
 
 type Sums = tuple[Float[Array, "R K G T"], Float[Array, "R K G T"], Float[Array, "R K G T H"]]
 """Of the softmax over the positions seen so far: the largest score, the sum of the weights, the weighted values."""
@@ -27,7 +30,7 @@ def attend_to_cache(
     undefined.
     """
     S, H = cache[0].shape[2:]
-    block, end = min(S, KEY_BLOCK), start + counts
+    block, end = min(S, _block_length(q.size // H)), start + counts
     position = start[:, None] + jnp.arange(q.shape[1], dtype=jnp.int32)[None]
     precision = jax.lax.Precision.HIGHEST if q.dtype == jnp.float32 else None
 
@@ -58,6 +61,12 @@ def attend_to_cache(
     _, total, values = jax.lax.fori_loop(jnp.int32(0), jnp.minimum(blocks, -(-S // block)), add, sums)
     heads = values / jnp.where(total > 0, total, 1)[..., None]
     return jnp.moveaxis(heads, 3, 1).astype(q.dtype)
+
+
+def _block_length(queries: int) -> int:
+    """Positions that are scored at a time, a power of two."""
+    fitting = SCORES_BYTES // (4 * queries)
+    return min(KEY_BLOCK, max(64, 1 << max(0, fitting.bit_length() - 1)))
 
 
 _LOW = jnp.finfo(jnp.float32).min

@@ -30,7 +30,9 @@ class Pieces:
     start: Int[Array, "R"]
 
 
-def read_pieces(model: Decoder, pieces: Pieces, cache: KVCache) -> tuple[Float[Array, "R V"], KVCache]:
+def read_pieces(
+    model: Decoder, pieces: Pieces, cache: KVCache, *, all_begin: bool = False
+) -> tuple[Float[Array, "R V"], KVCache]:
     """Appends pieces to their rows of the cache, densely; other rows stay as they are. Traceable.
 
     A piece that starts at 0 begins its row anew. Reading a prompt in pieces of any size is the same as `prefill`.
@@ -39,6 +41,7 @@ def read_pieces(model: Decoder, pieces: Pieces, cache: KVCache) -> tuple[Float[A
       model: the decoder.
       pieces: what to read; nothing of it is checked.
       cache: of B rows, with all earlier pieces in it; donate it under `jax.jit`.
+      all_begin: whether every piece is known to start at 0, which makes a smaller program.
 
     Returns:
       float32 logits [R V] after each piece's last token, and the cache.
@@ -48,7 +51,6 @@ def read_pieces(model: Decoder, pieces: Pieces, cache: KVCache) -> tuple[Float[A
     x, rotation = prompt_start(model, tokens, counts, start)
     column = jnp.arange(tokens.shape[1], dtype=jnp.int32)[None]
     positions = jnp.where(column < counts[:, None], column + start[:, None], capacity)
-    fresh = jnp.all(start == 0)
     pairs = []
     for i, layer in enumerate(model.layers):
 
@@ -56,12 +58,12 @@ def read_pieces(model: Decoder, pieces: Pieces, cache: KVCache) -> tuple[Float[A
             q, k, v = attention.project_qkv(layer.attn, h, rotation)
             pair = write_chunk(cache.k[i], k, rows, positions), write_chunk(cache.v[i], v, rows, positions)
             window = config.window(i)
-            heads = jax.lax.cond(
-                fresh,
-                lambda q, k, v, pair: prompt_attention.attend(q, k, v, counts, window=window),
-                lambda q, k, v, pair: attend_to_cache(q, pair, rows, start, counts, window=window),
-                q, k, v, pair,
-            )  # fmt: skip
+            among = lambda q, k, v, pair: prompt_attention.attend(q, k, v, counts, window=window)
+            to_cache = lambda q, k, v, pair: attend_to_cache(q, pair, rows, start, counts, window=window)
+            if all_begin:
+                heads = among(q, k, v, pair)
+            else:
+                heads = jax.lax.cond(jnp.all(start == 0), among, to_cache, q, k, v, pair)
             return attention.project_out(layer.attn, heads), pair
 
         with jax.named_scope(f"layer_{i}"):
@@ -103,7 +105,7 @@ def read_in_chunks(
             group + jnp.arange(rows, dtype=jnp.int32),
             jnp.full(rows, start, jnp.int32),
         )
-        logits, cache = read_pieces(model, piece, cache)
+        logits, cache = read_pieces(model, piece, cache, all_begin=columns == 1)
         last = (own > start) & (own <= start + width)
         return (found.at[jnp.where(last, piece.rows, B)].set(logits, mode="drop"), cache), None
 

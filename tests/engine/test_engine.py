@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 import polarjax as pj
-from polarjax.engine import engine as engine_module
+from polarjax.engine import programs
 from polarjax.engine.sizes import plan_sizes, slots_and_capacity
 from polarjax.text.tokenizer import Tokenizer
 from tests.cli.homes import ASSET, TEMPLATE, random_model
@@ -171,17 +171,17 @@ def test_cancelled_requests_free_their_slots():
 def test_running_rows_wait_for_one_call_at_a_time(monkeypatch):
     """A long prompt is read a chunk at a time between steps; results are looked at once the next call is sent."""
     calls, handle = [], pj.Engine._handle
-    for name in ("_read", "_decode"):
-        program = getattr(engine_module, name)
+    for name in ("read", "decode"):
+        program = getattr(programs, name)
         spy = lambda *a, name=name, program=program, **k: calls.append(name) or program(*a, **k)
-        monkeypatch.setattr(engine_module, name, spy)
+        monkeypatch.setattr(programs, name, spy)
     monkeypatch.setattr(pj.Engine, "_handle", lambda self, *a: calls.append("handle") or handle(self, *a))
     engine = pj.Engine(bundle("dense"), **SIZES, read_tokens=4)
     engine.submit(PROMPTS[1], max_new_tokens=30)
     engine.submit(PROMPTS[4], max_new_tokens=3)
     next(engine)
     list(engine)
-    sent = "".join({"_read": "r", "_decode": "d", "handle": ""}[each] for each in calls)
+    sent = "".join({"read": "r", "decode": "d", "handle": ""}[each] for each in calls)
     assert sent.startswith("rdrdrdrd"), "each part of the long prompt waits for a chunk of steps"
     waiting, last = 0, max(i for i, each in enumerate(calls) if each != "handle")
     for i, each in enumerate(calls):
@@ -191,11 +191,11 @@ def test_running_rows_wait_for_one_call_at_a_time(monkeypatch):
 
 def test_prompts_that_begin_alike_are_read_once(monkeypatch):
     """From a slot that runs, one that ended, and the request's own; the tokens are those of the whole prompt."""
-    copied, share = [], engine_module._share
+    copied, share = [], programs.share
     spy = lambda slots, source, target, tokens, count: (
         copied.append((int(source), int(target), int(count))) or share(slots, source, target, tokens, count)
     )
-    monkeypatch.setattr(engine_module, "_share", spy)
+    monkeypatch.setattr(programs, "share", spy)
     start = np.random.default_rng(3).integers(1, zoo.VOCAB, 35).astype(np.int32)
     prompts = [
         np.append(start, [7, 8]),
@@ -298,7 +298,8 @@ def test_fault_30_an_engine_whose_call_failed_is_closed(monkeypatch):
     engine.submit(PROMPTS[0], max_new_tokens=20)
     next(engine)
     monkeypatch.setattr(
-        "polarjax.engine.engine._decode", lambda *a, **k: (_ for _ in ()).throw(RuntimeError("Out of memory"))
+        "polarjax.engine.programs.decode",
+        lambda *a, **k: (_ for _ in ()).throw(RuntimeError("Out of memory")),
     )
     with refuses(pj.InputError, "3 sequences of up to 40.*ran out of memory.*slots; try 1"):
         list(engine)

@@ -111,7 +111,7 @@ def test_warming_up_loses_no_tokens():
 def test_fault_30_a_warm_up_that_failed_closes_the_engine(monkeypatch):
     engine = make()
     lost = lambda *a, **k: (_ for _ in ()).throw(RuntimeError("RESOURCE_EXHAUSTED"))
-    monkeypatch.setattr("polarjax.engine.engine._decode", lost)
+    monkeypatch.setattr("polarjax.engine.programs.compile_all", lost)
     with refuses(pj.InputError, "ran out of memory.*slots; try 1"):
         engine.warm_up()
     with refuses(pj.InputError, "closed"):
