@@ -188,7 +188,7 @@ class Job:
     def skip_written(self) -> None:
         """Takes the lines whose answers an interrupted run has written; see `job_output.written`.
 
-        Those that the next ones have to run beside run again; their answers are known.
+        With `apart`, the lines of an unfinished group run again beside the rest of it; their answers stay as written.
         """
         for line, error in job_output.written(self.sink, self.lines):
             self._count(error)

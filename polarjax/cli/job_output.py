@@ -95,10 +95,12 @@ def _check_free(path: Path, options: GenerateOptions) -> None:
     if path.is_dir():
         hint = "choose another name for the file"
         raise CheckpointError("a directory is in the way", where=path, hint=hint)
+    beside = record_path(path)
     if path.exists() and not options.overwrite and not options.resume:
-        hint = "go on with it with --resume, replace it with --overwrite, or choose another name"
+        go_on = "go on with --resume, " if is_record(beside) else ""
+        hint = f"{go_on}replace it with --overwrite, or choose another name"
         raise CheckpointError("the output already exists", where=path, hint=hint)
-    if os.path.lexists(beside := record_path(path)) and not is_record(beside):
+    if os.path.lexists(beside) and not is_record(beside):
         hint = "choose another name for the output, or move this away"
         raise CheckpointError("the record of the output goes here", where=beside, hint=hint)
     place = next(each for each in (path, *path.parents) if each.exists())

@@ -34,7 +34,7 @@ class LineRequests:
       settings: sampling and stops.
       max_new_tokens: most new tokens; None leaves it to the engine.
       copies: requests for each line.
-      seed: of the first line; the others have seeds that follow from it and their place.
+      seed: of the first line; those of other lines follow from it and the line's index.
       logprobs: n, or None.
       chat, system: as in `Prompt.ids`.
       most_characters: a text that is longer isn't tokenized, because it can't fit.

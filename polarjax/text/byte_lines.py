@@ -12,7 +12,7 @@ from polarjax.errors import InputError
 from polarjax.text.corpus import unreadable
 
 LONGEST_LINE = 1 << 24
-"""Bytes of a line that are kept, less one."""
+"""Most bytes of a line."""
 
 STDIN = Path("-")
 _CHUNK = 1 << 16
@@ -21,7 +21,7 @@ _CHUNK = 1 << 16
 class ByteLines:
     """The lines of a file, a pipe, or `-`, standard input, without their ends.
 
-    A line that is longer than `LONGEST_LINE` is cut after one byte more. Files that end in `.xz` are decompressed.
+    A line that is longer than `LONGEST_LINE` is cut one byte after that. Files that end in `.xz` are decompressed.
 
     Attributes:
       regular: whether it is a file, whose lines never have to be waited for.

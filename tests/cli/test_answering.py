@@ -158,6 +158,8 @@ def test_several_sequences_of_a_line(run, home, tmp_path):
 def test_what_was_interrupted_is_finished_byte_for_byte(run, whole, source, tmp_path, kept):
     """Whatever is left of the output: a part of a line, whole lines, all."""
     out, content = tmp_path / "out.jsonl", whole.read_bytes()
+    refusal = run("--prompts", source, "--output", whole, *SIZES)
+    assert "already exists. Hint: go on with --resume, replace it with --overwrite" in refused(refusal)
     count = int(kept * len(content)) if 0 < kept <= 1 else kept % len(content)
     out.write_bytes(content[:count])
     shutil.copy(f"{whole}.run", f"{out}.run")
@@ -182,10 +184,8 @@ def test_texts_that_cannot_fit_are_not_tokenized(run, home, tmp_path, monkeypatc
     assert "tokens" in errors[2]
 
 
-def test_where_neurons_are_chosen_for_all_rows_the_company_is_the_same_again(
-    run, home, tmp_path, monkeypatch
-):
-    """Lines run in groups, apart from others, and a group that was interrupted runs again."""
+def test_where_neurons_are_chosen_for_all_rows_unfinished_groups_run_again(run, home, tmp_path, monkeypatch):
+    """So the answers are the same: each line runs beside the same others as in an uninterrupted run."""
     monkeypatch.setattr(answering, "most_held", lambda slots: 6)
     model, source = shutil.copytree(home, tmp_path / "m"), tmp_path / "in.jsonl"
     config = pj.load(model).model.config
@@ -302,7 +302,7 @@ def test_the_output_of_other_prompts_is_not_continued(run, whole, source, tmp_pa
 
 
 REFUSED = {
-    "existing": ((), "out.jsonl: the output already exists. Hint: go on with it with --resume, replace it"),
+    "existing": ((), "out.jsonl: the output already exists. Hint: replace it with --overwrite, or choose"),
     "both": (("--resume", "--overwrite"), "--resume and --overwrite contradict each other"),
     "resumed stdout": (("--output", "-", "--resume"), "--resume: only a file can be resumed; got -"),
     "resumed device": (("--output", "/dev/null", "--resume"), "only a file can be resumed; got /dev/null"),
