@@ -4,12 +4,12 @@
     python3 -m bench.bench_prefill table [--models] published shapes with random weights
 
 TFLOP/s count the products of the layers (2 per weight and token), the causal half of attention, and the head at one
-position a row. `pct_of_matmul` compares them with a large bfloat16 product in the same run. `temporary_bytes` is what
-the compiler plans beside weights and cache. If the variable OUT is set, JSON lines are written to that folder.
+position a row. Prompts are read as `generate` reads them. `pct_of_matmul` compares them with a large bfloat16 product
+in the same run. `temporary_bytes` is what the compiler plans beside weights and cache. If the variable OUT is set, JSON
+lines are written to that folder.
 """
 
 import argparse
-import functools
 import itertools
 import sys
 import time
@@ -24,11 +24,12 @@ import polarjax as pj
 from bench import report, timing
 from bench.models import SHAPES
 from bench.random_models import random_model
+from polarjax.generation.generate import read_prompts
 from polarjax.model.parameters import abstract, parameters
 from polarjax.model.prompt_attention import attend
 
 COLUMNS = ("case", "ms", "tokens_per_s", "tflops", "pct_of_matmul", "temporary_bytes")
-CASES = ((1, 512), (1, 2048), (4, 2048), (16, 1024), (16, 1920), (16, 3968))
+CASES = ((1, 512), (1, 2048), (4, 2048), (16, 1024), (16, 1920), (16, 3968), (48, 3968))
 LIMIT = 1.5  # how many times the error of plain operations in the same dtype is allowed
 
 
@@ -109,18 +110,13 @@ def table(names: list[str], seconds: float, rate: float) -> Iterator[dict[str, A
 def _row(name: str, model: pj.Decoder, batch: int, length: int, rate: float) -> dict[str, Any]:
     tokens = jax.random.randint(jax.random.key(0), (batch, length), 0, model.config.vocab_size, jnp.int32)
     lengths = jnp.full((batch,), length, jnp.int32)
-    make = functools.partial(
-        pj.init_cache, model.config, batch_size=batch, capacity=length + 8, dtype=model.dtype
-    )
-    run = jax.jit(pj.prefill, donate_argnames="cache").lower(model, tokens, lengths, make()).compile()
+    run = read_prompts.lower(model, tokens, lengths, capacity=length + 8).compile()
     temporary = run.memory_analysis().temp_size_in_bytes  # pyright: ignore[reportOptionalMemberAccess]
-    cache, times = make(), []
+    times = []
     for _ in range(4):
         started = time.perf_counter()
-        logits, cache = run(model, tokens, lengths, cache)
-        jax.block_until_ready(logits)
+        jax.block_until_ready(run(model, tokens, lengths))
         times.append(time.perf_counter() - started)
-        cache = pj.KVCache(cache.k, cache.v, jnp.zeros_like(cache.length))
     median = float(np.median(times[1:]))
     made = flops(model.config, batch, length) / median
     return {

@@ -22,7 +22,7 @@ decode = overlapping_jit(
 
 def compile_all(
     model: Decoder,
-    made: slots.Slots,
+    made: slots.Slots | None,
     readings: Iterable[slots.Reading],
     halted: Bool[Array, "B"],
     chunks: Iterable[dict[str, Any]],

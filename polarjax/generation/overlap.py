@@ -16,7 +16,7 @@ resident at once.
 """
 
 
-class overlapping_jit:  # noqa: N801 - used like jax.jit
+class overlapping_jit:
     """`jax.jit(function, **jit_options)`, compiled with `OVERLAP` on a GPU.
 
     Compiler options belong to the outermost jit: inside another trace this is plain `jax.jit`, and the outer program's
