@@ -12,6 +12,7 @@ variable OUT is set, JSON lines are written to that folder. `--model tiny` runs 
 
 import argparse
 import functools
+import gc
 import sys
 import time
 from collections.abc import Iterator, Sequence
@@ -91,6 +92,7 @@ class Bench:
             self.bundle, slots=self.slots, capacity=capacity(self.scale), dense=kind == "dense"
         )
         made.warm_up()
+        gc.freeze()  # as `polarjax serve` does
         seconds = time.perf_counter() - started
         columns = {"compile_s": seconds, "programs": len(made.calls) + 2, "persistent_cache": cache}
         return made, self.row("compile", kind, columns)

@@ -1,5 +1,6 @@
 """`polarjax serve`: answer requests over HTTP, in the shapes of OpenAI's interface."""
 
+import gc
 import os
 import sys
 import time
@@ -74,6 +75,7 @@ def serve(
         engine = Engine(bundle, slots=slots, capacity=capacity, dense=dense, head_density=head_density)
         service = Service(bundle, engine, name=name or folder.absolute().name, limits=limits)
         engine.warm_up()
+        gc.freeze()  # what compiling left: collecting it would stop all requests for most of a second
         if api_key is None and not server.is_loopback(listening):
             print("polarjax: everybody who reaches this address can use it; --api-key KEY", file=sys.stderr)
         address, started = server.address_of(listening), time.perf_counter()

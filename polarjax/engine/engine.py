@@ -13,17 +13,16 @@ import numpy as np
 
 from polarjax.checkpoint.bundle import Bundle
 from polarjax.engine import checks, programs
-from polarjax.engine.packing import Packer
+from polarjax.engine.packing import Packer, Piece
 from polarjax.engine.prefixes import Prefixes
 from polarjax.engine.requests import ENDINGS, Event, Request
 from polarjax.engine.sizes import plan_sizes, slots_and_capacity
-from polarjax.engine.slots import Drawn, Slots
+from polarjax.engine.slots import Drawn, Reading, Slots
 from polarjax.generation.sampling import Sampler
 from polarjax.generation.token_loop import CHUNK
 from polarjax.memory import explained_out_of_memory
 from polarjax.model.checks import check_implementation
 from polarjax.numeric import check_type, whole_number
-from polarjax.selection.selectors import Sparsity
 from polarjax.text.prompts import Message
 from polarjax.types import Array, Implementation, Int, Int32
 
@@ -74,17 +73,16 @@ class Engine(Iterator[Event]):
         checks.check_dense(dense, head_density)
         check_implementation(implementation)
         most = whole_number(read_tokens, "read_tokens", where="Engine")
-        model = bundle.model
-        self.slots, self.capacity = slots_and_capacity(
-            model.config, model.dtype, slots, capacity, read_tokens=most
-        )
-        self._bundle, self._implementation = bundle, implementation
+        config, dtype = bundle.model.config, bundle.model.dtype
+        self.slots, self.capacity = slots_and_capacity(config, dtype, slots, capacity, read_tokens=most)
+        self._bundle = bundle
         skip = bundle.sparsity_by_batch(None if dense else "auto", head_density)
-        self._plans: dict[int, Sparsity | None] = {size: skip(size) for size in plan_sizes(self.slots)}
-        sizes = {"batch_size": self.slots, "cache_length": self.capacity, "dtype": model.dtype}
-        self._explained = functools.partial(explained_out_of_memory, model.config, **sizes, option="slots")
+        fixed = {"steps": CHUNK, "implementation": implementation}
+        self._chunks = {size: fixed | {"sparsity": skip(size)} for size in plan_sizes(self.slots)}
+        sizes = {"batch_size": self.slots, "cache_length": self.capacity, "dtype": dtype}
+        self._explained = functools.partial(explained_out_of_memory, config, **sizes, option="slots")
         with self._explained():
-            made: Slots = programs.make(model, self.slots, self.capacity)
+            made: Slots = programs.make(bundle.model, self.slots, self.capacity)
         self._slots: Slots | None = made
         self._packer = Packer(most, slots=self.slots, capacity=self.capacity, best=made.rules.best)
         self._prefixes = Prefixes(self.slots)
@@ -218,17 +216,14 @@ class Engine(Iterator[Event]):
             checks.check_idle(self.in_use, "Engine.warm_up")
             with self._closed_on_failure():
                 readings = [self._packer.reading([], shape) for shape in self._packer.shapes]
-                chunks, halted = map(self._steps, self._plans.values()), jax.device_put(self._halted)
+                halted, chunks = jax.device_put(self._halted), self._chunks.values()
                 programs.compile_all(self._bundle.model, self._slots, readings, halted, chunks)
                 for reading in readings:
                     self._call(programs.read, reading)
-                for size in self._plans:
+                for size in self._chunks:
                     self._decode(size)
                 self._copy(0, 0, np.zeros(0, np.int32))
                 jax.block_until_ready(self._slots)
-
-    def _steps(self, plan: Sparsity | None) -> dict[str, Any]:
-        return {"steps": CHUNK, "sparsity": plan, "implementation": self._implementation}
 
     def _turn(self) -> None:
         """Sends the device its next work, then handles what came before it, so that it never waits for the host."""
@@ -239,12 +234,12 @@ class Engine(Iterator[Event]):
             request.slot = self._unused.popleft()
             self._share_prefix(request, self._prefixes.find(request.prompt))
             self._reading.append(request)
-        before = len(self._sent)
-        if self._reading:
-            self._read_prompts()
-        if self._running:
+        before, quiet = len(self._sent), not self._running
+        self._read_prompts()
+        at_once = quiet and not self._reading  # first tokens, as no row waits for the next step
+        if self._running and not at_once:
             self._decode_chunk()
-        ahead = 1 if len(self._sent) > before else 0
+        ahead = 1 if len(self._sent) > before and not at_once else 0
         while len(self._sent) > ahead:
             self._handle(*self._sent.popleft())
 
@@ -262,7 +257,13 @@ class Engine(Iterator[Event]):
         self._slots = programs.share(self._slots, *jax.device_put(numbers))
 
     def _read_prompts(self) -> None:
-        pieces, reading = self._packer.pack(self._reading)
+        """Sends as many calls as have `read_tokens` tokens together."""
+        left = self._packer.most
+        while self._reading and (packed := self._packer.pack(self._reading, left)):
+            left -= packed[1].pieces.tokens.size
+            self._read(*packed)
+
+    def _read(self, pieces: Sequence[Piece], reading: Reading) -> None:
         begun = []
         for piece in pieces:
             request = piece.request
@@ -286,15 +287,16 @@ class Engine(Iterator[Event]):
 
     def _release(self) -> None:
         """Frees the slots of requests that will have reached their limits by the time the device gets further work."""
-        for slot in [slot for slot, request in self._running.items() if request.ends_by_itself]:
+        ending = [slot for slot, request in self._running.items() if request.ends_by_itself]
+        for slot in ending:
             del self._running[slot]
-            self._unused.append(slot)
+        self._unused.extend(ending)
 
     def _decode(self, rows: int) -> Drawn:
         """A chunk of steps with the plan for so many rows."""
-        plan = next(plan for size, plan in self._plans.items() if size >= rows)
+        options = next(options for size, options in self._chunks.items() if size >= rows)
         halted, self._halted = jax.device_put(self._halted), np.zeros(self.slots, bool)
-        return self._call(programs.decode, halted, **self._steps(plan))
+        return self._call(programs.decode, halted, **options)
 
     def _call(self, program, *args: Any, **kwargs: Any) -> Drawn:
         self._slots, drawn = program(self._bundle.model, self._slots, *args, **kwargs)
@@ -307,9 +309,7 @@ class Engine(Iterator[Event]):
         tokens, counts, ended = jax.device_get((drawn.tokens, drawn.counts, drawn.ended))
         asked = any(request.settings.logprobs is not None for _, request in rows)
         logprobs = jax.device_get(drawn.logprobs) if asked else None
-        for slot, request in rows:
-            if request.id not in self._requests:
-                continue
+        for slot, request in [(slot, each) for slot, each in rows if each.id in self._requests]:
             wanted = request.settings.logprobs is not None
             mine = jax.tree.map(lambda leaf, slot=slot: leaf[slot], logprobs) if wanted else None
             new, ending = tokens[slot, : counts[slot]].tolist(), ENDINGS.get(int(ended[slot]))

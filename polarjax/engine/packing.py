@@ -2,20 +2,36 @@
 
 import dataclasses
 from collections.abc import Iterable, Iterator, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import numpy as np
 
 from polarjax.engine.requests import Request, RowSettings
 from polarjax.engine.slots import STOP_IDS, Reading
-from polarjax.generation.batch import bucket_length
 from polarjax.generation.sampling import Categorical
 from polarjax.generation.token_loop import Rules
 from polarjax.model.chunks import Pieces
 
-PIECE = 128
-"""Tokens of a piece where several prompts share a call."""
+SHARED = (128, 512)
+"""Widths at which several prompts share a call."""
+
+_BEGINNING = (64, 128, 256, 384, 512, 768, 1024, 1536, 2048, 3072, 4096, 6144, 8192)
+_LATER = (128, 512, 2048, 8192)
+_FLOOR = 256  # tokens that a call takes as long as, at least: it reads all weights
+
+
+class Shape(NamedTuple):
+    """Of a call: pieces, tokens of each, and whether all of them begin their prompts."""
+
+    rows: int
+    width: int
+    begin: bool
+
+    @property
+    def tokens(self) -> int:
+        """Tokens, padding included."""
+        return self.rows * self.width
 
 
 @dataclasses.dataclass(frozen=True)
@@ -35,8 +51,9 @@ class Piece:
 class Packer:
     """Chooses what is read next.
 
-    A prompt alone is one piece, padded to a power of two; several share a call as pieces of `PIECE` tokens, whose number
-    is a power of two. So there are few shapes, each with at most `most` tokens.
+    A prompt is read at once, alone, or together with others of about its length where that is no slower; so its tokens
+    attend only to each other. A prompt of more than `most` tokens, or one whose beginning a slot already holds, is read
+    alone, in pieces that attend to what was read before. There are few shapes, each with at most `most` tokens.
 
     Args:
       most: most tokens of a call.
@@ -45,44 +62,61 @@ class Packer:
     """
 
     def __init__(self, most: int, *, slots: int, capacity: int, best: int | None) -> None:
-        self._most, self._slots, self._capacity, self._best = most, slots, capacity, best
+        self.most, self._slots, self._best = most, slots, best
         self._longest = min(most, capacity)
-        self._piece = min(PIECE, self._longest)
 
     @property
-    def shapes(self) -> Iterator[tuple[int, int]]:
-        """All shapes (R, T) of calls."""
-        yield from dict.fromkeys((1, bucket_length(n, self._longest)) for n in range(1, self._longest + 1))
-        yield from ((1 << i, self._piece) for i in range(1, self._largest.bit_length()))
+    def shapes(self) -> Iterator[Shape]:
+        """All shapes of calls."""
+        for begin in (True, False):
+            yield from dict.fromkeys(self._alone(n, begin) for n in range(1, self._longest + 1))
+        for width in SHARED:
+            yield from (Shape(1 << i, width, True) for i in range(1, self._largest(width).bit_length()))
 
-    def pack(self, requests: Sequence[Request]) -> tuple[list[Piece], Reading]:
-        """The next pieces of `requests`, the first ones first, and the call that reads them."""
-        first = requests[0]
-        if len(requests) == 1 or first.unread >= self._longest or self._largest == 1:
-            pieces = [Piece(first, first.read, min(first.unread, self._longest))]
-            shape = 1, bucket_length(pieces[0].count, self._longest)
-        else:
-            pieces = [each for request in requests for each in self._cut(request)]
-            pieces = pieces[: self._largest]
-            shape = 1 << (len(pieces) - 1).bit_length(), self._piece
-        return pieces, self.reading(pieces, shape)
+    def pack(self, requests: Sequence[Request], left: int) -> tuple[list[Piece], Reading] | None:
+        """The next pieces of `requests`, the first one first, and the call that reads them; None if it would have more
+        than `left` tokens."""
+        group = self._together(requests)
+        pieces = [Piece(each, each.read, min(each.unread, self._longest)) for each in group]
+        first = pieces[0]
+        shape = self._alone(first.count, not first.start)
+        if len(group) > 1:
+            shape = Shape(len(group), self._shared(group[0]), True)
+        return None if shape.tokens > left else (pieces, self.reading(pieces, shape))
 
-    @property
-    def _largest(self) -> int:
-        """Most pieces in a call, a power of two: as many as `most` tokens are, but no more than all slots can need."""
-        needed = self._slots * -(-self._capacity // self._piece)
-        return min(1 << ((self._most // self._piece).bit_length() - 1), 1 << (needed - 1).bit_length())
+    def _alone(self, count: int, begin: bool) -> Shape:
+        """Of a piece alone; those that don't begin their prompts are rarer and have fewer shapes."""
+        widths = _BEGINNING if begin else _LATER
+        fitting = next((width for width in widths if width >= count), self._longest)
+        return Shape(1, min(fitting, self._longest), begin)
 
-    def _cut(self, request: Request) -> Iterator[Piece]:
-        for start in range(request.read, len(request.prompt), self._piece):
-            yield Piece(request, start, min(self._piece, len(request.prompt) - start))
+    def _together(self, requests: Sequence[Request]) -> Sequence[Request]:
+        """The first request, and others that share its call if that takes no longer than one by one."""
+        width = self._shared(requests[0])
+        if width is None:
+            return requests[:1]
+        alike = [each for each in requests if (own := self._shared(each)) and own <= width]
+        count = min(self._largest(width), 1 << (len(alike).bit_length() - 1))
+        alike = alike[:count]
+        apart = sum(max(_FLOOR, self._alone(each.unread, True).width) for each in alike)
+        return alike if max(_FLOOR, count * width) <= apart else requests[:1]
 
-    def reading(self, pieces: Sequence[Piece], shape: tuple[int, int]) -> Reading:
+    def _shared(self, request: Request) -> int | None:
+        """The width at which the whole prompt can share a call; None if it can't."""
+        fitting = [width for width in SHARED if request.unread <= width and self._largest(width) > 1]
+        return fitting[0] if fitting and not request.read else None
+
+    def _largest(self, width: int) -> int:
+        """Most prompts of a call of that width, a power of two; 0 if none fits."""
+        most = min(self.most // width, self._slots)
+        return 1 << (most.bit_length() - 1) if most else 0
+
+    def reading(self, pieces: Sequence[Piece], shape: Shape) -> Reading:
         """The pieces as arrays on the device; room that they leave reads nothing."""
-        tokens: Any = np.zeros(shape, np.int32)
+        tokens: Any = np.zeros((shape.rows, shape.width), np.int32)
         for row, each in zip(tokens, pieces, strict=False):
             row[: each.count] = each.request.prompt[each.start : each.start + each.count]
-        rest = [Piece(_NOBODY, 0, 0)] * (shape[0] - len(pieces))
+        rest = [Piece(_NOBODY, 0, 0)] * (shape.rows - len(pieces))
         every = [*pieces, *rest]
         counts, start = (
             _column(np.int32, (p.count for p in every)),
@@ -93,7 +127,7 @@ class Packer:
         settings = [p.request.settings for p in every]
         wide = np.int64 if jax.config.jax_enable_x64 else np.int32  # pyright: ignore[reportAttributeAccessIssue]
         seeds = _column(np.int64, (each.seed for each in settings)).astype(wide)
-        made = Reading(Pieces(tokens, counts, rows, start), last, seeds, self._rules(settings))
+        made = Reading(Pieces(tokens, counts, rows, start), last, seeds, self._rules(settings), shape.begin)
         return jax.device_put(made)
 
     def _rules(self, settings: Sequence[RowSettings]) -> Rules:

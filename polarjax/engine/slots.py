@@ -50,12 +50,14 @@ class Reading:
       last: whether a piece ends its prompt, bool [R]; its row draws its first token and goes on from there.
       seeds: of each piece's request, integers [R].
       rules: settings of each piece's request, all [R], without a key.
+      begin: whether every piece is known to begin its prompt.
     """
 
     pieces: Pieces
     last: Bool[Array, "R"]
     seeds: Int[Array, "R"]
     rules: Rules
+    begin: bool = dataclasses.field(metadata={"static": True})
 
 
 @jax.tree_util.register_dataclass
@@ -106,7 +108,7 @@ def read(model: Decoder, slots: Slots, reading: Reading) -> tuple[Slots, Drawn]:
     Other rows stay as they are. A row that is being read doesn't go on, provided that its last request has ended.
     """
     pieces, B = reading.pieces, slots.rules.limit.shape[0]
-    logits, cache = read_pieces(model, pieces, slots.state.cache)
+    logits, cache = read_pieces(model, pieces, slots.state.cache, all_begin=reading.begin)
     seen = _seen(slots.state.seen, pieces)
     rules = dataclasses.replace(reading.rules, key=jax.vmap(jax.random.key)(reading.seeds))
     begun = rules.begin(logits, None, seen[jnp.minimum(pieces.rows, B - 1)])
