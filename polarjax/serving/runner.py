@@ -12,6 +12,7 @@ from typing import Any
 from polarjax.engine.engine import Engine
 from polarjax.engine.requests import Event
 from polarjax.errors import PolarjaxError
+from polarjax.numeric import shown
 from polarjax.serving.errors import ApiError
 from polarjax.serving.metrics import Metrics
 
@@ -69,9 +70,8 @@ class Runner:
     def check_size(self, count: int) -> None:
         """Raises `ApiError` if one request asks for more sequences than are ever taken."""
         if count > self.most:
-            raise ApiError(
-                f"too many sequences in one request; got {count:,}, expected at most {self.most:,}"
-            )
+            expected = f"expected at most {self.most:,}"
+            raise ApiError(f"too many sequences in one request; got {shown(count)}, {expected}", param="n")
 
     def submit(
         self, prompts: Sequence[Any], settings: Sequence[Mapping[str, Any]], deliver: Deliver, arrived: float

@@ -14,6 +14,7 @@ from polarjax.engine.checks import prompt_ids
 from polarjax.engine.engine import Engine
 from polarjax.engine.requests import Event
 from polarjax.generation.checks import SEEDS
+from polarjax.numeric import shown
 from polarjax.serving.body import Asked, parse, read_json
 from polarjax.serving.errors import ApiError, checked
 from polarjax.serving.metrics import Metrics
@@ -97,11 +98,11 @@ class Service:
         """Those of the n sequences of a prompt, each with a seed of its own."""
         room, limit = self._room - tokens, asked.max_tokens
         if tokens > self._longest or (limit or 1) > room:
-            wanted = "" if limit is None else f" and {limit:,} new ones"
+            too_long = tokens > self._longest
             raise ApiError(
-                f"{param}: {tokens:,} tokens{wanted} are too many; at most {self._longest:,} are taken, "
-                f"{self._room:,} together with the new ones",
-                param=param,
+                f"the prompt's {tokens:,} tokens and {shown(limit or 1)} new ones are too many; at most "
+                f"{self._longest:,} are taken, and {self._room:,} together with the new ones",
+                param=param if too_long else "max_tokens",
                 code="context_length_exceeded",
             )
         if limit is None:
