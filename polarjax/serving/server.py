@@ -35,12 +35,17 @@ def check_installed() -> None:
 
 def listen_on(host: str, port: int) -> socket.socket:
     """A socket with this address, on which nothing is answered yet; raises `InputError` if it can't be had."""
+    made = None
     try:
+        if port not in range(2**16):  # the system would take its lower bits
+            raise OverflowError("no such port")
         family, kind, protocol, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
         made = socket.socket(family, kind, protocol)
         made.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         made.bind(address)
     except (OSError, OverflowError, UnicodeError) as error:
+        if made is not None:
+            made.close()
         raise InputError(
             "can't listen there",
             where=f"--host {host} --port {port}",
@@ -104,6 +109,7 @@ def _server(service: Service, api_key: str | None, ready: Callable[[], None]) ->
         make_app(service, api_key),
         lifespan="off",
         ws="none",
+        log_config=None,  # what goes wrong is printed by the root logger
         log_level="error",
         access_log=False,
         timeout_graceful_shutdown=CLOSING_SECONDS,
