@@ -86,7 +86,8 @@ class Results:
         """Device, versions, commits and copy bandwidths of the rows used so far."""
         if not self.used:
             return f"{MISSING} on a GPU"
-        device, commit = (_several(row[key] for row in self.used) for key in ("device", "commit"))
+        device = _several(row["device"] for row in self.used)
+        commit = _several(row["commit"][:7] for row in self.used)
         made = _several(
             f"{name} {row[name]}" for row in self.used for name in ("jax", "torch") if name in row
         )
