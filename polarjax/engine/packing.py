@@ -80,8 +80,9 @@ class Packer:
         pieces = [Piece(each, each.read, min(each.unread, self._longest)) for each in group]
         first = pieces[0]
         shape = self._alone(first.count, not first.start)
-        if len(group) > 1:
-            shape = Shape(len(group), self._shared(group[0]), True)
+        width = self._shared(group[0])
+        if len(group) > 1 and width is not None:
+            shape = Shape(len(group), width, True)
         return None if shape.tokens > left else (pieces, self.reading(pieces, shape))
 
     def _alone(self, count: int, begin: bool) -> Shape:

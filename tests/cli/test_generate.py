@@ -14,11 +14,10 @@ from polarjax.checkpoint.learned import write_plans, write_routers
 from polarjax.selection.routers import init_routers
 from polarjax.text import continuation
 from polarjax.text.tokenizer import Tokenizer
-from tests.cli.homes import ASSET, TEMPLATE, random_model  # noqa: F401
+from tests.cli.homes import ASSET, random_model
 from tests.model import zoo
 from tests.one_line import refuses
 
-_model = random_model
 SHORT = ("--max-new-tokens", "12")
 
 

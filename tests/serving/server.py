@@ -16,8 +16,7 @@ import polarjax as pj
 from polarjax.serving import server
 from polarjax.serving.service import Limits, Service
 from polarjax.text.tokenizer import Tokenizer
-from tests.cli.test_generate import ASSET, TEMPLATE
-from tests.cli.test_generate import _model as random_model
+from tests.cli.homes import ASSET, TEMPLATE, random_model
 
 NAME = "tiny"
 
