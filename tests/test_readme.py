@@ -3,10 +3,11 @@
 import os
 import re
 import shlex
+import socket
 import subprocess
 import sys
 import tomllib
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import NamedTuple
 
@@ -80,6 +81,40 @@ CHECKED: dict[str, Callable[[list[str]], None]] = {
 }
 
 
+class Served:
+    """The server that the README starts, on a port that is free; it runs until the tests have ended."""
+
+    def __init__(self) -> None:
+        with socket.create_server(("127.0.0.1", 0)) as free:
+            self._port = str(free.getsockname()[1])
+        self._process: subprocess.Popen[str] | None = None
+
+    def moved(self, text: str) -> str:
+        """A command with the port that is used here."""
+        return text.replace("8000", self._port)
+
+    def start(self, words: list[str], folder: Path) -> None:
+        """Starts the server, and waits until it takes requests."""
+        pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
+        self._process = subprocess.Popen(words, cwd=folder, env=environment(), **pipes)
+        line = next((each for each in self._process.stdout if each.startswith("polarjax: ")), "")
+        assert f"model at http://127.0.0.1:{self._port} (" in line
+
+    def stop(self) -> None:
+        """Ends it as a user does."""
+        if self._process is not None:
+            self._process.terminate()
+            self._process.communicate(timeout=60)
+            assert self._process.returncode == 0
+
+
+@pytest.fixture(scope="module")
+def served() -> Iterator[Served]:
+    made = Served()
+    yield made
+    made.stop()
+
+
 @pytest.fixture(scope="module")
 def clone(tmp_path_factory) -> Path:
     """A folder with links to everything in the project, so that what a command writes lands elsewhere."""
@@ -91,12 +126,16 @@ def clone(tmp_path_factory) -> Path:
     return folder
 
 
+def environment() -> dict[str, str]:
+    """Where `polarjax` is the one of these tests."""
+    return os.environ | {"PATH": os.pathsep.join([str(Path(sys.executable).parent), os.environ["PATH"]])}
+
+
 def run(words: list[str], folder: Path) -> None:
-    path = os.pathsep.join([str(Path(sys.executable).parent), os.environ["PATH"]])
     done = subprocess.run(
         words,
         cwd=folder,
-        env=os.environ | {"PATH": path},
+        env=environment(),
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
         text=True,
@@ -107,15 +146,21 @@ def run(words: list[str], folder: Path) -> None:
 @pytest.mark.parametrize(
     "snippet", snippets(README.read_text()), ids=lambda each: f"line-{each.line}-{each.text.split()[0]}"
 )
-def test_readme(snippet, clone):
+def test_readme(snippet, clone, served):
     if snippet.language == "python":
         run([sys.executable, "-c", snippet.text], clone)
         return
-    words = shlex.split(snippet.text)
+    words = shlex.split(served.moved(snippet.text))
     if words[0] in CHECKED:
         CHECKED[words[0]](words)
+    elif words[:2] == ["polarjax", "serve"]:
+        served.start(words, clone)
     else:
-        run(["bash", "-euo", "pipefail", "-c", snippet.text], clone)
+        failing = "--fail-with-body " if words[0] == "curl" else ""
+        command = (
+            served.moved(snippet.text).replace("curl ", f"curl {failing}", 1) if failing else snippet.text
+        )
+        run(["bash", "-euo", "pipefail", "-c", command], clone)
 
 
 def test_the_reader_finds_commands_and_blocks():
