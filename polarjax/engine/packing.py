@@ -2,6 +2,7 @@
 
 import dataclasses
 from collections.abc import Iterable, Iterator, Sequence
+from itertools import pairwise
 from typing import Any, NamedTuple
 
 import jax
@@ -70,8 +71,9 @@ class Packer:
         """All shapes of calls."""
         for begin in (True, False):
             yield from dict.fromkeys(self._alone(n, begin) for n in range(1, self._longest + 1))
-        for width in SHARED:
-            yield from (Shape(1 << i, width, True) for i in range(1, self._largest(width).bit_length()))
+        for narrower, width in pairwise((0, *SHARED)):
+            if narrower < self._longest:  # else no prompt needs this one
+                yield from (Shape(1 << i, width, True) for i in range(1, self._largest(width).bit_length()))
 
     def pack(self, requests: Sequence[Request], left: int) -> tuple[list[Piece], Reading] | None:
         """The next pieces of `requests`, the first one first, and the call that reads them; None if it would have more

@@ -308,16 +308,23 @@ def test_fault_30_an_engine_whose_call_failed_is_closed(monkeypatch):
 
 
 REFUSED = {
-    "no tokens": ({"prompt": []}, "not a prompt"),
+    "fault 22, no tokens": ({"prompt": []}, "not a prompt"),
     "two rows": ({"prompt": [[1], [2]]}, r"not a prompt; got int64\[2, 1\]"),
     "half a token": ({"prompt": [1.5]}, "not a prompt"),
     "not one": ({"prompt": None}, "not a prompt"),
-    "outside the vocabulary": ({"prompt": [1, 61]}, "token 1 is outside the vocabulary; got 61"),
-    "beyond the slot": (
+    "fault 20, a negative id": ({"prompt": [1, -1]}, "token 1 is outside the vocabulary; got -1"),
+    "fault 20, beyond int32": ({"prompt": [2**40]}, "outside the vocabulary"),
+    "fault 20, outside the vocabulary": ({"prompt": [1, 61]}, "token 1 is outside the vocabulary; got 61"),
+    "fault 21, a prompt beyond the slot": ({"prompt": [1] * 41}, "capacity; got 41 prompt tokens"),
+    "fault 21, a prompt beyond the model": ({"prompt": [1] * 60}, "positions"),
+    "fault 21, beyond the slot": (
         {"max_new_tokens": 33},
         "capacity; got 9 prompt tokens . 33 new ones, expected at most 40",
     ),
     "beyond the model": ({"max_new_tokens": 41}, "exceed the model's positions"),
+    "fault 23, a penalty that is NaN": ({"repetition_penalty": float("nan")}, "repetition_penalty"),
+    "fault 23, no stop string": ({"stop_strings": ("",)}, "unusable stop strings"),
+    "fault 23, one text as stop strings": ({"stop_strings": "ab"}, "unusable stop strings"),
     "nothing to make": ({"max_new_tokens": 0}, "max_new_tokens"),
     "a sampler of its own": ({"sampler": lambda logits, key: logits}, "can't draw with this sampler"),
     "a number per row": ({"sampler": pj.Categorical((1.0, 2.0))}, "can't draw with this sampler"),
@@ -363,6 +370,9 @@ def test_text_needs_a_tokenizer(text):
         ({"dense": 1}, pj.InputError, "dense"),
         ({"dense": True, "head_density": 0.5}, pj.InputError, "contradict"),
         ({"head_density": 0.5}, pj.SparsityError, "no routers"),
+        ({"bundle": bundle("groups"), "head_density": 0.0}, pj.SparsityError, "density"),
+        ({"bundle": bundle("groups"), "head_density": float("nan")}, pj.SparsityError, "density"),
+        ({"bundle": bundle("groups"), "head_density": 1.5}, pj.SparsityError, "density"),
         ({"implementation": "cuda"}, pj.InputError, "implementation"),
         ({"bundle": MODEL}, pj.InputError, "not a Bundle"),
     ],

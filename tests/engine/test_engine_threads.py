@@ -1,5 +1,6 @@
-"""Threads that submit, cancel, iterate and close at once: no request is lost, and each gets what it gets alone."""
+"""Threads that submit, cancel, iterate and close at once, and parts that do not belong together: nothing is lost."""
 
+import dataclasses
 import threading
 from concurrent.futures import ThreadPoolExecutor
 
@@ -7,7 +8,8 @@ import numpy as np
 import pytest
 
 import polarjax as pj
-from tests.engine.test_engine import PROMPTS, SETTINGS, SIZES, alone, bundle
+from tests.engine.test_engine import MODEL, PROMPTS, SETTINGS, SIZES, alone, bundle
+from tests.model import zoo
 from tests.one_line import refuses
 
 
@@ -117,3 +119,11 @@ def test_fault_30_a_warm_up_that_failed_closes_the_engine(monkeypatch):
     with refuses(pj.InputError, "closed"):
         engine.submit([1])
     assert list(engine) == []
+
+
+def test_fault_24_routers_of_other_weights_are_refused():
+    other = zoo.with_rows(MODEL, "embed.tokens", 0, 0.5)
+    with refuses(pj.SparsityError, "weights"):
+        pj.Engine(dataclasses.replace(bundle("groups"), model=other), **SIZES)
+    engine = pj.Engine(dataclasses.replace(bundle("groups"), model=other), **SIZES, dense=True)
+    assert engine.in_use == 0
