@@ -7,6 +7,7 @@ which is longer where kernels wait for each other, and shorter where they overla
 """
 
 import argparse
+import bisect
 import math
 import sys
 from collections.abc import Sequence
@@ -88,6 +89,8 @@ def draw_batches(folder: Path) -> bool:
         batches = sorted({batch for points in lines.values() for batch, _ in points})
         each.set(xscale="log", yscale="log", title=name, xlabel="sequences", ylabel="tokens/s")
         each.set_xticks(batches, map(str, batches))
+        ticks = _round_numbers([speed for points in lines.values() for _, speed in points])
+        each.set_yticks(ticks, [f"{tick:,}" for tick in ticks])
         each.minorticks_off()
         each.grid(alpha=0.3)
     for each in axes.flat[len(found) :]:
@@ -97,6 +100,13 @@ def draw_batches(folder: Path) -> bool:
     figure.savefig(folder / BATCH)
     plt.close(figure)
     return True
+
+
+def _round_numbers(values: Sequence[float]) -> list[int]:
+    """1, 2 and 5 times powers of ten, from the last one at most the least value to the first one at least the most."""
+    steps = [digit * 10**power for power in range(8) for digit in (1, 2, 5)]
+    first = max(bisect.bisect_right(steps, min(values)) - 1, 0)
+    return steps[first : bisect.bisect_left(steps, max(values)) + 1]
 
 
 def draw_parts(folder: Path) -> bool:
