@@ -85,12 +85,10 @@ class Server(NamedTuple):
 
 
 @contextlib.contextmanager
-def serving(
-    model: pj.Bundle | None = None, *, api_key: str | None = None, slots: int = 4, **limits: Any
-) -> Iterator[Server]:
+def serving(model: pj.Bundle | None = None, *, api_key: str | None = None, **limits: Any) -> Iterator[Server]:
     """A server in a thread, with few programs to compile; it finishes what runs in the end."""
     model = model or bundle()
-    engine = pj.Engine(model, slots=slots, capacity=64, read_tokens=16)
+    engine = pj.Engine(model, slots=4, capacity=64, read_tokens=16)
     service = Service(model, engine, name=NAME, limits=Limits(**limits))
     ready = threading.Event()
     with server.listen_on("127.0.0.1", 0) as listening:
