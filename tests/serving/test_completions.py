@@ -7,6 +7,7 @@ import jax
 import numpy as np
 import openai
 import pytest
+from prometheus_client.parser import text_string_to_metric_families
 
 import polarjax as pj
 from polarjax.text.assembly import Assembler
@@ -183,6 +184,32 @@ def test_models(client, server):
     with pytest.raises(openai.NotFoundError, match="there is no model 'gpt'"):
         client.models.retrieve("gpt")
     assert server.send("/health").json == {"status": "ok"}
+
+
+def test_metrics_are_what_prometheus_reads(server):
+    """Every request is counted once, by what became of it."""
+    read = lambda: {
+        (sample.name, tuple(sample.labels.values())): sample.value
+        for family in text_string_to_metric_families(server.send("/metrics").body.decode())
+        for sample in family.samples
+    }
+    before = read()
+    assert server.complete(n=2).status == 200 and server.complete(n=0).status == 400
+    after = read()
+    changed = {key: value - before.get(key, 0) for key, value in after.items() if value != before.get(key, 0)}
+    path = "/v1/completions"
+    expected = {
+        ("polarjax_responses_total", (path, "200")): 1,
+        ("polarjax_responses_total", (path, "400")): 1,
+        ("polarjax_sequences_total", ("length",)): 2,
+        ("polarjax_prompt_tokens_total", ()): 6,
+        ("polarjax_generated_tokens_total", ()): 8,
+        ("polarjax_first_token_seconds_count", ()): 2,
+        ("polarjax_first_token_seconds_bucket", ("+Inf",)): 2,
+        ("polarjax_sequence_seconds_count", ()): 2,
+    }
+    assert changed.items() >= expected.items()
+    assert after["polarjax_slots", ()] == 4 and after["polarjax_up", ()] == 1
 
 
 def test_64_clients_at_once(server, expected):
