@@ -31,6 +31,10 @@ _LEAST, _MOST = _DEFAULTS.densities
 _HELD_OUT = 64  # most windows of a text that are held out
 _OWN = 8192  # most windows that the model writes
 
+OwnText = Annotated[
+    float, typer.Option(help="Fraction of the training on text that the model writes itself first.")
+]
+
 
 def tune(
     folder: learning.Folder,
@@ -49,9 +53,7 @@ def tune(
     dense_share: Annotated[
         float, typer.Option(help="Fraction of the training that keeps all heads.")
     ] = _DEFAULTS.dense_share,
-    own_text: Annotated[
-        float, typer.Option(help="Fraction of the training on text that the model writes itself first.")
-    ] = 0.0,
+    own_text: OwnText = 0.0,
     window: learning.Window = None,
     batch: Annotated[int, typer.Option(help="Windows per forward pass.")] = _DEFAULTS.batch_size,
     accumulate: Annotated[int, typer.Option(help="Forward passes per step.")] = _DEFAULTS.accumulate,
@@ -70,6 +72,12 @@ def tune(
             help="Weight of a penalty on active neurons, for ReLU models and --activation relu; for example 0.3."
         ),
     ] = _DEFAULTS.l1,
+    blend: Annotated[
+        float,
+        typer.Option(
+            help="How far the result goes from the first weights to the trained ones; 0.8 stays closer to the old model."
+        ),
+    ] = _DEFAULTS.blend,
     save_minutes: Annotated[
         float, typer.Option(help="Save the state this often, beside OUT, for --resume.")
     ] = _DEFAULTS.save_minutes,
@@ -111,6 +119,7 @@ class Request:
     router_learning_rate: float
     activation: str | None
     l1: float
+    blend: float
     save_minutes: float
     devices: int | None
     resume: bool
@@ -133,6 +142,7 @@ class Request:
             router_learning_rate=self.router_learning_rate,
             activation=cast(Any, self.activation),
             l1=self.l1,
+            blend=self.blend,
             save_minutes=self.save_minutes,
             dtype=self.dtype,
         )

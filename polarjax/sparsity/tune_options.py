@@ -33,6 +33,8 @@ class TuneOptions:
       activation: "relu" turns the student's activation into it; None keeps the model's.
       l1: weight of the penalty on active neurons of a ReLU student, see `polarjax.sparsity.distillation.losses`; 0 has
         none. The same value suits models of any size: the penalty is between 0 and 1, and the divergence in nats.
+      blend: how far the result goes from the first weights to the trained ones, above 0 and at most 1 (Wortsman et al.
+        2022): less than 1 stays closer to the dense model.
       save_minutes: how often the state is saved.
     """
 
@@ -53,6 +55,7 @@ class TuneOptions:
     remat: bool = True
     activation: Literal["relu"] | None = None
     l1: float = 0.0
+    blend: float = 1.0
     save_minutes: float = 10.0
 
     def __post_init__(self) -> None:
@@ -60,7 +63,16 @@ class TuneOptions:
         positive = ["learning_rate", "router_learning_rate", "clip", "save_minutes"]
         positive += ["mean_learning_rate"] if self.mean_learning_rate is not None else []
         make_plain(
-            self, *whole, *positive, "tokens", "minutes", "dense_share", "router_weight", "remat", "l1"
+            self,
+            *whole,
+            *positive,
+            "tokens",
+            "minutes",
+            "dense_share",
+            "router_weight",
+            "remat",
+            "l1",
+            "blend",
         )
         for name in (*whole, *(["tokens"] if self.tokens is not None else [])):
             whole_number(getattr(self, name), name, where="TuneOptions")
@@ -69,6 +81,7 @@ class TuneOptions:
         for name in ("router_weight", "l1"):
             _check_range(name, getattr(self, name), -1e-300, math.inf, "0 or more")
         _check_range("dense_share", self.dense_share, -1e-300, 1, "at least 0 and below 1")
+        _check_range("blend", self.blend, 0, 1 + 1e-12, "above 0 and at most 1")
         if self.tokens is None and self.minutes is None:
             hint = "pass tokens (--tokens) or minutes (--minutes)"
             raise InputError("nothing says when to stop", where="TuneOptions", hint=hint)

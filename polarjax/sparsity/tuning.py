@@ -36,7 +36,7 @@ from polarjax.sparsity.tuning_checks import (
     check_shares,
     check_teacher,
 )
-from polarjax.sparsity.tuning_setup import Setup, setup
+from polarjax.sparsity.tuning_setup import Setup, blended, setup
 from polarjax.sparsity.tuning_state import read_state, save_state
 from polarjax.storage.fingerprint import fingerprint_of
 from polarjax.types import Array, Float, Int, Int32, Key
@@ -132,7 +132,7 @@ def tune(
     before = run.measure(held_out)
     if resume:
         run.resume()
-    run.train()
+    run.train(model)
     return *run.result(model, routers), run.report(before, run.measure(held_out), held_out)
 
 
@@ -181,8 +181,8 @@ class _Run:
         """Steps done, in this process and before."""
         return int(self._state.step)
 
-    def train(self) -> None:
-        """Runs steps until the limit; saves now and then, and when something stops it."""
+    def train(self, model: Decoder) -> None:
+        """Runs steps until the limit, then blends; saves now and then, and when something stops it."""
         options = self._batches.options
         done, began, saved = self.steps, time.monotonic() - self.seconds, time.monotonic()
         waiting: list[tuple[int, dict[str, Array]]] = []
@@ -207,6 +207,8 @@ class _Run:
             self._save()
         except CheckpointError as error:  # the result may still find room elsewhere
             tell(f"the state after the last step is not saved: {error}")
+        mixed = blended(self._state.model, model, options.blend)
+        self._state = dataclasses.replace(self._state, model=mixed)
 
     def _fraction(self, done: int) -> float:
         """How much of the training is done; 1 or more ends it."""

@@ -181,3 +181,13 @@ def setup(model: Decoder, routers: Routers, options: TuneOptions, length: int, d
     placement = Placement(tuple([*mine, *others][:devices]))
     spec = distillation(model, routers, options)
     return Setup(spec, options, parameters(model), group_arrays(routers), length, placement)
+
+
+def blended(trained: Arrays, model: Decoder, share: float) -> Arrays:
+    """The weights that lie `share` of the way from the model's to the trained ones."""
+    found = dict(trained)
+    for name, first in stacked_parameters(parameters(model)) if share < 1 else ():
+        if name in trained:
+            first = jax.device_put(first, trained[name].sharding).astype(jnp.float32)
+            found[name] = first + share * (trained[name] - first)
+    return found

@@ -75,6 +75,15 @@ def test_masked_perplexity_falls_and_the_result_belongs_together(whole):
     assert routers.layers[0].w_in is zoo.routers(NAME).layers[0].w_in
 
 
+def test_a_blend_lies_between_the_first_weights_and_the_trained_ones(whole, windows):
+    model, routers, report = run(windows, dataclasses.replace(OPTIONS, blend=0.25))
+    first, trained = parameters(zoo.model(NAME)), parameters(whole[0])
+    for name, value in parameters(model).items():
+        assert_close(value, 0.75 * first[name] + 0.25 * trained[name], "rounding")
+    np.testing.assert_array_equal(routers.layers[1].w_group, whole[1].layers[1].w_group)
+    assert report.after != whole[2].after and report.before == whole[2].before
+
+
 def test_an_interrupted_run_goes_on_as_if_it_had_not_been(whole, windows, tmp_path, monkeypatch):
     original, steps = tuning._Run._step, []
 
@@ -128,6 +137,7 @@ def test_a_subset_is_what_changes(subset, changed):
         ({"minutes": float("nan")}, "minutes"),
         ({"batch_size": 0}, "batch_size"),
         ({"l1": -1.0}, "l1"),
+        ({"blend": 0}, "blend"),
     ],
 )
 def test_unusable_options_are_refused(wrong, message):
