@@ -1,5 +1,6 @@
 """Set-up of every test: JAX on the CPU and strict about shapes, no network, the GPU compiler within reach."""
 
+import gc
 import importlib.util
 import os
 import sys
@@ -31,6 +32,9 @@ import jax  # noqa: E402
 import pytest  # noqa: E402
 
 jax.config.update("jax_numpy_rank_promotion", "raise")
+gc.set_threshold(
+    20_000, 50, 50
+)  # tracing makes many objects that live long; looking for garbage took 6 % of the time
 hypothesis.settings.register_profile("polarjax", deadline=None, derandomize=True, max_examples=25)
 hypothesis.settings.load_profile("polarjax")
 
