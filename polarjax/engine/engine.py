@@ -43,7 +43,7 @@ class Engine(Iterator[Event]):
       bundle: the model, with a tokenizer for text and with routers and plans for sparse decoding.
       slots: B, requests that run at a time; None takes what the device's memory allows, 8 if it doesn't say.
       capacity: S, positions of a slot: prompt and new tokens but the last; None takes the model's positions, at most
-        4,096.
+        4,096, and no slot has more than the model.
       head_density: fraction of groups to keep; None is the calibrated default.
       dense: decode densely even if the bundle has routers and plans.
       read_tokens: most tokens of prompts that are read between two chunks of decoding steps: more fill the slots

@@ -20,6 +20,8 @@ def slots_and_capacity(
 ) -> tuple[int, int]:
     """The given sizes, or those that the device's memory allows; the capacity is a multiple of 8.
 
+    No sequence is longer than the model's positions, so a larger capacity is lowered to them.
+
     Raises:
       InputError: a size isn't a positive whole number, or the slots don't fit.
     """
@@ -33,7 +35,7 @@ def slots_and_capacity(
             each = slots * costs.cache_bytes_per_token(config, dtype)
             left = int(available - costs.weights_bytes(config, dtype)) - slots * 4 * config.vocab_size
             capacity = max(8, min(capacity, left // each // 8 * 8))
-    capacity = -(-capacity // 8) * 8
+    capacity = -(-min(capacity, config.max_positions) // 8) * 8
     if available is None:
         return slots or _WITHOUT_LIMIT, capacity
     fitting = costs.largest_batch(config, memory=available, cache_length=capacity, dtype=dtype)
