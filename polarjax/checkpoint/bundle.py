@@ -224,10 +224,10 @@ class Bundle:
 
     def require(self, *names: Literal["routers", "plans"], where: str) -> None:
         """Raises `SparsityError` if one of these parts is missing, or a part is for other weights; `where` asks."""
-        sparsify = "run polarjax sparsify OUT --text FILE first"
+        sparsify = "run polarjax sparsify MODEL --text FILE first"
         hints = {
             "routers": sparsify,
-            "plans": f"run polarjax calibrate OUT --activations FOLDER, or {sparsify}",
+            "plans": f"run polarjax calibrate MODEL --activations FOLDER, or {sparsify}",
         }
         for name in names:
             if getattr(self, name) is None:

@@ -152,7 +152,7 @@ def _measure(options: EvalOptions, wanted: dict[str, Any], greedy: "GreedyOption
         _check_other(described, source["static_texts"])
     bundle, tokenizer = load_with_tokenizer(options.folder, options.dtype)
     if "router" in wanted["selectors"]:
-        bundle.require("routers", where="--selectors")
+        bundle.require("routers", where=str(options.folder))
     windows = _cut(options, texts, bundle, tokenizer)
     static = None
     if has_static:

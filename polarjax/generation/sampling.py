@@ -79,7 +79,7 @@ class Categorical:
                     f"{name} is out of range",
                     where="Categorical",
                     got=repr(value),
-                    expected=f"{expected}, or one such number for each row",
+                    expected=f"{expected}, for each row" if isinstance(value, tuple) else expected,
                     hint="correct the value; Greedy() draws the most likely token",
                 )
 

@@ -98,7 +98,8 @@ def _server(service: Service, api_key: str | None, ready: Callable[[], None]) ->
             if service.stopping:
                 os._exit(128 + sig)  # whatever the engine's thread does
             service.stopping = True
-            left = f"finishing {service.active} requests" if service.active else "stopping"
+            active = service.active
+            left = f"finishing {active} request{'s' * (active != 1)}" if active else "stopping"
             print(f"polarjax: {left}; a second signal ends at once", file=sys.stderr, flush=True)
 
         async def on_tick(self, counter: int) -> bool:

@@ -148,7 +148,7 @@ CASES = {
     "eval of a model without routers": (
         None,
         ("eval", "perplexity", "plain", "--text", "long.txt"),
-        "has no routers yet",
+        "plain: the model has no routers yet",
     ),
     "eval of a model without plans": (
         lambda home: (home / "model" / "plans.json").unlink(),

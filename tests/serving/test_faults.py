@@ -62,7 +62,7 @@ COMPLETIONS = {
     "fault 22, no prompt": ({"prompt": []}, "prompt", "expected a text, token ids, or a list.*at least one"),
     "fault 22, no tokens": ({"prompt": [[]]}, "prompt", "not a prompt"),
     "fault 22, null": ({"prompt": None}, "prompt", "prompt is missing"),
-    "fault 23, a negative temperature": ({"temperature": -0.1}, "temperature", "out of range; got -0.1"),
+    "fault 23, a negative temperature": ({"temperature": -0.1}, "temperature", "got -0.1, expected above 0$"),
     "fault 23, an infinite temperature": ({"temperature": 1e999}, None, "Infinity is not a JSON number"),
     "fault 23, top_p above 1": ({"top_p": 1.5}, "top_p", "out of range; got 1.5"),
     "fault 23, top_p 0": ({"top_p": 0}, "top_p", "out of range; got 0"),
