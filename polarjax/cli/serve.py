@@ -79,7 +79,8 @@ def serve(
         if api_key is None and not server.is_loopback(listening):
             print("polarjax: everybody who reaches this address can use it; --api-key KEY", file=sys.stderr)
         address, started = server.address_of(listening), time.perf_counter()
-        line = f"polarjax: {service.model.name} at {address} ({engine.slots} slots of {engine.capacity:,} tokens)"
+        size = f"{engine.slots} slot{'s' * (engine.slots != 1)} of {engine.capacity:,} tokens"
+        line = f"polarjax: {service.model.name} at {address} ({size})"
         server.run(service, listening, api_key=api_key, ready=lambda: print(line, flush=True))
     metrics = service.metrics
     return {
