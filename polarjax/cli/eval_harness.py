@@ -6,6 +6,7 @@ from typing import Annotated, Any
 
 import typer
 
+from polarjax.cli.decoding_options import HeadDensity
 from polarjax.errors import InputError
 
 
@@ -22,7 +23,7 @@ def harness(
         int | None, typer.Option(help="Examples in each prompt; default: the task's.")
     ] = None,
     chat: Annotated[bool, typer.Option("--chat", help="Ask through the model's chat template.")] = False,
-    head_density: Annotated[float | None, typer.Option(help="Fraction of heads (groups) to keep.")] = None,
+    head_density: HeadDensity = None,
     dense: Annotated[bool, typer.Option("--dense", help="Evaluate the dense model.")] = False,
     batch_size: Annotated[
         int | None, typer.Option(help="Sequences that run together; default: by their length.")

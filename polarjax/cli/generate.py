@@ -6,6 +6,8 @@ from typing import Annotated, Any
 
 import typer
 
+from polarjax.cli.decoding_options import Dense, Dtype, HeadDensity
+
 PromptTexts = Annotated[list[str] | None, typer.Option(help="A prompt; may be given several times.")]
 PromptFile = Annotated[
     Path | None,
@@ -55,9 +57,6 @@ Seed = Annotated[int, typer.Option(help="Random seed.")]
 Chat = Annotated[bool, typer.Option("--chat", help="Prompts are user messages; use the chat template.")]
 System = Annotated[str | None, typer.Option(help="With --chat: the system message.")]
 Stream = Annotated[bool, typer.Option("--stream", help="Print the text of one prompt as it is generated.")]
-Dense = Annotated[bool, typer.Option("--dense", help="Run dense, even if there are routers.")]
-HeadDensity = Annotated[float | None, typer.Option(help="Fraction of heads (groups) to keep.")]
-Dtype = Annotated[str | None, typer.Option(help="Dtype of the computation; default: as stored.")]
 Timed = Annotated[
     bool,
     typer.Option("--timed", help="Time without compilation: run twice, or, with --prompts, compile first."),

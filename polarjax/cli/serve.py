@@ -9,6 +9,7 @@ from typing import Annotated, Any
 
 import typer
 
+from polarjax.cli.decoding_options import Dense, Dtype, HeadDensity
 from polarjax.errors import InputError
 
 KEY_VARIABLE = "POLARJAX_API_KEY"
@@ -22,9 +23,6 @@ SlotCount = Annotated[
 Capacity = Annotated[
     int | None, typer.Option(help="Tokens of a prompt and its answer; default: the model's, at most 4096.")
 ]
-Dense = Annotated[bool, typer.Option("--dense", help="Run dense, even if there are routers.")]
-HeadDensity = Annotated[float | None, typer.Option(help="Fraction of heads (groups) to keep.")]
-Dtype = Annotated[str | None, typer.Option(help="Dtype of the computation; default: as stored.")]
 ApiKey = Annotated[
     str | None,
     typer.Option(help=f"Key that clients must send; ${KEY_VARIABLE} keeps it out of the list of processes."),

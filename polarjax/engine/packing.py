@@ -78,14 +78,11 @@ class Packer:
     def pack(self, requests: Sequence[Request], left: int) -> tuple[list[Piece], Reading] | None:
         """The next pieces of `requests`, the first one first, and the call that reads them; None if it would have more
         than `left` tokens."""
-        group = self._together(requests)
+        group, shape = self._together(requests)
+        if shape.tokens > left:
+            return None
         pieces = [Piece(each, each.read, min(each.unread, self._longest)) for each in group]
-        first = pieces[0]
-        shape = self._alone(first.count, not first.start)
-        width = self._shared(group[0])
-        if len(group) > 1 and width is not None:
-            shape = Shape(len(group), width, True)
-        return None if shape.tokens > left else (pieces, self.reading(pieces, shape))
+        return pieces, self.reading(pieces, shape)
 
     def _alone(self, count: int, begin: bool) -> Shape:
         """Of a piece alone; those that don't begin their prompts are rarer and have fewer shapes."""
@@ -93,16 +90,18 @@ class Packer:
         fitting = next((width for width in widths if width >= count), self._longest)
         return Shape(1, min(fitting, self._longest), begin)
 
-    def _together(self, requests: Sequence[Request]) -> Sequence[Request]:
+    def _together(self, requests: Sequence[Request]) -> tuple[Sequence[Request], Shape]:
         """The first request, and others that share its call if that takes no longer than one by one."""
-        width = self._shared(requests[0])
+        first = requests[0]
+        alone = self._alone(min(first.unread, self._longest), not first.read)
+        width = self._shared(first)
         if width is None:
-            return requests[:1]
+            return [first], alone
         alike = [each for each in requests if (own := self._shared(each)) and own <= width]
         count = min(self._largest(width), 1 << (len(alike).bit_length() - 1))
-        alike = alike[:count]
+        alike, shape = alike[:count], Shape(count, width, True)
         apart = sum(max(_FLOOR, self._alone(each.unread, True).width) for each in alike)
-        return alike if max(_FLOOR, count * width) <= apart else requests[:1]
+        return (alike, shape) if count > 1 and max(_FLOOR, shape.tokens) <= apart else ([first], alone)
 
     def _shared(self, request: Request) -> int | None:
         """The width at which the whole prompt can share a call; None if it can't."""

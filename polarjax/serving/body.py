@@ -5,6 +5,7 @@ import json
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
+from polarjax.engine.slots import MOST_LOGPROBS
 from polarjax.generation.checks import check_best, check_new_tokens, check_seed, check_stop_ids
 from polarjax.generation.settings import GenerationSettings
 from polarjax.numeric import shown
@@ -12,7 +13,6 @@ from polarjax.serving.errors import ApiError, checked
 from polarjax.serving.messages import conversation
 from polarjax.text.assembly import check_stop_strings
 
-MOST_LOGPROBS = 20
 MOST_STOPS, LONGEST_STOP = 16, 256  # every new token is compared with them, for all requests in one thread
 
 type Kind = tuple[Callable[[Any], bool], str]
