@@ -31,7 +31,7 @@ from bench.models import SHAPES, TINY_SHAPE, DecodeShape, shape_of
 from bench.random_models import normal, random_model, routers
 from checkpoints_convert import convert_checkpoint
 from pallas_kernels import record_backends
-from polarjax import costs, memory
+from polarjax import memory
 from polarjax.demo.run import PROMPTS
 from polarjax.model.parameters import abstract
 from polarjax.selection.plans import uniform_groups
@@ -42,7 +42,6 @@ ASSETS = Path(pj.__file__).parent / "assets"
 STEPS = 16
 NEW = 48
 COLUMNS = ("case", "kind", "ms_per_step", "tokens_per_s", "speedup_vs_dense", "pct_of_floor", "compile_s")
-ROOM = 2 * 2**30  # bytes for what is neither weight nor cache
 
 
 # ---- correctness -----------------------------------------------------------------------------------------
@@ -190,9 +189,8 @@ def fitting(shape: DecodeShape, batches: Sequence[int] | None) -> list[int]:
     """The batch sizes whose weights and cache fit into the device's memory; says which don't."""
     limit, found = memory.device_memory(), []
     for batch in batches or shape.batches:
-        cache = batch * shape.cache * costs.cache_bytes_per_token(shape.config)
-        needed = costs.weights_bytes(shape.config) + cache
-        if limit is None or needed + ROOM < limit:
+        needed = shape.memory(batch)
+        if limit is None or needed < limit:
             found.append(batch)
         else:
             print(f"{shape.name} B{batch} needs {needed / 1e9:.0f} GB of {limit / 1e9:.0f}", flush=True)
@@ -233,23 +231,13 @@ def table(args: argparse.Namespace, peak: float | None) -> Iterator[dict[str, An
                 yield {
                     "case": f"{shape.name} B{batch} S{shape.cache}",
                     "kind": kind + "".join(f", {name}={value}" for name, value in args.option),
-                    **times(shape, batch, median, peak, sparsity and sparsity.plan),
+                    **shape.times(batch, shape.cache - STEPS // 2, median, peak, sparsity and sparsity.plan),
                     "spread_ms": spread * 1e3,
                     "speedup_vs_dense": dense / median,
                     "compile_s": compiling,
                 }
             del cache
         del model, made
-
-
-def times(
-    shape: DecodeShape, batch: int, seconds: float, peak: float | None, plan: pj.SparsityPlan | None = None
-) -> dict[str, float]:
-    """The columns of a step's time: speed, the bytes it must move, and the share of its floor at `peak` bytes/s."""
-    length = shape.cache - STEPS // 2
-    moved = costs.decode_bytes(shape.config, batch_size=batch, cache_length=length, plan=plan).total
-    row = {"ms_per_step": seconds * 1e3, "tokens_per_s": batch / seconds, "bytes": moved}
-    return row if peak is None else row | {"pct_of_floor": 100 * moved / peak / seconds}
 
 
 def _option(text: str) -> tuple[str, int | bool | str]:

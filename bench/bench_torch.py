@@ -22,12 +22,10 @@ from typing import Any
 
 from bench import report
 from bench.models import SHAPES, TINY_SHAPE, DecodeShape, shape_of
-from polarjax import costs
 
 STEPS, REPEATS = 16, 5
 KINDS = ("torch", "transformers")
 COLUMNS = ("case", "kind", "ms_per_step", "tokens_per_s", "pct_of_floor", "attention", "compile_s")
-ROOM = 2 * 2**30  # bytes for what is neither weight nor cache
 FAMILIES = {"opt": "OPT", "llama": "Llama", "mistral": "Mistral", "qwen2.5": "Qwen2", "tiny": "Llama"}
 
 Row = dict[str, Any]
@@ -77,22 +75,14 @@ def table(args: argparse.Namespace, peak: float | None) -> Iterator[Row]:
                 if found is not None:
                     seconds = found.pop("seconds")
                     case = {"case": f"{shape.name} B{batch} S{shape.cache}", "kind": kind}
-                    yield {**case, **times(shape, batch, seconds, peak), **found}
-
-
-def times(shape: DecodeShape, batch: int, seconds: float, peak: float | None) -> Row:
-    """The columns of a dense step's time."""
-    moved = costs.decode_bytes(shape.config, batch_size=batch, cache_length=shape.cache).total
-    row = {"ms_per_step": seconds * 1e3, "tokens_per_s": batch / seconds, "bytes": moved}
-    return row if peak is None else row | {"pct_of_floor": 100 * moved / peak / seconds}
+                    yield {**case, **shape.times(batch, shape.cache, seconds, peak), **found}
 
 
 def cell(kind: str, shape: DecodeShape, batch: int) -> Row | None:
     """A cell's seconds per step; None, and a line that says why, if it can't be measured."""
     import torch
 
-    needed = costs.weights_bytes(shape.config)
-    needed += batch * shape.cache * costs.cache_bytes_per_token(shape.config) + ROOM
+    needed = shape.memory(batch)
     if torch.cuda.is_available() and needed > torch.cuda.mem_get_info()[0]:
         print(f"{shape.name} B{batch} does not fit: needs {needed / 1e9:.0f} GB", flush=True)
         return None

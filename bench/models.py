@@ -4,7 +4,10 @@ import bisect
 import dataclasses
 
 import polarjax as pj
+from polarjax import costs
 from polarjax.selection.plans import uniform_groups
+
+ROOM = 2 * 2**30  # bytes for what is neither weight nor cache
 
 OPT_6_7B = pj.ModelConfig(
     vocab_size=50272,
@@ -124,6 +127,20 @@ class DecodeShape:
         """What a sparse step keeps, as rows name it."""
         neurons = f", neurons {self.density_at(batch):g}" if self.neuron_density else ""
         return f"heads {self.head_density:g}{neurons}"
+
+    def memory(self, batch: int) -> int:
+        """Bytes that a step needs on the device: weights, cache, and room for the rest."""
+        cache = batch * self.cache * costs.cache_bytes_per_token(self.config)
+        return costs.weights_bytes(self.config) + cache + ROOM
+
+    def times(
+        self, batch: int, length: int, seconds: float, peak: float | None, plan: pj.SparsityPlan | None = None
+    ) -> dict[str, float]:
+        """The columns of a step's time with `length` positions in the cache: speed, the bytes it must move, and the
+        share of its floor at `peak` bytes/s."""
+        moved = costs.decode_bytes(self.config, batch_size=batch, cache_length=length, plan=plan).total
+        row = {"ms_per_step": seconds * 1e3, "tokens_per_s": batch / seconds, "bytes": moved}
+        return row if peak is None else row | {"pct_of_floor": 100 * moved / peak / seconds}
 
     def _neurons(self, batch: int) -> int | None:
         """Neurons kept in each layer, rounded up to a multiple of 128; None for all."""
