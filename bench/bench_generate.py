@@ -1,4 +1,4 @@
-"""A fixed trace of requests through `pj.Engine`, and through static batches of the same size, dense and sparse.
+"""A fixed trace of requests through `pj.Engine`, its server, and static batches of the same size, dense and sparse.
 
     python3 -m bench.bench_generate table [--model llama-2-7b] [--slots 64] [--requests 1024]
     python3 -m bench.bench_generate compile            only compiles the engine's programs, and says how long it takes
@@ -19,7 +19,7 @@ from collections.abc import Iterator, Sequence
 from typing import Any
 
 import polarjax as pj
-from bench import engine_runs, report, static_batches, timing
+from bench import engine_runs, report, server_runs, static_batches, timing
 from bench.engine_runs import WatchedEngine
 from bench.models import SHAPES, TINY_SHAPE, DecodeShape, shape_of
 from bench.random_models import random_bundle
@@ -36,8 +36,9 @@ COLUMNS = (
     "longest_gap_chunks",
     "over_static",
     "over_dense",
+    "over_engine",
 )
-PARTS = ("lone", "engine", "static")
+PARTS = ("lone", "engine", "serve", "static")
 KINDS = ("dense", "sparse")
 LONE = (512, 2048)
 
@@ -122,6 +123,21 @@ class Bench:
             }
         return self.row("engine", kind, columns)
 
+    def serve(self, engine: WatchedEngine, kind: str) -> Row:
+        """The trace through a server of the engine; by clients that have one request each at a time."""
+        got = server_runs.run(self.bundle, engine, self.trace, scale=self.scale)
+        for line in got.errors[:5]:
+            print(line, flush=True)
+        columns = rates(self.trace, got.tokens, got.seconds, len(got.errors))
+        self.speeds[f"serve {kind}"] = columns
+        first = sorted(got.first)
+        columns |= {
+            "clients": server_runs.CLIENTS,
+            "median_first_text_ms": 1e3 * first[len(first) // 2],
+            "over_engine": self.ratio("tokens_per_s", f"serve {kind}", f"engine {kind}"),
+        }
+        return self.row("serve", kind, columns)
+
     def static(self, kind: str) -> Row:
         """The trace in static batches."""
         given = {"bundle": self.bundle, "trace": self.trace, "size": self.slots, "dense": kind == "dense"}
@@ -143,7 +159,7 @@ def table(bench: Bench, parts: Sequence[str], kinds: Sequence[str], seconds: flo
     for kind in kinds:
         if "static" in parts and not late():
             yield bench.static(kind)
-        if ("engine" in parts or "lone" in parts) and not late():
+        if {"engine", "lone", "serve"} & set(parts) and not late():
             engine, row = bench.engine(kind)
             with engine:
                 yield row
@@ -151,6 +167,8 @@ def table(bench: Bench, parts: Sequence[str], kinds: Sequence[str], seconds: flo
                     yield from bench.lone(engine, kind)
                 if "engine" in parts and not late():
                     yield bench.run(engine, kind)
+                if "serve" in parts and not late():
+                    yield bench.serve(engine, kind)  # last, as the server closes the engine
 
 
 def compile_only(bench: Bench, kinds: Sequence[str]) -> Iterator[Row]:
