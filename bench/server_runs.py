@@ -1,4 +1,4 @@
-"""Runs a trace through `polarjax serve`'s server: 64 clients, each with one request at a time, in a process of their own.
+"""Runs a trace through the server of `polarjax serve`: clients with one request at a time, in a process of their own.
 
 As a program (`python3 -m bench.server_runs URL …`) it is those clients.
 """

@@ -75,14 +75,14 @@ class Engine(Iterator[Event]):
         most = whole_number(read_tokens, "read_tokens", where="Engine")
         config, dtype = bundle.model.config, bundle.model.dtype
         self.slots, self.capacity = slots_and_capacity(config, dtype, slots, capacity, read_tokens=most)
-        self._bundle = bundle
+        self._bundle, self._model = bundle, programs.Flat(bundle.model)
         skip = bundle.sparsity_by_batch(None if dense else "auto", head_density)
         fixed = {"steps": CHUNK, "implementation": implementation}
         self._chunks = {size: fixed | {"sparsity": skip(size)} for size in plan_sizes(self.slots)}
         sizes = {"batch_size": self.slots, "cache_length": self.capacity, "dtype": dtype}
         self._explained = functools.partial(explained_out_of_memory, config, **sizes, option="slots")
         with self._explained():
-            made: Slots = programs.make(bundle.model, self.slots, self.capacity)
+            made: Slots = programs.make(self._model, self.slots, self.capacity)
         self._slots: Slots | None = made
         self._packer = Packer(most, slots=self.slots, capacity=self.capacity, best=made.rules.best)
         self._prefixes = Prefixes(self.slots)
@@ -217,7 +217,7 @@ class Engine(Iterator[Event]):
             with self._closed_on_failure():
                 readings = [self._packer.reading([], shape) for shape in self._packer.shapes]
                 halted, chunks = jax.device_put(self._halted), self._chunks.values()
-                programs.compile_all(self._bundle.model, self._slots, readings, halted, chunks)
+                programs.compile_all(self._model, self._slots, readings, halted, chunks)
                 for reading in readings:
                     self._call(programs.read, reading)
                 for size in self._chunks:
@@ -299,7 +299,7 @@ class Engine(Iterator[Event]):
         return self._call(programs.decode, halted, **options)
 
     def _call(self, program, *args: Any, **kwargs: Any) -> Drawn:
-        self._slots, drawn = program(self._bundle.model, self._slots, *args, **kwargs)
+        self._slots, drawn = program(self._model, self._slots, *args, **kwargs)
         for leaf in (drawn.tokens, drawn.counts, drawn.ended):
             leaf.copy_to_host_async()
         return drawn

@@ -6,7 +6,7 @@ from typing import Any
 import jax
 from jax.core import Tracer
 
-OVERLAP = {"xla_gpu_command_buffer_scheduling_mode": "CONCURRENT"}
+OVERLAP = {"xla_gpu_command_buffer_scheduling_mode": "CONCURRENT", "xla_gpu_dot_merger_threshold_mb": "160"}
 """Compiler options for your own decoding loop: `jax.jit(loop, compiler_options=polarjax.OVERLAP)`.
 
 On a GPU, kernels of a CUDA graph then wait only for kernels whose results they read: routers and selection, which only
