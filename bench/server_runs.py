@@ -127,9 +127,7 @@ def ask_one(url: str, wish: Wish) -> tuple[int, float]:
     connection = http.client.HTTPConnection(urlsplit(url).netloc, timeout=PATIENCE)
     first, count, started = 0.0, 0, time.perf_counter()
     try:
-        connection.request(
-            "POST", "/v1/completions", json.dumps(body), {"Content-Type": "application/json"}
-        )
+        connection.request("POST", "/v1/completions", json.dumps(body), {"Content-Type": "application/json"})
         answer = connection.getresponse()
         if answer.status != 200:
             raise RuntimeError(f"{answer.status}: {answer.read()[:300]!r}")

@@ -7,6 +7,8 @@ from typing import Any
 
 from polarjax.configs import ModelConfig
 from polarjax.errors import InputError
+from polarjax.model.exchanges import NVLINK, Link, exchanges
+from polarjax.model.mesh_shape import ONE_DEVICE, MeshShape
 from polarjax.model.shapes import shapes
 from polarjax.numeric import check_type, plain, shown, whole_number
 from polarjax.selection.plans import SparsityPlan, dense_plan
@@ -58,8 +60,9 @@ def decode_bytes(
     dtype: DTypeLike = "bfloat16",
     router_rank: int | None = None,
     mean_outputs: bool = False,
+    mesh: MeshShape = ONE_DEVICE,
 ) -> Cost:
-    """The fewest bytes that a decoding step can move: each weight is read once for the whole batch.
+    """The fewest bytes that a decoding step can move on one device: each weight is read once for the whole batch.
 
     With e bytes per element, k_g groups and k_f neurons kept (K and F where dense), s = min(S, window), all
     biases and norms included, summed over layers:
@@ -68,37 +71,43 @@ def decode_bytes(
       head       e·(V·E + B·E), plus e·B·D with learned positions, plus e·2·D·E with projected embeddings
       cache      e·2·B·H·(k_g·s + K): reads the kept groups, appends to all
       routers    e·(D·K + K) where groups are selected, and e·K·D more with mean outputs; e·R·(D + F) where neurons are
-    Activations do not count: they stay in on-chip caches.
+    Activations do not count: they stay in on-chip caches. On a mesh, these are the formulas with one device's groups,
+    neurons, vocabulary and sequences.
 
     Args:
       config: the model's configuration.
-      batch_size: B.
+      batch_size: B, over all devices.
       cache_length: S, positions that each sequence attends to, including the new one.
       plan: what is kept; None for the dense model.
       dtype: dtype of weights, routers and cache.
       router_rank: R of the neuron routers; None for the default of `init_routers`.
       mean_outputs: whether the routers hold mean outputs of skipped groups, as `sparsify` learns by default.
+      mesh: the devices that share the step.
+
+    Returns:
+      The cost of one device; its `batch_size` is that of the sequences that share the device's weights.
 
     Raises:
-      InputError: `batch_size` or `cache_length` is not positive.
+      InputError: `batch_size` or `cache_length` is not positive, or the mesh doesn't divide the model or the batch.
       SparsityError: the plan is for another model.
     """
     batch_size, cache_length = _check(config, batch_size, cache_length, plan)
     rank = _rank(config, router_rank)
+    whole, all_kept, plan = config, plan, _local_plan(plan, mesh)
+    config, batch_size = mesh.local(config), mesh.rows(batch_size)
     width = config.embed_dim or config.d_model
     norm = config.d_model * (2 if config.norm_bias else 1)
     head = config.vocab_size * width + (norm if config.final_norm else 0) + batch_size * width
     head += batch_size * config.d_model if config.positions == "learned" else 0
     head += 2 * config.embed_dim * config.d_model if config.embed_dim else 0
-    kept = list(_kept(config, cache_length, plan))
+    neurons = [neurons for neurons, _, _ in _kept(config, cache_length, plan)]
+    alone = mesh.attention == "groups"
+    attending = (config, plan, batch_size) if alone else (whole, all_kept, batch_size // mesh.model)
     parts = {
         "attention": config.num_layers * (_attention_weights(config) + norm),
-        "mlp": sum(neurons * _neuron_weights(config) + _down_bias(config) + norm for neurons, _, _ in kept),
+        "mlp": sum(kept * _neuron_weights(config) + _down_bias(config) + norm for kept in neurons),
         "head": head,
-        "cache": sum(
-            2 * batch_size * config.head_dim * (groups * length + config.num_kv_heads)
-            for _, groups, length in kept
-        ),
+        "cache": _cache(*attending, cache_length),
         "routers": _router_weights(config, plan, rank, bias=True, means=mean_outputs),
     }
     size = _bytes_each(dtype)
@@ -144,10 +153,40 @@ def decode_flops(
     return Cost(batch_size, **{name: 2 * batch_size * count for name, count in parts.items()})
 
 
-def weights_bytes(config: ModelConfig, dtype: DTypeLike = "bfloat16") -> int:
-    """Bytes of all parameters of the model; a tied embedding table counts once."""
+def step_floor(
+    config: ModelConfig,
+    *,
+    batch_size: int,
+    cache_length: int,
+    mesh: MeshShape = ONE_DEVICE,
+    plan: SparsityPlan | None = None,
+    dtype: DTypeLike = "bfloat16",
+    bandwidth: float,
+    link: Link = NVLINK,
+) -> tuple[float, float]:
+    """The least time of a decoding step in seconds: for one device's bytes, and for what the devices exchange.
+
+    The step can't be faster than their sum unless the exchanges are hidden.
+
+    Args:
+      config, batch_size, cache_length, mesh, plan, dtype: as in `decode_bytes`.
+      bandwidth: bytes per second of a device's memory.
+      link: times of the exchanges between devices.
+
+    Raises:
+      InputError: a size is not positive, or the mesh doesn't divide the model or the batch.
+      SparsityError: the plan is for another model.
+    """
+    options: dict[str, Any] = {"cache_length": cache_length, "plan": plan, "dtype": dtype, "mesh": mesh}
+    moved = decode_bytes(config, batch_size=batch_size, **options).total
+    found = exchanges(config, mesh, batch_size=batch_size, item=_bytes_each(dtype))
+    return moved / bandwidth, sum(each.count * link.seconds(each, mesh.model) for each in found)
+
+
+def weights_bytes(config: ModelConfig, dtype: DTypeLike = "bfloat16", *, mesh: MeshShape = ONE_DEVICE) -> int:
+    """Bytes of the parameters that each device of the mesh holds; a tied embedding table counts once."""
     _check_config(config)
-    return _bytes_each(dtype) * sum(map(math.prod, shapes(config).values()))
+    return _bytes_each(dtype) * sum(map(math.prod, shapes(mesh.local(config)).values()))
 
 
 def cache_bytes_per_token(config: ModelConfig, dtype: DTypeLike = "bfloat16") -> int:
@@ -157,7 +196,12 @@ def cache_bytes_per_token(config: ModelConfig, dtype: DTypeLike = "bfloat16") ->
 
 
 def largest_batch(
-    config: ModelConfig, *, memory: float, cache_length: int, dtype: DTypeLike = "bfloat16"
+    config: ModelConfig,
+    *,
+    memory: float,
+    cache_length: int,
+    dtype: DTypeLike = "bfloat16",
+    mesh: MeshShape = ONE_DEVICE,
 ) -> int:
     """How many sequences fit next to the weights: floor((memory − weights) / (S·cache_bytes_per_token + 4·V)).
 
@@ -165,15 +209,16 @@ def largest_batch(
 
     Args:
       config: the model's configuration.
-      memory: memory of the device, in bytes; finite.
+      memory: memory of each device, in bytes; finite.
       cache_length: S, positions that the cache holds for each sequence.
       dtype: dtype of weights and cache.
+      mesh: the devices that share the model and the sequences.
 
     Returns:
-      the number of sequences; 0 if not even one fits.
+      the number of sequences on all devices, evenly divided; 0 if not even one a device fits.
 
     Raises:
-      InputError: `cache_length` is not positive, or `memory` is not finite.
+      InputError: `cache_length` is not positive, `memory` is not finite, or the mesh doesn't divide the model.
     """
     _, cache_length = _check(config, 1, cache_length, None)
     memory = plain(memory)
@@ -182,8 +227,11 @@ def largest_batch(
         raise InputError(
             "memory is not finite", where="costs", got=shown(memory), expected="bytes", hint=hint
         )
-    each = cache_length * cache_bytes_per_token(config, dtype) + 4 * config.vocab_size
-    return max(0, int(memory - weights_bytes(config, dtype)) // each)
+    local = mesh.local(config)
+    each = cache_length * cache_bytes_per_token(local, dtype) + 4 * local.vocab_size
+    together = mesh.model if mesh.attention == "sequences" else 1
+    rows = max(0, int(memory - weights_bytes(config, dtype, mesh=mesh)) // each) // together * together
+    return mesh.data * rows
 
 
 def _check(config: Any, batch_size: Any, cache_length: Any, plan: Any) -> tuple[int, int]:
@@ -218,6 +266,22 @@ def _kept(
     for layer, (neurons, groups) in enumerate(zip(plan.neurons, plan.groups, strict=True)):
         length = min(cache_length, config.window(layer) or cache_length)
         yield neurons or config.d_ff, groups or config.num_kv_heads, length
+
+
+def _local_plan(plan: SparsityPlan | None, mesh: MeshShape) -> SparsityPlan | None:
+    """What each device keeps of its own neurons and groups."""
+    if plan is None:
+        return None
+    part = lambda count: None if count is None else -(-count // mesh.model)
+    return SparsityPlan(tuple(map(part, plan.neurons)), tuple(map(part, plan.groups)))
+
+
+def _cache(config: ModelConfig, plan: SparsityPlan | None, batch_size: int, cache_length: int) -> int:
+    """Elements of the kept groups' keys and values, and of all groups' new ones."""
+    positions = sum(
+        groups * length + config.num_kv_heads for _, groups, length in _kept(config, cache_length, plan)
+    )
+    return 2 * batch_size * config.head_dim * positions
 
 
 def _attention_weights(config: ModelConfig) -> int:

@@ -9,6 +9,8 @@ import pytest
 
 from polarjax import costs
 from polarjax.errors import InputError, SparsityError
+from polarjax.model.exchanges import Exchange, Link, exchanges
+from polarjax.model.mesh_shape import MeshShape
 from polarjax.selection.plans import SparsityPlan, dense_plan
 from tests.model import zoo
 from tests.one_line import refuses
@@ -113,3 +115,85 @@ def test_refusals():
         costs.decode_bytes(OPT, batch_size=1, cache_length=0)
     with pytest.raises(SparsityError, match="another number of layers"):
         costs.decode_flops(OPT, batch_size=1, cache_length=1, plan=SparsityPlan((None,), (None,)))
+
+
+@pytest.mark.parametrize("attention", ["groups", "sequences"])
+@pytest.mark.parametrize("name", FAMILIES)
+def test_devices_divide_what_they_do_not_repeat(name, attention):
+    """Summed over the devices, a step costs what it costs on one, and the parts that every device reads again."""
+    config = FAMILIES[name]
+    mesh = MeshShape(data=3, model=2, attention=attention)
+    plan = SparsityPlan(neurons=(4, None), groups=(None, 2))
+    call = {"cache_length": 5, "plan": plan, "dtype": jnp.float32, "router_rank": 2}
+    alone = costs.decode_bytes(config, batch_size=4, **call)  # the sequences of one index of `data`
+    shared = costs.decode_bytes(config, batch_size=12, mesh=mesh, **call)
+    assert shared.batch_size == 4
+    assert mesh.model * shared.cache == alone.cache
+    one = costs.decode_bytes(config, batch_size=1, **call)
+    repeated = (alone.head - one.head) // 3 * 4  # embedding rows
+    norm = config.d_model * (2 if config.norm_bias else 1)
+    repeated += 4 * ((norm if config.final_norm else 0) + 2 * (config.embed_dim or 0) * config.d_model)
+    assert mesh.model * shared.head - alone.head == (mesh.model - 1) * repeated
+    down = config.d_model if config.mlp_bias else 0
+    assert mesh.model * shared.mlp - alone.mlp == 4 * 2 * (norm + down) * (mesh.model - 1)
+    whole, part = (costs.weights_bytes(config, mesh=each) for each in (MeshShape(), mesh))
+    assert whole / 2 < part < whole
+
+
+def test_largest_batch_and_exchanges_of_a_mesh():
+    config = LLAMA
+    each = 9 * costs.cache_bytes_per_token(config) // 2 + 4 * config.vocab_size // 2
+    for attention, rows in (("groups", 5), ("sequences", 4)):
+        mesh = MeshShape(data=3, model=2, attention=attention)
+        memory = costs.weights_bytes(config, mesh=mesh) + 5 * each + 1
+        assert costs.largest_batch(config, memory=memory, cache_length=9, mesh=mesh) == 3 * rows
+        found = exchanges(config, mesh, batch_size=12)
+        operand = 2 * 4 * config.d_model
+        assert found[0] == Exchange("all-reduce", 2 * config.num_layers + 1, operand)
+        heads = [exchange.num_bytes for exchange in found[1:]]
+        assert heads == ([] if attention == "groups" else [2 * 4 * 2 * (1 + 2 + 1), 2 * 4 * 2 * 2])
+    assert exchanges(config, MeshShape(data=3), batch_size=12) == ()
+
+
+def test_step_floor_is_bytes_over_bandwidth_and_the_exchanges_over_the_link():
+    link = Link(((100.0, 1.0), (200.0, 2.0)), hop=0.5)
+    reduce = Exchange("all-reduce", 1, 150)
+    assert [link.seconds(reduce, n) for n in (1, 2)] == [0.0, 1.5]
+    assert link.seconds(reduce, 4) == 2.25 + 4 * 0.5  # 1.5 times the bytes, four more steps
+    assert link.seconds(Exchange("all-to-all", 1, 150), 2) == 1.0  # smaller than the first point
+    call = {"batch_size": 4, "cache_length": 5, "mesh": MeshShape(model=2)}
+    reading, exchanging = costs.step_floor(LLAMA, bandwidth=10.0, link=link, **call)
+    assert reading == costs.decode_bytes(LLAMA, **call).total / 10.0
+    assert exchanging == (2 * LLAMA.num_layers + 1) * 1.0
+    assert costs.step_floor(LLAMA, **call | {"mesh": MeshShape(data=2)}, bandwidth=1.0)[1] == 0
+
+
+@pytest.mark.parametrize(
+    ("call", "message"),
+    [
+        (
+            lambda: MeshShape(model=3).local(OPT),
+            r"mesh: 2 KV heads \(groups\) .*model=3, expected model=1 \| 2",
+        ),
+        (
+            lambda: MeshShape(model=4).check(dataclasses.replace(OPT, num_kv_heads=4, num_heads=4)),
+            "6 neurons",
+        ),
+        (lambda: MeshShape(data=0), "mesh: data is not usable"),
+        (lambda: MeshShape(attention="heads"), "no such way to divide attention"),
+        (lambda: MeshShape(data=2).rows(3), "mesh: .*got 3 sequences over 2 devices, .*use a batch of 4"),
+        (lambda: MeshShape(model=2, attention="sequences").rows(3), "3 sequences over 2 devices"),
+        *(
+            (lambda text=text: MeshShape.parse(text), "--mesh: not a mesh; got ")
+            for text in ("", "4", "model", "model=0", "model=2,model=2", "tensor=2", "model=2,", "model=-1")
+        ),
+    ],
+)
+def test_meshes_that_do_not_fit(call, message):
+    with refuses(InputError, message):
+        call()
+
+
+def test_mesh_from_text():
+    assert MeshShape.parse("model=4") == MeshShape(model=4)
+    assert MeshShape.parse(" model=2 , data=8", attention="sequences") == MeshShape(8, 2, "sequences")

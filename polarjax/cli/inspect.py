@@ -1,8 +1,9 @@
 """`polarjax inspect`: describes a checkpoint or model directory, what fits and what is supported."""
 
+import dataclasses
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, cast
 
 import numpy as np
 import typer
@@ -15,9 +16,11 @@ from polarjax.checkpoint.writer import is_model_directory
 from polarjax.cli.inputs import bytes_of
 from polarjax.configs import ModelConfig
 from polarjax.errors import InputError
+from polarjax.model.mesh_shape import ONE_DEVICE, Attention, MeshShape
 from polarjax.storage.dtypes import check_dtype
 
 MEMORY = 80.0  # default gigabytes of the device
+BANDWIDTH = 4200.0  # default gigabytes per second: a copy on an H200
 CACHE_LENGTHS = (1024, 4096, 16384, 65536)
 
 
@@ -31,19 +34,35 @@ def inspect(
     ] = None,
     dtype: Annotated[str | None, typer.Option(help="Dtype of weights and cache; default: as stored.")] = None,
     revision: Annotated[str | None, typer.Option(help="Branch, tag or commit of a model on the hub.")] = None,
+    mesh: Annotated[
+        str | None,
+        typer.Option(help="Devices that share the model: data=2,model=4. Adds the floor of a step."),
+    ] = None,
+    attention: Annotated[
+        str, typer.Option(help="What the model axis of --mesh divides in attention: groups, or sequences.")
+    ] = "groups",
+    bandwidth: Annotated[
+        float, typer.Option(help="With --mesh: a device's memory bandwidth in gigabytes per second.")
+    ] = BANDWIDTH,
 ) -> dict[str, Any]:
     """Show what a checkpoint is, how many sequences fit, and what is supported; reads no weights."""
     if dtype is not None:
         check_dtype(dtype, where="--dtype")
     if not bytes_of(memory, "--memory"):
         raise InputError("no memory", where="--memory", got=memory, expected="gigabytes, more than 0")
+    if not bytes_of(bandwidth, "--bandwidth"):
+        raise InputError("no bandwidth", where="--bandwidth", got=bandwidth, expected="more than 0")
+    shape = ONE_DEVICE if mesh is None else MeshShape.parse(mesh, attention=cast(Attention, attention))
     if is_model_directory(source):
         result = _model_directory(source, dtype)
     else:
         result = _checkpoint(describe_checkpoint(source, revision=revision, dtype=dtype), dtype)
     config = result.pop("model_config")
     if config is not None:
-        result |= sizes(config, result["dtype"], memory=memory, lengths=cache_length)
+        shape.check(config, where="--mesh")
+        result |= sizes(config, result["dtype"], memory=memory, lengths=cache_length, mesh=shape)
+        if mesh is not None:
+            result["mesh"] = of_mesh(config, result, shape, bandwidth * 1e9)
     show(result)
     return result
 
@@ -75,21 +94,50 @@ def supported(config: ModelConfig) -> dict[str, str | None]:
     }
 
 
+def of_mesh(config: ModelConfig, found: dict[str, Any], mesh: MeshShape, bandwidth: float) -> dict[str, Any]:
+    """What each device of a mesh holds, and the least time of a dense step of the largest batch at each cache length.
+
+    Args:
+      config: the model's configuration.
+      found: what `sizes` returned for this mesh.
+      mesh: the devices.
+      bandwidth: of a device's memory, in bytes per second.
+    """
+    floors = {}
+    for length, batch in found["largest_batch"].items():
+        if batch:
+            call = {"batch_size": batch, "cache_length": length, "dtype": found["dtype"]}
+            reading, exchanging = costs.step_floor(config, mesh=mesh, bandwidth=bandwidth, **call)
+            floors[length] = {"memory_ms": reading * 1e3, "exchange_ms": exchanging * 1e3}
+    return {
+        **dataclasses.asdict(mesh),
+        "devices": mesh.devices,
+        "parameter_bytes_per_device": costs.weights_bytes(config, found["dtype"], mesh=mesh),
+        "step_floor": floors,
+    }
+
+
 def sizes(
-    config: ModelConfig, dtype: str | None, *, memory: float, lengths: Sequence[int] | None
+    config: ModelConfig,
+    dtype: str | None,
+    *,
+    memory: float,
+    lengths: Sequence[int] | None,
+    mesh: MeshShape = ONE_DEVICE,
 ) -> dict[str, Any]:
     """Parameters, cache and the largest batch at each cache length, in bytes and sequences.
 
     Args:
       config: the model's configuration.
       dtype: dtype of weights and cache; None counts as bfloat16.
-      memory: device memory in gigabytes.
+      memory: memory of each device in gigabytes.
       lengths: cache positions; None takes a few up to the model's maximum.
+      mesh: the devices that share the model.
     """
     kind = dtype or "bfloat16"
     usual = [each for each in CACHE_LENGTHS if each < config.max_positions]
     batches = {
-        length: costs.largest_batch(config, memory=memory * 1e9, cache_length=length, dtype=kind)
+        length: costs.largest_batch(config, memory=memory * 1e9, cache_length=length, dtype=kind, mesh=mesh)
         for length in (lengths or [*usual[:3], config.max_positions])
     }
     return {
@@ -149,18 +197,35 @@ def _rows(result: dict[str, Any]) -> list[tuple[str, str]]:
         config = ModelConfig.from_json(result["config"])
         gb = result["parameter_bytes"] / 1e9
         batches = [f"{batch:,} of {length:,}" for length, batch in result["largest_batch"].items()]
-        memory = f"{result['memory_bytes'] / 1e9:g} GB"
+        memory = f"{result['memory_bytes'] / 1e9:g} GB" + " a device" * ("mesh" in result)
         rows += [
             ("shape", _shape(config)),
             ("parameters", f"{result['parameters']:,}, {gb:,.2f} GB as {result['dtype']}"),
             ("cache", f"{result['cache_bytes_per_token']:,} bytes per token"),
             ("fits", f"in {memory}, sequences of so many positions: {'; '.join(batches)}"),
+            *_mesh_rows(result.get("mesh")),
             ("supported", ", ".join(name for name, yes in result["supported"].items() if yes)),
         ]
         rows += [("not", f"{name}: {why}") for name, why in result["not_supported"].items()]
     if "routers" in result:
         rows += [("learned", _learned(result))]
     return rows + [("refused", why) for why in result["refused"] or ["nothing"]]
+
+
+def _mesh_rows(mesh: dict[str, Any] | None) -> list[tuple[str, str]]:
+    if mesh is None:
+        return []
+    each = f"{mesh['parameter_bytes_per_device'] / 1e9:,.2f} GB of weights each"
+    how = f"attention by {mesh['attention']}; " if mesh["model"] > 1 else ""
+    rows = [("mesh", f"{mesh['devices']} devices (data={mesh['data']}, model={mesh['model']}); {how}{each}")]
+    floors = [
+        f"{floor['memory_ms']:.2f} + {floor['exchange_ms']:.2f} ms at {length:,}"
+        for length, floor in mesh["step_floor"].items()
+    ]
+    text = "; ".join(floors)
+    return rows + (
+        [("step", f"dense, at least (memory + exchanges, most sequences): {text}")] if floors else []
+    )
 
 
 def _stored(result: dict[str, Any]) -> str:

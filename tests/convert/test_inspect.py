@@ -13,6 +13,7 @@ import polarjax as pj
 from checkpoints_convert import convert_checkpoint, describe_checkpoint
 from polarjax import costs
 from polarjax.cli.inspect import supported
+from polarjax.model.mesh_shape import MeshShape
 from polarjax.model.parameters import parameters
 from tests.convert import hf_models
 from tests.convert.test_convert_cli import run
@@ -30,6 +31,8 @@ LLAMA_8B = pj.ModelConfig(
     max_positions=131072,
     rope=pj.RopeConfig(theta=5e5),
 )
+
+ASSET = Path(pj.__file__).parent / "assets" / "opt-6m"
 
 
 @pytest.fixture(scope="module")
@@ -61,6 +64,29 @@ def test_checkpoint_and_its_model_directory_inspect_alike(folders, capsys, name)
     assert result["largest_batch"] == {"10": (1_000_000 - result["parameter_bytes"]) // each}
     assert result["supported"] == {"dense": True, "heads": False, "groups": True, "neurons": True}
     assert result["refused"] == []
+
+
+def test_a_mesh(capsys):
+    words = ("inspect", ASSET, "--memory", "0.01", "--cache-length", 10, "--bandwidth", 0.5)
+    alone, found = (told(capsys, *words, *mesh) for mesh in ([], ["--mesh", "data=3,model=2"]))
+    config, shape = pj.ModelConfig.from_json(found["config"]), MeshShape(data=3, model=2)
+    assert "mesh" not in alone and found["parameter_bytes"] == alone["parameter_bytes"]
+    assert (found["mesh"]["devices"], found["mesh"]["attention"]) == (6, "groups")
+    assert found["mesh"]["parameter_bytes_per_device"] == costs.weights_bytes(config, mesh=shape)
+    batch = found["largest_batch"]["10"]
+    assert batch == costs.largest_batch(config, memory=1e7, cache_length=10, mesh=shape) > 0
+    floor = costs.step_floor(config, batch_size=batch, cache_length=10, mesh=shape, bandwidth=5e8)
+    assert found["mesh"]["step_floor"]["10"] == {
+        name: 1e3 * seconds for name, seconds in zip(("memory_ms", "exchange_ms"), floor, strict=True)
+    }
+    code, out, _ = run(capsys, *words, "--mesh", "data=3,model=2")
+    assert code == 0 and "6 devices (data=3, model=2); attention by groups" in out
+    for mesh, line in {
+        "model=3": "8 KV heads (groups) can't be divided",
+        "x=2": "--mesh: not a mesh",
+    }.items():
+        code, _, err = run(capsys, *words, "--mesh", mesh)
+        assert (code, err.count("\n")) == (2, 1) and line in err
 
 
 def test_dtype_changes_the_sizes(folders, capsys):

@@ -1,0 +1,114 @@
+"""The sizes of a device mesh, and what one of its devices holds of a model; computed without JAX."""
+
+import dataclasses
+import re
+from typing import Any, Literal, get_args
+
+from polarjax.configs import ModelConfig
+from polarjax.errors import InputError
+from polarjax.numeric import make_plain, shown, whole_number
+
+Attention = Literal["groups", "sequences"]
+"""What the devices of a model axis divide in attention: the groups, or the sequences of the batch."""
+
+_EXAMPLE = "data=1,model=4"
+
+
+@dataclasses.dataclass(frozen=True)
+class MeshShape:
+    """Sizes of a mesh's axes.
+
+    Attributes:
+      data: devices that the sequences are divided over.
+      model: devices that groups, neurons and vocabulary are divided over.
+      attention: "groups": each of the `model` devices attends with its own groups; "sequences": with all groups, for
+        its own sequences.
+    """
+
+    data: int = 1
+    model: int = 1
+    attention: Attention = "groups"
+
+    def __post_init__(self) -> None:
+        make_plain(self, "data", "model")
+        for name in ("data", "model"):
+            whole_number(getattr(self, name), name, where="mesh")
+        if self.attention not in get_args(Attention):
+            expected, hint = " | ".join(get_args(Attention)), "leave it out to divide the groups"
+            raise InputError(
+                "no such way to divide attention",
+                where="mesh",
+                got=shown(self.attention),
+                expected=expected,
+                hint=hint,
+            )
+
+    @classmethod
+    def parse(cls, text: str, *, attention: Attention = "groups", where: str = "--mesh") -> "MeshShape":
+        """The mesh that "data=2,model=4" describes; an axis that is left out has size 1."""
+        sizes: dict[str, int] = {}
+        for part in text.split(","):
+            found = re.fullmatch(r"\s*(data|model)\s*=\s*([1-9][0-9]{0,5})\s*", part)
+            if found is None or found[1] in sizes:
+                raise InputError(
+                    "not a mesh",
+                    where=where,
+                    got=repr(text),
+                    expected="sizes of the axes data and model",
+                    hint=f"give for example {_EXAMPLE}",
+                )
+            sizes[found[1]] = int(found[2])
+        return cls(**sizes, attention=attention)
+
+    @property
+    def devices(self) -> int:
+        """How many devices the mesh has."""
+        return self.data * self.model
+
+    def check(self, config: ModelConfig, *, where: str = "mesh") -> None:
+        """Raises `InputError` unless the `model` axis divides the model's groups, neurons and vocabulary."""
+        sizes = {
+            "KV heads (groups)": config.num_kv_heads,
+            "neurons": config.d_ff,
+            "vocabulary entries": config.vocab_size,
+        }
+        for name, size in sizes.items():
+            if size % self.model:
+                usable = [n for n in range(1, 257) if not any(each % n for each in sizes.values())]
+                raise InputError(
+                    f"{size:,} {name} can't be divided over the mesh axis model",
+                    where=where,
+                    got=f"model={self.model}",
+                    expected=f"model={' | '.join(map(str, usable))}",
+                    hint="use one of these sizes, and the axis data for the other devices",
+                )
+
+    def local(self, config: ModelConfig) -> ModelConfig:
+        """The sizes that one device sees: its groups with their queries, its neurons, its part of the vocabulary."""
+        self.check(config)
+        if self.model == 1:
+            return config
+        return dataclasses.replace(
+            config,
+            num_heads=config.num_heads // self.model,
+            num_kv_heads=config.num_kv_heads // self.model,
+            d_ff=config.d_ff // self.model,
+            vocab_size=config.vocab_size // self.model,
+        )
+
+    def rows(self, batch_size: Any, *, where: str = "mesh") -> int:
+        """Sequences of a batch on one index of the axis `data`; raises `InputError` if they can't be divided evenly."""
+        batch_size = whole_number(batch_size, "batch_size", where=where)
+        parts = self.data * (self.model if self.attention == "sequences" else 1)
+        if batch_size % parts:
+            raise InputError(
+                "the sequences can't be divided evenly over the devices",
+                where=where,
+                got=f"{batch_size} sequences over {parts} devices",
+                expected=f"a multiple of {parts}",
+                hint=f"use a batch of {-(-batch_size // parts) * parts}",
+            )
+        return batch_size // self.data
+
+
+ONE_DEVICE = MeshShape()
