@@ -14,7 +14,6 @@ from polarjax.model.decoder import Decoder
 from polarjax.types import Array, Bool
 
 
-
 class _Structure:
     """A tree's structure; equal only to itself, so that comparing it takes no time."""
 
