@@ -15,6 +15,8 @@ def calibrate(
     max_batch: learning.MaxBatch = learning.LARGEST_BATCH,
     dense_attention: learning.DenseAttention = "first",
     budgets: learning.Budgets = "uniform",
+    shards: learning.Shards = 1,
+    attention: learning.Attention = "groups",
     seed: learning.Seed = 0,
 ) -> dict[str, Any]:
     """Make plans for a model directory that has routers; replaces existing plans."""
@@ -27,7 +29,7 @@ def calibrate(
 
     keys = StageKeys.of(random_key(seed))
     chosen = check_budgets(budgets, "--budgets")
-    options = learning.calibrate_options(target_recall, max_batch, dense_attention)
+    options = learning.calibrate_options(target_recall, max_batch, dense_attention, shards, attention)
     bundle, recorded = learning.open_for(folder, activations, routers=True)
     if bundle.routers is None:
         hint = f"run polarjax train-routers {folder} --activations {activations}"

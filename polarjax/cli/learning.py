@@ -95,6 +95,17 @@ Budgets = Annotated[
         "more in the layers that need them on this text)."
     ),
 ]
+Shards = Annotated[
+    int,
+    typer.Option(help="Devices that share each layer: every one keeps as many of its own neurons and heads."),
+]
+Attention = Annotated[
+    str,
+    typer.Option(
+        help="With --shards: groups (each device attends with its own heads) or sequences (with all, for its own "
+        "sequences)."
+    ),
+]
 Neurons = Annotated[
     str,
     typer.Option(
@@ -194,7 +205,9 @@ def refine_options(tokens: int | None, published: bool = False) -> RefineOptions
     return RefineOptions(tokens=0 if tokens is None and published else tokens)
 
 
-def calibrate_options(target_recall: float, max_batch: int, dense_attention: str) -> CalibrateOptions:
+def calibrate_options(
+    target_recall: float, max_batch: int, dense_attention: str, shards: int = 1, attention: str = "groups"
+) -> CalibrateOptions:
     """The published options with these, and batch sizes that are powers of two up to `max_batch`."""
     if max_batch < 1:
         raise InputError(
@@ -205,6 +218,8 @@ def calibrate_options(target_recall: float, max_batch: int, dense_attention: str
         batch_sizes=sizes,
         target_recall=target_recall,
         dense_attention=cast(choices.DenseAttention, dense_attention),
+        shards=shards,
+        attention=cast(choices.Attention, attention),
     )
 
 
@@ -266,6 +281,7 @@ def print_plans(table: PlanTable, recall: tuple[tuple[float, ...], ...], *, meas
         f"\nHeads kept: {table.head_density:.0%} in every layer but {dense}{spread}, unless generate gets "
         "--head-density"
     )
+    _print_shards(table)
     print(f"Neurons kept of {table.num_neurons}, by batch size (all: the layer is dense)")
     rows = zip(table.batch_sizes, table.neurons, recall, strict=True)
     for size, counts, found in rows:
@@ -274,3 +290,16 @@ def print_plans(table: PlanTable, recall: tuple[tuple[float, ...], ...], *, meas
         print(
             f"batch {size:5}: {kept}   mean {mean:4.0%}, {measure} {np.mean(found):.3f}, least {min(found):.3f}"
         )
+
+
+def _print_shards(table: PlanTable) -> None:
+    """Prints how devices share what is kept, if they do."""
+    if table.skips_no_groups:
+        print(
+            f"Each of {table.group_shards} devices has a single head (group), so none can be skipped; "
+            "--attention sequences skips them"
+        )
+    elif table.group_shards > 1:
+        print(f"Each of {table.group_shards} devices keeps as many heads of its own, rounded up")
+    if table.neuron_shards > 1:
+        print(f"Each of {table.neuron_shards} devices keeps as many neurons of its own")

@@ -43,6 +43,8 @@ def sparsify(
     max_batch: learning.MaxBatch = learning.LARGEST_BATCH,
     dense_attention: learning.DenseAttention = "first",
     budgets: learning.Budgets = "uniform",
+    shards: learning.Shards = 1,
+    attention: learning.Attention = "groups",
     neurons: learning.Neurons = "relu",
     target_share: learning.TargetShare = NeuronOptions.target_share,
     seed: learning.Seed = 0,
@@ -67,7 +69,7 @@ def sparsify(
     )
     training = learning.train_options(learning_rate, batch, epochs, head_objective, published)
     refinement = learning.refine_options(refine_tokens, published)
-    calibration = learning.calibrate_options(target_recall, max_batch, dense_attention)
+    calibration = learning.calibrate_options(target_recall, max_batch, dense_attention, shards, attention)
     bundle, windows = learning.load_and_cut(folder, text, window, max_tokens, dtype)
     _check_ready(folder, bundle, gated)
     recording = learning.announce(bundle, windows, collecting, in_parts=activations is None)

@@ -10,6 +10,7 @@ import numpy as np
 from polarjax.configs import ModelConfig
 from polarjax.errors import SparsityError
 from polarjax.numeric import check_type, plain, whole_number
+from polarjax.selection.shard_checks import check_order, check_shards
 
 
 def dense_above(batch_size: int) -> float:
@@ -68,12 +69,19 @@ class SparsityPlan:
     Attributes:
       neurons: L entries, neurons kept (k) in each layer's MLP.
       groups: L entries, groups kept (k) in each layer's attention.
+      neuron_shards: number of equal blocks of neurons, in order, each of which keeps its best k / neuron_shards.
+      group_shards: the same for groups.
     """
 
     neurons: tuple[int | None, ...]
     groups: tuple[int | None, ...]
+    neuron_shards: int = 1
+    group_shards: int = 1
 
     def __post_init__(self) -> None:
+        for name in ("neuron_shards", "group_shards"):
+            number = whole_number(getattr(self, name), name, where="sparsity plan", error=SparsityError)
+            object.__setattr__(self, name, number)
         for name in ("neurons", "groups"):
             object.__setattr__(self, name, _as_counts(name, getattr(self, name)))
         if len(self.neurons) != len(self.groups):
@@ -84,6 +92,8 @@ class SparsityPlan:
                 expected="equal lengths",
                 hint="give one entry for each layer in both",
             )
+        check_shards("neurons", self.neurons, self.neuron_shards, where="sparsity plan")
+        check_shards("groups", self.groups, self.group_shards, where="sparsity plan")
 
     def check(self, config: ModelConfig) -> None:
         """Raises `SparsityError` unless the plan fits a model of this configuration."""
@@ -109,6 +119,8 @@ class SparsityPlan:
                     expected=f"at most {most}",
                     hint="calibrate this model: polarjax sparsify",
                 )
+        check_shards("neurons", (config.d_ff,), self.neuron_shards, where="sparsity plan")
+        check_shards("groups", (config.num_kv_heads,), self.group_shards, where="sparsity plan")
 
 
 def dense_plan(config: ModelConfig) -> SparsityPlan:
@@ -166,6 +178,8 @@ class PlanTable:
       dense_layers: layers whose attention keeps all groups.
       budgets: groups that each layer keeps instead, with the same sum: row k - 1 replaces k groups in every layer but
         `dense_layers`; () keeps these uniform counts.
+      neuron_shards, group_shards: as in `SparsityPlan`.
+      order: for each layer, the K groups in the order of the blocks that they belong to; () keeps the model's order.
       weights, routers: fingerprints of the model and routers they were calibrated for, "" if unknown.
     """
 
@@ -178,6 +192,9 @@ class PlanTable:
     head_density: float = 0.5
     dense_layers: tuple[int, ...] = (0,)
     budgets: tuple[tuple[int, ...], ...] = ()
+    neuron_shards: int = 1
+    group_shards: int = 1
+    order: tuple[tuple[int, ...], ...] = ()
     weights: str = dataclasses.field(default="", compare=False)
     routers: str = dataclasses.field(default="", compare=False)
 
@@ -201,7 +218,10 @@ class PlanTable:
                 hint="run polarjax calibrate again",
             )
         for counts in self.neurons:
-            SparsityPlan(counts, (None,) * self.num_layers)
+            SparsityPlan(counts, (None,) * self.num_layers, self.neuron_shards, self.group_shards)
+        check_shards("neurons", (self.num_neurons,), self.neuron_shards, where="plan table")
+        check_shards("groups", (self.num_groups,), self.group_shards, where="plan table")
+        check_order(self.order, self.num_layers, self.num_groups, where="plan table")
         check_budget_rows(self.budgets, self.num_layers, self.num_groups, where="plan table")
 
     def check(self, config: ModelConfig) -> None:
@@ -218,7 +238,7 @@ class PlanTable:
                 hint="run polarjax sparsify on this model directory",
             )
         for counts in self.neurons:
-            SparsityPlan(counts, (None,) * self.num_layers).check(config)
+            SparsityPlan(counts, (None,) * self.num_layers, self.neuron_shards).check(config)
 
     def for_batch(
         self, batch_size: int, config: ModelConfig, head_density: float | None = None
@@ -242,15 +262,28 @@ class PlanTable:
         return SparsityPlan(
             self.neurons[row] if row < len(self.neurons) else dense,
             self._groups(config, density),
+            self.neuron_shards,
+            self.group_shards,
         )
 
     def _groups(self, config: ModelConfig, density: float) -> tuple[int | None, ...]:
-        """Groups kept in each layer at this density."""
+        """Groups kept in each layer at this density, rounded up to what all shards can keep equally."""
         uniform = uniform_groups(config, density, dense_layers=self.dense_layers)
         kept = next((count for count in uniform if count is not None), self.num_groups)
-        if not self.budgets or kept == self.num_groups:
+        if kept == self.num_groups:
             return uniform
-        return tuple(None if count == self.num_groups else count for count in self.budgets[kept - 1])
+        counts = self.budgets[kept - 1] if self.budgets else uniform
+        return tuple(count and self._kept_by_shards(count) for count in counts)
+
+    def _kept_by_shards(self, count: int) -> int | None:
+        """The count rounded up to a multiple of `group_shards`; None if these are all groups."""
+        rounded = -(-count // self.group_shards) * self.group_shards
+        return None if rounded == self.num_groups else rounded
+
+    @property
+    def skips_no_groups(self) -> bool:
+        """Whether every shard has a single group, so that nothing can be skipped."""
+        return 1 < self.num_groups == self.group_shards
 
     def to_json(self) -> dict[str, Any]:
         """A plain dictionary that `from_json` turns back into an equal table."""
@@ -261,7 +294,7 @@ class PlanTable:
         """Builds a table from `to_json` output; raises `SparsityError` if it is not one."""
         try:
             rows = {name: tuple(map(tuple, data[name])) for name in ("neurons", "recall")}
-            rows |= {"budgets": tuple(map(tuple, data.get("budgets", ())))}
+            rows |= {name: tuple(map(tuple, data.get(name, ()))) for name in ("budgets", "order")}
             rows |= {name: tuple(data[name]) for name in ("batch_sizes", "dense_layers") if name in data}
             rows |= {name: str(data[name]) for name in ("weights", "routers") if name in data}
             return cls(**{**data, **rows})

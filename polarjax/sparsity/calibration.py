@@ -1,6 +1,7 @@
 """Computes how many neurons each layer must keep at each batch size: exactly, without a search."""
 
 import functools
+import math
 from collections.abc import Callable
 
 import jax
@@ -17,6 +18,7 @@ from polarjax.selection.routers import LayerRouter, Routers
 from polarjax.sparsity.activations import Activations, Part
 from polarjax.sparsity.checks import check_options, check_plans, check_routers
 from polarjax.sparsity.options import CalibrateOptions
+from polarjax.sparsity.shards import ranked_by_block, with_group_order
 from polarjax.types import Array, Bool, Float, Int, Key, UInt8
 
 
@@ -50,6 +52,7 @@ def calibrate(
       InputError: too few validation tokens.
     """
     options = check_options(options, CalibrateOptions, "options")
+    options.check(config)
     check_routers(routers, activations, config)
     check_density(head_density, where="head density")
     key = random_key(key)
@@ -61,7 +64,7 @@ def calibrate(
             layers = [
                 _calibrate_layer(held_out, layer, options, advance) for layer in range(config.num_layers)
             ]
-    return PlanTable(
+    plans = PlanTable(
         num_layers=config.num_layers,
         num_neurons=config.d_ff,
         num_groups=config.num_kv_heads,
@@ -70,9 +73,12 @@ def calibrate(
         recall=tuple(tuple(recall for _, recall in row) for row in zip(*layers, strict=True)),
         head_density=head_density,
         dense_layers=dense_layers,
+        neuron_shards=options.shards,
+        group_shards=options.shards if options.attention == "groups" else 1,
         weights=activations.fingerprint,
         routers=routers.fingerprint,
     )
+    return with_group_order(activations, routers, plans)
 
 
 def dense_layer(activations: Activations, options: CalibrateOptions) -> int:
@@ -87,7 +93,7 @@ def _calibrate_layer(
     data, k = held_out.layer(layer), 1
     column: list[tuple[int | None, float]] = []
     for size in options.batch_sizes:
-        curve = held_out.curve(data, size)
+        curve = held_out.curve(data, size, options.shards)
         k = choose(curve, k, size, options)
         if k is None:
             break
@@ -133,7 +139,9 @@ def measure_recall(
             data = held_out.layer(layer)
             for i, size in enumerate(sizes):
                 k = table.neurons[i][layer]
-                recall[i, layer] = 1.0 if k is None else held_out.curve(data, size)[k - 1]
+                recall[i, layer] = (
+                    1.0 if k is None else held_out.curve(data, size, table.neuron_shards)[k - 1]
+                )
     return tuple(map(tuple, recall.tolist()))
 
 
@@ -180,10 +188,13 @@ class HeldOut:
         return _scored(self._routers.layers[layer], inputs, packed, self._activations.config.d_ff)
 
     def curve(
-        self, layer: tuple[Float[Array, "n F"], Bool[Array, "n F"]], size: int
+        self, layer: tuple[Float[Array, "n F"], Bool[Array, "n F"]], size: int, shards: int = 1
     ) -> Float[np.ndarray, "F"]:
-        """Mean recall of one layer at a batch size; entry k - 1 is the recall of the top k neurons."""
-        return np.asarray(_recall_curve(*_union(*layer, self.batches[size])))
+        """Mean recall of one layer at a batch size; entry k - 1 is the recall of the top k neurons.
+
+        With several shards, these are the top k / shards of each, if k is a multiple of `shards`.
+        """
+        return np.asarray(_recall_curve(*_union(*layer, self.batches[size]), shards))
 
 
 def random_batches(
@@ -211,12 +222,12 @@ def _union(
     return jax.lax.map(lambda rows: (jnp.sum(scores[rows], 0), jnp.any(active[rows], 0)), index)
 
 
-@jax.jit
-def _recall_curve(scores: Float[Array, "g F"], truth: Bool[Array, "g F"]) -> Float[Array, "F"]:
+@functools.partial(jax.jit, static_argnames="shards")
+def _recall_curve(scores: Float[Array, "g F"], truth: Bool[Array, "g F"], shards: int) -> Float[Array, "F"]:
     """Mean over batches of the recall at k = 1 … F; a batch without active neurons has recall 1."""
 
     def one(batch: tuple[Array, Array]) -> Array:
-        order = jnp.argsort(-batch[0], stable=True)
+        order = ranked_by_block(batch[0], shards)
         found = jnp.cumsum(batch[1][order], dtype=jnp.int32)
         return jnp.where(found[-1] > 0, found / jnp.maximum(found[-1], 1), 1.0)
 
@@ -225,9 +236,9 @@ def _recall_curve(scores: Float[Array, "g F"], truth: Bool[Array, "g F"]) -> Flo
 
 def choose(curve: np.ndarray, smallest: int, batch_size: int, options: CalibrateOptions) -> int | None:
     """One layer's k: the first that reaches the target, rounded up, at least `smallest`; None if dense."""
-    width = len(curve)
+    width, multiple = len(curve), math.lcm(options.multiple, options.shards)
     enough = curve >= options.target_recall
     reached = int(np.argmax(enough)) + 1 if enough.any() else width  # a mean of ones may fall short of one
-    rounded = min(-(-reached // options.multiple) * options.multiple, width)
+    rounded = min(-(-reached // multiple) * multiple, width)
     k = max(rounded, smallest)
     return None if k > dense_above(batch_size) * width else k

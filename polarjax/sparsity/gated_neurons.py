@@ -6,6 +6,7 @@ neurons do is computed from them again for each batch.
 
 import dataclasses
 import functools
+import math
 from collections.abc import Iterator, Sequence
 from typing import Any
 
@@ -73,6 +74,7 @@ def with_gated_neurons(
     """
     config = model.config
     check_gated(config)
+    calibration.check(config)
     windows = {part: activations.windows_of(part) for part in _PARTS}
     passes = [_Pass(model, _limited(windows[part], model, calibration, options, part)) for part in _PARTS]
     keys = jax.random.split(random_key(key), config.num_layers + 1)
@@ -95,7 +97,8 @@ def with_gated_neurons(
         made = [{"w_in": None, "w_out": None}] * config.num_layers
     layers = tuple(dataclasses.replace(old, **new) for old, new in zip(routers.layers, made, strict=True))
     routers = dataclasses.replace(routers, layers=layers)
-    plans = dataclasses.replace(plans, neurons=neurons, recall=shares, routers=routers.fingerprint)
+    found: dict[str, Any] = {"neurons": neurons, "recall": shares, "neuron_shards": calibration.shards}
+    plans = dataclasses.replace(plans, **found, routers=routers.fingerprint)
     return routers, plans, tested
 
 
@@ -223,18 +226,20 @@ def _plan_layer(
 ) -> list[tuple[int | None, float, float]]:
     """(k, share kept of validation text, of test text) at each batch size; stops at the first that is dense."""
     F, smallest = config.d_ff, 1
-    counts = np.unique([*range(calibration.multiple, F, calibration.multiple), F]).astype(np.int32)
+    step = math.lcm(calibration.multiple, calibration.shards)
+    counts = np.unique([*range(step, F, step), F]).astype(np.int32)
     spare = F - int(np.ceil(router_share(config, weights["w_in"].shape[1]) * F))
+    shares = functools.partial(_shares, layer, weights, config=config, shards=calibration.shards)
     column: list[tuple[int | None, float, float]] = []
     for size, index, other in _drawn(drawn, calibration, len(validation[0]), len(test[0])):
-        measured = np.asarray(_shares(layer, weights, *validation, index, jnp.asarray(counts), config))
+        measured = np.asarray(shares(*validation, index, jnp.asarray(counts)))
         curve = np.interp(np.arange(1, F + 1), [0, *counts], [0.0, *measured])
         k = choose(
             curve, smallest, size, dataclasses.replace(calibration, target_recall=options.target_share)
         )
         if k is None or k > spare:
             break
-        (tested,) = _shares(layer, weights, *test, other, jnp.asarray([k], jnp.int32), config)
+        (tested,) = shares(*test, other, jnp.asarray([k], jnp.int32))
         column.append((k, float(curve[k - 1]), float(tested)))
         smallest = k
     return column + [(None, 1.0, 1.0)] * (len(calibration.batch_sizes) - len(column))
@@ -249,7 +254,7 @@ def _drawn(
         yield size, *(jnp.asarray(random_batches(drawn, each, size, count)) for each in tokens)
 
 
-@functools.partial(jax.jit, static_argnames="config")
+@functools.partial(jax.jit, static_argnames=("config", "shards"))
 def _shares(
     layer: mlp.Mlp,
     weights: Weights,
@@ -257,12 +262,14 @@ def _shares(
     y: Float[Array, "n D"],
     index: Int[Array, "g B"],
     counts: Int[Array, "c"],
+    *,
     config: ModelConfig,
+    shards: int,
 ) -> Float[Array, "c"]:
     """The mean share that batches keep with k neurons, ranked by the sum of the router's positive scores."""
 
     def one(rows: Array) -> Array:
         scores = jnp.sum(jax.nn.softplus(score_neurons(h[rows], **weights)), 0)
-        return kept_share(layer, mlp.neurons(layer, y[rows], config)[1], scores, counts)
+        return kept_share(layer, mlp.neurons(layer, y[rows], config)[1], scores, counts, shards)
 
     return jnp.mean(jax.lax.map(one, index, batch_size=max(1, 64 // index.shape[1])), 0)

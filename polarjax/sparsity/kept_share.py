@@ -4,6 +4,7 @@ import jax
 import jax.numpy as jnp
 
 from polarjax.model.mlp import Mlp
+from polarjax.sparsity.shards import ranked_by_block
 from polarjax.types import Array, Float, Int
 
 
@@ -19,7 +20,11 @@ def importance(layer: Mlp, hidden: Float[Array, "... F"]) -> Float[Array, "... F
 
 
 def kept_share(
-    layer: Mlp, hidden: Float[Array, "B F"], scores: Float[Array, "F"], counts: Int[Array, "c"]
+    layer: Mlp,
+    hidden: Float[Array, "B F"],
+    scores: Float[Array, "F"],
+    counts: Int[Array, "c"],
+    shards: int = 1,
 ) -> Float[Array, "c"]:
     """Share of the MLP output's norm that remains if a batch keeps the k neurons with the largest `scores`.
 
@@ -32,9 +37,10 @@ def kept_share(
       hidden: h of the batch's tokens.
       scores: what ranks neurons for the whole batch; ties go to the lower index.
       counts: k, several.
+      shards: equal blocks of neurons, each of which keeps its best k / shards.
     """
     hidden, down = hidden.astype(jnp.float32), layer.w_down[...].astype(jnp.float32)
-    rank = jnp.argsort(jnp.argsort(-scores, stable=True), stable=True)
+    rank = jnp.argsort(ranked_by_block(scores, shards), stable=True)
     whole = jnp.linalg.norm(hidden @ down, axis=-1)
 
     def of(k: Array) -> Array:

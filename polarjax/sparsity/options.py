@@ -6,7 +6,9 @@ from typing import Any, Literal, get_args
 
 import numpy as np
 
+from polarjax.configs import ModelConfig
 from polarjax.errors import InputError
+from polarjax.model.mesh_shape import Attention, MeshShape
 from polarjax.numeric import make_plain, plain, shown, whole_number
 from polarjax.selection.importance import Importance, check_importance
 from polarjax.types import Path
@@ -185,6 +187,10 @@ class CalibrateOptions:
       dense_attention: the layer whose attention keeps all groups. "first" is the published choice, made for models
         whose first layer's attention turns the residual stream by far the most. "important" picks the layer that
         does so in this model (`Activations.attention_importance`).
+      shards: devices that each keep the same number of their own neurons; a plan made for several selects in the same
+        way on one.
+      attention: "groups" if each of these devices has groups of its own and keeps the same number of them; "sequences"
+        if each attends with all groups, for its own sequences.
     """
 
     batch_sizes: tuple[int, ...] = BATCH_SIZES
@@ -193,9 +199,14 @@ class CalibrateOptions:
     num_batches: int = 256
     max_tokens: int = 8192
     dense_attention: DenseAttention = "first"
+    shards: int = 1
+    attention: Attention = "groups"
 
     def __post_init__(self) -> None:
-        make_plain(self, "target_recall", "multiple", "num_batches", "max_tokens")
+        make_plain(self, "target_recall", "multiple", "num_batches", "max_tokens", "shards")
+        MeshShape(
+            model=whole_number(self.shards, "shards", where="CalibrateOptions"), attention=self.attention
+        )
         sizes = self.batch_sizes
         sizes = tuple(map(plain, sizes)) if isinstance(sizes, tuple | list | np.ndarray) else ()
         counting = all(type(size) is int and size > 0 for size in sizes)
@@ -216,3 +227,7 @@ class CalibrateOptions:
             )
         for name in ("multiple", "num_batches", "max_tokens"):
             whole_number(getattr(self, name), name, where="CalibrateOptions")
+
+    def check(self, config: ModelConfig) -> None:
+        """Raises `InputError` unless the model can be divided into so many shards."""
+        MeshShape(model=self.shards).check(config, where="shards")

@@ -134,6 +134,7 @@ def joined(parts: Sequence[Learned], config: ModelConfig, options: CalibrateOpti
         num_layers=config.num_layers,
         neurons=rows(part.plans.neurons for part in parts),
         recall=rows(part.plans.recall for part in parts),
+        order=sum((part.plans.order for part in parts), ()),
         routers=routers.fingerprint,
     )
     trained = [part.training for part in parts]

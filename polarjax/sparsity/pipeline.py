@@ -35,6 +35,7 @@ from polarjax.sparsity.options import (
 )
 from polarjax.sparsity.passes import Stages
 from polarjax.sparsity.refinement import refine
+from polarjax.sparsity.shards import with_group_order
 from polarjax.sparsity.training import TrainReport, train_routers
 from polarjax.sparsity.tuning import TuneReport
 from polarjax.storage.atomic import temporary_folder
@@ -164,6 +165,7 @@ def learn(
     neurons: NeuronOptions | None = None,
 ) -> tuple[Routers, PlanTable, SparsifyReport]:
     """`sparsify` with checked arguments; `recording` is what `plan_recording` returned for these windows."""
+    calibration.check(model.config)
     if model.config.neuron_sparsity or neurons is not None:
         check_length(recording, calibration)
     keys = StageKeys.of(key)
@@ -180,6 +182,8 @@ def learn(
             options |= {"dense_layers": found.plans.dense_layers, "budgets": budgets}
             routers, refined = refine(model, found.routers, found.text, keys.refine, **options)
         plans, recall = dataclasses.replace(found.plans, routers=routers.fingerprint), found.recall
+        if found.text.num_tokens:  # else the groups stay where the routers of each pass put them
+            plans = with_group_order(found.text, routers, plans)
         if budgets == "calibrated":
             with timed("calibrate"):
                 plans = with_budgets(model, routers, found.text, plans)
@@ -224,9 +228,10 @@ def learn_neurons(
             for old, new in zip(routers.layers, trained.layers, strict=True)
         )
         routers = dataclasses.replace(routers, layers=layers)
-        table = calibrate(activations, routers, model.config, key=keys[1])
+        calibration = CalibrateOptions(shards=1 if plans is None else plans.neuron_shards)
+        table = calibrate(activations, routers, model.config, key=keys[1], options=calibration)
     if plans is not None:
-        kept = ("head_density", "dense_layers", "budgets")
+        kept = ("head_density", "dense_layers", "budgets", "group_shards", "order")
         table = dataclasses.replace(table, **{name: getattr(plans, name) for name in kept})
     return routers, table
 

@@ -25,6 +25,13 @@ TABLE = pj.PlanTable(
     recall=((0.99, 0.991, 1.0),) * 3,
     head_density=0.5,
 )
+SHARDED = dataclasses.replace(
+    TABLE,
+    neurons=((3, 6, None), (9, 9, None), (18, None, None)),
+    neuron_shards=3,
+    group_shards=2,
+    order=((0, 2, 1, 3),) * L,
+)
 
 
 @given(st.floats(0, 1, exclude_min=True))
@@ -130,14 +137,37 @@ def test_a_table_may_keep_another_layer_dense():
     assert other.for_batch(1, CONFIG, 0.75).groups == (3, None, 3)
 
 
+def test_shards_keep_equally_many_groups():
+    """Counts are rounded up to what all shards can keep equally; where that is everything, nothing is skipped."""
+    keeping = lambda density, shards: dataclasses.replace(TABLE, group_shards=shards).for_batch(
+        9, CONFIG, density
+    )
+    assert keeping(0.25, 2) == pj.SparsityPlan((None,) * L, (None, 2, 2), group_shards=2)
+    assert keeping(0.75, 2).groups == keeping(0.25, 4).groups == (None,) * L
+    assert keeping(1.0, 2).groups == (None, 4, 4)
+    budgets = tuple((k, k, k) for k in range(1, K + 1))
+    assert dataclasses.replace(TABLE, group_shards=2, budgets=budgets).for_batch(9, CONFIG).groups == (
+        2,
+        2,
+        2,
+    )
+    assert SHARDED.for_batch(1, CONFIG) == pj.SparsityPlan((3, 6, None), (None, 2, 2), 3, 2)
+    assert [dataclasses.replace(TABLE, group_shards=n).skips_no_groups for n in (1, 2, 4)] == [
+        False,
+        False,
+        True,
+    ]
+
+
 def test_tables_survive_json():
-    for table in (TABLE, dataclasses.replace(TABLE, dense_layers=(1, 2))):
+    for table in (TABLE, SHARDED, dataclasses.replace(TABLE, dense_layers=(1, 2))):
         assert pj.PlanTable.from_json(json.loads(json.dumps(table.to_json()))) == table
 
 
 def test_old_table_keeps_first_layer_dense():
     data = TABLE.to_json()
-    del data["dense_layers"]
+    for name in ("dense_layers", "budgets", "neuron_shards", "group_shards", "order"):
+        del data[name]
     assert pj.PlanTable.from_json(data) == TABLE
 
 
@@ -152,6 +182,11 @@ def test_old_table_keeps_first_layer_dense():
         ({"dense_layers": (L,)}, rf"layers that don't exist; got \({L},\), expected numbers from 0"),
         ({"dense_layers": (-1,)}, "layers that don't exist"),
         ({"neurons": ((4, 5), (8, 9), (16, 16))}, "different numbers of layers"),
+        ({"neuron_shards": 3}, "4 neurons can't be divided over 3 shards"),
+        ({"group_shards": 3}, "4 groups can't be divided over 3 shards"),
+        ({"group_shards": 0}, "group_shards is not usable"),
+        ({"order": ((0, 1, 2, 3),)}, "unusable order of groups"),
+        ({"order": ((0, 1, 2, 2),) * L}, "unusable order of groups"),
     ],
 )
 def test_tables_that_cannot_be(changes, named):

@@ -2,6 +2,8 @@
 
 import dataclasses
 import itertools
+import math
+from collections.abc import Sequence
 
 import jax
 import jax.numpy as jnp
@@ -15,19 +17,20 @@ from polarjax.sparsity import calibrate
 from polarjax.sparsity.activations import Activations
 from polarjax.sparsity.calibration import HeldOut, choose, measure_recall, random_batches
 from polarjax.sparsity.options import CalibrateOptions
+from polarjax.sparsity.shards import assign_groups
 from tests.sparsity import planted
 
 OPTIONS = CalibrateOptions(batch_sizes=(1, 2, 5, 16), target_recall=0.9, multiple=2, num_batches=40)
 KEY = jax.random.key(7)
 
 
-def problem(seed: int, *, whole_numbers: bool) -> tuple[Activations, Routers]:
+def problem(seed: int, *, whole_numbers: bool, width: int = 21) -> tuple[Activations, Routers]:
     """Random records, sparser in the early layers, and routers that know something of them.
 
     With whole numbers many scores are equal, so that ties decide.
     """
     random = np.random.default_rng(seed)
-    L, D, F, K = (planted.CONFIG.num_layers, planted.CONFIG.d_model, planted.CONFIG.d_ff, 4)
+    L, D, F, K = (planted.CONFIG.num_layers, planted.CONFIG.d_model, width, 4)
     draw = lambda *shape: random.integers(-1, 2, shape) if whole_numbers else random.normal(size=shape)
     inputs, w_in, w_out = draw(L, 300, D), draw(L, D, 3), draw(L, 3, F)
     logits = np.einsum("lnd,ldr,lrf->lnf", inputs, w_in, w_out) + random.normal(size=(L, 300, F))
@@ -35,6 +38,7 @@ def problem(seed: int, *, whole_numbers: bool) -> tuple[Activations, Routers]:
     active[0, :30] = False  # batches in which nothing is active
     activations = dataclasses.replace(
         planted.activations(300, seed=seed),
+        config=dataclasses.replace(planted.CONFIG, d_ff=width),
         inputs=inputs.astype(np.float32),
         activity=np.packbits(active, axis=-1),
     )
@@ -52,30 +56,48 @@ def brute_force(activations: Activations, routers: Routers, held_out: HeldOut, o
         active = np.unpackbits(activations.activity[layer, held_out.rows], axis=-1, count=width)
         least = 0
         for size in options.batch_sizes:
-            recalls = [curve(scores[batch], active[batch]) for batch in held_out.batches[size]]
+            recalls = [
+                curve(scores[batch], active[batch], options.shards) for batch in held_out.batches[size]
+            ]
             mean = np.mean(recalls, axis=0)
             reached = 1 + next(i for i, recall in enumerate(mean) if recall >= options.target_recall)
-            k = max(least, min(width, options.multiple * -(-reached // options.multiple)))
+            multiple = math.lcm(options.multiple, options.shards)
+            k = max(least, min(width, multiple * -(-reached // multiple)))
             least = k
             dense = k > (0.8 if size <= 128 else 0.3) * width
             yield layer, size, None if dense else k, 1.0 if dense else mean[k - 1]
 
 
-def curve(scores: np.ndarray, active: np.ndarray) -> list[float]:
-    """Recall at k = 1 … F of one batch [B F]."""
+def curve(scores: np.ndarray, active: np.ndarray, shards: int) -> list[float]:
+    """Recall of one batch [B F] at k = 1 … F, as far as the best k / shards of each shard are k neurons, else 0."""
     total = [sum(np.float32(score) for score in column) for column in scores.T]
-    order = sorted(range(len(total)), key=lambda neuron: (-total[neuron], neuron))
+    each = len(total) // shards
+    blocks = [range(first, first + each) for first in range(0, len(total), each)]
+    orders = [sorted(block, key=lambda neuron: (-total[neuron], neuron)) for block in blocks]
     truth = {neuron for neuron in range(len(total)) if active[:, neuron].any()}
-    return [len(truth & set(order[:k])) / len(truth) if truth else 1.0 for k in range(1, len(total) + 1)]
+    kept = lambda k: {neuron for order in orders for neuron in order[: k // shards]}
+    recall = lambda k: len(truth & kept(k)) / len(truth) if truth else 1.0
+    return [0.0 if k % shards else recall(k) for k in range(1, len(total) + 1)]
 
 
-@pytest.mark.parametrize(("seed", "whole_numbers"), [*itertools.product(range(3), (True, False))])
-def test_plans_equal_those_of_brute_force(seed, whole_numbers):
-    activations, routers = problem(seed, whole_numbers=whole_numbers)
+CASES = [
+    *((seed, whole_numbers, 21, 1) for seed, whole_numbers in itertools.product(range(3), (True, False))),
+    (0, True, 20, 2),
+    (1, False, 20, 4),
+]
+
+
+@pytest.mark.parametrize(("seed", "whole_numbers", "width", "shards"), CASES)
+def test_plans_equal_those_of_brute_force(seed, whole_numbers, width, shards):
+    activations, routers = problem(seed, whole_numbers=whole_numbers, width=width)
     activations = dataclasses.replace(activations, part=np.ones(300, np.uint8))
-    table = calibrate(activations, routers, activations.config, key=KEY, options=OPTIONS)
-    held_out = HeldOut(activations, routers, KEY, sizes=OPTIONS.batch_sizes, options=OPTIONS)
-    plans = list(brute_force(activations, routers, held_out, OPTIONS))
+    options = dataclasses.replace(OPTIONS, shards=shards)
+    table = calibrate(activations, routers, activations.config, key=KEY, options=options)
+    assert (table.neuron_shards, table.group_shards) == (shards, shards)
+    held_out = HeldOut(activations, routers, KEY, sizes=OPTIONS.batch_sizes, options=options)
+    plans = list(brute_force(activations, routers, held_out, options))
+    measured = measure_recall(activations, routers, table, key=KEY, part="validation", options=options)
+    assert np.allclose(measured, table.recall, atol=1e-6)
     assert {k for *_, k, _ in plans} > {None} and len({k for *_, k, _ in plans}) > 3
     for layer, size, k, recall in plans:
         row = OPTIONS.batch_sizes.index(size)
@@ -227,6 +249,8 @@ def test_parts_of_another_model_are_refused():
         {"target_recall": 1.1},
         {"multiple": 0},
         {"dense_attention": "last"},
+        {"shards": 0},
+        {"attention": "heads"},
     ],
 )
 def test_options_that_cannot_be_are_refused(wrong):
@@ -249,3 +273,45 @@ def test_larger_batches_keep_at_least_as_many():
 def test_large_batches_are_dense_sooner(batch_size, k):
     half = np.minimum(np.arange(1, 101) / 50, 1.0)  # all is found with half of the neurons
     assert choose(half, 1, batch_size, dataclasses.replace(OPTIONS, target_recall=1.0)) == k
+
+
+def lost(chosen: np.ndarray, order: Sequence[int], shards: int) -> int:
+    """Selected groups beyond each shard's equal share, over all tokens."""
+    share = chosen[0].sum() // shards
+    counts = chosen[:, list(order)].reshape(len(chosen), shards, -1).sum(-1)
+    return int(np.maximum(counts - share, 0).sum())
+
+
+@pytest.mark.parametrize("shards", [2, 4])
+def test_groups_that_are_selected_together_go_to_different_shards(shards):
+    """The loss is the smallest of all assignments, or near it, and far below that of the model's own order."""
+    random = np.random.default_rng(shards)
+    scores = np.repeat(random.normal(size=(200, 4)), 2, axis=1)  # neighbors are selected together
+    scores += 0.1 * random.normal(size=scores.shape)
+    chosen = np.zeros((200, 8), bool)
+    np.put_along_axis(chosen, np.argsort(-scores, axis=1)[:, :4], True, axis=1)
+    order = assign_groups(chosen, shards)
+    assert sorted(order) == list(range(8))
+    rows = np.reshape(order, (shards, -1))
+    assert (np.sort(rows, axis=1) == rows).all()
+    every = [lost(chosen, each, shards) for each in random.permuted(np.tile(np.arange(8), (300, 1)), axis=1)]
+    assert lost(chosen, order, shards) <= min(every)
+    assert lost(chosen, order, shards) < 0.5 * lost(chosen, range(8), shards)
+
+
+def test_calibration_assigns_groups_by_what_routers_select():
+    activations, routers = problem(0, whole_numbers=False, width=20)
+    w_group = jnp.zeros((12, 4)).at[0, :2].set(1.0).at[0, 2:].set(-1.0)  # together: 0 and 1, or 2 and 3
+    layers = tuple(dataclasses.replace(layer, w_group=w_group) for layer in routers.layers)
+    make = lambda **changes: calibrate(
+        activations,
+        Routers(layers),
+        activations.config,
+        key=KEY,
+        options=dataclasses.replace(OPTIONS, batch_sizes=(1,), **changes),
+    )
+    assert {len({row[0] // 2, row[1] // 2}) for row in make(shards=2).order} == {2}
+    assert make(shards=4).order == make(shards=2, attention="sequences").order == make().order == ()
+    assert make(shards=2, attention="sequences").group_shards == 1
+    with pytest.raises(pj.InputError, match=r"shards: 4 KV heads \(groups\) can't be divided"):
+        make(shards=3)
