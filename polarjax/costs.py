@@ -92,7 +92,6 @@ def decode_bytes(
       SparsityError: the plan is for another model.
     """
     batch_size, cache_length = _check(config, batch_size, cache_length, plan)
-    rank = _rank(config, router_rank)
     whole, all_kept, plan = config, plan, _local_plan(plan, mesh)
     config, batch_size = mesh.local(config), mesh.rows(batch_size)
     width = config.embed_dim or config.d_model
@@ -108,7 +107,7 @@ def decode_bytes(
         "mlp": sum(kept * _neuron_weights(config) + _down_bias(config) + norm for kept in neurons),
         "head": head,
         "cache": _cache(*attending, cache_length),
-        "routers": _router_weights(config, plan, rank, bias=True, means=mean_outputs),
+        "routers": _router_weights(config, plan, _rank(config, router_rank), bias=True, means=mean_outputs),
     }
     size = _bytes_each(dtype)
     return Cost(batch_size, **{name: size * count for name, count in parts.items()})

@@ -15,6 +15,7 @@ from polarjax.storage.atomic import absolute, check_writable
 
 if TYPE_CHECKING:
     from polarjax.checkpoint.bundle import Bundle
+    from polarjax.selection.routers import Routers
     from polarjax.sparsity.pipeline import SparsifyReport
 
 
@@ -51,7 +52,6 @@ def sparsify(
     dtype: learning.Dtype = None,
 ) -> dict[str, Any]:
     """Learn from text what the model can skip: collect, train-routers and calibrate in one command."""
-    from polarjax.checkpoint.learned import write_plans, write_routers
     from polarjax.sparsity.checks import check_budgets
     from polarjax.sparsity.pipeline import learn
 
@@ -76,10 +76,16 @@ def sparsify(
     stages: dict[str, Any] = {"collecting": collecting, "training": training, "neurons": gated}
     stages |= {"refinement": refinement, "calibration": calibration, "budgets": chosen}
     routers, plans, report = learn(bundle.model, windows, recording, key, head_density=head_density, **stages)
-    write_routers(folder, routers)
-    write_plans(folder, plans)
+    _write(folder, routers, plans)
     _show(folder, plans, report, gated)
     return {"plans": plans.to_json(), **report.to_json()}
+
+
+def _write(folder: Path, routers: "Routers", plans: PlanTable) -> None:
+    from polarjax.checkpoint.learned import write_plans, write_routers
+
+    write_routers(folder, routers)
+    write_plans(folder, plans)
 
 
 def _show(folder: Path, plans: PlanTable, report: "SparsifyReport", gated: NeuronOptions | None) -> None:

@@ -61,7 +61,7 @@ def with_gated_neurons(
       routers, plans: made for it; their neurons are replaced.
       activations: with the text that was recorded.
       key: random key of the initial weights, the order of tokens and the batches.
-      calibration: batch sizes, `multiple` and `max_tokens`.
+      calibration: batch sizes, `multiple` and `max_tokens`, and the shards that `plans` were made for.
       options: how to train, and the target.
 
     Returns:
@@ -74,7 +74,6 @@ def with_gated_neurons(
     """
     config = model.config
     check_gated(config)
-    calibration.check(config)
     windows = {part: activations.windows_of(part) for part in _PARTS}
     passes = [_Pass(model, _limited(windows[part], model, calibration, options, part)) for part in _PARTS]
     keys = jax.random.split(random_key(key), config.num_layers + 1)
@@ -97,8 +96,7 @@ def with_gated_neurons(
         made = [{"w_in": None, "w_out": None}] * config.num_layers
     layers = tuple(dataclasses.replace(old, **new) for old, new in zip(routers.layers, made, strict=True))
     routers = dataclasses.replace(routers, layers=layers)
-    found: dict[str, Any] = {"neurons": neurons, "recall": shares, "neuron_shards": calibration.shards}
-    plans = dataclasses.replace(plans, **found, routers=routers.fingerprint)
+    plans = dataclasses.replace(plans, neurons=neurons, recall=shares, routers=routers.fingerprint)
     return routers, plans, tested
 
 
