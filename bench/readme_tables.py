@@ -7,6 +7,7 @@ relative to the bandwidth of a copy in the same run.
 """
 
 import argparse
+import itertools
 import sys
 import textwrap
 from collections.abc import Iterable, Sequence
@@ -270,10 +271,11 @@ def _same_device(row: Row | None, ours: Row | None) -> Row | None:
 
 def jobs(folder: Path) -> str:
     results, lines = Results.read("generate", folder), []
-    for case in results.cases or ("llama-2-7b B64 R1024",):
+    for case, kind in itertools.product(results.cases or ("llama-2-7b B64 R1024",), ("dense", "sparse")):
         name, slots, requests = case.split()
-        for kind in ("dense", "sparse"):
-            engine, static = (results.get(case, f"{part}, {kind}") for part in ("engine", "static"))
+        parts = ("engine", "static", "serve")
+        engine, static, serve = (results.get(case, f"{part}, {kind}") for part in parts)
+        if engine is not None or not results.cases:
             lone = [results.get(case, f"lone T{length}, {kind}") for length in (512, 2048)]
             lines.append(
                 (
@@ -286,6 +288,7 @@ def jobs(folder: Path) -> str:
                     _number(engine, "longest_gap_chunks", "{:.1f}"),
                     _number(static, "tokens_per_s", "{:,.0f}"),
                     _ratio(engine, static, "tokens_per_s"),
+                    _ratio(serve, engine, "tokens_per_s"),
                     ", ".join(dict.fromkeys(_number(row, "over_prefill", "{:.2f} ×") for row in lone)),
                 )
             )
@@ -299,12 +302,13 @@ def jobs(folder: Path) -> str:
         "longest gap, chunks",
         "static batches, tokens/s",
         "engine over static",
+        "server over engine",
         "lone first token over prefill, 512 and 2,048",
     )
     note = (
-        "A fixed trace of requests (prompts of 32 to 2,048 tokens, new tokens with mean 256) through `pj.Engine` and "
-        "through static batches of the same size: new tokens per second, slot-steps that drew a token while requests "
-        "waited, tokens/s as a share of what the decoding steps alone would give, and the longest time between two "
+        "A fixed trace of requests (prompts of 32 to 2,048 tokens, new tokens with mean 256) through `pj.Engine`, "
+        "through static batches of the same size, and through its server with 64 clients: new tokens per second, "
+        "slot-steps that drew a token while requests waited, tokens/s as a share of what the decoding steps alone would give, and the longest time between two "
         "events of a request, in chunks of 8 steps."
     )
     return _section("Whole jobs", note, results.source(), _table(header, lines))
