@@ -2,10 +2,12 @@
 
 import bisect
 import dataclasses
+import math
+from typing import Any
 
 import polarjax as pj
 from polarjax import costs
-from polarjax.selection.plans import uniform_groups
+from polarjax.model.mesh_shape import ONE_DEVICE, MeshShape
 
 ROOM = 2 * 2**30  # bytes for what is neither weight nor cache
 
@@ -57,6 +59,7 @@ LLAMA_3_1_8B = dataclasses.replace(
     max_positions=131072,
     rope=pj.RopeConfig(theta=5e5, scaling="llama3", factor=8.0, original_max_positions=8192),
 )
+LLAMA_3_1_405B = dataclasses.replace(LLAMA_3_1_8B, num_layers=126, d_model=16384, d_ff=53248, num_heads=128)
 LLAMA_3_1_70B = dataclasses.replace(LLAMA_3_1_8B, num_layers=80, d_model=8192, d_ff=28672, num_heads=64)
 MISTRAL_7B = dataclasses.replace(
     LLAMA_2_7B,
@@ -112,10 +115,10 @@ class DecodeShape:
     neuron_density: dict[int, float] = dataclasses.field(default_factory=dict)
     dense_layers: tuple[int, ...] = (0,)
 
-    def plan(self, batch: int, *, neurons: bool) -> pj.SparsityPlan:
-        """The same counts in every layer."""
-        groups = uniform_groups(self.config, self.head_density, dense_layers=self.dense_layers)
-        return pj.SparsityPlan((self._neurons(batch) if neurons else None,) * self.config.num_layers, groups)
+    def plan(self, batch: int, *, neurons: bool, mesh: MeshShape = ONE_DEVICE) -> pj.SparsityPlan:
+        """The same counts in every layer but the dense ones, rounded up to what the mesh's devices can keep equally."""
+        plan = self.plans(mesh).for_batch(mesh.rows(batch), self.config)
+        return plan if neurons else dataclasses.replace(plan, neurons=(None,) * self.config.num_layers)
 
     def density_at(self, batch: int) -> float:
         """k / F at the next larger batch size that has a published value, 1 if there is none."""
@@ -128,37 +131,50 @@ class DecodeShape:
         neurons = f", neurons {self.density_at(batch):g}" if self.neuron_density else ""
         return f"heads {self.head_density:g}{neurons}"
 
-    def memory(self, batch: int) -> int:
-        """Bytes that a step needs on the device: weights, cache, and room for the rest."""
-        cache = batch * self.cache * costs.cache_bytes_per_token(self.config)
-        return costs.weights_bytes(self.config) + cache + ROOM
+    def memory(self, batch: int, mesh: MeshShape = ONE_DEVICE) -> int:
+        """Bytes that a step needs on each device: weights, cache, and room for the rest."""
+        cache = batch * self.cache * costs.cache_bytes_per_token(self.config) // mesh.devices
+        return costs.weights_bytes(self.config, mesh=mesh) + cache + ROOM
 
     def times(
-        self, batch: int, length: int, seconds: float, peak: float | None, plan: pj.SparsityPlan | None = None
+        self,
+        batch: int,
+        length: int,
+        seconds: float,
+        peak: float | None,
+        plan: pj.SparsityPlan | None = None,
+        mesh: MeshShape = ONE_DEVICE,
     ) -> dict[str, float]:
-        """The columns of a step's time with `length` positions in the cache: speed, the bytes it must move, and the
-        share of its floor at `peak` bytes/s."""
-        moved = costs.decode_bytes(self.config, batch_size=batch, cache_length=length, plan=plan).total
+        """The columns of a step's time with `length` positions in the cache: speed, the bytes that each device must
+        move, and the share of the floor: these bytes at `peak` bytes/s, and what the devices exchange."""
+        call: dict[str, Any] = {"batch_size": batch, "cache_length": length, "plan": plan, "mesh": mesh}
+        moved = costs.decode_bytes(self.config, **call).total
         row = {"ms_per_step": seconds * 1e3, "tokens_per_s": batch / seconds, "bytes": moved}
-        return row if peak is None else row | {"pct_of_floor": 100 * moved / peak / seconds}
+        if peak is None:
+            return row
+        return row | {
+            "pct_of_floor": 100 * sum(costs.step_floor(self.config, bandwidth=peak, **call)) / seconds
+        }
 
-    def _neurons(self, batch: int) -> int | None:
-        """Neurons kept in each layer, rounded up to a multiple of 128; None for all."""
-        density = self.density_at(batch)
-        return None if density == 1.0 else -(-int(density * self.config.d_ff) // 128) * 128
+    def _neurons(self, batch: int, shards: int) -> int | None:
+        """Neurons kept in each layer, rounded up to a multiple of 128 and of the shards; None for all."""
+        density, multiple = self.density_at(batch), math.lcm(128, shards)
+        return None if density == 1.0 else -(-int(density * self.config.d_ff) // multiple) * multiple
 
-    def plans(self) -> pj.PlanTable:
-        """The plans of all batch sizes, as a bundle holds them."""
+    def plans(self, mesh: MeshShape = ONE_DEVICE) -> pj.PlanTable:
+        """The plans of all batch sizes, as a bundle for this mesh holds them."""
         L, sizes = self.config.num_layers, tuple(sorted(self.neuron_density)) or (1,)
         return pj.PlanTable(
             num_layers=L,
             num_neurons=self.config.d_ff,
             num_groups=self.config.num_kv_heads,
             batch_sizes=sizes,
-            neurons=tuple((self._neurons(size),) * L for size in sizes),
+            neurons=tuple((self._neurons(size, mesh.model),) * L for size in sizes),
             recall=((1.0,) * L,) * len(sizes),
             head_density=self.head_density,
             dense_layers=self.dense_layers,
+            neuron_shards=mesh.model,
+            group_shards=mesh.model if mesh.attention == "groups" else 1,
         )
 
 
@@ -184,10 +200,20 @@ SHAPES = {
 }
 """OPT-30B and LLaMA-2-13B don't fit into an H200 at batch 64."""
 
+LARGE_SHAPES = {
+    shape.name: shape
+    for shape in (
+        DecodeShape("opt-66b", OPT_66B, 1920, (16, 64), 0.3, {1: 0.075, 16: 0.26, 64: 0.49}),
+        DecodeShape("llama-3.1-70b", LLAMA_3_1_70B, 8192, (16, 64, 192), 0.625),
+        DecodeShape("llama-3.1-405b", LLAMA_3_1_405B, 8192, (16, 64, 128), 0.625),
+    )
+}
+"""For several devices."""
+
 TINY_SHAPE = DecodeShape("tiny", TINY, 64, (1, 2), 0.5)
 """To try the benches without a GPU."""
 
 
 def shape_of(name: str) -> DecodeShape:
     """A published shape, or the tiny one."""
-    return TINY_SHAPE if name == TINY_SHAPE.name else SHAPES[name]
+    return (SHAPES | LARGE_SHAPES | {TINY_SHAPE.name: TINY_SHAPE})[name]

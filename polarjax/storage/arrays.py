@@ -21,6 +21,9 @@ from polarjax.storage.record import Record, digest, digests, files, identity, ve
 from polarjax.types import Array, DTypeLike
 
 BATCH_BYTES = 3 << 26  # small arrays are written together, up to this many bytes
+READ_BYTES = (
+    1 << 30
+)  # arrays are read together up to this many bytes, because what is read passes through the host
 _ROOM = "make room, or choose a writable folder"
 _OPEN = 64  # most files held open for hashing; the process limit may be low
 _LARGE = 1 << 20  # smaller files are hashed at the end, because orbax rewrites some
@@ -155,6 +158,8 @@ def read_arrays(
 ) -> dict[str, Array]:
     """Reads all arrays of a record, after checking that no file has changed.
 
+    The host holds at most `READ_BYTES` of them at a time, or one array, unless its memory is where they go.
+
     Args:
       folder: the orbax checkpoint.
       record: what `ArrayWriter.close` returned.
@@ -175,8 +180,36 @@ def read_arrays(
         )
         for name, entry in record["arrays"].items()
     }
-    with orbax_errors("the arrays cannot be read", folder, hint), plain_path(folder) as path:
-        return ocp.load(path, targets)
+    found: dict[str, Array] = {}
+    with (
+        orbax_errors("the arrays cannot be read", folder, hint),
+        plain_path(folder) as path,
+        _parts_of_tree(),
+    ):
+        for names in _batches(
+            {name: target.size * target.dtype.itemsize for name, target in targets.items()}
+        ):
+            found |= jax.block_until_ready(ocp.load(path, {name: targets[name] for name in names}))
+    return {name: found[name] for name in targets}
+
+
+def _batches(sizes: Mapping[str, int]) -> Iterator[list[str]]:
+    """The names in order, in lists of arrays with at most `READ_BYTES` or of a single one."""
+    names, held = [], 0
+    for name, size in sizes.items():
+        if names and held + size > READ_BYTES:
+            yield names
+            names, held = [], 0
+        names.append(name)
+        held += size
+    if names:
+        yield names
+
+
+def _parts_of_tree() -> ocp.Context:
+    context = ocp.Context()
+    context.pytree_options.loading.partial_load = True
+    return context
 
 
 def read_array(folder: Path, name: str, record: Record, *, hint: str) -> np.ndarray:
@@ -188,9 +221,7 @@ def read_array(folder: Path, name: str, record: Record, *, hint: str) -> np.ndar
     entry = record["arrays"][name]
     sharding = jax.sharding.SingleDeviceSharding(_host())
     target = jax.ShapeDtypeStruct(tuple(entry["shape"]), np.dtype(entry["dtype"]), sharding=sharding)
-    context = ocp.Context()
-    context.pytree_options.loading.partial_load = True
-    with orbax_errors("the array cannot be read", folder, hint), plain_path(folder) as path, context:
+    with orbax_errors("the array cannot be read", folder, hint), plain_path(folder) as path, _parts_of_tree():
         return np.asarray(ocp.load(path, {name: target})[name])
 
 

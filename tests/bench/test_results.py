@@ -4,7 +4,9 @@ import json
 
 import pytest
 
-from bench import pictures, readme_tables, report, roofline
+from bench import many_gpus, pictures, readme_tables, report, roofline
+from bench.models import shape_of
+from polarjax.model.mesh_shape import MeshShape
 
 ROW = {"device": "a GPU", "jax": "1", "commit": "c", "copy_gbps": 1000.0, "bytes": 10**8}
 
@@ -19,6 +21,24 @@ def test_readme_holds_what_was_measured():
     assert readme == made, (
         "run `python -m bench.readme_tables` and `python -m bench.roofline`, and commit both"
     )
+
+
+def test_predictions_are_those_of_the_rows(monkeypatch, tmp_path):
+    assert many_gpus.PAGE.read_text(encoding="utf-8") == many_gpus.page(), "run `python -m bench.many_gpus`"
+    row = {
+        "case": "opt-66b B64 S1920",
+        "kind": "heads 0.3, neurons 0.49",
+        "devices": 4,
+        "data": 1,
+        "model": 4,
+    }
+    row |= {"attention": "groups", "copy_gbps": 4271.0}
+    step = many_gpus.Step(shape_of("opt-66b"), 64, MeshShape(model=4), sparse=True)
+    write(tmp_path, "decode_mesh", row | {"ms_per_step": 1e3 * step.predicted(4271e9) / 1.25})
+    monkeypatch.setattr(many_gpus, "MANY", tmp_path / "decode_mesh.jsonl")
+    (found,) = many_gpus.compared()
+    assert found[:4] == [row["case"], row["kind"], "a GPU", "data=1, model=4, by groups"]
+    assert found[-1] == "+25 %"
 
 
 def test_what_has_no_row_was_not_measured(tmp_path):
