@@ -308,8 +308,8 @@ def jobs(folder: Path) -> str:
     note = (
         "A fixed trace of requests (prompts of 32 to 2,048 tokens, new tokens with mean 256) through `pj.Engine`, "
         "through static batches of the same size, and through its server with 64 clients: new tokens per second, "
-        "slot-steps that drew a token while requests waited, tokens/s as a share of what the decoding steps alone would give, and the longest time between two "
-        "events of a request, in chunks of 8 steps."
+        "slot-steps that drew a token while requests waited, tokens/s as a share of what the decoding steps alone "
+        "would give, and the longest time between two events of a request, in chunks of 8 steps."
     )
     return _section("Whole jobs", note, results.source(), _table(header, lines))
 

@@ -70,6 +70,8 @@ def read_pieces(
             x, pair = residual(layer.attn_norm, x, attend, config)
             feed = lambda y, layer=layer: (mlp.dense(layer.mlp, y, config), None)
             x, _ = residual(layer.mlp_norm, x, feed, config)
+        # Without it, the keys and values of all layers are kept until the last one, and then written.
+        x, pair = jax.lax.optimization_barrier((x, pair))
         pairs.append(pair)
     last = jnp.take_along_axis(x, jnp.maximum(counts - 1, 0)[:, None, None], 1)[:, 0]
     k, v = zip(*pairs, strict=True)

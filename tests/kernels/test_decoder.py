@@ -16,7 +16,9 @@ from pallas_kernels import _device, record_backends
 from polarjax import costs
 from polarjax.generation.batch import make_rules
 from polarjax.generation.token_loop import decode_loop
+from polarjax.model import prompt_attention
 from polarjax.model.cache import write_token
+from polarjax.model.chunks import read_in_chunks
 from polarjax.model.parameters import abstract
 from polarjax.selection.routers import init_routers
 from tests.kernels import aot
@@ -118,6 +120,29 @@ def test_the_token_loop_reads_in_place(hopper):
 
 def _step(model, sparsity, token, cache, live):
     return pj.decode_step(model, token, cache, sparsity=sparsity, live=live)
+
+
+def test_reading_prompts_keeps_one_layer_at_a_time(monkeypatch):
+    """The memory it takes beside weights and cache is the same for any number of layers."""
+    monkeypatch.setattr(  # whose memory is cuDNN's on a GPU
+        prompt_attention, "attend", lambda q, k, v, lengths, *, window: q + (k + v)[..., None, :]
+    )
+    rows, tokens = 8, 1024
+    batch = [jax.ShapeDtypeStruct(shape, jnp.int32) for shape in ((rows, tokens), (rows,))]
+
+    def temporary(layers: int) -> int:
+        config = dataclasses.replace(SHAPES["llama-2-7b"].config, num_layers=layers)
+        cache = jax.eval_shape(
+            lambda: pj.init_cache(config, batch_size=rows, capacity=tokens, dtype=jnp.bfloat16)
+        )
+        program = aot.compile_for_h200(
+            functools.partial(read_in_chunks, most=2 * tokens),
+            *(abstract(config, jnp.bfloat16), *batch, cache),
+            donate_argnums=3,
+        )
+        return program.compiled.memory_analysis().temp_size_in_bytes
+
+    assert temporary(9) < 1.1 * temporary(3)
 
 
 @pytest.mark.parametrize("name", ["opt-6.7b", "llama-2-7b"])
