@@ -22,7 +22,7 @@ GPU = (
 )
 TORCH = ("bench_torch",)
 VERBLESS = ("read_floor", "step_parts")  # on a GPU, too
-CPU = ("bench_convert", "bench_startup", "roofline", "readme_tables", "pictures", "server_runs")
+CPU = ("bench_convert", "bench_startup", "roofline", "readme_tables", "pictures", "server_runs", "many_gpus")
 
 
 def run(monkeypatch, name: str, *arguments: str) -> int:
