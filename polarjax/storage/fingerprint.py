@@ -66,22 +66,40 @@ def sample(value: "Array | np.ndarray") -> np.ndarray:
         return value[places].flatten()  # a copy: the caller may reuse the memory
     import jax
 
-    on_host = all(device.platform == "cpu" for device in value.devices())
-    return np.asarray(jax.device_get(value))[places].flatten() if on_host else _gather(value)
+    if places is ...:
+        return np.asarray(jax.device_get(value)).flatten()
+    found = np.empty(places[0].shape, value.dtype)
+    for shard in value.addressable_shards:
+        if shard.replica_id == 0:
+            starts = [part.start or 0 for part in shard.index]
+            local = np.stack([place - start for place, start in zip(places, starts, strict=True)])
+            ends = np.asarray(shard.data.shape).reshape(-1, 1, 1)
+            inside = ((local >= 0) & (local < ends)).all(0)
+            on_host = all(device.platform == "cpu" for device in shard.data.devices())
+            gather = _gather_on_host if on_host else _gather
+            found[inside] = gather(shard.data, np.where(inside, local, 0))[inside]
+    return found.ravel()
 
 
-def _gather(value: "Array") -> np.ndarray:
-    """The sample of an array on an accelerator; only these values are copied to the host."""
+def _gather_on_host(shard: "Array", places: np.ndarray) -> np.ndarray:
     import jax
 
-    return np.asarray(jax.device_get(_gathering()(value)))
+    return np.asarray(jax.device_get(shard))[tuple(places)]
+
+
+def _gather(shard: "Array", places: np.ndarray) -> np.ndarray:
+    """The values of a device's array at `places`; only these are copied to the host."""
+    import jax
+
+    index = jax.device_put(places.astype(np.int32), shard.sharding)
+    return np.asarray(jax.device_get(_gathering()(shard, index)))
 
 
 @functools.cache
 def _gathering() -> Any:
     import jax
 
-    return jax.jit(lambda array: array[_places(array.shape)].ravel())
+    return jax.jit(lambda array, places: array[tuple(places)])
 
 
 def _places(shape: tuple[int, ...]) -> Any:
