@@ -15,7 +15,18 @@ import pytest
 
 ROOT = Path(__file__).parents[1]
 PACKAGES = ("polarjax", "pallas_kernels", "checkpoints_convert")
-OPTIONAL = {"datasets", "google", "lm_eval", "matplotlib", "sentencepiece", "starlette", "torch", "uvicorn"}
+OPTIONAL = {
+    "datasets",
+    "google",
+    "lm_eval",
+    "matplotlib",
+    "pyarrow",
+    "ray",
+    "sentencepiece",
+    "starlette",
+    "torch",
+    "uvicorn",
+}
 KERNELS_MAY_USE = {"jax", "jaxlib", "numpy", "jaxtyping"}
 FLOORS = {
     "polarjax": (
@@ -31,7 +42,7 @@ FLOORS = {
         "text",
         "checkpoint",
         "engine",
-        "serving sparsity evaluation",
+        "serving sparsity evaluation jobs",
         "demo",
         "cli",
         "__init__",

@@ -13,16 +13,16 @@ from typing import Any
 from polarjax.checkpoint import bundle as bundles
 from polarjax.cli import generating, job_output
 from polarjax.cli.generate import GenerateOptions
-from polarjax.cli.line_requests import LineRequests, error_of, most_characters
 from polarjax.engine import checks as engine_checks
 from polarjax.engine.engine import Engine
-from polarjax.engine.in_order import InOrder, Task, most_held
+from polarjax.engine.in_order import InOrder, Task
 from polarjax.engine.requests import Event
 from polarjax.engine.slots import MOST_LOGPROBS
 from polarjax.errors import InputError
 from polarjax.generation.checks import check_best, check_copies, check_new_tokens, check_seed
 from polarjax.generation.sampling import Categorical
 from polarjax.generation.settings import GenerationSettings
+from polarjax.jobs.line_requests import LineRequests, error_of, most_characters, tasks_apart
 from polarjax.numeric import whole_number
 from polarjax.progress import task as progress_task
 from polarjax.selection.plans import densities
@@ -54,9 +54,8 @@ def run(options: GenerateOptions) -> dict[str, Any]:
         engine = stack.enter_context(_engine(options, bundle, dense=dense))
         requests = _requests(options, tokenizer, settings, engine.capacity)
         total = None if survey is None else survey.count
-        mixes = dense or not _selects_neurons(bundle)
-        mixes = mixes and options.logprobs is None and not (survey and survey.logprobs)
-        apart = None if mixes else most_held(engine.slots)
+        logprobs = options.logprobs is not None or bool(survey and survey.logprobs)
+        apart = tasks_apart(engine, None if dense else bundle.plans, logprobs=logprobs)
         job = Job(engine, requests, lines, None, options, total, apart, again=deque(taken))
         if isinstance(output, Path):
             flags = {"dense": dense, "apart": apart is not None}
@@ -127,13 +126,6 @@ def _engine(options: GenerateOptions, bundle: bundles.Bundle, *, dense: bool) ->
     if options.timed:
         engine.warm_up()
     return engine
-
-
-def _selects_neurons(bundle: bundles.Bundle) -> bool:
-    """Whether a plan chooses neurons, for all rows together."""
-    return bundle.plans is not None and any(
-        count is not None for row in bundle.plans.neurons for count in row
-    )
 
 
 def _requests(

@@ -12,10 +12,11 @@ from polarjax.checkpoint import bundle as bundles
 from polarjax.cli.generate import GenerateOptions
 from polarjax.cli.inputs import random_key
 from polarjax.cli.job_output import standard_output
-from polarjax.cli.sampling_options import check_options, with_options, with_stops
+from polarjax.cli.sampling_options import check_options, with_stops
 from polarjax.errors import CheckpointError, InputError
 from polarjax.generation.checks import check_copies
 from polarjax.generation.settings import GenerationSettings
+from polarjax.jobs.line_settings import with_options
 from polarjax.selection.plans import densities
 from polarjax.selection.selectors import Sparsity
 from polarjax.storage.atomic import atomic_file

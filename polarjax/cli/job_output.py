@@ -12,10 +12,10 @@ from typing import Any
 
 from polarjax.checkpoint.bundle import Bundle, needed_tokenizer
 from polarjax.cli.generate import GenerateOptions
-from polarjax.cli.line_requests import begins
 from polarjax.engine.engine import Engine
 from polarjax.errors import CheckpointError, InputError
 from polarjax.generation.settings import GENERATION_CONFIG, GenerationSettings
+from polarjax.jobs.line_requests import begins
 from polarjax.model.parameters import parameters
 from polarjax.storage.fingerprint import fingerprint_of
 from polarjax.storage.line_file import (

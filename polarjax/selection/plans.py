@@ -240,6 +240,11 @@ class PlanTable:
         for counts in self.neurons:
             SparsityPlan(counts, (None,) * self.num_layers, self.neuron_shards).check(config)
 
+    @property
+    def selects_neurons(self) -> bool:
+        """Whether a plan chooses neurons, which is done for all rows of a batch together."""
+        return any(count is not None for row in self.neurons for count in row)
+
     def for_batch(
         self, batch_size: int, config: ModelConfig, head_density: float | None = None
     ) -> SparsityPlan:

@@ -98,7 +98,7 @@ class PromptFile:
         if name.endswith(".json"):
             text = read_text(path)
             entries = enumerate(_array(path, text), 1)
-            self._given.extend(_checked(f"entry {i}", {"entry": i}, as_entry(each)) for i, each in entries)
+            self._given.extend(line_of(f"entry {i}", {"entry": i}, as_entry(each)) for i, each in entries)
             checksum = hashlib.sha256(text.encode()).hexdigest()
             self._whole = Survey(checksum, len(self._given), _LOGPROBS.decode() in text)
             return
@@ -173,7 +173,7 @@ class PromptFile:
             text = _decoded(raw).rstrip("\r")
             if not self._json:
                 return _given(name, {"prompt": text})
-            return _checked(name, head, _value(text))
+            return line_of(name, head, _value(text))
         except InputError as error:
             return PromptLine(name, head, error=error)
 
@@ -181,8 +181,14 @@ class PromptFile:
 _WRITE = "write a prompt on each line"
 
 
-def _checked(name: str, place: dict[str, Any], entry: Any) -> PromptLine:
-    """The prompt and settings in an object; `place` stands for an object that the output can't repeat."""
+def line_of(name: str, place: dict[str, Any], entry: Any) -> PromptLine:
+    """The prompt and settings in an object, or what is wrong with it.
+
+    Args:
+      name: what errors call it.
+      place: stands for an object that the output can't repeat.
+      entry: the object; null is the same as leaving a key out.
+    """
     head = place
     try:
         if not isinstance(entry, dict):

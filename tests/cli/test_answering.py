@@ -16,9 +16,10 @@ import pytest
 
 import polarjax as pj
 from polarjax.checkpoint.learned import write_plans, write_routers
-from polarjax.cli import answering, job_output, line_requests
+from polarjax.cli import answering, job_output
 from polarjax.cli import main as command
 from polarjax.engine.engine import Engine
+from polarjax.jobs import line_requests
 from polarjax.selection.routers import init_routers
 from tests.model import zoo
 
@@ -186,7 +187,7 @@ def test_texts_that_cannot_fit_are_not_tokenized(run, home, tmp_path, monkeypatc
 
 def test_where_neurons_are_chosen_for_all_rows_unfinished_groups_run_again(run, home, tmp_path, monkeypatch):
     """So the answers are the same: each line runs beside the same others as in an uninterrupted run."""
-    monkeypatch.setattr(answering, "most_held", lambda slots: 6)
+    monkeypatch.setattr(line_requests, "most_held", lambda slots: 6)
     model, source = shutil.copytree(home, tmp_path / "m"), tmp_path / "in.jsonl"
     config = pj.load(model).model.config
     write_routers(model, init_routers(config, jax.random.key(0)))

@@ -8,11 +8,13 @@ from typing import Any
 
 import numpy as np
 
-from polarjax.cli.sampling_options import check_value, with_options
-from polarjax.engine.in_order import Answer, Task
+from polarjax.engine.engine import Engine
+from polarjax.engine.in_order import Answer, Task, most_held
 from polarjax.errors import InputError, PolarjaxError
 from polarjax.generation.checks import check_copies, check_seed, check_stop_ids
 from polarjax.generation.settings import GenerationSettings
+from polarjax.jobs.line_settings import check_value, with_options
+from polarjax.selection.plans import PlanTable
 from polarjax.text.assembly import Ending, check_stop_strings
 from polarjax.text.prompt_files import PromptLine
 from polarjax.text.prompts import Prompt, as_json
@@ -116,12 +118,16 @@ class LineRequests:
 
     def record(self, task: Task) -> str:
         """The line of output."""
-        made = dict(task.source.head)
+        return as_json({**task.source.head, **self.outcome(task)})
+
+    def outcome(self, task: Task) -> dict[str, Any]:
+        """What the output adds to a line, by name: see `ANSWERS`."""
+        made: dict[str, Any] = {}
         if task.error is None:
             made["completions"] = [self._completion(task, each) for each in task.answers]
         if (error := error_of(task)) is not None:
             made["error"] = str(error)
-        return as_json(made)
+        return made
 
     def _completion(self, task: Task, answer: Answer) -> dict[str, Any]:
         made = {
@@ -153,6 +159,17 @@ class LineRequests:
 def most_characters(tokenizer: Tokenizer, capacity: int) -> int:
     """The longest text that is tokenized for slots of this capacity, even if it turns out to be too long."""
     return max(_CHEAP, capacity * max(map(len, tokenizer.hf.get_vocab())))
+
+
+def tasks_apart(engine: Engine, plans: PlanTable | None, *, logprobs: bool) -> int | None:
+    """How many lines run together without mixing with others (see `InOrder`); None if nothing depends on the company.
+
+    Args:
+      engine: what runs them.
+      plans: of sparse decoding; one that selects neurons does so for all rows together.
+      logprobs: whether there are log-probabilities, whose last digits are rounding.
+    """
+    return most_held(engine.slots) if logprobs or (plans and plans.selects_neurons) else None
 
 
 def begins(line: PromptLine, written: Mapping[str, Any]) -> bool:
