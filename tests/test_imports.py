@@ -33,7 +33,7 @@ FLOORS = {
         "lazy types errors progress",
         "numeric",
         "configs",
-        "storage",
+        "storage distributed",
         "selection",
         "model",
         "costs sharding",
