@@ -65,6 +65,7 @@ PUBLIC = {
         "static_selector",
         "sweep",
     ],
+    "polarjax.distributed": ["initialize"],
     "polarjax.jobs": ["CompletePrompts"],
     "pallas_kernels": ["Choice", "record_backends", "select_top_k", "sparse_decode_attention", "sparse_mlp"],
     "checkpoints_convert": [

@@ -35,7 +35,7 @@ class Peer:
         """The value of the next message, which has this kind; waits for it."""
         message = self.inbox.get()
         if message.get("kind") != kind:
-            raise RuntimeError(f"{self} sent {message.get('kind')} where {kind} was expected")
+            raise RuntimeError(f"{self}: got {message.get('kind')}, expected {kind}")
         return message.get("value")
 
 
@@ -96,6 +96,8 @@ class Group:
         with self._ending:
             self._left = True
         self._tell(kind="left")
+        for each in self._in_order():
+            each.wire.close()
 
     def await_news(self) -> None:
         """Waits for the news that another process has died or failed, if it has; this process then ends with it.
@@ -124,9 +126,8 @@ class Group:
             kind = message.get("kind")
             if kind == "end":
                 self._end(str(message.get("value")), int(message.get("code", DIED)))
-            elif kind == "left":
-                left = True
             else:
+                left = left or kind == "left"
                 peer.inbox.put(message)
         if not left:
             self._end(f"{peer} died", DIED)

@@ -38,10 +38,10 @@ def find(coordinator: str = AUTO, processes: int | None = None, process_id: int 
     Raises:
       InputError: an argument is missing or out of range, or there is nothing in the environment.
     """
-    found = {} if coordinator != AUTO else _found()
+    found: dict[str, Any] = {} if coordinator != AUTO else _found()
     given = {"processes": processes, "process_id": process_id}
     given = {name: value for name, value in given.items() if value is not None}
-    values = {"coordinator": coordinator} | found | given
+    values: dict[str, Any] = {"coordinator": coordinator} | found | given
     for name in ("processes", "process_id"):
         if name not in values:
             option = "--" + name.replace("_", "-")

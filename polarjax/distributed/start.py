@@ -116,6 +116,8 @@ def _join(place: Place, greeting: dict[str, Any], timeout: int, seconds: int) ->
     wire.limit(max(end - time.monotonic(), 0) + _GREETING_SECONDS)  # process 0 ends first
     answer = wire.receive()
     wire.limit(None)
+    if answer is None or answer.get("kind") != "start":
+        wire.close()
     if answer is None or answer.get("kind") not in ("start", "refused"):
         hint = "look at what process 0 says, or choose another port"
         raise InputError("process 0 has ended, or something else listens there", where=where, hint=hint)
@@ -146,8 +148,8 @@ def _gather(place: Place, greeting: dict[str, Any], timeout: int, seconds: int) 
             wire.limit(_GREETING_SECONDS)
             hello = wire.receive()
             wire.limit(None)
-            if hello is None or hello.get("kind") != "hello":
-                wire.close()
+            if hello is None or hello.get("kind") != "hello" or type(hello.get("process_id")) is not int:
+                wire.close()  # somebody else
                 continue
             refusal = _refusal(hello, greeting, peers)
             if refusal is not None:

@@ -53,6 +53,7 @@ class Wire:
         """Closes the connection."""
         with contextlib.suppress(OSError):
             self._socket.shutdown(socket.SHUT_RDWR)
+        self._lines.close()
         self._socket.close()
 
 

@@ -1,0 +1,29 @@
+"""One of several processes: computes over all devices until it is done, or ends as it is asked to."""
+
+import os
+import signal
+import sys
+
+from polarjax import distributed
+
+
+def main(coordinator: str, processes: str, process_id: str, ending: str) -> None:
+    """Sums over all devices 20 times; `ending` says who ends in between, and how: "1 killed"."""
+    distributed.initialize(coordinator, int(processes), int(process_id), start_timeout=60)
+    import jax
+    import numpy as np
+    from jax.sharding import NamedSharding, PartitionSpec
+
+    mesh = jax.make_mesh((jax.device_count(),), ("model",))
+    ones = jax.device_put(np.ones((16, 4), np.float32), NamedSharding(mesh, PartitionSpec("model")))
+    total = jax.jit(lambda x: x.sum(), out_shardings=NamedSharding(mesh, PartitionSpec()))
+    for i in range(20):
+        print(f"{jax.device_count()} devices: {int(total(ones).addressable_data(0))}", flush=True)
+        if i == 10 and ending == f"{process_id} killed":
+            os.kill(os.getpid(), signal.SIGKILL)
+        if i == 10 and ending == f"{process_id} raises":
+            raise ValueError("broken\nhere")
+
+
+if __name__ == "__main__":
+    main(*sys.argv[1:])
