@@ -13,6 +13,7 @@ from polarjax.lazy import lazy_names
 if TYPE_CHECKING:
     from polarjax import costs, evaluation, sparsity
     from polarjax.checkpoint.bundle import Bundle, load, save
+    from polarjax.checkpoint.placement import shard
     from polarjax.configs import ModelConfig, RopeConfig
     from polarjax.engine.engine import Engine
     from polarjax.engine.requests import Event
@@ -31,6 +32,7 @@ if TYPE_CHECKING:
     from polarjax.generation.token_loop import Generation
     from polarjax.model.cache import KVCache, init_cache
     from polarjax.model.decoder import Decoder, decode_step, forward, prefill
+    from polarjax.model.layout import Layout
     from polarjax.selection.plans import PlanTable, SparsityPlan
     from polarjax.selection.selectors import Sparsity
     from polarjax.text.assembly import Completion, TextStream
@@ -42,6 +44,7 @@ else:
             "polarjax.evaluation": "",
             "polarjax.sparsity": "",
             "polarjax.checkpoint.bundle": "Bundle load save",
+            "polarjax.checkpoint.placement": "shard",
             "polarjax.configs": "ModelConfig RopeConfig",
             "polarjax.engine.engine": "Engine",
             "polarjax.engine.requests": "Event",
@@ -56,6 +59,7 @@ else:
             "polarjax.generation.token_loop": "Generation",
             "polarjax.model.cache": "KVCache init_cache",
             "polarjax.model.decoder": "Decoder decode_step forward prefill",
+            "polarjax.model.layout": "Layout",
             "polarjax.selection.plans": "PlanTable SparsityPlan",
             "polarjax.selection.selectors": "Sparsity",
             "polarjax.text.assembly": "Completion TextStream",
@@ -78,6 +82,7 @@ __all__ = [
     "Greedy",
     "InputError",
     "KVCache",
+    "Layout",
     "ModelConfig",
     "PlanTable",
     "PolarjaxError",
@@ -97,6 +102,7 @@ __all__ = [
     "load",
     "prefill",
     "save",
+    "shard",
     "sparsity",
     "stream",
 ]

@@ -1,10 +1,15 @@
-"""Logical axis names of the parameters; to shard a model, write a table of rules from them to mesh axes."""
+"""Places a model's parameters and routers on a mesh, by the logical names of their axes."""
+
+import dataclasses
 
 import jax
 from flax import nnx
 
 from polarjax.model.decoder import Decoder
-from polarjax.model.parameters import parameters
+from polarjax.model.layout import Layout, axes_of
+from polarjax.model.parameters import parameters, with_parameters
+from polarjax.selection.plans import PlanTable
+from polarjax.selection.routers import LayerRouter, Routers
 
 
 def logical_axes(model: Decoder) -> dict[str, tuple[str, ...]]:
@@ -13,4 +18,41 @@ def logical_axes(model: Decoder) -> dict[str, tuple[str, ...]]:
     Names: vocab, positions, table (a narrower embedding), embed, neurons, groups, queries, head.
     """
     variables = jax.tree.leaves(model, is_leaf=lambda node: isinstance(node, nnx.Variable))
-    return {name: leaf.get_metadata("axes") for name, leaf in zip(parameters(model), variables, strict=True)}
+    return {name: axes_of(leaf) for name, leaf in zip(parameters(model), variables, strict=True)}
+
+
+def parameter_shardings(model: Decoder, layout: Layout) -> dict[str, jax.sharding.NamedSharding]:
+    """Where every parameter lies, by dotted path; `model` may be abstract.
+
+    Raises:
+      InputError: the mesh doesn't divide the model.
+    """
+    layout.check(model.config)
+    return {name: layout.sharding(layout.spec(axes)) for name, axes in logical_axes(model).items()}
+
+
+def place_model(model: Decoder, layout: Layout) -> Decoder:
+    """The model on the mesh of `layout`; parameters that are there already aren't copied."""
+    shardings = parameter_shardings(model, layout)
+    flat = {name: jax.device_put(value, shardings[name]) for name, value in parameters(model).items()}
+    return with_parameters(model.config, flat, layout=layout)
+
+
+def place_routers(routers: Routers, layout: Layout) -> Routers:
+    """The routers on the mesh of `layout`, each with the groups or neurons that it scores."""
+
+    def place(router: LayerRouter) -> LayerRouter:
+        put = lambda name, value: jax.device_put(value, layout.sharding(layout.router_spec(name)))
+        fields = ((field.name, getattr(router, field.name)) for field in dataclasses.fields(router))
+        return dataclasses.replace(router, **{name: put(name, a) for name, a in fields if a is not None})
+
+    return dataclasses.replace(routers, layers=tuple(map(place, routers.layers)))
+
+
+def attention_for(plans: PlanTable | None, devices: int) -> str:
+    """How attention is divided if nobody says: as the plans were made, otherwise by groups.
+
+    By groups, a step has no exchange but its sums, and sequences needn't be a multiple of the devices.
+    """
+    made_for_sequences = plans is not None and plans.neuron_shards == devices > 1 == plans.group_shards
+    return "sequences" if made_for_sequences else "groups"

@@ -21,6 +21,7 @@ from polarjax.model.checks import (
     check_taps,
 )
 from polarjax.model.layers import Embedding, Head, Maker, Norm, Rotation, rope_rotation
+from polarjax.model.layout import Layout
 from polarjax.model.meshes import on_any_mesh
 from polarjax.model.taps import Taps, TapSpec, pack
 from polarjax.selection.checks import check_sparsity
@@ -49,11 +50,15 @@ class Decoder(nnx.Module):
       config: shapes, and the variants that distinguish families.
       rngs: random streams; `params` initializes the weights. None gives shapes and dtypes without memory.
       dtype: dtype of parameters and activations; logits, softmax, norms and router scores are float32.
+
+    Attributes:
+      layout: how the model lies on a mesh of devices (`polarjax.shard`); None on one device. Static.
     """
 
     def __init__(self, config: ModelConfig, *, rngs: nnx.Rngs | None, dtype: jnp.dtype = jnp.float32):
         make = Maker(rngs, jnp.dtype(dtype))
         self.config = config
+        self.layout: Layout | None = None
         self.embed = Embedding(config, make)
         self.layers = nnx.List([Layer(config, make) for _ in range(config.num_layers)])
         self.final_norm = Norm(config, make, width=config.d_model) if config.final_norm else None

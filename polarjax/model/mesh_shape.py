@@ -2,6 +2,7 @@
 
 import dataclasses
 import re
+from collections.abc import Collection
 from typing import Any, Literal, get_args
 
 from polarjax.configs import ModelConfig
@@ -10,6 +11,9 @@ from polarjax.numeric import make_plain, shown, whole_number
 
 Attention = Literal["groups", "sequences"]
 """What the devices of a model axis divide in attention: the groups, or the sequences of the batch."""
+
+DIVIDED = ("groups", "neurons", "vocab")
+"""Logical axes of the parameters that the axis `model` divides."""
 
 _EXAMPLE = "data=1,model=4"
 
@@ -65,13 +69,14 @@ class MeshShape:
         """How many devices the mesh has."""
         return self.data * self.model
 
-    def check(self, config: ModelConfig, *, where: str = "mesh") -> None:
-        """Raises `InputError` unless the `model` axis divides the model's groups, neurons and vocabulary."""
+    def check(self, config: ModelConfig, *, where: str = "mesh", axes: Collection[str] = DIVIDED) -> None:
+        """Raises `InputError` unless the `model` axis divides the model's groups, neurons and vocabulary (`axes`)."""
         sizes = {
-            "KV heads (groups)": config.num_kv_heads,
-            "neurons": config.d_ff,
-            "vocabulary entries": config.vocab_size,
+            "groups": ("KV heads (groups)", config.num_kv_heads),
+            "neurons": ("neurons", config.d_ff),
+            "vocab": ("vocabulary entries", config.vocab_size),
         }
+        sizes = dict(sizes[axis] for axis in sizes if axis in axes)
         for name, size in sizes.items():
             if size % self.model:
                 usable = [n for n in range(1, 257) if not any(each % n for each in sizes.values())]
@@ -83,18 +88,14 @@ class MeshShape:
                     hint="use one of these sizes, and the axis data for the other devices",
                 )
 
-    def local(self, config: ModelConfig) -> ModelConfig:
+    def local(self, config: ModelConfig, *, axes: Collection[str] = DIVIDED) -> ModelConfig:
         """The sizes that one device sees: its groups with their queries, its neurons, its part of the vocabulary."""
-        self.check(config)
+        self.check(config, axes=axes)
         if self.model == 1:
             return config
-        return dataclasses.replace(
-            config,
-            num_heads=config.num_heads // self.model,
-            num_kv_heads=config.num_kv_heads // self.model,
-            d_ff=config.d_ff // self.model,
-            vocab_size=config.vocab_size // self.model,
-        )
+        fields = {"groups": ("num_heads", "num_kv_heads"), "neurons": ("d_ff",), "vocab": ("vocab_size",)}
+        names = [name for axis in axes for name in fields[axis]]
+        return dataclasses.replace(config, **{name: getattr(config, name) // self.model for name in names})
 
     def rows(self, batch_size: Any, *, where: str = "mesh") -> int:
         """Sequences of a batch on one index of the axis `data`; raises `InputError` if they can't be divided evenly."""

@@ -8,6 +8,7 @@ import jax.numpy as jnp
 from polarjax.configs import ModelConfig
 from polarjax.errors import CheckpointError
 from polarjax.model.decoder import Decoder
+from polarjax.model.layout import Layout
 from polarjax.storage.fingerprint import fingerprint_of
 from polarjax.types import Array
 
@@ -33,13 +34,18 @@ def _dotted(path: tuple) -> str:
     return ".".join(map(str, names))
 
 
-def with_parameters(config: ModelConfig, flat: Mapping[str, Array], *, check: bool = True) -> Decoder:
+def with_parameters(
+    config: ModelConfig, flat: Mapping[str, Array], *, check: bool = True, layout: Layout | None = None
+) -> Decoder:
     """The decoder with the parameters `flat` (named as in `parameters`); `check=False` takes any shapes.
+
+    `layout` says where they lie; it places nothing.
 
     Raises:
       CheckpointError: a parameter is missing, unknown, or of the wrong shape.
     """
     empty = abstract(config)
+    empty.layout = layout
     expected = parameters(empty)
     wrong = sorted(expected.keys() ^ flat.keys())
     if check:
