@@ -42,6 +42,7 @@ from polarjax.checkpoint.manifest import (
     read_manifest,
     read_source_config,
 )
+from polarjax.checkpoint.same_model import agree_on_model
 from polarjax.checkpoint.writer import new_model
 from polarjax.errors import CheckpointError, InputError, SparsityError
 from polarjax.generation.checks import random_key
@@ -303,6 +304,7 @@ def _read(path: str | os.PathLike[str], dtype: DTypeLike | None, *, routers: boo
     dtype = None if dtype is None else check_dtype(dtype)
     folder = absolute(path)
     manifest = read_manifest(folder)
+    agree_on_model(folder, manifest)
     config = read_config(folder)
     flat = read_arrays(folder / "params", manifest["params"], dtype=dtype, hint=AGAIN)
     model = with_parameters(config, flat)

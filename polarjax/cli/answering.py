@@ -6,13 +6,15 @@ import itertools
 import sys
 import time
 from collections import deque
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
 from polarjax.checkpoint import bundle as bundles
 from polarjax.cli import generating, job_output
 from polarjax.cli.generate import GenerateOptions
+from polarjax.distributed.group import Group
+from polarjax.distributed.start import group
 from polarjax.engine import checks as engine_checks
 from polarjax.engine.engine import Engine
 from polarjax.engine.in_order import InOrder, Task
@@ -27,7 +29,7 @@ from polarjax.numeric import whole_number
 from polarjax.progress import task as progress_task
 from polarjax.selection.plans import densities
 from polarjax.storage.line_file import LineStream
-from polarjax.text.prompt_files import PromptFile, PromptLine
+from polarjax.text.prompt_files import PromptFile, PromptLine, Survey
 from polarjax.text.tokenizer import Tokenizer
 
 SOME_FAILED = 3
@@ -41,7 +43,9 @@ def run(options: GenerateOptions) -> dict[str, Any]:
     check(options)
     with contextlib.ExitStack() as stack:
         lines = stack.enter_context(PromptFile(options.prompts, options.prompt or ()))  # pyright: ignore[reportArgumentType]
-        survey = lines.survey()
+        survey, hosts = lines.survey(), group()
+        if hosts is not None:
+            _check_prompts(hosts, survey)
         taken = _only_line(options, lines) if options.stream else []
         output = job_output.of(options)
         if isinstance(output, LineStream):
@@ -61,9 +65,11 @@ def run(options: GenerateOptions) -> dict[str, Any]:
             flags = {"dense": dense, "apart": apart is not None}
             record = job_output.record(options, bundle, settings, engine, survey, **flags)
             job.sink = stack.enter_context(job_output.opened(output, record, options))
-            job.skip_written()
+            job.skip(job_output.written(job.sink, lines))
         else:
             job.sink = output
+        if hosts is not None:
+            job.skip_with_process_0(hosts)
         with _resumable(job, output):
             result = job.run()
     sparsity = None if dense else bundle.sparsity(engine.slots, options.head_density)
@@ -84,6 +90,14 @@ def check(options: GenerateOptions) -> None:
         raise InputError("--resume and --overwrite contradict each other", hint="give one of them")
     if options.logprobs is not None and options.output is None:
         raise InputError("--logprobs is for --output", hint="give --output FILE, or - for standard output")
+
+
+def _check_prompts(hosts: Group, survey: Survey | None) -> None:
+    """Raises `InputError` unless all processes read the same prompts."""
+    if survey is None:
+        hint = "write the prompts into a file that every process can read"
+        raise InputError("several processes can't read one pipe", where="--prompts", hint=hint)
+    hosts.agree({"their prompts": survey.checksum}, hint="give every process a copy of one file")
 
 
 def _only_line(options: GenerateOptions, lines: PromptFile) -> list[PromptLine]:
@@ -177,12 +191,12 @@ class Job:
     begin: int = 0
     again: deque[PromptLine] = dataclasses.field(default_factory=deque)
 
-    def skip_written(self) -> None:
-        """Takes the lines whose answers an interrupted run has written; see `job_output.written`.
+    def skip(self, answered: Iterable[tuple[PromptLine, str | None]]) -> None:
+        """Takes the lines whose answers an interrupted run has written, each with its error; see `job_output.written`.
 
         With `apart`, the lines of an unfinished group run again beside the rest of it; their answers stay as written.
         """
-        for line, error in job_output.written(self.sink, self.lines):
+        for line, error in answered:
             self._count(error)
             if self.apart:
                 self.again.append(line)
@@ -191,6 +205,13 @@ class Job:
         self.resumed, self.begin = self.written, self.written - len(self.again)
         following = self.lines.take()
         self.again = deque() if following is None else deque([*self.again, following])
+
+    def skip_with_process_0(self, hosts: Group) -> None:
+        """Takes the lines that process 0 has skipped, as it alone sees what is written."""
+        skipped = hosts.broadcast(self.resumed)
+        if hosts.process_id and skipped:
+            lines = (self.lines.take() for _ in range(skipped))
+            self.skip((line, None) for line in lines if line is not None)
 
     def run(self) -> dict[str, Any]:
         """Answers the other lines; returns the numbers, and the texts if they go into no file."""

@@ -7,6 +7,7 @@ from typing import Annotated, Any
 import typer
 
 from polarjax.cli.decoding_options import Dense, Dtype, HeadDensity
+from polarjax.cli.many_hosts import agreed
 
 PromptTexts = Annotated[list[str] | None, typer.Option(help="A prompt; may be given several times.")]
 PromptFile = Annotated[
@@ -134,7 +135,7 @@ def generate(
     Sampling and stop ids come from the model's generation_config.json; the options here override it, and the lines of
     a .jsonl file override the options. Exit code 3: some lines of a file couldn't be answered.
     """
-    options = GenerateOptions(**locals())
+    options = agreed(GenerateOptions(**locals()))
     from polarjax.cli import answering, generating  # import JAX
 
     return (generating if prompts is None else answering).run(options)

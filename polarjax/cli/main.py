@@ -25,19 +25,28 @@ from typing import Annotated, Any, NamedTuple
 import typer
 
 from polarjax.cli.compile_cache import OFF, compile_cache
+from polarjax.cli.many_hosts import FLAGS as HOSTS
+from polarjax.cli.many_hosts import INTERRUPTED, joined
 from polarjax.errors import PolarjaxError
 
 BAD_INPUT = 2  # exit code; typer uses the same for a wrong option
-TERMINATED = 128 + signal.SIGTERM  # the exit codes that shells use
-INTERRUPTED = 128 + signal.SIGINT
+TERMINATED = 128 + signal.SIGTERM  # the exit code that shells use
 
 
 class Verb(NamedTuple):
-    """Where a verb's function is (`module:function`), the line that `polarjax --help` shows, and whether it compiles."""
+    """What the command knows of a verb without loading it.
+
+    Attributes:
+      function: where its function is, `module:function`.
+      summary: the line that `polarjax --help` shows.
+      compiles: whether it compiles programs.
+      many_hosts: whether it can run as several processes.
+    """
 
     function: str
     summary: str
     compiles: bool = True
+    many_hosts: bool = False
 
 
 VERBS = {
@@ -51,7 +60,7 @@ VERBS = {
     "train-routers": Verb("polarjax.cli.train_routers:train_routers", "Learn to predict that activity."),
     "calibrate": Verb("polarjax.cli.calibrate:calibrate", "Find how many neurons each batch size needs."),
     "tune": Verb("polarjax.cli.tune:tune", "Heal a model so that skipping heads costs less."),
-    "generate": Verb("polarjax.cli.generate:generate", "Continue prompts, dense or sparse."),
+    "generate": Verb("polarjax.cli.generate:generate", "Continue prompts, dense or sparse.", many_hosts=True),
     "serve": Verb("polarjax.cli.serve:serve", "Answer requests over HTTP, as OpenAI's interface does."),
     "eval perplexity": Verb(
         "polarjax.cli.eval_perplexity:eval_perplexity", "Measure perplexity on text, dense and sparse."
@@ -163,60 +172,79 @@ def _command(verb: Verb) -> Callable[..., None]:
     """Loads a verb's function and gives it `--json`, the compile cache, progress lines and one-line errors."""
     module, _, name = verb.function.partition(":")
     function = getattr(importlib.import_module(module), name)
+    flags = _JSON | (_CACHE if verb.compiles else {}) | (HOSTS if verb.many_hosts else {})
 
     @functools.wraps(function)
     def command(*args: Any, as_json: bool, no_cache: bool = False, **kwargs: Any) -> None:
         from polarjax.progress import show_lines
 
-        try:
+        hosts = {name: kwargs.pop(name) for name in flags if name in HOSTS}
+        with unwound_by_sigterm(), _errors_in_one_line(), joined(**hosts) as speaks:
+            as_json = as_json and speaks
             with (
-                unwound_by_sigterm(),
+                _errors_in_one_line(),
                 show_lines(),
                 compile_cache(not no_cache) if verb.compiles else contextlib.nullcontext(),
                 contextlib.redirect_stdout(sys.stderr if as_json else sys.stdout),
             ):
                 result = function(*args, **kwargs)
-        except PolarjaxError as error:
-            print(f"polarjax: {error}", file=sys.stderr)
-            raise typer.Exit(BAD_INPUT) from error
-        except RuntimeError as error:
-            from polarjax.errors import ran_out
+            if as_json:
+                print(json.dumps(_plain(result)))
+            if isinstance(result, Mapping) and (code := result.get("exit_code")):
+                raise typer.Exit(code)
 
-            if not ran_out(error):
-                raise
-            hint = (
-                "compute less at a time, or use a device with more memory; polarjax inspect tells the sizes"
-            )
-            print(f"polarjax: the device ran out of memory. Hint: {hint}", file=sys.stderr)
-            raise typer.Exit(BAD_INPUT) from error
-        if as_json:
-            print(json.dumps(_plain(result)))
-        if isinstance(result, Mapping) and (code := result.get("exit_code")):
-            raise typer.Exit(code)
-
-    _add_flags(command, function, _FLAGS if verb.compiles else {"as_json": _FLAGS["as_json"]})
+    _add_flags(command, function, flags)
     return command
 
 
-_FLAGS = {
-    "as_json": typer.Option("--json", help="Print the result as JSON, and nothing else, on standard output."),
-    "no_cache": typer.Option(OFF, help="Don't keep compiled programs in the user's cache folder."),
+@contextlib.contextmanager
+def _errors_in_one_line() -> Iterator[None]:
+    """Prints bad input and a lack of memory as one line, and exits."""
+    try:
+        yield
+    except PolarjaxError as error:
+        print(f"polarjax: {error}", file=sys.stderr)
+        raise typer.Exit(BAD_INPUT) from error
+    except RuntimeError as error:
+        from polarjax.errors import ran_out
+
+        if not ran_out(error):
+            raise
+        hint = "compute less at a time, or use a device with more memory; polarjax inspect tells the sizes"
+        print(f"polarjax: the device ran out of memory. Hint: {hint}", file=sys.stderr)
+        raise typer.Exit(BAD_INPUT) from error
+
+
+_JSON = {
+    "as_json": Annotated[
+        bool,
+        typer.Option("--json", help="Print the result as JSON, and nothing else, on standard output."),
+    ]
+}
+_CACHE = {
+    "no_cache": Annotated[
+        bool, typer.Option(OFF, help="Don't keep compiled programs in the user's cache folder.")
+    ]
 }
 """Options that verbs get in addition to their own."""
 
 
 def _add_flags(command: Any, function: Callable[..., Any], flags: Mapping[str, Any]) -> None:
-    """Gives `command` the signature of `function` plus flags, which default to False."""
+    """Gives `command` the signature of `function` plus flags, which default to False or None."""
     signature = inspect.signature(function)
-    kinds = {name: Annotated[bool, option] for name, option in flags.items()}
     added = [
-        inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=False, annotation=kind)
-        for name, kind in kinds.items()
+        inspect.Parameter(
+            name,
+            inspect.Parameter.KEYWORD_ONLY,
+            default=False if kind.__origin__ is bool else None,
+            annotation=kind,
+        )
+        for name, kind in flags.items()
     ]
     command.__signature__ = signature.replace(
         parameters=[*signature.parameters.values(), *added], return_annotation=None
     )
-    command.__annotations__ = function.__annotations__ | kinds
+    command.__annotations__ = function.__annotations__ | dict(flags)
 
 
 @contextlib.contextmanager

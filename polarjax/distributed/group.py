@@ -16,7 +16,10 @@ from polarjax.errors import InputError
 DIED = 1
 """Exit code of processes that end because another one did."""
 
-_GRACE_SECONDS = 2.0
+_CALLS = 4
+"""How often a process says that it is there before others think that it is dead."""
+
+_GRACE_SECONDS = 1.0
 
 
 @dataclasses.dataclass(frozen=True)
@@ -45,14 +48,17 @@ class Group:
     Args:
       process_id: of this process.
       peers: those that it is connected to.
+      timeout: seconds after which one that says nothing counts as dead.
     """
 
-    def __init__(self, process_id: int, peers: list[Peer]) -> None:
+    def __init__(self, process_id: int, peers: list[Peer], timeout: float) -> None:
         self.process_id, self._peers = process_id, {each.number: each for each in peers}
         self._me = f"process {process_id} ({socket.gethostname()})"
         self._ending = threading.Lock()
         self._left = False
+        threading.Thread(target=self._call, args=(timeout / _CALLS,), name="calls", daemon=True).start()
         for each in peers:
+            each.wire.limit(timeout)
             threading.Thread(target=self._watch, args=(each,), name=f"watch {each}", daemon=True).start()
 
     @property
@@ -119,6 +125,12 @@ class Group:
         for each in self._in_order():
             each.wire.send(**message)
 
+    def _call(self, seconds: float) -> None:
+        """Tells the others, again and again, that this process is there."""
+        while not self._left:
+            self._tell(kind="here")
+            time.sleep(seconds)
+
     def _watch(self, peer: Peer) -> None:
         """Takes what the peer sends, until it has left or died."""
         left = False
@@ -126,11 +138,11 @@ class Group:
             kind = message.get("kind")
             if kind == "end":
                 self._end(str(message.get("value")), int(message.get("code", DIED)))
-            else:
+            elif kind != "here":
                 left = left or kind == "left"
                 peer.inbox.put(message)
         if not left:
-            self._end(f"{peer} died", DIED)
+            self._end(f"{peer} {'does not answer' if peer.wire.silent else 'died'}", DIED)
 
     def _end(self, why: str, code: int) -> None:
         """Ends this process with a line, and tells the others; the main thread may wait for the dead one forever."""

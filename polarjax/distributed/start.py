@@ -17,6 +17,12 @@ from polarjax.errors import InputError, PolarjaxError
 from polarjax.numeric import whole_number
 
 _GREETING_SECONDS = 10.0
+_HEARTBEAT_SECONDS = 60
+"""So much later JAX itself would notice that a process is gone."""
+
+_LONGEST = 500
+"""Characters of an error that other processes repeat."""
+
 _VERSIONS = ("polarjax", "jax", "jaxlib")
 
 _group: Group | None = None
@@ -46,7 +52,7 @@ def initialize(
         torchrun.
       processes: their number; None takes it from the environment too.
       process_id: number of this process, from 0; None takes it from the environment too.
-      timeout: seconds after which a machine that doesn't answer counts as gone.
+      timeout: seconds after which a process that doesn't answer counts as dead.
       start_timeout: seconds in which all processes must have come.
 
     Raises:
@@ -61,7 +67,7 @@ def initialize(
     global _group
     _group = made
     _end_together(made)
-    _connect_devices(place, address, start_timeout)
+    _connect_devices(place, address, timeout, start_timeout)
     import jax
 
     kinds = sorted({each.device_kind for each in jax.local_devices()})
@@ -81,7 +87,7 @@ def _check_first() -> None:
         raise InputError(what, where="polarjax.distributed.initialize", hint=hint)
 
 
-def _connect_devices(place: Place, address: str, start_timeout: int) -> None:
+def _connect_devices(place: Place, address: str, timeout: int, start_timeout: int) -> None:
     import jax
 
     jax.config.update("jax_enable_preemption_service", False)  # which would swallow SIGTERM
@@ -92,6 +98,7 @@ def _connect_devices(place: Place, address: str, start_timeout: int) -> None:
         None if place.local_device_ids is None else list(place.local_device_ids),
         cluster_detection_method="deactivate",
         initialization_timeout=start_timeout,
+        heartbeat_timeout_seconds=timeout + _HEARTBEAT_SECONDS,
     )
 
 
@@ -111,11 +118,10 @@ def _join(place: Place, greeting: dict[str, Any], timeout: int, seconds: int) ->
     if connection is None:
         hint = "start process 0 too; check the address, and that no firewall closes the port"
         raise InputError("process 0 doesn't answer", where=where, got=f"nothing in {seconds} s", hint=hint)
-    wire = Wire(connection, timeout)
+    wire = Wire(connection)
     wire.send(**greeting)
     wire.limit(max(end - time.monotonic(), 0) + _GREETING_SECONDS)  # process 0 ends first
     answer = wire.receive()
-    wire.limit(None)
     if answer is None or answer.get("kind") != "start":
         wire.close()
     if answer is None or answer.get("kind") not in ("start", "refused"):
@@ -123,7 +129,7 @@ def _join(place: Place, greeting: dict[str, Any], timeout: int, seconds: int) ->
         raise InputError("process 0 has ended, or something else listens there", where=where, hint=hint)
     if answer["kind"] == "refused":
         raise InputError(**answer["value"])
-    return Group(place.process_id, [Peer(0, answer["machine"], wire)]), answer["value"]
+    return Group(place.process_id, [Peer(0, answer["machine"], wire)], timeout), answer["value"]
 
 
 def _gather(place: Place, greeting: dict[str, Any], timeout: int, seconds: int) -> tuple[Group, str]:
@@ -144,10 +150,9 @@ def _gather(place: Place, greeting: dict[str, Any], timeout: int, seconds: int) 
                 connection, _ = listening.accept()
             except TimeoutError:
                 break
-            wire = Wire(connection, timeout)
+            wire = Wire(connection)
             wire.limit(_GREETING_SECONDS)
             hello = wire.receive()
-            wire.limit(None)
             if hello is None or hello.get("kind") != "hello" or type(hello.get("process_id")) is not int:
                 wire.close()  # somebody else
                 continue
@@ -160,7 +165,7 @@ def _gather(place: Place, greeting: dict[str, Any], timeout: int, seconds: int) 
     address = f"{f'[{place.host}]' if ':' in place.host else place.host}:{free_port(place.host)}"
     for each in peers.values():
         each.wire.send(kind="start", value=address, machine=greeting["machine"])
-    return Group(0, list(peers.values())), address
+    return Group(0, list(peers.values()), timeout), address
 
 
 def _refusal(hello: dict[str, Any], mine: dict[str, Any], peers: dict[int, Peer]) -> dict[str, Any] | None:
@@ -232,5 +237,5 @@ def end_all(what: str, code: int) -> None:
         return
     for stream in (sys.stdout, sys.stderr):
         stream.flush()
-    _group.fail(" ".join(what.split()), code)
+    _group.fail(" ".join(what.split())[:_LONGEST], code)
     os._exit(code)  # JAX would wait for processes that have ended

@@ -1,4 +1,4 @@
-"""A connection between two processes: it carries JSON, a message a line, and breaks soon after one of them is gone."""
+"""A connection between two processes: it carries JSON, a message a line, and breaks when one of them is gone."""
 
 import contextlib
 import ipaddress
@@ -19,13 +19,14 @@ class Wire:
 
     Args:
       connection: the socket.
-      timeout: seconds after which a machine that doesn't answer counts as gone.
+
+    Attributes:
+      silent: whether it broke because nothing came in time.
     """
 
-    def __init__(self, connection: socket.socket, timeout: float) -> None:
-        self._socket, self._lock = connection, threading.Lock()
+    def __init__(self, connection: socket.socket) -> None:
+        self._socket, self._lock, self.silent = connection, threading.Lock(), False
         self._lines = connection.makefile("rb")
-        _keep_alive(connection, timeout)
 
     def send(self, **message: Any) -> bool:
         """Sends a message; False if the other end is gone."""
@@ -41,11 +42,12 @@ class Wire:
         try:
             line = self._lines.readline(_LONGEST)
             message = json.loads(line) if line.endswith(b"\n") else None
-        except (OSError, ValueError):
+        except (OSError, ValueError) as error:
+            self.silent = isinstance(error, TimeoutError)
             return None
         return message if isinstance(message, dict) else None
 
-    def limit(self, seconds: float | None) -> None:
+    def limit(self, seconds: float) -> None:
         """Waits at most so long for a message, from now on."""
         self._socket.settimeout(seconds)
 
@@ -93,15 +95,3 @@ def connect(host: str, port: int, seconds: float) -> socket.socket | None:
 
 def _family(host: str) -> socket.AddressFamily:
     return socket.AF_INET6 if ":" in host else socket.AF_INET
-
-
-def _keep_alive(connection: socket.socket, seconds: float) -> None:
-    """Makes the system look whether the other machine is still there, and break the connection if not."""
-    connection.settimeout(None)
-    connection.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
-    third = max(1, int(seconds / 3))
-    options = {"TCP_NODELAY": 1, "TCP_KEEPIDLE": third, "TCP_KEEPINTVL": third, "TCP_KEEPCNT": 2}
-    options["TCP_USER_TIMEOUT"] = int(seconds * 1000)
-    for name, value in options.items():
-        if hasattr(socket, name):  # not on every system
-            connection.setsockopt(socket.IPPROTO_TCP, getattr(socket, name), value)

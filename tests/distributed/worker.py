@@ -8,8 +8,8 @@ from polarjax import distributed
 
 
 def main(coordinator: str, processes: str, process_id: str, ending: str) -> None:
-    """Sums over all devices 20 times; `ending` says who ends in between, and how: "1 killed"."""
-    distributed.initialize(coordinator, int(processes), int(process_id), start_timeout=60)
+    """Sums over all devices, up to 20 times; `ending` says who ends after 10, and how: "1 killed"."""
+    distributed.initialize(coordinator, int(processes), int(process_id), timeout=2, start_timeout=60)
     import jax
     import numpy as np
     from jax.sharding import NamedSharding, PartitionSpec
@@ -18,11 +18,14 @@ def main(coordinator: str, processes: str, process_id: str, ending: str) -> None
     ones = jax.device_put(np.ones((16, 4), np.float32), NamedSharding(mesh, PartitionSpec("model")))
     total = jax.jit(lambda x: x.sum(), out_shardings=NamedSharding(mesh, PartitionSpec()))
     for i in range(20):
-        print(f"{jax.device_count()} devices: {int(total(ones).addressable_data(0))}", flush=True)
         if i == 10 and ending == f"{process_id} killed":
             os.kill(os.getpid(), signal.SIGKILL)
+        if i == 10 and ending == f"{process_id} stops":
+            print("stops now", flush=True)
+            os.kill(os.getpid(), signal.SIGSTOP)
         if i == 10 and ending == f"{process_id} raises":
             raise ValueError("broken\nhere")
+        print(f"{jax.device_count()} devices: {int(total(ones).addressable_data(0))}", flush=True)
 
 
 if __name__ == "__main__":

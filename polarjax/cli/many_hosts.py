@@ -1,0 +1,114 @@
+"""`--coordinator`: a verb as one of several processes that decode together. Process 0 alone prints and writes."""
+
+import contextlib
+import dataclasses
+import os
+import signal
+import sys
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from polarjax.errors import InputError
+
+FLAGS = {
+    "coordinator": Annotated[
+        str | None,
+        typer.Option(
+            help="Run as one of several processes: HOST:PORT where process 0 listens, or auto: see --processes."
+        ),
+    ],
+    "processes": Annotated[
+        int | None,
+        typer.Option(
+            help="With --coordinator: how many there are; auto: from SLURM, Open MPI, Kubernetes or torchrun."
+        ),
+    ],
+    "process_id": Annotated[int | None, typer.Option(help="With --coordinator: which this is, from 0.")],
+}
+"""Options of verbs that can run as several processes."""
+
+INTERRUPTED = 128 + signal.SIGINT  # the exit code that shells use
+
+_OUTPUTS = ("folder", "prompts", "output", "overwrite", "resume")
+"""Options that may differ: paths, and what only process 0 does."""
+
+
+@contextlib.contextmanager
+def joined(
+    coordinator: str | None = None, processes: int | None = None, process_id: int | None = None
+) -> Iterator[bool]:
+    """Joins the other processes, if there are any; yields whether this one prints and writes.
+
+    An error or an interruption in the block ends the others too, with a line that names this process.
+    """
+    if coordinator is None:
+        for name, value in (("--processes", processes), ("--process-id", process_id)):
+            if value is not None:
+                raise InputError(f"{name} is for --coordinator", hint="give --coordinator HOST:PORT too")
+        yield True
+        return
+    os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")  # before JAX is loaded: fewer lines of its own
+    from polarjax.distributed.start import end_all, group, initialize
+
+    initialize(coordinator, processes, process_id)
+    try:
+        with _voice() as speaks:
+            yield speaks
+    except typer.Exit as error:
+        if (cause := error.__cause__) is not None:
+            if (made := group()) is not None and made.process_id:  # process 0 has said it
+                made.await_news()
+                print(f"polarjax: {cause}", file=sys.stderr)
+            end_all(str(cause), error.exit_code)
+        raise
+    except (KeyboardInterrupt, SystemExit) as error:
+        code = error.code if isinstance(error, SystemExit) else INTERRUPTED
+        end_all("it was interrupted", code if isinstance(code, int) else 1)
+        raise
+
+
+@contextlib.contextmanager
+def _voice() -> Iterator[bool]:
+    """Yields whether this is process 0. Others are silent; on process 0, what libraries print isn't taken for output."""
+    from polarjax.distributed.start import group
+
+    made = group()
+    if made is not None and made.process_id:
+        with (
+            open(os.devnull, "w") as out,
+            open(os.devnull, "w") as err,
+            contextlib.redirect_stdout(out),
+            contextlib.redirect_stderr(err),
+        ):
+            yield False
+        return
+    sys.stdout.flush()
+    with open(os.dup(1), "w", encoding="utf-8", errors="backslashreplace") as out:
+        os.dup2(2, 1)
+        with contextlib.redirect_stdout(out):
+            yield True
+
+
+def agreed[T](options: T) -> T:
+    """The options as this process takes them: only process 0 writes.
+
+    Raises:
+      InputError: the processes have different options.
+    """
+    from polarjax.distributed.start import group
+
+    made = group()
+    if made is None:
+        return options
+    given: Mapping[str, Any] = dataclasses.asdict(options)  # pyright: ignore[reportArgumentType]
+    compared = {
+        f"--{name.replace('_', '-')}": str(each) for name, each in given.items() if name not in _OUTPUTS
+    }
+    made.agree(compared, hint="give every process the same options")
+    if not made.process_id:
+        return options
+    nowhere = None if None in (given["prompts"], given["output"]) else Path(os.devnull)
+    return dataclasses.replace(options, output=nowhere, resume=False)  # pyright: ignore[reportArgumentType]
