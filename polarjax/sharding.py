@@ -3,6 +3,7 @@
 import dataclasses
 
 import jax
+import numpy as np
 from flax import nnx
 
 from polarjax.model.decoder import Decoder
@@ -10,6 +11,7 @@ from polarjax.model.layout import Layout, axes_of
 from polarjax.model.parameters import parameters, with_parameters
 from polarjax.selection.plans import PlanTable
 from polarjax.selection.routers import LayerRouter, Routers
+from polarjax.types import Array
 
 
 def logical_axes(model: Decoder) -> dict[str, tuple[str, ...]]:
@@ -31,22 +33,31 @@ def parameter_shardings(model: Decoder, layout: Layout) -> dict[str, jax.shardin
     return {name: layout.sharding(layout.spec(axes)) for name, axes in logical_axes(model).items()}
 
 
+def place(value: Array, sharding: jax.sharding.NamedSharding) -> Array:
+    """The array on a mesh; where that has devices of other processes, every process fills its own."""
+    spread = isinstance(value, jax.Array) and not value.is_fully_addressable
+    if sharding.is_fully_addressable or spread:
+        return jax.device_put(value, sharding)
+    whole = np.asarray(value)
+    return jax.make_array_from_callback(whole.shape, sharding, lambda index: whole[index])
+
+
 def place_model(model: Decoder, layout: Layout) -> Decoder:
     """The model on the mesh of `layout`; parameters that are there already aren't copied."""
     shardings = parameter_shardings(model, layout)
-    flat = {name: jax.device_put(value, shardings[name]) for name, value in parameters(model).items()}
+    flat = {name: place(value, shardings[name]) for name, value in parameters(model).items()}
     return with_parameters(model.config, flat, layout=layout)
 
 
 def place_routers(routers: Routers, layout: Layout) -> Routers:
     """The routers on the mesh of `layout`, each with the groups or neurons that it scores."""
 
-    def place(router: LayerRouter) -> LayerRouter:
-        put = lambda name, value: jax.device_put(value, layout.sharding(layout.router_spec(name)))
+    def placed(router: LayerRouter) -> LayerRouter:
+        put = lambda name, value: place(value, layout.sharding(layout.router_spec(name)))
         fields = ((field.name, getattr(router, field.name)) for field in dataclasses.fields(router))
         return dataclasses.replace(router, **{name: put(name, a) for name, a in fields if a is not None})
 
-    return dataclasses.replace(routers, layers=tuple(map(place, routers.layers)))
+    return dataclasses.replace(routers, layers=tuple(map(placed, routers.layers)))
 
 
 def attention_for(plans: PlanTable | None, devices: int) -> str:
