@@ -2,13 +2,14 @@
 
 import dataclasses
 import math
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
 from polarjax.errors import CheckpointError, InputError
 from polarjax.generation.sampling import Categorical, Greedy, Sampler
 from polarjax.generation.token_loop import LARGEST_ID, is_token_id
-from polarjax.numeric import make_plain, plain
+from polarjax.numeric import make_plain, plain, shown
 from polarjax.storage.atomic import read_json
 
 GENERATION_CONFIG = "generation_config.json"
@@ -132,6 +133,29 @@ class GenerationSettings:
         if repetition_penalty is not None:
             given["repetition_penalty"] = repetition_penalty
         return dataclasses.replace(self, do_sample=do_sample, **given)
+
+    def asked(self, given: Mapping[str, Any], check: Callable[[str, Any], object]) -> "GenerationSettings":
+        """These settings with what a request gives, by the names of `with_flags`: a temperature of 0 draws nothing,
+        whatever the request says about drawing.
+
+        Args:
+          given: the values.
+          check: raises what is wrong with the value of a name; not called with a temperature of 0.
+
+        Raises:
+          InputError: a negative temperature, or these settings hold an unusable value that would now be used.
+        """
+        temperature: Any = given.get("temperature")
+        number = type(temperature) in (int, float)
+        if number and -math.inf < temperature < 0:
+            got, hint = shown(temperature), "0 takes the most likely tokens"
+            raise InputError("temperature is out of range", got=got, expected="at least 0", hint=hint)
+        greedy = number and temperature == 0
+        for name, value in given.items():
+            if not (greedy and name == "temperature"):
+                check(name, value)
+        kept = ("repetition_penalty",) if greedy else tuple(given)
+        return self.with_flags(greedy=greedy, **{name: given[name] for name in kept if name in given})
 
     @property
     def notes(self) -> tuple[str, ...]:

@@ -13,7 +13,7 @@ from polarjax.engine.in_order import Answer, Task, most_held
 from polarjax.errors import InputError, PolarjaxError
 from polarjax.generation.checks import check_copies, check_seed, check_stop_ids
 from polarjax.generation.settings import GenerationSettings
-from polarjax.jobs.line_settings import check_value, with_options
+from polarjax.jobs.line_settings import with_line
 from polarjax.selection.plans import PlanTable
 from polarjax.text.assembly import Ending, check_stop_strings
 from polarjax.text.prompt_files import PromptLine
@@ -88,20 +88,7 @@ class LineRequests:
     def _settings(self, given: Mapping[str, Any]) -> GenerationSettings:
         """The settings of a line."""
         drawing = {name: given[name] for name in _DRAWING if name in given}
-        temperature = drawing.get("temperature")
-        greedy = type(temperature) in (int, float) and temperature == 0
-        for name, value in drawing.items():
-            if isinstance(value, list):  # one for each row
-                hint = "correct the value or leave it out"
-                raise InputError(
-                    f"{name} is not usable", got=repr(value)[:80], expected="a number", hint=hint
-                )
-            if name != "temperature" or not greedy:
-                hint = "correct the value or leave it out; temperature 0 takes the most likely tokens"
-                check_value(name, value, where=None, hint=hint)
-        if greedy:
-            drawing = {name: drawing[name] for name in drawing if name == "repetition_penalty"}
-        settings = with_options(self.settings, greedy=greedy, **drawing)
+        settings = with_line(self.settings, drawing)
         stops: dict[str, Any] = {}
         if "stop" in given:
             stop = given["stop"]

@@ -1,9 +1,12 @@
 """A prompt's own sampling settings: they override the job's, which override the model's."""
 
+import contextlib
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 from polarjax.errors import InputError
 from polarjax.generation.settings import GENERATION_CONFIG, GenerationSettings
+from polarjax.numeric import shown
 
 
 def check_value(name: str, value: Any, *, where: str | None, hint: str) -> None:
@@ -20,10 +23,30 @@ def with_options(settings: GenerationSettings, *, greedy: bool, **options: Any) 
     Raises:
       InputError: an option contradicts `greedy`, or the model's file has an unusable value that would now be used.
     """
-    try:
+    with _naming_the_file():
         return settings.with_flags(greedy=greedy, **options)
+
+
+def with_line(settings: GenerationSettings, given: Mapping[str, Any]) -> GenerationSettings:
+    """The job's settings, overridden by those that a line gives; raises `InputError` for an unusable one."""
+
+    def check(name: str, value: Any) -> None:
+        hint = "correct the value or leave it out"
+        if isinstance(value, list):  # one for each row
+            raise InputError(f"{name} is not usable", got=shown(value), expected="a number", hint=hint)
+        check_value(name, value, where=None, hint=f"{hint}; temperature 0 takes the most likely tokens")
+
+    with _naming_the_file():
+        return settings.asked(given, check)
+
+
+@contextlib.contextmanager
+def _naming_the_file() -> Iterator[None]:
+    """Says that a value which was not given comes from the model's file."""
+    try:
+        yield
     except InputError as error:
-        if error.where is None:  # greedy and sampling
+        if error.where is None:  # what was given
             raise
         hint = "give an option for it too, or greedy alone"
         raise reworded(error, where=f"the model's {GENERATION_CONFIG}", hint=hint) from error

@@ -6,11 +6,13 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from polarjax.engine.slots import MOST_LOGPROBS
+from polarjax.errors import InputError, PolarjaxError
 from polarjax.generation.checks import check_best, check_new_tokens, check_seed, check_stop_ids
 from polarjax.generation.settings import GenerationSettings
 from polarjax.numeric import shown
 from polarjax.serving.errors import ApiError, checked
 from polarjax.serving.messages import conversation
+from polarjax.storage.strict_json import strict_json
 from polarjax.text.assembly import check_stop_strings
 
 MOST_STOPS, LONGEST_STOP = 16, 256  # every new token is compared with them, for all requests in one thread
@@ -134,9 +136,12 @@ class Asked:
 def read_json(raw: bytes) -> dict[str, Any]:
     """The object in a body; raises `ApiError` unless it is one, without NaN and infinity and without repeated keys."""
     try:
-        data = json.loads(raw, parse_constant=_no_constant, object_pairs_hook=_object)
-    except (ValueError, RecursionError) as error:
-        raise ApiError(f"the body is not JSON: {error}") from error
+        data = strict_json(raw, hint="correct the body")
+    except InputError as error:
+        refused = PolarjaxError(
+            error.what, where="the JSON of the body", got=error.got, expected=error.expected
+        )
+        raise ApiError(str(refused)) from error
     if not isinstance(data, dict):
         raise ApiError(f"the body is not a JSON object; got {shown(data)}")
     return {name: value for name, value in data.items() if value is not None}
@@ -231,13 +236,8 @@ def _sampling(data: Mapping[str, Any], own: GenerationSettings) -> dict[str, Any
     """The sampler and penalty: the model's own, overridden by the body; a temperature of 0 draws nothing."""
     names = ("temperature", "top_p", "top_k", "repetition_penalty")
     given = {name: data[name] for name in names if name in data}
-    greedy = given.get("temperature") == 0
-    given = {name: value for name, value in given.items() if not (greedy and name == "temperature")}
-    for name, value in given.items():
-        checked(name, GenerationSettings().with_flags, **{name: value})
-    if greedy:
-        given = {name: value for name, value in given.items() if name == "repetition_penalty"}
-    made = checked("temperature", own.with_flags, greedy=greedy, **given)
+    check = lambda name, value: checked(name, GenerationSettings().with_flags, **{name: value})
+    made = checked("temperature", own.asked, given, check)
     return {"sampler": made.sampler, "repetition_penalty": made.repetition_penalty}
 
 
@@ -253,16 +253,3 @@ def _stops(data: Mapping[str, Any], own: GenerationSettings) -> dict[str, Any]:
             raise ApiError(f"stop: too much to look for; expected {expected}", param="stop")
         made["stop_strings"] = checked("stop", check_stop_strings, stops)
     return made
-
-
-def _object(pairs: Sequence[tuple[str, Any]]) -> dict[str, Any]:
-    made = dict(pairs)
-    if len(made) < len(pairs):
-        names = [name for name, _ in pairs]
-        repeated = next(name for name in names if names.count(name) > 1)
-        raise ValueError(f"the key {shown(repeated)} is given twice")
-    return made
-
-
-def _no_constant(name: str) -> Any:
-    raise ValueError(f"{name} is not a JSON number")

@@ -2,8 +2,6 @@
 
 import dataclasses
 import hashlib
-import json
-import math
 import os
 import re
 from collections import deque
@@ -12,6 +10,7 @@ from pathlib import Path
 from typing import Any, Self
 
 from polarjax.errors import InputError
+from polarjax.storage.strict_json import strict_json
 from polarjax.text.byte_lines import LONGEST_LINE, STDIN, ByteLines
 from polarjax.text.corpus import read_text
 from polarjax.text.prompts import SHAPES, Prompt, as_entry, as_json, prompt_in
@@ -173,12 +172,12 @@ class PromptFile:
             text = _decoded(raw).rstrip("\r")
             if not self._json:
                 return _given(name, {"prompt": text})
-            return line_of(name, head, _value(text))
+            return line_of(name, head, strict_json(text, hint=_CORRECT))
         except InputError as error:
             return PromptLine(name, head, error=error)
 
 
-_WRITE = "write a prompt on each line"
+_WRITE, _CORRECT = "write a prompt on each line", "correct the line"
 
 
 def line_of(name: str, place: dict[str, Any], entry: Any) -> PromptLine:
@@ -204,7 +203,8 @@ def line_of(name: str, place: dict[str, Any], entry: Any) -> PromptLine:
                 raise InputError("unknown key", got=repr(key)[:80], expected=expected, hint=hint)
         return _given(name, given, head)
     except RecursionError:
-        return PromptLine(name, place, error=_too_deep())
+        too_deep = InputError("not JSON", got="too many brackets inside each other", hint=_CORRECT)
+        return PromptLine(name, place, error=too_deep)
     except InputError as error:
         return PromptLine(name, head, error=error)
 
@@ -226,45 +226,10 @@ def _decoded(raw: bytes) -> str:
         raise InputError("not UTF-8", got=got, hint="save the prompts as UTF-8") from error
 
 
-def _value(text: str) -> Any:
-    """The value in a line of strict JSON: no key twice, no NaN and no infinity."""
-    try:
-        return json.loads(text, object_pairs_hook=_object, parse_constant=_no_number, parse_float=_number)
-    except json.JSONDecodeError as error:
-        got = f"{error.msg} at character {error.pos + 1}"
-        raise InputError("not JSON", got=got, expected="an object", hint="correct the line") from error
-    except RecursionError as error:
-        raise _too_deep() from error
-    except InputError:
-        raise
-    except ValueError as error:  # whole numbers of thousands of digits
-        raise InputError("not JSON", got=str(error), hint="correct the line") from error
-
-
-def _too_deep() -> InputError:
-    return InputError("not JSON", got="too many brackets inside each other", hint="correct the line")
-
-
-def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    made = dict(pairs)
-    if len(made) < len(pairs):
-        twice = next(key for i, (key, _) in enumerate(pairs) if key in dict(pairs[:i]))
-        raise InputError("a key comes twice", got=repr(twice)[:80], hint="remove one of them")
-    return made
-
-
-def _number(text: str) -> float:
-    return value if math.isfinite(value := float(text)) else _no_number(text)
-
-
-def _no_number(text: str) -> float:
-    raise InputError("not JSON", got=text[:80], expected="finite numbers", hint="write null for no value")
-
-
 def _array(path: Path, text: str) -> list[Any]:
     """The entries of a `.json` file."""
     try:
-        data = _value(text)
+        data = strict_json(text, hint=_CORRECT)
     except InputError as error:
         hint = "correct the file; if each line is an object of its own, name it .jsonl"
         raise InputError(error.what, where=path, got=error.got, hint=hint) from error
