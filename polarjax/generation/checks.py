@@ -87,7 +87,7 @@ def check_new_tokens(count: Any) -> int:
     count = plain(count)
     if type(count) is not int or count < 1:
         raise InputError(
-            "nothing to generate",
+            "nothing to generate" if type(count) is int else "not a number of tokens",
             where="max_new_tokens",
             got=_shown(count),
             expected="a positive whole number",
