@@ -7,11 +7,13 @@ from typing import Any
 import jax
 
 from polarjax.checkpoint.bundle import Bundle
+from polarjax.checkpoint.same_model import agree_on_mesh
 from polarjax.model.checks import check_model
 from polarjax.model.decoder import Decoder
 from polarjax.model.layout import RULES, Layout
 from polarjax.model.layout_checks import check_mesh
 from polarjax.model.mesh_shape import Attention
+from polarjax.model.parameters import fingerprint
 from polarjax.selection.plans import PlanTable
 from polarjax.sharding import attention_for, place_model, place_routers
 
@@ -56,8 +58,11 @@ def shard[T: (Bundle, Decoder)](
     """
     if not isinstance(bundle, Bundle):
         check_model(bundle, where="shard")
-        return place_model(bundle, layout_for(mesh, None, rules=rules, attention=attention))
+        layout = layout_for(mesh, None, rules=rules, attention=attention)
+        agree_on_mesh(mesh, layout.attention, fingerprint(bundle))
+        return place_model(bundle, layout)
     layout = layout_for(mesh, bundle.plans, rules=rules, attention=attention)
+    agree_on_mesh(mesh, layout.attention, fingerprint(bundle.model))
     model = place_model(bundle.model, layout)
     routers = None if bundle.routers is None else place_routers(bundle.routers, layout)
     return dataclasses.replace(bundle, model=model, routers=routers)

@@ -1,4 +1,4 @@
-"""Whether the processes of many hosts have the same model directory, each on its own disk."""
+"""Whether the processes of many hosts have the same model and mesh."""
 
 import hashlib
 import json
@@ -6,9 +6,12 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+import jax
+
 from polarjax.checkpoint.learned import PLANS
 from polarjax.checkpoint.manifest import ROUTERS
 from polarjax.distributed.start import group
+from polarjax.errors import InputError
 from polarjax.storage.fingerprint import short
 from polarjax.storage.record import digest, digests, files
 
@@ -31,6 +34,27 @@ def agree_on_model(folder: Path, manifest: Mapping[str, Any]) -> None:
         "their plans": _file(folder / PLANS),
     }
     hosts.agree(about, hint="copy one model directory to every machine")
+
+
+def agree_on_mesh(mesh: jax.sharding.Mesh, attention: str, weights: str = "") -> None:
+    """Returns when all processes have called this for the same mesh, and for a model with the same fingerprint.
+
+    Raises:
+      InputError: they differ, and every process raises it; or the mesh has devices of some processes only.
+    """
+    hosts = group()
+    if hosts is None:
+        return
+    owners = sorted({device.process_index for device in mesh.devices.flat})
+    sizes = ", ".join(f"{name}={size}" for name, size in mesh.shape.items())
+    where = "its own devices" if owners == [hosts.process_id] else f"devices of processes {owners}"
+    about = {"their meshes": f"{sizes} of {where}", "their attention": attention}
+    about["their models"] = short(weights) if weights else ""
+    hosts.agree(about, hint="make the same mesh of the same model everywhere")
+    if len(owners) not in (1, hosts.count):
+        hint = f"use all {jax.device_count()} devices of all processes"
+        got = f"{where} of {hosts.count}"
+        raise InputError("the mesh leaves out some processes", where="mesh", got=got, hint=hint)
 
 
 def _file(path: Path) -> str:

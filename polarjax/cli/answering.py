@@ -13,6 +13,7 @@ from typing import Any
 from polarjax.checkpoint import bundle as bundles
 from polarjax.cli import generating, job_output
 from polarjax.cli.generate import GenerateOptions
+from polarjax.cli.many_hosts import agree_on_texts
 from polarjax.distributed.group import Group
 from polarjax.distributed.start import group
 from polarjax.engine import checks as engine_checks
@@ -45,7 +46,7 @@ def run(options: GenerateOptions) -> dict[str, Any]:
         lines = stack.enter_context(PromptFile(options.prompts, options.prompt or ()))  # pyright: ignore[reportArgumentType]
         survey, hosts = lines.survey(), group()
         if hosts is not None:
-            _check_prompts(hosts, survey)
+            _check_prompts(survey)
         taken = _only_line(options, lines) if options.stream else []
         output = job_output.of(options)
         if isinstance(output, LineStream):
@@ -92,12 +93,12 @@ def check(options: GenerateOptions) -> None:
         raise InputError("--logprobs is for --output", hint="give --output FILE, or - for standard output")
 
 
-def _check_prompts(hosts: Group, survey: Survey | None) -> None:
+def _check_prompts(survey: Survey | None) -> None:
     """Raises `InputError` unless all processes read the same prompts."""
     if survey is None:
         hint = "write the prompts into a file that every process can read"
         raise InputError("several processes can't read one pipe", where="--prompts", hint=hint)
-    hosts.agree({"their prompts": survey.checksum}, hint="give every process a copy of one file")
+    agree_on_texts({"their prompts": survey.checksum})
 
 
 def _only_line(options: GenerateOptions, lines: PromptFile) -> list[PromptLine]:

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from polarjax.cli.inputs import window_length
+from polarjax.cli.many_hosts import agree_on_texts, agreed
 from polarjax.errors import InputError
 
 if TYPE_CHECKING:
@@ -88,6 +89,7 @@ def run(options: EvalOptions, columns: "Columns", greedy: "GreedyOptions | None"
     from polarjax.evaluation.pictures import draw, picture_kind
     from polarjax.storage.atomic import atomic_file, dump_json
 
+    options = agreed(options)
     wanted = _numbers(options)
     with contextlib.ExitStack() as stack:
         outputs = {}
@@ -179,6 +181,7 @@ def _read(paths: list[Path]) -> tuple[list[str], list[dict[str, Any]]]:
     for path, text in zip(paths, texts, strict=True):
         raw = text.encode()
         described.append({"name": str(path), "bytes": len(raw), "sha256": hashlib.sha256(raw).hexdigest()})
+    agree_on_texts({"their texts": [each["sha256"][:16] for each in described]})
     return texts, described
 
 

@@ -63,11 +63,14 @@ VERBS = {
     "generate": Verb("polarjax.cli.generate:generate", "Continue prompts, dense or sparse.", many_hosts=True),
     "serve": Verb("polarjax.cli.serve:serve", "Answer requests over HTTP, as OpenAI's interface does."),
     "eval perplexity": Verb(
-        "polarjax.cli.eval_perplexity:eval_perplexity", "Measure perplexity on text, dense and sparse."
+        "polarjax.cli.eval_perplexity:eval_perplexity",
+        "Measure perplexity on text, dense and sparse.",
+        many_hosts=True,
     ),
     "eval agreement": Verb(
         "polarjax.cli.eval_agreement:eval_agreement",
         "Measure how often sparse and dense predict and write the same.",
+        many_hosts=True,
     ),
     "eval harness": Verb("polarjax.cli.eval_harness:harness", "Run tasks of lm-evaluation-harness."),
     "export": Verb(

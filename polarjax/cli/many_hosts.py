@@ -7,11 +7,14 @@ import signal
 import sys
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from polarjax.errors import InputError
+
+if TYPE_CHECKING:
+    from _typeshed import DataclassInstance
 
 FLAGS = {
     "coordinator": Annotated[
@@ -32,8 +35,11 @@ FLAGS = {
 
 INTERRUPTED = 128 + signal.SIGINT  # the exit code that shells use
 
-_OUTPUTS = ("folder", "prompts", "output", "overwrite", "resume")
-"""Options that may differ: paths, and what only process 0 does."""
+_INPUTS = ("folder", "prompts", "text", "static_text")
+"""Paths, which may differ; what is there is compared when it is read."""
+
+_OUTPUTS = ("output", "overwrite", "resume", "report", "picture")
+"""What process 0 alone writes, and how."""
 
 
 @contextlib.contextmanager
@@ -92,7 +98,7 @@ def _voice() -> Iterator[bool]:
             yield True
 
 
-def agreed[T](options: T) -> T:
+def agreed[T: "DataclassInstance"](options: T) -> T:
     """The options as this process takes them: only process 0 writes.
 
     Raises:
@@ -103,12 +109,22 @@ def agreed[T](options: T) -> T:
     made = group()
     if made is None:
         return options
-    given: Mapping[str, Any] = dataclasses.asdict(options)  # pyright: ignore[reportArgumentType]
-    compared = {
-        f"--{name.replace('_', '-')}": str(each) for name, each in given.items() if name not in _OUTPUTS
-    }
-    made.agree(compared, hint="give every process the same options")
+    given = {field.name: getattr(options, field.name) for field in dataclasses.fields(options)}
+    compared = {name: str(each) for name, each in given.items() if name not in _INPUTS + _OUTPUTS}
+    options_of = {f"--{name.replace('_', '-')}": each for name, each in compared.items()}
+    made.agree(options_of, hint="give every process the same options")
     if not made.process_id:
         return options
-    nowhere = None if None in (given["prompts"], given["output"]) else Path(os.devnull)
-    return dataclasses.replace(options, output=nowhere, resume=False)  # pyright: ignore[reportArgumentType]
+    silent: dict[str, Any] = {name: None for name in given if name in _OUTPUTS}
+    silent |= {name: False for name in silent if isinstance(given[name], bool)}
+    if given.get("prompts") is not None and given["output"] is not None:
+        silent["output"] = Path(os.devnull)
+    return dataclasses.replace(options, **silent)
+
+
+def agree_on_texts(sums: Mapping[str, Any]) -> None:
+    """Raises `InputError` unless all processes have read the same, by checksums."""
+    from polarjax.distributed.start import group
+
+    if (made := group()) is not None:
+        made.agree(sums, hint="give every process copies of the same files")

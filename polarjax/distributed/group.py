@@ -48,11 +48,13 @@ class Group:
     Args:
       process_id: of this process.
       peers: those that it is connected to.
+      count: of all processes.
       timeout: seconds after which one that says nothing counts as dead.
     """
 
-    def __init__(self, process_id: int, peers: list[Peer], timeout: float) -> None:
-        self.process_id, self._peers = process_id, {each.number: each for each in peers}
+    def __init__(self, process_id: int, peers: list[Peer], count: int, timeout: float) -> None:
+        self.process_id, self.count = process_id, count
+        self._peers = {each.number: each for each in peers}
         self._me = f"process {process_id} ({socket.gethostname()})"
         self._ending = threading.Lock()
         self._left = False
@@ -60,11 +62,6 @@ class Group:
         for each in peers:
             each.wire.limit(timeout)
             threading.Thread(target=self._watch, args=(each,), name=f"watch {each}", daemon=True).start()
-
-    @property
-    def count(self) -> int:
-        """The number of processes that this one knows: all for process 0."""
-        return len(self._peers) + 1
 
     def agree(self, values: Mapping[str, Any], *, hint: str) -> None:
         """Returns when all processes have called this, if they have the same values.

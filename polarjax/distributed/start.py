@@ -129,7 +129,8 @@ def _join(place: Place, greeting: dict[str, Any], timeout: int, seconds: int) ->
         raise InputError("process 0 has ended, or something else listens there", where=where, hint=hint)
     if answer["kind"] == "refused":
         raise InputError(**answer["value"])
-    return Group(place.process_id, [Peer(0, answer["machine"], wire)], timeout), answer["value"]
+    first = Peer(0, answer["machine"], wire)
+    return Group(place.process_id, [first], place.processes, timeout), answer["value"]
 
 
 def _gather(place: Place, greeting: dict[str, Any], timeout: int, seconds: int) -> tuple[Group, str]:
@@ -165,7 +166,7 @@ def _gather(place: Place, greeting: dict[str, Any], timeout: int, seconds: int) 
     address = f"{f'[{place.host}]' if ':' in place.host else place.host}:{free_port(place.host)}"
     for each in peers.values():
         each.wire.send(kind="start", value=address, machine=greeting["machine"])
-    return Group(0, list(peers.values()), timeout), address
+    return Group(0, list(peers.values()), place.processes, timeout), address
 
 
 def _refusal(hello: dict[str, Any], mine: dict[str, Any], peers: dict[int, Peer]) -> dict[str, Any] | None:
