@@ -53,11 +53,11 @@ def find(coordinator: str = AUTO, processes: int | None = None, process_id: int 
         expected = f"0 to {count - 1}"
         hint = "number the processes from 0"
         raise InputError("no such process", where="--process-id", got=number, expected=expected, hint=hint)
-    host, port = _address(values["coordinator"])
+    host, port = host_and_port(values["coordinator"])
     return Place(host, port, count, number, values.get("local_device_ids"))
 
 
-def _address(text: Any) -> tuple[str, int]:
+def host_and_port(text: Any) -> tuple[str, int]:
     """Host and port of HOST:PORT or [IPv6]:PORT."""
     host, _, port = str(text).rpartition(":")
     host = host.removeprefix("[").removesuffix("]")

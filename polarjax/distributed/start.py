@@ -12,6 +12,7 @@ from typing import Any
 from polarjax.distributed import places
 from polarjax.distributed.group import DIED, Group, Peer
 from polarjax.distributed.places import AUTO, Place
+from polarjax.distributed.relay import relay
 from polarjax.distributed.wire import Wire, connect, free_port, listen
 from polarjax.errors import InputError, PolarjaxError
 from polarjax.numeric import whole_number
@@ -91,6 +92,8 @@ def _connect_devices(place: Place, address: str, timeout: int, start_timeout: in
     import jax
 
     jax.config.update("jax_enable_preemption_service", False)  # which would swallow SIGTERM
+    if place.process_id:
+        address = relay(*places.host_and_port(address))
     jax.distributed.initialize(
         address,
         place.processes,
