@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from polarjax.checkpoint.bundle import Bundle, needed_tokenizer
+from polarjax.checkpoint.manifest import read_manifest
 from polarjax.cli.generate import GenerateOptions
 from polarjax.engine.engine import Engine
 from polarjax.errors import CheckpointError, InputError
@@ -172,7 +173,8 @@ def record(
     return {
         _PROMPTS: None if survey is None else survey.checksum,
         "prompt": list(options.prompt or ()),
-        "model": fingerprint_of(parameters(bundle.model)),
+        "model": read_manifest(options.folder).get("fingerprint") or fingerprint_of(parameters(bundle.model)),
+        "dtype": bundle.model.dtype.name,
         "tokenizer": _sum(sums),
         "routers": None if dense or bundle.routers is None else bundle.routers.fingerprint,
         "plans": None if dense or bundle.plans is None else _sum(bundle.plans.to_json()),

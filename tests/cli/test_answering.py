@@ -267,7 +267,7 @@ OTHERS = {
     "tokens": (("--max-new-tokens", "11"), "begun with another max_new_tokens; got 12, expected 11"),
     "capacity": (("--capacity", "48"), "begun with another capacity; got 40, expected 48"),
     "seed": (("--seed", "1"), "begun with another seed; got 0, expected 1"),
-    "dtype": (("--dtype", "bfloat16"), "begun with another model; got float32 .*, expected bfloat16"),
+    "dtype": (("--dtype", "bfloat16"), "begun with another dtype; got float32, expected bfloat16"),
     "prompt": (("--prompt", "a"), r"begun with another prompt; got \[\], expected \['a'\]"),
 }
 
