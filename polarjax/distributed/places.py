@@ -3,6 +3,7 @@
 import contextlib
 import dataclasses
 import os
+import re
 import warnings
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -11,6 +12,7 @@ from polarjax.errors import InputError
 from polarjax.numeric import whole_number
 
 AUTO = "auto"
+_PROCESSES_OF_A_MACHINE = ("SLURM_STEP_TASKS_PER_NODE", "OMPI_COMM_WORLD_LOCAL_SIZE")
 _TORCHRUN = ("MASTER_ADDR", "MASTER_PORT", "WORLD_SIZE", "RANK")
 
 
@@ -112,8 +114,14 @@ def _from_jax() -> dict[str, Any] | None:
         return None
     found = {"coordinator": address, "processes": processes, "process_id": process_id}
     given = os.environ.get("JAX_LOCAL_DEVICE_IDS")
-    devices = [int(each) for each in given.split(",")] if given else devices
+    devices = [int(each) for each in given.split(",")] if given else None if _is_alone() else devices
     return found | {"local_device_ids": _tuple(devices)}
+
+
+def _is_alone() -> bool:
+    """Whether SLURM or Open MPI started one process on each machine: it has all the GPUs there."""
+    counts = [os.environ.get(name, "") for name in _PROCESSES_OF_A_MACHINE]
+    return any(re.fullmatch(r"1(\(x\d+\))?(,1(\(x\d+\))?)*", each) for each in counts)
 
 
 def _tuple(devices: Sequence[int] | None) -> tuple[int, ...] | None:

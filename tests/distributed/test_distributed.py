@@ -30,7 +30,14 @@ VERSIONS = {"polarjax": "1", "jax": "2"}
 @pytest.fixture
 def environment(monkeypatch):
     """Sets variables; nothing else there says anything about processes."""
-    for name in (*TORCHRUN, *SLURM, "LOCAL_RANK", "LOCAL_WORLD_SIZE", "KUBERNETES_SERVICE_HOST"):
+    for name in (
+        *TORCHRUN,
+        *SLURM,
+        "SLURM_STEP_TASKS_PER_NODE",
+        "LOCAL_RANK",
+        "LOCAL_WORLD_SIZE",
+        "KUBERNETES_SERVICE_HOST",
+    ):
         monkeypatch.delenv(name, raising=False)
     return lambda given: [monkeypatch.setenv(*each) for each in given.items()]
 
@@ -42,9 +49,19 @@ def environment(monkeypatch):
         (TORCHRUN | {"TORCHELASTIC_USE_AGENT_STORE": "True"}, Place("node1", 29501, 4, 3)),
         (TORCHRUN | {"LOCAL_RANK": "1", "LOCAL_WORLD_SIZE": "2"}, Place("node1", 29500, 4, 3, (1,))),
         (SLURM, Place("node3", 61447, 3, 1, (0,))),
+        (SLURM | {"SLURM_STEP_TASKS_PER_NODE": "1(x3)"}, Place("node3", 61447, 3, 1)),
+        (SLURM | {"SLURM_STEP_TASKS_PER_NODE": "2,1"}, Place("node3", 61447, 3, 1, (0,))),
         (SLURM | {"JAX_LOCAL_DEVICE_IDS": "0,1"}, Place("node3", 61447, 3, 1, (0, 1))),
     ],
-    ids=["torchrun", "torchrun's store", "a process for each GPU", "SLURM", "devices named"],
+    ids=[
+        "torchrun",
+        "its store",
+        "a process a GPU",
+        "SLURM",
+        "one a node",
+        "some nodes two",
+        "devices named",
+    ],
 )
 def test_a_place_is_found_in_the_environment(environment, variables, expected):
     environment(variables)
