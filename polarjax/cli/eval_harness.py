@@ -2,7 +2,7 @@
 
 import json
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, cast
 
 import typer
 
@@ -25,6 +25,9 @@ def harness(
     chat: Annotated[bool, typer.Option("--chat", help="Ask through the model's chat template.")] = False,
     head_density: HeadDensity = None,
     dense: Annotated[bool, typer.Option("--dense", help="Evaluate the dense model.")] = False,
+    protocol: Annotated[
+        str, typer.Option(help="masked: sparse at every token; decode: after the context, as in generation.")
+    ] = "masked",
     batch_size: Annotated[
         int | None, typer.Option(help="Sequences that run together; default: by their length.")
     ] = None,
@@ -35,11 +38,13 @@ def harness(
     ] = None,
 ) -> dict[str, Any]:
     """Evaluate a model on tasks of lm-evaluation-harness: sparse if it has routers and plans, otherwise dense."""
+    from polarjax.evaluation.checks import Mode, check_mode
     from polarjax.evaluation.harness import HarnessLM
     from polarjax.evaluation.harness_tasks import load_tasks, run_tasks, summary
 
     if dense and head_density is not None:
         raise InputError("--dense and --head-density contradict each other", hint="pass only one of them")
+    check_mode(protocol, where="--protocol")
     _check_counts(limit, few_shot)
     if samples is not None:
         _check_new(samples)
@@ -48,6 +53,7 @@ def harness(
         folder,
         sparsity=None if dense else "auto",
         head_density=head_density,
+        mode=cast("Mode", protocol),
         batch_size="auto" if batch_size is None else batch_size,
         dtype=dtype,
         seed=seed,
@@ -92,6 +98,7 @@ def _print(made: dict[str, Any]) -> None:
         "dense"
         if density is None
         else "keeping {neurons:.0%} of neurons, {groups:.0%} of heads".format(**density)
+        + ("" if made["protocol"] == "masked" else ", after the contexts")
     )
     for task, metrics in made["tasks"].items():
         values = {key: value for key, value in metrics.items() if isinstance(value, float)}

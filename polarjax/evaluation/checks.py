@@ -17,10 +17,18 @@ def largest_context(length: int, mode: str) -> int:
     return length - 1 - (mode == "decode")
 
 
+def check_mode(mode: Any, where: str = "evaluation") -> None:
+    """Raises `InputError` unless there is such a mode."""
+    if not isinstance(mode, str) or mode not in get_args(Mode.__value__):
+        hint = "masked is sparse at every token, decode as generation is"
+        raise InputError(
+            "no such mode", where=where, got=shown(mode), expected="'masked' or 'decode'", hint=hint
+        )
+
+
 def check_scoring(shape: tuple[int, ...], mode: Any, batch_size: Any, context: Any) -> tuple[int, int]:
     """The batch size and context as integers; raises `InputError` if these windows can't be scored this way."""
-    if not isinstance(mode, str) or mode not in get_args(Mode.__value__):
-        raise InputError("no such mode", where="evaluation", got=repr(mode), expected="'masked' or 'decode'")
+    check_mode(mode)
     batch_size = whole_number(batch_size, "batch_size", where="evaluation")
     if len(shape) != 2 or shape[0] < 1 or shape[1] < 2:
         raise InputError(

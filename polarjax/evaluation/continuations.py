@@ -9,6 +9,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from polarjax.evaluation.checks import Mode, check_mode
 from polarjax.evaluation.continuation_checks import check_continuations, check_scores
 from polarjax.generation.batch import bucket_length
 from polarjax.memory import explained_out_of_memory
@@ -16,6 +17,7 @@ from polarjax.model.checks import check_model
 from polarjax.model.decoder import Decoder, forward
 from polarjax.progress import task
 from polarjax.selection.checks import check_sparsity
+from polarjax.selection.masking import AfterPrompts
 from polarjax.selection.selectors import Sparsity
 from polarjax.types import Array, Bool, Float, Int
 
@@ -36,9 +38,11 @@ class Score(NamedTuple):
 
 @dataclasses.dataclass(frozen=True)
 class _Row:
-    """One input of the model and the requests that it answers: (index, last token, tokens of the continuation)."""
+    """One input of the model and the requests that it answers: (index, last token, tokens of the continuation); the
+    first `prompt` tokens are computed densely."""
 
     tokens: tuple[int, ...]
+    prompt: int
     requests: Sequence[tuple[int, int, int]]
 
 
@@ -47,6 +51,7 @@ def score_continuations(
     pairs: Sequence[Pair],
     *,
     sparsity: Sparsity | None = None,
+    mode: Mode = "masked",
     batch_size: int | None = None,
     max_length: int | None = None,
     description: str = "scoring",
@@ -55,12 +60,14 @@ def score_continuations(
 
     The model reads all tokens but the last. What is longer than `max_length` loses its oldest tokens. Rows are padded to
     powers of two, so there is one compilation for each power up to the longest. Equal inputs are computed once.
-    Sparsity is masked at every position, as in `polarjax.evaluation.perplexity` with mode "masked".
+    Nothing is skipped but masked, for each token alone.
 
     Args:
       model: the decoder.
       pairs: token ids of contexts and continuations, neither empty.
       sparsity: what to skip; None means dense.
+      mode: "masked" is sparse at every position; "decode" only after the context, as generation is: so what predicts
+        the continuation's first token is dense.
       batch_size: B, rows that run together; None takes as many as `LOGITS_BYTES` allow, at most `MOST_ROWS`.
       max_length: most tokens that the model reads at once; None is its number of positions.
       description: text of the progress bar.
@@ -72,19 +79,22 @@ def score_continuations(
     """
     check_model(model, where="evaluation")
     check_sparsity(sparsity, model.config)
+    check_mode(mode)
     longest = check_continuations(pairs, model.config, batch_size, max_length)
-    return _scored(model, _rows(pairs, longest), sparsity, batch_size, description)
+    rows = _rows(pairs, longest, apart=mode == "decode" and sparsity is not None)
+    return _scored(model, rows, sparsity, batch_size, description)
 
 
-def _rows(pairs: Sequence[Pair], longest: int) -> list[_Row]:
-    """Requests with the same input share a row; the longest rows first."""
+def _rows(pairs: Sequence[Pair], longest: int, *, apart: bool) -> list[_Row]:
+    """Requests with the same input share a row; the longest rows first. `apart`: contexts are computed densely."""
     shared = collections.defaultdict(list)
     for i, (context, continuation) in enumerate(pairs):
         tokens = (*context, *continuation)[-(longest + 1) :]
-        shared[tokens[:-1]].append((i, tokens[-1], len(continuation)))
+        prompt = len(tokens) - len(continuation) if apart else 0
+        shared[tokens[:-1], prompt].append((i, tokens[-1], len(continuation)))
     rows = [
-        _Row(tokens, requests[start : start + LAST_TOKENS])
-        for tokens, requests in shared.items()
+        _Row(tokens, prompt, requests[start : start + LAST_TOKENS])
+        for (tokens, prompt), requests in shared.items()
         for start in range(0, len(requests), LAST_TOKENS)
     ]
     return sorted(rows, key=lambda row: (-len(row.tokens), row.tokens))
@@ -120,13 +130,19 @@ def _run(
 ) -> list[tuple[int, Score]]:
     """The scores of a batch's requests; missing rows are filled with one token."""
     tokens, last = np.zeros((size, width), np.int32), np.zeros((size, LAST_TOKENS), np.int32)
-    lengths = np.ones(size, np.int32)
+    lengths, prompts = np.ones(size, np.int32), np.zeros(size, np.int32)
     for i, row in enumerate(batch):
-        lengths[i] = len(row.tokens)
+        lengths[i], prompts[i] = len(row.tokens), row.prompt
         tokens[i, : lengths[i]] = row.tokens
         last[i, : len(row.requests)] = [token for _, token, _ in row.requests]
-    inputs = jax.device_put((tokens, lengths, last))
-    inner, inner_best, final, final_best = jax.device_get(_log_probabilities(model, *inputs, sparsity))
+    tokens, lengths, last, prompts = jax.device_put((tokens, lengths, last, prompts))
+    skip = (
+        AfterPrompts.of(sparsity, prompts)
+        if sparsity is not None and any(row.prompt for row in batch)
+        else sparsity
+    )
+    found = jax.device_get(_log_probabilities(model, tokens, lengths, last, skip))
+    inner, inner_best, final, final_best = found
     scores = []
     for i, row in enumerate(batch):
         for k, (index, _, count) in enumerate(row.requests):

@@ -15,6 +15,7 @@ import jax
 
 from polarjax.checkpoint.bundle import Bundle, load, needed_tokenizer
 from polarjax.errors import InputError
+from polarjax.evaluation.checks import Mode, check_mode
 from polarjax.evaluation.continuation_checks import window_length
 from polarjax.evaluation.continuations import Pair, Score, score_continuations
 from polarjax.evaluation.harness_checks import (
@@ -40,14 +41,16 @@ _Template: Any = lm_eval_module("lm_eval.api.model").TemplateLM
 class HarnessLM(_Template):
     """A polarjax model that lm-evaluation-harness can evaluate.
 
-    Texts become tokens as with lm-eval's own `hf` backend. Log-likelihoods come from `forward`, with sparsity masked at
-    every position and neurons chosen for each token; texts are generated as by `Bundle.complete`, with sparsity used in
-    decoding and neurons chosen for the batch.
+    Texts become tokens as with lm-eval's own `hf` backend. Log-likelihoods come from `forward`, with sparsity as a mask
+    and neurons chosen for each token; texts are generated as by `Bundle.complete`, with sparsity used in decoding and
+    neurons chosen for the batch.
 
     Args:
       pretrained: a model directory, or a `Bundle`.
       sparsity: "auto" uses the routers and plans, if the model has both; None is the dense model; or a `Sparsity`.
       head_density: fraction of heads (groups) to keep, only with "auto"; None is the calibrated default.
+      mode: of log-likelihoods. "masked" is sparse at every token of context and continuation; "decode" only after the
+        context, which generation reads densely too.
       batch_size: sequences that run together; "auto" takes as many as their length allows for log-likelihoods, and
         `GENERATED_ROWS` for generation.
       max_batch_size: ignored; lm-eval passes it for other backends.
@@ -72,6 +75,7 @@ class HarnessLM(_Template):
         *,
         sparsity: Sparsity | Literal["auto"] | None = "auto",
         head_density: float | None = None,
+        mode: Mode = "masked",
         batch_size: int | str = "auto",
         max_batch_size: int | None = None,
         device: str | None = None,
@@ -86,6 +90,8 @@ class HarnessLM(_Template):
         super().__init__()
         del max_batch_size
         check_device(device)
+        check_mode(mode, where="HarnessLM")
+        self.mode: Mode = mode
         self._rows = batch_rows(batch_size)
         if isinstance(pretrained, Bundle) and dtype is not None:
             hint = "load the bundle with that dtype"
@@ -145,6 +151,7 @@ class HarnessLM(_Template):
             "model_num_parameters": sum(each.size for each in jax.tree.leaves(model)),
             "model_dtype": str(model.dtype),
             "density": None if sparsity is None else densities(sparsity.plan, model.config),
+            "protocol": None if sparsity is None else self.mode,
         }
 
     def tok_encode(
@@ -183,6 +190,7 @@ class HarnessLM(_Template):
             self.bundle.model,
             pairs,
             sparsity=self._skip(1),
+            mode=self.mode,
             batch_size=self._rows,
             max_length=self.max_length,
             description="log-likelihoods",

@@ -94,6 +94,38 @@ class Counted(Sparsity):
         return top_counted(check_scores("neurons", scores, activity.shape), self.neurons[layer])
 
 
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True, eq=False)
+class AfterPrompts(Sparsity):
+    """A `Sparsity` for the tokens after each row's prompt; the prompt is dense, as generation reads it. Only for
+    `forward`, whose logits are then those of generation, where neurons are chosen for one sequence.
+
+    Attributes:
+      prompts: tokens of each row's prompt, int32 [B].
+    """
+
+    prompts: Int[Array, "B"]
+
+    @classmethod
+    def of(cls, sparsity: Sparsity, prompts: Int[Array, "B"]) -> "AfterPrompts":
+        """`sparsity` after these prompts."""
+        return cls(sparsity.routers, sparsity.plan, prompts)
+
+    def group_mask(self, layer, x, norms):
+        """As `Sparsity.group_mask`."""
+        return self._or_prompt(super().group_mask(layer, x, norms))
+
+    def neuron_mask(self, layer, x, activity):
+        """As `Sparsity.neuron_mask`."""
+        return self._or_prompt(super().neuron_mask(layer, x, activity))
+
+    def _or_prompt(self, kept: Bool[Array, "B T n"] | None) -> Bool[Array, "B T n"] | None:
+        if kept is None:
+            return None
+        position = jnp.arange(kept.shape[1], dtype=jnp.int32)
+        return kept | (position[None] < self.prompts[:, None])[..., None]
+
+
 def top_counted(scores: Float[Array, "... n"], k: Int[Array, ""]) -> Bool[Array, "... n"]:
     """`top_mask` with a traced k, from 1 to n."""
     scores = jnp.where(jnp.isnan(scores), -jnp.inf, scores)

@@ -14,7 +14,8 @@ from polarjax.evaluation.continuations import rows_of, score_continuations
 from polarjax.evaluation.harness_generation import generation_options
 from polarjax.generation.sampling import Categorical, Greedy
 from polarjax.generation.settings import GenerationSettings
-from polarjax.model.decoder import forward
+from polarjax.model.cache import init_cache
+from polarjax.model.decoder import decode_step, forward, prefill
 from polarjax.selection.selectors import Sparsity
 from tests.model import zoo
 from tests.one_line import refuses
@@ -23,7 +24,7 @@ from tests.tolerances import assert_close
 NAME = "opt"
 MODEL = zoo.model(NAME)
 SPARSE = Sparsity(zoo.routers(NAME), zoo.half(zoo.CONFIGS[NAME]))
-FORWARD = zoo.jit(forward)
+FORWARD, PREFILL, STEP = zoo.jit(forward), zoo.jit(prefill), zoo.jit(decode_step)
 DRAW = np.random.default_rng(0)
 
 
@@ -42,6 +43,23 @@ def logits_of(tokens: Sequence[int], sparsity=None) -> np.ndarray:
     padded = jnp.asarray([[*tokens, *[0] * (zoo.POSITIONS - len(tokens))]], jnp.int32)
     logits = FORWARD(MODEL, padded, jnp.asarray([len(tokens)], jnp.int32), sparsity=sparsity)[0]
     return np.asarray(logits[0], np.float64)[: len(tokens)]
+
+
+def generated(pair, sparsity: Sparsity) -> tuple[float, bool]:
+    """One sequence alone: its context by `prefill`, its continuation by decoding steps."""
+    context, continuation = pair
+    context = [*context, *continuation][-(zoo.POSITIONS + 1) : -len(continuation)]
+    cache = init_cache(MODEL.config, batch_size=1, capacity=zoo.POSITIONS)
+    padded = jnp.asarray([[*context, *[0] * (zoo.POSITIONS - len(context))]], jnp.int32)
+    logits, cache = PREFILL(MODEL, padded, jnp.asarray([len(context)], jnp.int32), cache)
+    total, greedy = 0.0, True
+    for i, token in enumerate(continuation):
+        row = np.asarray(logits[0], np.float64)
+        total += row[token] - np.log(np.exp(row).sum())
+        greedy &= bool(row.argmax() == token)
+        if i < len(continuation) - 1:
+            logits, cache = STEP(MODEL, jnp.asarray([token], jnp.int32), cache, sparsity=sparsity)
+    return total, greedy
 
 
 def expected(pair, *, sparsity=None, longest=zoo.POSITIONS) -> tuple[float, bool]:
@@ -93,6 +111,17 @@ def test_scores_are_those_of_each_sequence_alone(batch_size, sparsity):
     assert_close([value for value, _ in found], [value for value, _ in wanted], "rounding")
     assert [greedy for _, greedy in found] == [greedy for _, greedy in wanted]
     assert sparsity or sum(greedy for _, greedy in found) >= 2
+
+
+def test_scores_after_a_dense_context_are_those_of_generation():
+    pairs = pairs_to_score()
+    found = scores(pairs, sparsity=SPARSE, mode="decode", batch_size=3)
+    wanted = [generated(each, SPARSE) for each in pairs]
+    assert_close([value for value, _ in found], [value for value, _ in wanted], "rounding")
+    assert [greedy for _, greedy in found] == [greedy for _, greedy in wanted]
+    assert scores(pairs, mode="decode") == scores(pairs)
+    with refuses(InputError, "no such mode"):
+        scores(pairs, mode="dense")
 
 
 def test_a_shorter_window_cuts_the_oldest_tokens():
