@@ -9,6 +9,11 @@ import typer
 from polarjax.cli.decoding_options import HeadDensity
 from polarjax.errors import InputError
 
+FewShot = Annotated[int | None, typer.Option(help="Examples in each prompt; default: the task's.")]
+Protocol = Annotated[
+    str, typer.Option(help="masked: sparse at every token; decode: after the context, as in generation.")
+]
+
 
 def harness(
     folder: Annotated[Path, typer.Argument(help="A model directory.")],
@@ -19,15 +24,11 @@ def harness(
         Path | None, typer.Option(help="Folder of the data of task files; default: the task file's own.")
     ] = None,
     limit: Annotated[int | None, typer.Option(help="Items per task; default: all.")] = None,
-    few_shot: Annotated[
-        int | None, typer.Option(help="Examples in each prompt; default: the task's.")
-    ] = None,
+    few_shot: FewShot = None,
     chat: Annotated[bool, typer.Option("--chat", help="Ask through the model's chat template.")] = False,
     head_density: HeadDensity = None,
     dense: Annotated[bool, typer.Option("--dense", help="Evaluate the dense model.")] = False,
-    protocol: Annotated[
-        str, typer.Option(help="masked: sparse at every token; decode: after the context, as in generation.")
-    ] = "masked",
+    protocol: Protocol = "masked",
     batch_size: Annotated[
         int | None, typer.Option(help="Sequences that run together; default: by their length.")
     ] = None,
