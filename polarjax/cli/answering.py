@@ -13,7 +13,7 @@ from typing import Any
 from polarjax.checkpoint import bundle as bundles
 from polarjax.cli import generating, job_output
 from polarjax.cli.generate import GenerateOptions
-from polarjax.cli.many_hosts import agree_on_texts
+from polarjax.cli.many_hosts import agree_on_prompts
 from polarjax.distributed.group import Group
 from polarjax.distributed.start import group
 from polarjax.engine import checks as engine_checks
@@ -30,7 +30,7 @@ from polarjax.numeric import whole_number
 from polarjax.progress import task as progress_task
 from polarjax.selection.plans import densities
 from polarjax.storage.line_file import LineStream
-from polarjax.text.prompt_files import PromptFile, PromptLine, Survey
+from polarjax.text.prompt_files import PromptFile, PromptLine
 from polarjax.text.tokenizer import Tokenizer
 
 SOME_FAILED = 3
@@ -45,8 +45,7 @@ def run(options: GenerateOptions) -> dict[str, Any]:
     with contextlib.ExitStack() as stack:
         lines = stack.enter_context(PromptFile(options.prompts, options.prompt or ()))  # pyright: ignore[reportArgumentType]
         survey, hosts = lines.survey(), group()
-        if hosts is not None:
-            _check_prompts(survey)
+        agree_on_prompts(None if survey is None else survey.checksum)
         taken = _only_line(options, lines) if options.stream else []
         output = job_output.of(options)
         if isinstance(output, LineStream):
@@ -91,14 +90,6 @@ def check(options: GenerateOptions) -> None:
         raise InputError("--resume and --overwrite contradict each other", hint="give one of them")
     if options.logprobs is not None and options.output is None:
         raise InputError("--logprobs is for --output", hint="give --output FILE, or - for standard output")
-
-
-def _check_prompts(survey: Survey | None) -> None:
-    """Raises `InputError` unless all processes read the same prompts."""
-    if survey is None:
-        hint = "write the prompts into a file that every process can read"
-        raise InputError("several processes can't read one pipe", where="--prompts", hint=hint)
-    agree_on_texts({"their prompts": survey.checksum})
 
 
 def _only_line(options: GenerateOptions, lines: PromptFile) -> list[PromptLine]:

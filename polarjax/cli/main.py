@@ -214,8 +214,9 @@ def _errors_in_one_line() -> Iterator[None]:
         if not ran_out(error):
             raise
         hint = "compute less at a time, or use a device with more memory; polarjax inspect tells the sizes"
-        print(f"polarjax: the device ran out of memory. Hint: {hint}", file=sys.stderr)
-        raise typer.Exit(BAD_INPUT) from error
+        explained = PolarjaxError("the device ran out of memory", hint=hint)
+        print(f"polarjax: {explained}", file=sys.stderr)
+        raise typer.Exit(BAD_INPUT) from explained
 
 
 _JSON = {

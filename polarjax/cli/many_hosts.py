@@ -128,3 +128,13 @@ def agree_on_texts(sums: Mapping[str, Any]) -> None:
 
     if (made := group()) is not None:
         made.agree(sums, hint="give every process copies of the same files")
+
+
+def agree_on_prompts(checksum: str | None) -> None:
+    """Raises `InputError` unless all processes read the same prompts, from files, which have a checksum."""
+    from polarjax.distributed.start import group
+
+    if checksum is None and group() is not None:
+        hint = "write the prompts into a file that every process can read"
+        raise InputError("several processes can't read one pipe", where="--prompts", hint=hint)
+    agree_on_texts({"their prompts": checksum})
