@@ -12,7 +12,8 @@ from polarjax.lazy import lazy_names
 
 if TYPE_CHECKING:
     from polarjax import costs, evaluation, sparsity
-    from polarjax.checkpoint.bundle import Bundle, load, save
+    from polarjax.checkpoint.bundle import Bundle, save
+    from polarjax.checkpoint.loading import load
     from polarjax.checkpoint.placement import shard
     from polarjax.configs import ModelConfig, RopeConfig
     from polarjax.engine.engine import Engine
@@ -43,7 +44,8 @@ else:
             "polarjax.costs": "",
             "polarjax.evaluation": "",
             "polarjax.sparsity": "",
-            "polarjax.checkpoint.bundle": "Bundle load save",
+            "polarjax.checkpoint.bundle": "Bundle save",
+            "polarjax.checkpoint.loading": "load",
             "polarjax.checkpoint.placement": "shard",
             "polarjax.configs": "ModelConfig RopeConfig",
             "polarjax.engine.engine": "Engine",

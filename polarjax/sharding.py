@@ -1,13 +1,17 @@
 """Places a model's parameters and routers on a mesh, by the logical names of their axes."""
 
 import dataclasses
+from collections.abc import Mapping
+from typing import Any
 
 import jax
 import numpy as np
 from flax import nnx
 
 from polarjax.model.decoder import Decoder
-from polarjax.model.layout import Layout, axes_of
+from polarjax.model.layout import RULES, Layout, axes_of
+from polarjax.model.layout_checks import check_mesh
+from polarjax.model.mesh_shape import Attention
 from polarjax.model.parameters import parameters, with_parameters
 from polarjax.selection.plans import PlanTable
 from polarjax.selection.routers import LayerRouter, Routers
@@ -67,3 +71,16 @@ def attention_for(plans: PlanTable | None, devices: int) -> str:
     """
     made_for_sequences = plans is not None and plans.neuron_shards == devices > 1 == plans.group_shards
     return "sequences" if made_for_sequences else "groups"
+
+
+def layout_for(
+    mesh: jax.sharding.Mesh,
+    plans: PlanTable | None,
+    *,
+    rules: Mapping[str, str | None] | None = None,
+    attention: Attention | None = None,
+) -> Layout:
+    """The layout on `mesh` of a model with these plans; see `shard`."""
+    check_mesh(mesh)
+    found: Any = attention_for(plans, mesh.shape["model"]) if attention is None else attention
+    return Layout(mesh, RULES if rules is None else rules, found)

@@ -30,7 +30,8 @@ import numpy as np
 from bench import report
 from bench.quality.break_even import Kernel, kernels, nearest_batch
 from bench.quality.neuron_passes import Text, mean_share, own_top, union
-from polarjax.checkpoint.bundle import Bundle, load_with_tokenizer
+from polarjax.checkpoint.bundle import Bundle
+from polarjax.checkpoint.loading import load_with_tokenizer
 from polarjax.errors import InputError, PolarjaxError
 from polarjax.model.parameters import fingerprint
 from polarjax.progress import show_lines, task

@@ -14,7 +14,6 @@ import functools
 import os
 import shutil
 from collections.abc import Iterable, Mapping, Sequence
-from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
@@ -30,19 +29,11 @@ from polarjax.checkpoint.learned import (
     PLANS,
     ROUTERS,
     kept_for,
-    marked,
-    read_plans,
-    read_routers,
     store_routers,
 )
 from polarjax.checkpoint.manifest import (
-    AGAIN,
     SOURCE_CONFIG,
-    read_config,
-    read_manifest,
-    read_source_config,
 )
-from polarjax.checkpoint.same_model import agree_on_model
 from polarjax.checkpoint.writer import new_model
 from polarjax.errors import CheckpointError, InputError, SparsityError
 from polarjax.generation.checks import random_key
@@ -50,19 +41,17 @@ from polarjax.generation.sampling import Sampler
 from polarjax.generation.settings import GenerationSettings
 from polarjax.model.checks import check_model
 from polarjax.model.decoder import Decoder
-from polarjax.model.parameters import fingerprint, parameters, with_parameters
+from polarjax.model.parameters import fingerprint, parameters
 from polarjax.numeric import check_type
 from polarjax.selection.plans import PlanTable
 from polarjax.selection.routers import Routers
 from polarjax.selection.selectors import Sparsity
-from polarjax.storage.arrays import read_arrays
 from polarjax.storage.atomic import absolute, write_json
-from polarjax.storage.dtypes import check_dtype
 from polarjax.text.assembly import Completion
 from polarjax.text.continuation import ContinueOptions, Skip, continue_all, count_new_tokens
 from polarjax.text.prompts import Message, as_prompts
-from polarjax.text.tokenizer import Tokenizer, has_tokenizer
-from polarjax.types import Array, DTypeLike, Key
+from polarjax.text.tokenizer import Tokenizer
+from polarjax.types import Array, Key
 
 
 @dataclasses.dataclass(frozen=True)
@@ -276,67 +265,6 @@ def save(path: str | os.PathLike[str], bundle: Bundle, *, overwrite: bool = Fals
             store_routers(writer.folder / ROUTERS, bundle.routers)
         if bundle.plans is not None:
             write_json(writer.folder / PLANS, bundle.plans.to_json())
-
-
-def load(path: str | os.PathLike[str], *, dtype: DTypeLike | None = None) -> Bundle:
-    """Reads a model directory onto the default device.
-
-    Args:
-      path: the directory.
-      dtype: the parameters' dtype, "float32", "bfloat16" or "float16"; None keeps the stored one. Routers keep theirs.
-
-    Raises:
-      InputError: `dtype` is not one of these.
-      CheckpointError: a part is missing or damaged, or was written by a newer polarjax.
-      SparsityError: routers or plans are for another model or other weights.
-    """
-    return _read(path, dtype, routers=True, plans=True)
-
-
-def load_to_learn(
-    path: str | os.PathLike[str], *, dtype: DTypeLike | None = None, routers: bool = False
-) -> Bundle:
-    """`load` without the parts that are about to be replaced: the plans and, unless `routers`, the routers."""
-    return _read(path, dtype, routers=routers, plans=False)
-
-
-def _read(path: str | os.PathLike[str], dtype: DTypeLike | None, *, routers: bool, plans: bool) -> Bundle:
-    dtype = None if dtype is None else check_dtype(dtype)
-    folder = absolute(path)
-    manifest = read_manifest(folder)
-    agree_on_model(folder, manifest)
-    config = read_config(folder)
-    flat = read_arrays(folder / "params", manifest["params"], dtype=dtype, hint=AGAIN)
-    model = with_parameters(config, flat)
-    weights = fingerprint(model)
-    tokenizer, kind = folder / "tokenizer", manifest["model_type"]
-    stored = str(manifest.get("fingerprint") or weights)  # earlier versions did not record it
-    found = read_routers(folder / ROUTERS, config, stored) if routers else None
-    table = read_plans(folder / PLANS, config, stored, found) if plans else None
-    return Bundle(
-        model=model,
-        tokenizer=Tokenizer.load(tokenizer, model_type=kind) if has_tokenizer(tokenizer) else None,
-        routers=marked(found, weights),
-        plans=marked(table, weights),
-        model_type=kind,
-        source_config=read_source_config(folder),
-        weights=weights,
-    )
-
-
-def load_with_tokenizer(
-    folder: Path, dtype: str | None = None, *, to_learn: bool = False
-) -> tuple[Bundle, Tokenizer]:
-    """Reads a model directory and its tokenizer; `to_learn` skips routers and plans, which will be replaced.
-
-    Raises:
-      CheckpointError: the directory is missing or damaged, or has no tokenizer.
-      InputError: a decoder can't have this `dtype`.
-    """
-    if dtype is not None:
-        check_dtype(dtype, where="--dtype")
-    bundle = load_to_learn(folder, dtype=dtype) if to_learn else load(folder, dtype=dtype)
-    return bundle, needed_tokenizer(bundle, folder / "tokenizer")
 
 
 def needed_tokenizer(bundle: Bundle, where: object) -> Tokenizer:

@@ -18,6 +18,7 @@ from polarjax.checkpoint.manifest import (
     read_part,
 )
 from polarjax.configs import ModelConfig
+from polarjax.model.layout import Layout
 from polarjax.selection.plans import PlanTable
 from polarjax.selection.routers import LayerRouter, Routers
 from polarjax.storage.arrays import ArrayWriter, read_arrays
@@ -46,14 +47,23 @@ def store_routers(folder: Path, routers: Routers) -> None:
         write_json(folder / "manifest.json", data | marks)
 
 
-def read_routers(folder: Path, config: ModelConfig, weights: str) -> Routers | None:
-    """The routers in a model directory whose parameters have the fingerprint `weights`; None if there are none."""
+def read_routers(
+    folder: Path, config: ModelConfig, weights: str, layout: Layout | None = None
+) -> Routers | None:
+    """The routers in a model directory whose parameters have the fingerprint `weights`; None if there are none.
+
+    They go to the mesh of `layout`, or to the default device.
+    """
     if not folder.is_dir():
         return None
     file = folder / "manifest.json"
     data = read_part(file, ("format", "arrays"), SPARSIFY)
     check_record(data["arrays"], where=file, hint=SPARSIFY)
-    flat = read_arrays(folder / "arrays", data["arrays"], hint=SPARSIFY)
+    shardings = None
+    if layout is not None:
+        fields = {name: name.rpartition(".")[2] for name in data["arrays"]["arrays"]}
+        shardings = {name: layout.sharding(layout.router_spec(field)) for name, field in fields.items()}
+    flat = read_arrays(folder / "arrays", data["arrays"], shardings=shardings, hint=SPARSIFY)
     layers: dict[int, dict[str, Array]] = {}
     for name, value in flat.items():
         _, layer, field = name.split(".")
@@ -83,6 +93,12 @@ def read_plans(file: Path, config: ModelConfig, weights: str, routers: Routers |
     if routers is not None:
         check_routers_of_plans(plans, routers.fingerprint, where=file, hint=CALIBRATE)
     return plans
+
+
+def plans_alone(folder: Path) -> PlanTable | None:
+    """The plans in a model directory, not checked against anything; None if there are none."""
+    file = folder / PLANS
+    return PlanTable.from_json(read_part(file, (), CALIBRATE)) if file.is_file() else None
 
 
 def write_routers(path: str | os.PathLike[str], routers: Routers) -> None:

@@ -2,7 +2,6 @@
 
 import dataclasses
 from collections.abc import Mapping
-from typing import Any
 
 import jax
 
@@ -10,25 +9,9 @@ from polarjax.checkpoint.bundle import Bundle
 from polarjax.checkpoint.same_model import agree_on_mesh
 from polarjax.model.checks import check_model
 from polarjax.model.decoder import Decoder
-from polarjax.model.layout import RULES, Layout
-from polarjax.model.layout_checks import check_mesh
 from polarjax.model.mesh_shape import Attention
 from polarjax.model.parameters import fingerprint
-from polarjax.selection.plans import PlanTable
-from polarjax.sharding import attention_for, place_model, place_routers
-
-
-def layout_for(
-    mesh: jax.sharding.Mesh,
-    plans: PlanTable | None,
-    *,
-    rules: Mapping[str, str | None] | None = None,
-    attention: Attention | None = None,
-) -> Layout:
-    """The layout on `mesh` of a model with these plans; see `shard`."""
-    check_mesh(mesh)
-    found: Any = attention_for(plans, mesh.shape["model"]) if attention is None else attention
-    return Layout(mesh, RULES if rules is None else rules, found)
+from polarjax.sharding import layout_for, place_model, place_routers
 
 
 def shard[T: (Bundle, Decoder)](

@@ -10,9 +10,11 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
-from polarjax.checkpoint import bundle as bundles
+from polarjax.checkpoint.bundle import Bundle
+from polarjax.checkpoint.loading import load_with_tokenizer
 from polarjax.cli import generating, job_output
 from polarjax.cli.generate import GenerateOptions
+from polarjax.cli.inputs import placement
 from polarjax.cli.many_hosts import agree_on_prompts
 from polarjax.distributed.group import Group
 from polarjax.distributed.start import group
@@ -51,7 +53,9 @@ def run(options: GenerateOptions) -> dict[str, Any]:
         if isinstance(output, LineStream):
             stack.enter_context(output)
             stack.enter_context(contextlib.redirect_stdout(sys.stderr))
-        bundle, tokenizer = bundles.load_with_tokenizer(options.folder, options.dtype)
+        bundle, tokenizer = load_with_tokenizer(
+            options.folder, options.dtype, **placement(options.mesh, options.attention)
+        )
         settings = generating.merged_settings(bundle.generation, options)
         _check_for_model(options, bundle, tokenizer, settings, lines)
         dense = generating.runs_dense(bundle, options)
@@ -101,7 +105,7 @@ def _only_line(options: GenerateOptions, lines: PromptFile) -> list[PromptLine]:
 
 def _check_for_model(
     options: GenerateOptions,
-    bundle: bundles.Bundle,
+    bundle: Bundle,
     tokenizer: Tokenizer,
     settings: GenerationSettings,
     lines: PromptFile,
@@ -115,7 +119,7 @@ def _check_for_model(
     check_copies(options.num_return_sequences, Categorical() if drawn else settings.sampler)
 
 
-def _engine(options: GenerateOptions, bundle: bundles.Bundle, *, dense: bool) -> Engine:
+def _engine(options: GenerateOptions, bundle: Bundle, *, dense: bool) -> Engine:
     """The engine; raises `InputError` if its slots can't hold `--max-new-tokens` after the shortest prompt."""
     head_density = None if dense else options.head_density
     engine = Engine(

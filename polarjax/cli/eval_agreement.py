@@ -5,6 +5,7 @@ from typing import Annotated, Any
 import typer
 
 from polarjax.cli import evaluating as shared
+from polarjax.cli.decoding_options import Attention, Mesh
 
 Prompts = Annotated[int, typer.Option(help="Prompts cut from the text, to see where greedy texts part.")]
 PromptTokens = Annotated[int, typer.Option(help="Tokens of each prompt.")]
@@ -30,6 +31,8 @@ def eval_agreement(
     static_text: shared.StaticText = None,
     seed: shared.Seed = 0,
     dtype: shared.Dtype = None,
+    mesh: Mesh = None,
+    attention: Attention = None,
     report: shared.ReportFile = None,
     picture: shared.Picture = None,
     overwrite: shared.Overwrite = False,

@@ -6,7 +6,8 @@ from typing import Annotated, Any, cast
 
 import typer
 
-from polarjax.cli.decoding_options import HeadDensity
+from polarjax.cli.decoding_options import Attention, HeadDensity, Mesh
+from polarjax.cli.inputs import placement
 from polarjax.errors import InputError
 
 FewShot = Annotated[int | None, typer.Option(help="Examples in each prompt; default: the task's.")]
@@ -33,12 +34,15 @@ def harness(
         int | None, typer.Option(help="Sequences that run together; default: by their length.")
     ] = None,
     dtype: Annotated[str | None, typer.Option(help="Dtype to compute in; default: as stored.")] = None,
+    mesh: Mesh = None,
+    attention: Attention = None,
     seed: Annotated[int, typer.Option(help="Of examples in prompts, and of texts that are drawn.")] = 0,
     samples: Annotated[
         Path | None, typer.Option(help="File to write each item's answer to, one JSON object a line.")
     ] = None,
 ) -> dict[str, Any]:
     """Evaluate a model on tasks of lm-evaluation-harness: sparse if it has routers and plans, otherwise dense."""
+    from polarjax.checkpoint.loading import load_with_tokenizer
     from polarjax.evaluation.checks import Mode, check_mode
     from polarjax.evaluation.harness import HarnessLM
     from polarjax.evaluation.harness_tasks import load_tasks, run_tasks, summary
@@ -51,12 +55,11 @@ def harness(
         _check_new(samples)
     loaded = load_tasks(tasks, data=data)
     lm = HarnessLM(
-        folder,
+        load_with_tokenizer(folder, dtype, **placement(mesh, attention))[0],
         sparsity=None if dense else "auto",
         head_density=head_density,
         mode=cast("Mode", protocol),
         batch_size="auto" if batch_size is None else batch_size,
-        dtype=dtype,
         seed=seed,
     )
     results = run_tasks(

@@ -3,6 +3,7 @@
 from typing import Any
 
 from polarjax.cli import evaluating as shared
+from polarjax.cli.decoding_options import Attention, Mesh
 
 
 def eval_perplexity(
@@ -22,6 +23,8 @@ def eval_perplexity(
     seed: shared.Seed = 0,
     dense: shared.Dense = False,
     dtype: shared.Dtype = None,
+    mesh: Mesh = None,
+    attention: Attention = None,
     report: shared.ReportFile = None,
     picture: shared.Picture = None,
     overwrite: shared.Overwrite = False,

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from polarjax.cli.inputs import window_length
+from polarjax.cli.inputs import placement, window_length
 from polarjax.cli.many_hosts import agree_on_texts, agreed
 from polarjax.errors import InputError
 
@@ -79,6 +79,8 @@ class EvalOptions:
     seed: int
     dense: bool
     dtype: str | None
+    mesh: str | None
+    attention: str | None
     report: Path | None
     picture: Path | None
     overwrite: bool
@@ -142,7 +144,7 @@ def _list[T](text: str, kind: Callable[[str], T], option: str, example: str) -> 
 
 
 def _measure(options: EvalOptions, wanted: dict[str, Any], greedy: "GreedyOptions | None") -> "Report":
-    from polarjax.checkpoint.bundle import load_with_tokenizer
+    from polarjax.checkpoint.loading import load_with_tokenizer
     from polarjax.evaluation import static_selector, sweep
 
     texts, described = _read(options.text)
@@ -152,7 +154,9 @@ def _measure(options: EvalOptions, wanted: dict[str, Any], greedy: "GreedyOption
     if has_static:
         others, source["static_texts"] = _read(options.static_text or [])
         _check_other(described, source["static_texts"])
-    bundle, tokenizer = load_with_tokenizer(options.folder, options.dtype)
+    bundle, tokenizer = load_with_tokenizer(
+        options.folder, options.dtype, **placement(options.mesh, options.attention)
+    )
     if "router" in wanted["selectors"]:
         bundle.require("routers", where=str(options.folder))
     windows = _cut(options, texts, bundle, tokenizer)

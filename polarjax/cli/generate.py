@@ -6,7 +6,7 @@ from typing import Annotated, Any
 
 import typer
 
-from polarjax.cli.decoding_options import Dense, Dtype, HeadDensity
+from polarjax.cli.decoding_options import Attention, Dense, Dtype, HeadDensity, Mesh
 from polarjax.cli.many_hosts import agreed
 
 PromptTexts = Annotated[list[str] | None, typer.Option(help="A prompt; may be given several times.")]
@@ -93,6 +93,8 @@ class GenerateOptions:
     dense: bool
     head_density: float | None
     dtype: str | None
+    mesh: str | None
+    attention: str | None
     timed: bool
 
     @property
@@ -128,6 +130,8 @@ def generate(
     dense: Dense = False,
     head_density: HeadDensity = None,
     dtype: Dtype = None,
+    mesh: Mesh = None,
+    attention: Attention = None,
     timed: Timed = False,
 ) -> dict[str, Any]:
     """Continue prompts: sparse where the model has routers, dense otherwise.

@@ -8,9 +8,10 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from polarjax.checkpoint import bundle as bundles
+from polarjax.checkpoint.bundle import Bundle
+from polarjax.checkpoint.loading import load_with_tokenizer
 from polarjax.cli.generate import GenerateOptions
-from polarjax.cli.inputs import random_key
+from polarjax.cli.inputs import placement, random_key
 from polarjax.cli.job_output import standard_output
 from polarjax.cli.sampling_options import check_options, with_stops
 from polarjax.errors import CheckpointError, InputError
@@ -115,7 +116,9 @@ def check_stream(options: GenerateOptions, *, several: bool) -> None:
 
 def prepare(options: GenerateOptions, given: Sequence[Prompt], key: Key[Array, ""]) -> "Job":
     """Loads the model and tokenizes the prompts; prints which settings are ignored and why decoding is dense."""
-    bundle, tokenizer = bundles.load_with_tokenizer(options.folder, options.dtype)
+    bundle, tokenizer = load_with_tokenizer(
+        options.folder, options.dtype, **placement(options.mesh, options.attention)
+    )
     settings = merged_settings(bundle.generation, options)
     check_copies(options.num_return_sequences, settings.sampler)
     dense = runs_dense(bundle, options)
@@ -141,7 +144,7 @@ def merged_settings(asked: GenerationSettings, options: GenerateOptions) -> Gene
     return settings
 
 
-def runs_dense(bundle: bundles.Bundle, options: GenerateOptions) -> bool:
+def runs_dense(bundle: Bundle, options: GenerateOptions) -> bool:
     """Whether nothing is skipped; prints why, unless that was asked for."""
     dense = options.dense or (options.head_density is None and bundle.missing is not None)
     if dense and not options.dense:
@@ -164,7 +167,7 @@ class Job:
       head_density: fraction of groups to keep; None takes the calibrated default.
     """
 
-    bundle: bundles.Bundle
+    bundle: Bundle
     tokenizer: Tokenizer
     given: Sequence[Prompt]
     rows: Sequence[Row]

@@ -1,10 +1,13 @@
 """Reads options that several verbs share: seeds and sizes."""
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from polarjax.errors import InputError
+from polarjax.model.mesh_shape import MeshShape
 
 if TYPE_CHECKING:
+    import jax
+
     from polarjax.configs import ModelConfig
     from polarjax.types import Array, Key
 
@@ -31,3 +34,31 @@ def bytes_of(gigabytes: float, option: str) -> int:
             "not a size", where=option, got=gigabytes, expected=expected, hint="give a number such as 5"
         )
     return int(gigabytes * 1e9)
+
+
+def placement(mesh: str | None, attention: str | None) -> dict[str, Any]:
+    """The arguments of `pj.load` that `--mesh` and `--attention` ask for; none without `--mesh`."""
+    if mesh is None:
+        if attention is not None:
+            raise InputError("--attention is for --mesh", hint="give --mesh too, or leave it out")
+        return {}
+    return {"mesh": device_mesh(mesh), "attention": attention}
+
+
+def device_mesh(text: str) -> "jax.sharding.Mesh":
+    """The mesh of `--mesh`, of the first devices; raises `InputError` if there are too few."""
+    import jax
+
+    shape, devices = MeshShape.parse(text), jax.devices()
+    if shape.devices > len(devices):
+        raise InputError(
+            "more devices than there are",
+            where="--mesh",
+            got=f"{shape.devices} (data={shape.data}, model={shape.model})",
+            expected=f"at most {len(devices)}",
+            hint="make the mesh smaller; on a CPU, XLA_FLAGS=--xla_force_host_platform_device_count=8 makes 8 devices",
+        )
+    axes = (jax.sharding.AxisType.Auto,) * 2
+    return jax.make_mesh(
+        (shape.data, shape.model), ("data", "model"), axis_types=axes, devices=devices[: shape.devices]
+    )

@@ -129,7 +129,7 @@ def load_and_cut(
     folder: Path, text: list[Path], window: int | None, max_tokens: int, dtype: str | None
 ) -> tuple["Bundle", Int32[np.ndarray, "n T"]]:
     """Loads the model directory, and cuts the texts into token windows."""
-    from polarjax.checkpoint.bundle import load_with_tokenizer
+    from polarjax.checkpoint.loading import load_with_tokenizer
     from polarjax.text.corpus import read_text
     from polarjax.text.token_windows import text_windows
 
@@ -163,7 +163,7 @@ def open_for(folder: Path, activations: Path, *, routers: bool = False) -> "tupl
       CheckpointError: the directory can't be read or written.
       SparsityError: the activations were recorded from another model.
     """
-    from polarjax.checkpoint.bundle import load_to_learn
+    from polarjax.checkpoint.loading import load_to_learn
     from polarjax.model.parameters import fingerprint
     from polarjax.sparsity.activations import open_activations
 

@@ -9,7 +9,7 @@ from typing import Annotated, Any
 
 import typer
 
-from polarjax.cli.decoding_options import Dense, Dtype, HeadDensity
+from polarjax.cli.decoding_options import Attention, Dense, Dtype, HeadDensity, Mesh
 from polarjax.errors import InputError
 
 KEY_VARIABLE = "POLARJAX_API_KEY"
@@ -42,6 +42,8 @@ def serve(
     dense: Dense = False,
     head_density: HeadDensity = None,
     dtype: Dtype = None,
+    mesh: Mesh = None,
+    attention: Attention = None,
     api_key: ApiKey = None,
     max_body_mb: MaxBody = 4,
     max_prompt: MaxPrompt = None,
@@ -55,8 +57,8 @@ def serve(
 
     server.check_installed()
     api_key = _key(api_key)
-    from polarjax.checkpoint.bundle import load_with_tokenizer
-    from polarjax.cli.inputs import bytes_of
+    from polarjax.checkpoint.loading import load_with_tokenizer
+    from polarjax.cli.inputs import bytes_of, placement
     from polarjax.engine.engine import Engine
     from polarjax.numeric import whole_number
     from polarjax.serving.service import Limits, Service
@@ -67,7 +69,7 @@ def serve(
         waiting=whole_number(max_waiting, "max_waiting", where="--max-waiting", least=0),
     )
     with server.listen_on(host, port) as listening:
-        bundle, _ = load_with_tokenizer(folder, dtype)
+        bundle, _ = load_with_tokenizer(folder, dtype, **placement(mesh, attention))
         for note in bundle.generation.notes:
             print(note, file=sys.stderr)
         engine = Engine(bundle, slots=slots, capacity=capacity, dense=dense, head_density=head_density)

@@ -149,7 +149,8 @@ class Request:
 
 
 def _heal(asked: Request) -> dict[str, Any]:
-    from polarjax.checkpoint.bundle import load_with_tokenizer, save
+    from polarjax.checkpoint.bundle import save
+    from polarjax.checkpoint.loading import load_with_tokenizer
     from polarjax.checkpoint.writer import is_model_directory
     from polarjax.sparsity.tuning import tune as tune_model
 

@@ -12,8 +12,9 @@ import jax.numpy as jnp
 import numpy as np
 
 from polarjax import costs
-from polarjax.checkpoint.bundle import Bundle, load_with_tokenizer
+from polarjax.checkpoint.bundle import Bundle
 from polarjax.checkpoint.learned import write_plans, write_routers
+from polarjax.checkpoint.loading import load_with_tokenizer
 from polarjax.demo.healed import healed
 from polarjax.evaluation import perplexity
 from polarjax.generation.generate import Generation, generate

@@ -13,7 +13,8 @@ from typing import Any, Literal
 
 import jax
 
-from polarjax.checkpoint.bundle import Bundle, load, needed_tokenizer
+from polarjax.checkpoint.bundle import Bundle, needed_tokenizer
+from polarjax.checkpoint.loading import load
 from polarjax.errors import InputError
 from polarjax.evaluation.checks import Mode, check_mode
 from polarjax.evaluation.continuation_checks import window_length

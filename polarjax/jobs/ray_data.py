@@ -12,7 +12,8 @@ from typing import Any
 
 import jax
 
-from polarjax.checkpoint.bundle import load, needed_tokenizer
+from polarjax.checkpoint.bundle import needed_tokenizer
+from polarjax.checkpoint.loading import load
 from polarjax.engine.checks import check_dense
 from polarjax.engine.engine import Engine
 from polarjax.engine.in_order import InOrder

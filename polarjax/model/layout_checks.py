@@ -79,3 +79,12 @@ def check_sequences(attention: str, rules: Mapping[str, str | None]) -> None:
             expected='"groups" over the mesh axis model',
             hint='leave "groups" out of the rules, or use attention="groups"',
         )
+
+
+def check_no_mesh(**given: Any) -> None:
+    """Raises `InputError` if something is given that needs a mesh."""
+    for name, value in given.items():
+        if value is not None:
+            raise InputError(
+                f"{name} needs a mesh", where=name, got=shown(value), hint=f"pass mesh too; {_MESH}"
+            )

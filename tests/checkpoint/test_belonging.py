@@ -10,8 +10,8 @@ import numpy as np
 import pytest
 
 import polarjax as pj
-from polarjax.checkpoint.bundle import load_to_learn
 from polarjax.checkpoint.learned import write_plans, write_routers
+from polarjax.checkpoint.loading import load_to_learn
 from polarjax.model.parameters import fingerprint, parameters
 from polarjax.selection.routers import init_routers
 from polarjax.storage import fingerprint as fingerprints

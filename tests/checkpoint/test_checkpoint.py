@@ -2,10 +2,7 @@
 
 import dataclasses
 import json
-import os
 import shutil
-import subprocess
-import sys
 from pathlib import Path
 
 import jax
@@ -376,30 +373,3 @@ def test_writer_accounts_for_every_parameter(tmp_path, fault):
         if fault in ("unknown", "twice"):
             writer.add("embed.tokens" if fault == "twice" else "embed.more", arrays["embed.tokens"])
     assert list(tmp_path.iterdir()) == []
-
-
-SHARDED = """if True:
-    import json, sys, jax
-    from polarjax.storage.arrays import read_arrays
-    from polarjax.checkpoint.manifest import read_manifest
-    from polarjax.storage.atomic import absolute
-    folder = absolute(sys.argv[1])
-    record = read_manifest(folder)["params"]
-    mesh = jax.make_mesh((4,), ("x",))
-    spec, whole = (jax.sharding.NamedSharding(mesh, jax.P(*axes)) for axes in ((None, "x"), ()))
-    shardings = dict.fromkeys(record["arrays"], whole) | {"layers.0.mlp.w_up": spec}
-    array = read_arrays(folder / "params", record, shardings=shardings, hint="")["layers.0.mlp.w_up"]
-    shapes = sorted({shard.data.shape for shard in array.addressable_shards})
-    print(json.dumps([array.sharding == spec, shapes, float(array.sum())]))
-"""
-
-
-def test_restores_into_shards(saved):
-    """The format serves a later load onto a mesh: every device gets its own part."""
-    environment = os.environ | {"XLA_FLAGS": "--xla_force_host_platform_device_count=4"}
-    command = [sys.executable, "-c", SHARDED, saved]
-    done = subprocess.run(command, check=True, capture_output=True, text=True, env=environment)
-    weights = full_bundle().model.layers[0].mlp.w_up[...]
-    sharded, shapes, total = json.loads(done.stdout)
-    assert (sharded, shapes) == (True, [[40, 6]])
-    assert total == pytest.approx(float(weights.sum()), abs=1e-4)

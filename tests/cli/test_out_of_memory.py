@@ -12,7 +12,7 @@ from jax.errors import JaxRuntimeError
 
 import polarjax as pj
 from polarjax import memory
-from polarjax.checkpoint import bundle
+from polarjax.cli import generating
 from polarjax.model.parameters import abstract, parameters, with_parameters
 from polarjax.storage import arrays
 from polarjax.text import continuation
@@ -79,7 +79,7 @@ def test_fault_28_largest_fitting_batch_is_reported(home, capsys, monkeypatch, w
 
 
 def test_every_verb_tells_it_in_one_line(home, capsys, monkeypatch):
-    monkeypatch.setattr(bundle, "load_with_tokenizer", fail)
+    monkeypatch.setattr(generating, "load_with_tokenizer", fail)
     code, out, err = run(capsys, "generate", home, "--prompt", "a")
     assert (code, out, err.count("\n")) == (2, "", 1)
     assert err.startswith("polarjax: the device ran out of memory. Hint: ")

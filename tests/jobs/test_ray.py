@@ -9,7 +9,7 @@ import sys
 import numpy as np
 import pytest
 
-from polarjax.checkpoint.bundle import load
+from polarjax.checkpoint.loading import load
 from polarjax.engine.engine import Engine
 from polarjax.errors import InputError, SparsityError
 from polarjax.jobs import CompletePrompts
