@@ -369,7 +369,7 @@ def test_fault_19_nan_in_one_line_is_an_error_of_that_line(run, home, tmp_path, 
     """The other lines are answered as ever; the exit code says that one is not."""
     bundle = pj.load(home)
     broken = pj.Bundle(zoo.with_rows(bundle.model, "embed.positions", 17, np.nan), bundle.tokenizer)
-    monkeypatch.setattr(answering.bundles, "load_with_tokenizer", lambda *_: (broken, broken.tokenizer))
+    monkeypatch.setattr(answering, "load_with_tokenizer", lambda *_: (broken, broken.tokenizer))
     (tmp_path / "in.jsonl").write_text("\n".join(json.dumps({"prompt": [5] * n}) for n in (1, 16, 1)))
     words = ("--prompts", tmp_path / "in.jsonl", "--output", tmp_path / "o", *SIZES)
     assert run(*words)[0] == 3
