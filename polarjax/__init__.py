@@ -11,7 +11,7 @@ import ml_dtypes as _  # noqa: F401  from here on, bfloat16 is a dtype of NumPy
 from polarjax.lazy import lazy_names
 
 if TYPE_CHECKING:
-    from polarjax import costs, evaluation, sparsity
+    from polarjax import costs, distributed, evaluation, jobs, sparsity
     from polarjax.checkpoint.bundle import Bundle, save
     from polarjax.checkpoint.loading import load
     from polarjax.checkpoint.placement import shard
@@ -42,7 +42,9 @@ else:
         __name__,
         {
             "polarjax.costs": "",
+            "polarjax.distributed": "",
             "polarjax.evaluation": "",
+            "polarjax.jobs": "",
             "polarjax.sparsity": "",
             "polarjax.checkpoint.bundle": "Bundle save",
             "polarjax.checkpoint.loading": "load",
@@ -97,10 +99,12 @@ __all__ = [
     "UnsupportedConfigError",
     "costs",
     "decode_step",
+    "distributed",
     "evaluation",
     "forward",
     "generate",
     "init_cache",
+    "jobs",
     "load",
     "prefill",
     "save",

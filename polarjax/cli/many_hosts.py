@@ -82,20 +82,20 @@ def _voice() -> Iterator[bool]:
     from polarjax.distributed.start import group
 
     made = group()
-    if made is not None and made.process_id:
-        with (
-            open(os.devnull, "w") as out,
-            open(os.devnull, "w") as err,
-            contextlib.redirect_stdout(out),
-            contextlib.redirect_stderr(err),
-        ):
-            yield False
-        return
     sys.stdout.flush()
     with open(os.dup(1), "w", encoding="utf-8", errors="backslashreplace") as out:
-        os.dup2(2, 1)
-        with contextlib.redirect_stdout(out):
-            yield True
+        os.dup2(2, 1)  # where libraries print
+        if made is None or not made.process_id:
+            with contextlib.redirect_stdout(out):
+                yield True
+            return
+    with (
+        open(os.devnull, "w") as out,
+        open(os.devnull, "w") as err,
+        contextlib.redirect_stdout(out),
+        contextlib.redirect_stderr(err),
+    ):
+        yield False
 
 
 def agreed[T: "DataclassInstance"](options: T) -> T:

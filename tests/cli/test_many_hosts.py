@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import socket
 import subprocess
 import sys
@@ -12,7 +13,7 @@ import pytest
 from polarjax.distributed.wire import free_port
 from tests.cli.homes import make_home
 
-PROMPTS = [{"id": i, "prompt": f"def f{i}(", "max_new_tokens": 4 + i} for i in range(5)]
+PROMPTS = [{"id": i, "prompt": f"def f{i}(", "max_new_tokens": 3 + i} for i in range(3)]
 SIZES = ("--slots", "2", "--capacity", "40", "--json")
 
 
@@ -40,6 +41,21 @@ def generate(folder: Path, *words: list) -> list[subprocess.CompletedProcess]:
     return [
         subprocess.CompletedProcess(p.args, p.returncode, *t) for p, t in zip(started, texts, strict=True)
     ]
+
+
+def test_two_processes_go_on_where_one_was_stopped(home, run, tmp_path):
+    (tmp_path / "prompts.jsonl").write_text("\n".join(map(json.dumps, PROMPTS)))
+    alone, output = tmp_path / "alone.jsonl", tmp_path / "answers.jsonl"
+    assert run("--prompts", tmp_path / "prompts.jsonl", "--output", alone, *SIZES, model=home)[0] == 0
+    lines = alone.read_text().splitlines(keepends=True)
+    output.write_text("".join(lines[:1]) + lines[1][:9])
+    shutil.copy(f"{alone}.run", f"{output}.run")
+    words = ("--prompts", "prompts.jsonl", "--output", "answers.jsonl", "--resume", *SIZES)
+    done = generate(tmp_path, *[[home, *words, "--mesh", "data=2,model=4"]] * 2)
+    assert [each.returncode for each in done] == [0, 0], done
+    assert output.read_text() == alone.read_text()
+    assert json.loads(done[0].stdout)["resumed"] == 1
+    assert done[1].stderr == "" and "polarjax" not in done[1].stdout
 
 
 def test_what_one_process_lacks_ends_all_with_its_line(home, tmp_path):
