@@ -8,10 +8,11 @@ import jax
 import numpy as np
 from flax import nnx
 
+from polarjax.errors import InputError
 from polarjax.model.decoder import Decoder
 from polarjax.model.layout import RULES, Layout, axes_of
 from polarjax.model.layout_checks import check_mesh
-from polarjax.model.mesh_shape import Attention
+from polarjax.model.mesh_shape import Attention, MeshShape
 from polarjax.model.parameters import parameters, with_parameters
 from polarjax.selection.plans import PlanTable
 from polarjax.selection.routers import LayerRouter, Routers
@@ -84,3 +85,20 @@ def layout_for(
     check_mesh(mesh)
     found: Any = attention_for(plans, mesh.shape["model"]) if attention is None else attention
     return Layout(mesh, RULES if rules is None else rules, found)
+
+
+def device_mesh(text: str, *, where: str) -> jax.sharding.Mesh:
+    """The mesh that "data=2,model=4" describes, of the first devices; raises `InputError` if there are too few."""
+    shape, devices = MeshShape.parse(text, where=where), jax.devices()
+    if shape.devices > len(devices):
+        raise InputError(
+            "more devices than there are",
+            where=where,
+            got=f"{shape.devices} (data={shape.data}, model={shape.model})",
+            expected=f"at most {len(devices)}",
+            hint="make the mesh smaller; on a CPU, XLA_FLAGS=--xla_force_host_platform_device_count=8 makes 8 devices",
+        )
+    axes = (jax.sharding.AxisType.Auto,) * 2
+    return jax.make_mesh(
+        (shape.data, shape.model), ("data", "model"), axis_types=axes, devices=devices[: shape.devices]
+    )

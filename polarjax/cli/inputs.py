@@ -3,11 +3,8 @@
 from typing import TYPE_CHECKING, Any
 
 from polarjax.errors import InputError
-from polarjax.model.mesh_shape import MeshShape
 
 if TYPE_CHECKING:
-    import jax
-
     from polarjax.configs import ModelConfig
     from polarjax.types import Array, Key
 
@@ -42,23 +39,6 @@ def placement(mesh: str | None, attention: str | None) -> dict[str, Any]:
         if attention is not None:
             raise InputError("--attention is for --mesh", hint="give --mesh too, or leave it out")
         return {}
-    return {"mesh": device_mesh(mesh), "attention": attention}
+    from polarjax.sharding import device_mesh
 
-
-def device_mesh(text: str) -> "jax.sharding.Mesh":
-    """The mesh of `--mesh`, of the first devices; raises `InputError` if there are too few."""
-    import jax
-
-    shape, devices = MeshShape.parse(text), jax.devices()
-    if shape.devices > len(devices):
-        raise InputError(
-            "more devices than there are",
-            where="--mesh",
-            got=f"{shape.devices} (data={shape.data}, model={shape.model})",
-            expected=f"at most {len(devices)}",
-            hint="make the mesh smaller; on a CPU, XLA_FLAGS=--xla_force_host_platform_device_count=8 makes 8 devices",
-        )
-    axes = (jax.sharding.AxisType.Auto,) * 2
-    return jax.make_mesh(
-        (shape.data, shape.model), ("data", "model"), axis_types=axes, devices=devices[: shape.devices]
-    )
+    return {"mesh": device_mesh(mesh, where="--mesh"), "attention": attention}

@@ -109,6 +109,9 @@ def agreed[T: "DataclassInstance"](options: T) -> T:
     made = group()
     if made is None:
         return options
+    if getattr(options, "mesh", "") is None:
+        hint = "give --mesh too, of the devices of all processes, such as --mesh data=1,model=16"
+        raise InputError("several processes share a model on a mesh", where="--coordinator", hint=hint)
     given = {field.name: getattr(options, field.name) for field in dataclasses.fields(options)}
     compared = {name: str(each) for name, each in given.items() if name not in _INPUTS + _OUTPUTS}
     options_of = {f"--{name.replace('_', '-')}": each for name, each in compared.items()}

@@ -25,6 +25,8 @@ from polarjax.generation.settings import GenerationSettings
 from polarjax.jobs.line_requests import LineRequests, most_characters, tasks_apart
 from polarjax.jobs.line_settings import check_value, with_options
 from polarjax.jobs.tables import as_table, check_columns, lines_of, with_answers
+from polarjax.model.mesh_shape import Attention
+from polarjax.sharding import device_mesh
 from polarjax.text.assembly import check_stop_strings
 from polarjax.types import DTypeLike
 
@@ -46,6 +48,8 @@ class CompletePrompts:
       folder: the model directory, on every machine.
       slots, capacity, dense, head_density: see `Engine`.
       dtype: the parameters' dtype; None keeps the stored one.
+      mesh: how the actor's GPUs share the model, such as "data=1,model=4" with num_gpus=4; None uses the first.
+      attention: with a mesh, see `shard`.
       max_new_tokens: most new tokens; None is the model's, or 64, limited by the positions left.
       temperature, top_k, top_p, repetition_penalty, greedy: as in `GenerationSettings.with_flags`; they override the
         model's generation_config.json, and a row's own settings override them.
@@ -70,6 +74,8 @@ class CompletePrompts:
         dense: bool = False,
         head_density: float | None = None,
         dtype: DTypeLike | None = None,
+        mesh: str | None = None,
+        attention: Attention | None = None,
         max_new_tokens: int | None = None,
         temperature: float | None = None,
         top_k: int | None = None,
@@ -92,7 +98,8 @@ class CompletePrompts:
             check_value(
                 name, value, where=f"CompletePrompts: {name}", hint="correct the value or leave it out"
             )
-        bundle = load(folder, dtype=dtype)
+        devices = None if mesh is None else device_mesh(mesh, where="CompletePrompts: mesh")
+        bundle = load(folder, dtype=dtype, mesh=devices, attention=attention)
         tokenizer = needed_tokenizer(bundle, folder)
         for note in bundle.generation.notes:
             print(note, file=sys.stderr)

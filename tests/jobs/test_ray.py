@@ -161,6 +161,8 @@ def test_batches_without_prompts_are_refused(complete, batch):
         ({"stop": ""}, "stop_strings"),
         ({"seed": "x"}, "seed"),
         ({"dtype": "int8"}, "dtype"),
+        ({"mesh": "model=64"}, "CompletePrompts: mesh: more devices than there are"),
+        ({"mesh": "heads=2"}, "CompletePrompts: mesh: not a mesh"),
     ],
     ids=str,
 )
