@@ -77,7 +77,7 @@ def time_call(run: Callable[[], Any], calls: int, *, repeats: int = 5) -> Timing
     if not seen or len(seen) % repeats:
         raise RuntimeError(f"the profiler saw {len(seen)} events of the device in {repeats} equal runs")
     each = len(seen) // repeats
-    times = [_busy(seen[first : first + each]) / calls for first in range(0, len(seen), each)]
+    times = [busy(seen[first : first + each]) / calls for first in range(0, len(seen), each)]
     return Timing(statistics.median(times), max(times) - min(times), wall, each / calls)
 
 
@@ -100,7 +100,7 @@ def events(run: Callable[[], Any], repeats: int) -> list[Event]:
         )
 
 
-def _busy(seen: Sequence[Event]) -> float:
+def busy(seen: Sequence[Event]) -> float:
     """Seconds in which at least one of the events (sorted by start) was running."""
     total, until = 0.0, float("-inf")
     for event in seen:

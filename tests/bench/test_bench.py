@@ -1,7 +1,9 @@
 """The benches where there is no GPU: help for all, one line instead of numbers, and no time for a wrong result."""
 
 import importlib
+import os
 import re
+import subprocess
 import sys
 
 import jax.numpy as jnp
@@ -10,7 +12,10 @@ import pytest
 
 from bench import bench_selection, check_sparse_mlp, workloads
 from bench.check_sparse_mlp import checks, kind
-from bench.report import ROOT
+from bench.models import TINY
+from bench.report import ROOT, read_jsonl
+from polarjax import costs
+from polarjax.model.mesh_shape import MeshShape
 
 GPU = (
     "bench_decode_attention",
@@ -114,3 +119,26 @@ def test_named_selections_are_measured_once():
 @pytest.mark.parametrize("which", check_sparse_mlp.KINDS)
 def test_mlp_checks_name_existing_tiles(which):
     assert all(kind(check.tiles(which)) == which for check in checks(which))
+
+
+def test_steps_on_a_mesh(tmp_path):
+    """Without a GPU there is no floor and no share of exchanges."""
+    flags = f"{os.environ['XLA_FLAGS']} --xla_force_host_platform_device_count=2"
+    words = ["table", "--models", "tiny", "--devices", "2", "--batches", "2", "--attention", "sequences"]
+    done = subprocess.run(
+        [sys.executable, "-m", "bench.bench_decode", *words],
+        capture_output=True,
+        text=True,
+        check=False,
+        cwd=ROOT,
+        env=os.environ | {"XLA_FLAGS": flags, "OUT": str(tmp_path)},
+    )
+    assert done.returncode == 0, done.stderr[-2000:]
+    rows = read_jsonl(tmp_path / "decode_mesh.jsonl")
+    assert [(row["kind"], row["model"], row["attention"]) for row in rows] == [
+        (kind, 2, "sequences") for kind in ("dense", "heads 0.5")
+    ]
+    assert rows[0]["tokens_per_s"] > 0 and rows[0]["exchange_pct"] is None
+    mesh = MeshShape(model=2, attention="sequences")
+    moved = costs.decode_bytes(TINY, batch_size=2, cache_length=56, mesh=mesh).total
+    assert rows[0]["bytes"] == moved > rows[1]["bytes"]

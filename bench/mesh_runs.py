@@ -1,0 +1,243 @@
+"""Decoding steps on several devices of one host, beside the same steps on one: `bench_decode table --devices 1 2`.
+
+Weights, routers and caches are random and made on the devices that hold them.
+"""
+
+import argparse
+import dataclasses
+import functools
+import itertools
+import time
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+import polarjax as pj
+from bench import bench_decode, timing
+from bench.models import DecodeShape, shape_of
+from bench.random_models import random_model
+from bench.random_models import routers as random_routers
+from polarjax import costs, memory
+from polarjax.demo.run import PROMPTS
+from polarjax.model.mesh_shape import MeshShape
+from polarjax.selection.routers import Routers
+from polarjax.selection.selectors import Sparsity
+
+COLUMNS = (
+    *("case", "kind", "mesh", "ms_per_step", "tokens_per_s", "speedup_vs_dense", "speedup_vs_one"),
+    *("pct_of_floor", "exchange_pct", "compile_s"),
+)
+_REPEATS = 2  # runs of a loop that are profiled
+_CHECKED = 8  # sequences that are checked
+
+
+def _meshes(args: argparse.Namespace) -> Iterator[MeshShape]:
+    """The meshes that are asked for; may repeat."""
+    for devices in args.devices:
+        if "data" in args.axes:
+            yield MeshShape(data=devices)
+        if "model" in args.axes:
+            yield from (MeshShape(model=devices, attention=each) for each in args.attention if devices > 1)
+            yield from [MeshShape()] if devices == 1 else []
+
+
+def ways(args: argparse.Namespace, shape: DecodeShape) -> list[MeshShape]:
+    """The meshes that are asked for, each once; raises `InputError` if one doesn't divide the shape."""
+    found = list(dict.fromkeys(_meshes(args)))
+    for mesh in found:
+        mesh.check(shape.config, where=shape.name)
+    return found
+
+
+def device_mesh(mesh: MeshShape) -> jax.sharding.Mesh:
+    """The mesh of the first devices."""
+    axes, devices = (jax.sharding.AxisType.Auto,) * 2, jax.devices()[: mesh.devices]
+    return jax.make_mesh((mesh.data, mesh.model), ("data", "model"), axis_types=axes, devices=devices)
+
+
+def fitting(shape: DecodeShape, mesh: MeshShape, batches: Sequence[int] | None) -> list[int]:
+    """The batch sizes of one index of `data` that fit; 0 stands for the largest that fits, rounded down to 16."""
+    limit, found = memory.device_memory(), []
+    for batch in batches or shape.batches:
+        if batch == 0 and limit is not None:
+            room: dict[str, Any] = {
+                "memory": limit - shape.memory(0, mesh) + costs.weights_bytes(shape.config, mesh=mesh)
+            }
+            most = costs.largest_batch(shape.config, mesh=mesh, cache_length=shape.cache, **room)
+            batch = most // mesh.data // 16 * 16
+        needed = shape.memory(batch * mesh.data, mesh)
+        if limit is not None and needed > limit:
+            print(
+                f"{shape.name} B{batch} on {mesh} needs {needed / 1e9:.0f} GB of {limit / 1e9:.0f}",
+                flush=True,
+            )
+        elif batch:
+            found.append(batch)
+    return found
+
+
+@dataclasses.dataclass(frozen=True)
+class Placed:
+    """A published shape on a mesh.
+
+    Attributes:
+      shape: the model.
+      mesh: sizes of the mesh.
+      layout: how the model lies on the devices; None on one.
+      model, routers: with random values.
+    """
+
+    shape: DecodeShape
+    mesh: MeshShape
+    layout: pj.Layout | None
+    model: pj.Decoder
+    routers: Routers
+
+    @classmethod
+    def of(cls, shape: DecodeShape, mesh: MeshShape) -> "Placed":
+        """Makes the model and its routers on the first devices."""
+        if mesh.devices == 1:
+            return cls(shape, mesh, None, random_model(shape.config), random_routers(shape.config))
+        layout = pj.Layout(device_mesh(mesh), attention=mesh.attention)
+        made = random_model(shape.config, layout), random_routers(shape.config, layout)
+        return cls(shape, mesh, layout, *made)
+
+    def filled_cache(self, batch: int) -> pj.KVCache:
+        """A cache of random values with room left for the timed steps, where the model writes it."""
+        if self.layout is None:
+            return bench_decode.filled_cache(self.shape.config, batch, self.shape.cache)
+        where = self.layout.sharding(self.layout.cache_spec())
+        rows = self.layout.sharding(jax.P(self.layout.data))
+        return bench_decode.filled_cache(self.shape.config, batch, self.shape.cache, where=where, rows=rows)
+
+    def kinds(self, batch: int) -> Iterator[tuple[str, Sparsity | None]]:
+        """(name, sparsity) of each kind of step compared at one batch size, without plans that skip nothing."""
+        yield "dense", None
+        for neurons in (False, True) if self.shape.neuron_density else (False,):
+            plan = self.shape.plan(batch, neurons=neurons, mesh=self.mesh)
+            rows = batch // self.mesh.data
+            name = self.shape.kind(rows) if neurons else f"heads {self.shape.head_density:g}"
+            if any((*plan.neurons, *plan.groups)):
+                yield name, Sparsity(self.routers, plan)
+            else:
+                print(f"{self.shape.name} on {self.mesh}: {name} leaves nothing to skip", flush=True)
+
+    def lowered(self, cache: pj.KVCache, sparsity: Sparsity | None) -> Any:
+        """The loop of steps for these arguments, lowered."""
+        return bench_decode.steps_jit({}).lower(self.model, cache.length, cache, sparsity, cache.length)
+
+
+def run_checks(args: argparse.Namespace) -> bool:
+    """Prints one line per case: whether bundled models on several devices predict the same tokens as on one.
+
+    Errors are those against float32 on one device; see `bench_decode.verdict`.
+    """
+    fine = True
+    for name in ("opt-6m", "llama-6m"):
+        config = bench_decode.bundled(name, "float32").model.config
+        for mesh in dict.fromkeys(_meshes(args)):
+            if mesh.devices > 1 and config.num_kv_heads % mesh.model == 0:
+                for dtype, kind in itertools.product(("float16", "bfloat16"), ("dense", "sparse")):
+                    fine &= _check(name, dtype, kind, mesh)
+    return fine
+
+
+def _check(name: str, dtype: str, kind: str, mesh: MeshShape) -> bool:
+    bundle, exact = bench_decode.bundled(name, dtype), bench_decode.bundled(name, "float32")
+    assert bundle.tokenizer is not None
+    texts = (PROMPTS * _CHECKED)[: max(_CHECKED, mesh.devices)]
+    prompts = tuple(map(jnp.asarray, bundle.tokenizer.encode(texts)))
+    sparsity = None if kind == "dense" else bench_decode.fixed(bundle.model.config, mesh)
+    write = functools.partial(pj.generate, max_new_tokens=bench_decode.NEW, sparsity=sparsity)
+    tokens = jnp.asarray(np.asarray(write(bundle.model, *prompts).tokens))
+    follow = functools.partial(bench_decode.logits, prompts=prompts, follow=tokens, sparsity=sparsity)
+    many = pj.shard(bundle.model, device_mesh(mesh), attention=mesh.attention)
+    made = write(many, *prompts).tokens
+    found = follow(exact.model), follow(many), follow(bundle.model)
+    fine, text = bench_decode.verdict(*found, most=1.5)  # devices round their parts before these are summed
+    equal = (np.asarray(made) == np.asarray(tokens)).mean()
+    print(
+        f"{'ok  ' if fine else 'FAIL'} {name} {dtype} {kind} on {mesh}: {equal:.1%} of the tokens equal; "
+        f"{text.format('one device')}",
+        flush=True,
+    )
+    return fine
+
+
+def table(args: argparse.Namespace, peak: float | None) -> Iterator[dict[str, Any]]:
+    """One row per case, kind and mesh, those of one device first; stops early when time runs out."""
+    deadline = time.monotonic() + args.seconds
+    for shape in map(shape_of, args.models):
+        alone: dict[tuple[int, str], float] = {}
+        for mesh in ways(args, shape):
+            for batch, row in _rows(shape, mesh, args.batches, peak):
+                if mesh.devices == 1:
+                    alone[batch, row["kind"]] = row["tokens_per_s"]
+                one = alone.get((batch, row["kind"]))
+                yield row | {"speedup_vs_one": one and row["tokens_per_s"] / one}
+                if time.monotonic() > deadline:
+                    print("out of time", flush=True)
+                    return
+
+
+def _rows(
+    shape: DecodeShape, mesh: MeshShape, batches: Sequence[int] | None, peak: float | None
+) -> Iterator[tuple[int, dict[str, Any]]]:
+    """The batch of one index of `data`, and a row, for each batch and kind on one mesh."""
+    fits = fitting(shape, mesh, batches)
+    if not fits:
+        return
+    placed = Placed.of(shape, mesh)
+    for batch in fits:
+        cache, dense = placed.filled_cache(batch * mesh.data), None
+        for kind, sparsity in placed.kinds(batch * mesh.data):
+            started = time.perf_counter()
+            loop = placed.lowered(cache, sparsity).compile()
+            compiling = time.perf_counter() - started
+            median, spread, cache = bench_decode.seconds_per_step(loop, placed.model, cache, sparsity)
+            share, cache = exchange_share(loop, placed.model, cache, sparsity)
+            dense = dense or median
+            length, plan = shape.cache - bench_decode.STEPS // 2, sparsity and sparsity.plan
+            yield (
+                batch,
+                {
+                    "case": f"{shape.name} B{batch * mesh.data} S{shape.cache}",
+                    "kind": kind,
+                    "mesh": f"data={mesh.data} model={mesh.model} {mesh.attention if mesh.model > 1 else ''}".strip(),
+                    "devices": mesh.devices,
+                    "data": mesh.data,
+                    "model": mesh.model,
+                    "attention": mesh.attention,
+                    **shape.times(batch * mesh.data, length, median, peak, plan, mesh),
+                    "exchange_pct": share,
+                    "spread_ms": spread * 1e3,
+                    "speedup_vs_dense": dense / median,
+                    "compile_s": compiling,
+                },
+            )
+        del cache
+
+
+def exchange_share(
+    loop: Any, model: pj.Decoder, cache: pj.KVCache, sparsity: Sparsity | None
+) -> tuple[float | None, pj.KVCache]:
+    """Percent of the first GPU's busy time in collectives, waiting included; None without a GPU. Also the cache."""
+    start = cache.length
+    if next(iter(start.devices())).platform != "gpu":
+        return None, cache
+    token, kept = jax.device_put(np.zeros(start.shape, np.int32), start.sharding), [cache]
+
+    def run() -> jax.Array:
+        given = kept.pop()
+        last, after = loop(
+            model, token, pj.KVCache(given.k, given.v, jnp.copy(start)), sparsity, jnp.copy(start)
+        )
+        kept.append(pj.KVCache(after.k, after.v, start))
+        return last
+
+    seen = timing.events(run, _REPEATS)
+    exchanging = [event for event in seen if "nccl" in event.name.lower()]
+    return 100 * timing.busy(exchanging) / timing.busy(seen), kept.pop()
