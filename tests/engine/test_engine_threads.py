@@ -8,13 +8,13 @@ import numpy as np
 import pytest
 
 import polarjax as pj
-from tests.engine.test_engine import MODEL, PROMPTS, SETTINGS, SIZES, alone, bundle
+from tests.engine.test_engine import MODEL, PIECES, PROMPTS, SETTINGS, SIZES, alone, bundle
 from tests.model import zoo
 from tests.one_line import refuses
 
 
 def make() -> pj.Engine:
-    return pj.Engine(bundle("dense"), **SIZES, read_tokens=4)  # few shapes to compile
+    return pj.Engine(bundle("dense"), **PIECES)  # few shapes to compile
 
 
 @pytest.mark.parametrize("readers", [1, 3])

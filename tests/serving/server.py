@@ -19,6 +19,7 @@ from polarjax.text.tokenizer import Tokenizer
 from tests.cli.homes import ASSET, TEMPLATE, random_model
 
 NAME = "tiny"
+SIZES = {"slots": 4, "capacity": 64, "read_tokens": 16}  # few programs to compile
 
 
 @functools.cache
@@ -86,9 +87,9 @@ class Server(NamedTuple):
 
 @contextlib.contextmanager
 def serving(model: pj.Bundle | None = None, *, api_key: str | None = None, **limits: Any) -> Iterator[Server]:
-    """A server in a thread, with few programs to compile; it finishes what runs in the end."""
+    """A server in a thread; it finishes what runs in the end."""
     model = model or bundle()
-    engine = pj.Engine(model, slots=4, capacity=64, read_tokens=16)
+    engine = pj.Engine(model, **SIZES)
     service = Service(model, engine, name=NAME, limits=Limits(**limits))
     ready = threading.Event()
     with server.listen_on("127.0.0.1", 0) as listening:
