@@ -368,7 +368,8 @@ def test_overwrite_replaces_and_a_full_disk_leaves_whole_lines(run, whole, sourc
 def test_fault_19_nan_in_one_line_is_an_error_of_that_line(run, home, tmp_path, monkeypatch):
     """The other lines are answered as ever; the exit code says that one is not."""
     bundle = pj.load(home)
-    broken = pj.Bundle(zoo.with_rows(bundle.model, "embed.positions", 17, np.nan), bundle.tokenizer)
+    model = zoo.with_rows(bundle.model, "embed.positions", 17, np.nan)
+    broken = pj.Bundle(jax.device_put(model, jax.devices()[0]), bundle.tokenizer)
     monkeypatch.setattr(answering, "load_with_tokenizer", lambda *_: (broken, broken.tokenizer))
     (tmp_path / "in.jsonl").write_text("\n".join(json.dumps({"prompt": [5] * n}) for n in (1, 16, 1)))
     words = ("--prompts", tmp_path / "in.jsonl", "--output", tmp_path / "o", *SIZES)

@@ -33,9 +33,16 @@ def _with_settings(home: Path, target: Path, **settings) -> Path:
     return target
 
 
-def _recorded(monkeypatch) -> list[dict]:
+def _nothing_said(model, tokens, *rest, max_new_tokens, **options) -> pj.Generation:
+    """Takes the place of `generate` where only its arguments matter."""
+    rows = len(tokens)
+    none = np.zeros(rows, bool)
+    return pj.Generation(np.zeros((rows, max_new_tokens), np.int32), np.zeros(rows, np.int32), none, none)
+
+
+def _recorded(monkeypatch, original=continuation.generate) -> list[dict]:
     """The arguments of every call of `generate` from here on."""
-    calls, original = [], continuation.generate
+    calls = []
 
     def record(model, tokens, *rest, **options):
         calls.append(options | {"tokens": tokens})
@@ -150,7 +157,7 @@ def test_missing_sparsity_is_named_and_density_reported(home, run, tmp_path, mon
     assert kept("--batch-size", "100")["neurons"] == 0.25
     drawn = ("--temperature", "1", "--num-return-sequences", "2")
     assert kept("--batch-size", "100", *drawn)["neurons"] == 0.5
-    bundle, calls = pj.load(model), _recorded(monkeypatch)
+    bundle, calls = pj.load(model), _recorded(monkeypatch, _nothing_said)
     for sparsity in ("auto", None, bundle.sparsity(2)):
         bundle.complete(["a", "b", "c"], max_new_tokens=12, batch_size=2, sparsity=sparsity)
     two, one = (bundle.sparsity(n).plan for n in (2, 1))

@@ -126,7 +126,9 @@ def test_the_cache_is_written_in_place():
 def test_fault_19_nan_in_one_row_ends_it_alone():
     met = {*np.concatenate(PROMPTS).tolist(), *alone("dense")[0], *alone("dense")[3]}
     stranger = min(set(range(zoo.VOCAB)) - met)
-    broken = pj.Bundle(zoo.with_rows(MODEL, "embed.tokens", stranger, np.nan))
+    broken = pj.Bundle(
+        jax.device_put(zoo.with_rows(MODEL, "embed.tokens", stranger, np.nan), jax.devices()[0])
+    )
     engine = pj.Engine(broken, **SIZES)
     bad = engine.submit([1, stranger, 2], max_new_tokens=5)
     good = [engine.submit(PROMPTS[i], **SETTINGS[i]) for i in (0, 3)]

@@ -13,6 +13,7 @@ from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
+import jax
 import numpy as np
 import openai
 import pytest
@@ -372,7 +373,8 @@ def test_nan_fails_its_own_request(server):
 
 def with_nan_from(position: int) -> pj.Decoder:
     """The model, which computes NaN once a sequence is so long."""
-    return zoo.with_rows(bundle().model, "embed.positions", 2 + position, np.nan)
+    model = zoo.with_rows(bundle().model, "embed.positions", 2 + position, np.nan)
+    return jax.device_put(model, jax.devices()[0])
 
 
 @pytest.mark.parametrize("begun", [False, True])
