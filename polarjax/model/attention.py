@@ -9,6 +9,7 @@ from polarjax.configs import ModelConfig
 from polarjax.model import shapes
 from polarjax.model.cache import write_token
 from polarjax.model.layers import Maker, Norm, Rotation, add_bias, apply_rope
+from polarjax.model.parallel import at_own_sequences, summed, to_groups, to_sequences
 from polarjax.types import Array, Bool, Float, Implementation, Int
 
 
@@ -49,9 +50,12 @@ def project_qkv(
 
 
 @jax.named_scope("projections")
-def project_out(layer: Attention, heads: Float[Array, "B T K G H"]) -> Float[Array, "B T D"]:
-    """The output projection with its bias."""
-    return add_bias(jnp.einsum("btkgh,kghd->btd", heads, layer.wo[...]), layer.bo)
+def project_out(
+    layer: Attention, heads: Float[Array, "B T K G H"], fill: Float[Array, "B T D"] | None = None
+) -> Float[Array, "B T D"]:
+    """The output projection, with what replaces groups that were skipped, and its bias."""
+    update = jnp.einsum("btkgh,kghd->btd", heads, layer.wo[...])
+    return add_bias(summed(update if fill is None else update + fill, "groups"), layer.bo)
 
 
 def group_norms(heads: Float[Array, "... K G H"]) -> Float[Array, "... K"]:
@@ -123,9 +127,10 @@ def attend_cached(
     """One new token per sequence: appends its key and value at `length`, attends with the selected groups only.
 
     `fill` replaces the other groups' part of the output; None for zeros. Rows that are not `live` append and attend to
-    nothing.
+    nothing. On a mesh whose devices divide the sequences, all arguments but `layer`, `x` and `rotation` are those of
+    this device's sequences.
     """
-    q, k, v = (a[:, 0] for a in project_qkv(layer, x[:, None], rotation))
+    q, k, v = to_sequences(*(a[:, 0] for a in project_qkv(layer, x[:, None], rotation)))
     capacity = cache[0].shape[2]
     position = length if live is None else jnp.where(live, length, capacity)
     k_cache, v_cache = write_token(cache[0], k, position), write_token(cache[1], v, position)
@@ -140,5 +145,6 @@ def attend_cached(
         window=window,
         implementation=implementation,
     )
-    update = project_out(layer, heads[:, None])[:, 0]
-    return update if fill is None else update + fill, (k_cache, v_cache)
+    fill = at_own_sequences(fill)
+    update = project_out(layer, to_groups(heads)[:, None], None if fill is None else fill[:, None])
+    return update[:, 0], (k_cache, v_cache)

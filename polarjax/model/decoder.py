@@ -23,6 +23,9 @@ from polarjax.model.checks import (
 from polarjax.model.layers import Embedding, Head, Maker, Norm, Rotation, rope_rotation
 from polarjax.model.layout import Layout
 from polarjax.model.meshes import on_any_mesh
+from polarjax.model.parallel import own_sequences, to_sequences
+from polarjax.model.spread import spread_prefill, spread_step
+from polarjax.model.spread_checks import check_batch, check_spread
 from polarjax.model.taps import Taps, TapSpec, pack
 from polarjax.selection.checks import check_sparsity
 from polarjax.selection.means import importance_of, mean_output
@@ -139,10 +142,23 @@ def prefill(
     tokens, lengths = as_prompts(model.config, tokens, lengths, where="prefill")
     check_cache(model.config, model.dtype, cache, tokens.shape[0], where="prefill")
     check_capacity(cache, tokens.shape[1])
+    check_batch(model, None, tokens.shape[0], where="prefill")
+    if model.layout is None:
+        return _prefill(model, tokens, lengths, cache)
+    return spread_prefill(_prefill, model, tokens, lengths, cache)
+
+
+def _prefill(
+    model: Decoder, tokens, lengths, cache: KVCache
+) -> tuple[Float[Array, "B V"], KVCache]:
+    """`prefill` on one device, or one device's part of it."""
     x, _, kv = _blocks(model, tokens, lengths)
     last = jnp.take_along_axis(x, (lengths - 1)[:, None, None], 1)[:, 0]
-    k = tuple(write_prompt(old, new) for old, (new, _) in zip(cache.k, kv, strict=True))
-    v = tuple(write_prompt(old, new) for old, (_, new) in zip(cache.v, kv, strict=True))
+    pairs = [
+        tuple(map(write_prompt, old, to_sequences(*new, dimension=2)))
+        for old, new in zip(zip(cache.k, cache.v, strict=True), kv, strict=True)
+    ]
+    k, v = zip(*pairs, strict=True)
     return logits(model, last), KVCache(k, v, lengths.astype(jnp.int32))
 
 
@@ -222,9 +238,9 @@ def _attention_output(layer: attention.Attention, i: int, h, heads, norm, sparsi
     if sparsity is None:
         return attention.project_out(layer, heads)
     kept = sparsity.group_mask(i, h, norm)
-    update = attention.project_out(layer, attention.mask_groups(heads, kept))
-    fill = sparsity.fill(i, kept, update.dtype)
-    return update if fill is None else update + fill
+    return attention.project_out(
+        layer, attention.mask_groups(heads, kept), sparsity.fill(i, kept, heads.dtype)
+    )
 
 
 def _rotation(config: ModelConfig, positions: Int[Array, "B T"]) -> Rotation | None:
@@ -273,10 +289,23 @@ def decode_step(
     check_model(model, where="decode_step")
     check_sparsity(sparsity, model.config)
     check_implementation(implementation)
-    config = model.config
+    check_spread(model, sparsity)
     token = as_step(token)
-    check_cache(config, model.dtype, cache, token.shape[0], where="decode_step")
+    check_cache(model.config, model.dtype, cache, token.shape[0], where="decode_step")
     live = as_live(live, token.shape[0])
+    check_batch(model, sparsity, token.shape[0])
+    if model.layout is None:
+        return _step(model, token, cache, sparsity, live, model.config, implementation)
+    run = lambda model, token, cache, sparsity, live: _step(
+        model, token, cache, sparsity, live, model.layout.local(model.config), implementation
+    )
+    return spread_step(run, model, token, cache, sparsity, live)
+
+
+def _step(
+    model: Decoder, token, cache: KVCache, sparsity, live, config: ModelConfig, implementation
+) -> tuple[Float[Array, "B V"], KVCache]:
+    """`decode_step` on one device, or one device's part of it; `config` has the sizes that this device sees."""
     x = model.embed(token, cache.length)
     rotation = _rotation(config, cache.length[:, None])
     pairs = []
@@ -295,16 +324,16 @@ def _step_layer(
     """Layer `i` for one new token per sequence: the hidden state, and the cache's keys and values."""
 
     def attend(h):
-        index = None if sparsity is None else sparsity.group_index(i, h, config)
+        index = None if sparsity is None else sparsity.group_index(i, own_sequences(h), config)
         update, pair = attention.attend_cached(
             layer.attn,
             h,
             (cache.k[i], cache.v[i]),
-            cache.length,
+            own_sequences(cache.length),
             rotation=rotation,
             group_index=index,
             fill=None if sparsity is None else sparsity.fill_unread(i, index, h.dtype),
-            live=live,
+            live=own_sequences(live),
             config=config,
             window=config.window(i),
             implementation=implementation,
@@ -312,10 +341,15 @@ def _step_layer(
         return update, (h, pair)
 
     def feed(y):
-        index = None if sparsity is None else sparsity.neuron_index(i, h, config, live)
-        if index is None:
+        if sparsity is None or sparsity.plan.neurons[i] is None:
             return mlp.dense(layer.mlp, y, config), None
-        return mlp.selected(layer.mlp, y, index, config=config, implementation=implementation), None
+        parts = sparsity.plan.batch_shards
+        rows = lambda x: [None] * parts if x is None else jnp.split(x, parts)
+        done = []
+        for own_y, own_h, own_live in zip(rows(y), rows(h), rows(live), strict=True):
+            index = sparsity.neuron_index(i, own_h, config, own_live)
+            done.append(mlp.selected(layer.mlp, own_y, index, config=config, implementation=implementation))
+        return done[0] if parts == 1 else jnp.concatenate(done), None
 
     x, (h, pair) = residual(layer.attn_norm, x, attend, config)
     return residual(layer.mlp_norm, x, feed, config)[0], pair

@@ -8,6 +8,7 @@ from flax import nnx
 
 from polarjax.configs import ModelConfig, RopeConfig
 from polarjax.model import shapes
+from polarjax.model.parallel import table_rows
 from polarjax.types import Array, Float, Int
 
 
@@ -82,7 +83,7 @@ class Embedding(nnx.Module):
             self.project_out = make.normal(axes["project_out"], fan_in=config.d_model)
 
     def __call__(self, tokens: Int[Array, "..."], positions: Int[Array, "..."]) -> Float[Array, "... D"]:
-        x = self.tokens[...][tokens]
+        x = table_rows(self.tokens[...], tokens)
         if self.project_in is not None:
             x = x @ self.project_in[...]
         if self.positions is not None:

@@ -73,8 +73,9 @@ class Layout:
         self.sizes.check(config, axes=self._divided)
 
     def local(self, config: ModelConfig) -> ModelConfig:
-        """The sizes that one device sees."""
-        return self.sizes.local(config, axes=self._divided)
+        """The sizes that one device computes with: of all groups, where it attends to its own sequences."""
+        whole = ("groups",) if self.attention == "sequences" else ()
+        return self.sizes.local(config, axes=[name for name in self._divided if name not in whole])
 
     @property
     def _divided(self) -> tuple[str, ...]:

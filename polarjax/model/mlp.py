@@ -8,6 +8,7 @@ from pallas_kernels import sparse_mlp
 from polarjax.configs import ModelConfig
 from polarjax.model import shapes
 from polarjax.model.layers import Maker, add_bias
+from polarjax.model.parallel import summed
 from polarjax.types import Array, Bool, Float, Implementation, Int
 
 _ACTIVATIONS = {"relu": jax.nn.relu, "silu": jax.nn.silu, "gelu": lambda x: jax.nn.gelu(x, approximate=False)}
@@ -69,7 +70,7 @@ def combine(
 ) -> Float[Array, "... D"]:
     """The down-projection of the (selected) neurons' outputs."""
     hidden = hidden if mask is None else jnp.where(mask, hidden, 0)
-    return add_bias(hidden @ layer.w_down[...], layer.b_down)
+    return add_bias(summed(hidden @ layer.w_down[...], "neurons"), layer.b_down)
 
 
 @jax.named_scope("mlp")
@@ -101,4 +102,4 @@ def selected(
         threshold=config.activation_threshold,
         implementation=implementation,
     )
-    return add_bias(y, layer.b_down)
+    return add_bias(summed(y, "neurons"), layer.b_down)

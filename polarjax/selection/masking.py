@@ -6,6 +6,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from polarjax.configs import ModelConfig
 from polarjax.selection.means import Importance, filled, mean_output
@@ -71,9 +72,10 @@ class Counted(Sparsity):
         dense = [
             all(k is None for k in column) for column in zip(*(each.groups for each in others), strict=True)
         ]
-        which = SparsityPlan(
-            tuple(None if k is None else 1 for k in plan.neurons),
-            tuple(None if nothing else 1 for nothing in dense),
+        which = dataclasses.replace(
+            plan,
+            neurons=tuple(None if k is None else plan.neuron_shards for k in plan.neurons),
+            groups=tuple(None if nothing else plan.group_shards for nothing in dense),
         )
         return cls(
             routers, which, counts(plan.neurons, config.d_ff), counts(plan.groups, config.num_kv_heads)
@@ -84,14 +86,16 @@ class Counted(Sparsity):
         if self.plan.groups[layer] is None:
             return None
         scores = self.routers.group_scores(layer, x, norms=norms)
-        return top_counted(check_scores("groups", scores, norms.shape), self.groups[layer])
+        scores, plan = check_scores("groups", scores, norms.shape), self.plan
+        return top_counted(scores, self.groups[layer], plan.group_shards, plan.order(layer))
 
     def neuron_mask(self, layer, x, activity):
         """As `Sparsity.neuron_mask`."""
         if self.plan.neurons[layer] is None:
             return None
         scores = self.routers.neuron_scores(layer, x, activity=activity)
-        return top_counted(check_scores("neurons", scores, activity.shape), self.neurons[layer])
+        scores = check_scores("neurons", scores, activity.shape)
+        return top_counted(scores, self.neurons[layer], self.plan.neuron_shards)
 
 
 @jax.tree_util.register_dataclass
@@ -126,8 +130,14 @@ class AfterPrompts(Sparsity):
         return kept | (position[None] < self.prompts[:, None])[..., None]
 
 
-def top_counted(scores: Float[Array, "... n"], k: Int[Array, ""]) -> Bool[Array, "... n"]:
+def top_counted(
+    scores: Float[Array, "... n"], k: Int[Array, ""], shards: int = 1, order: tuple[int, ...] | None = None
+) -> Bool[Array, "... n"]:
     """`top_mask` with a traced k, from 1 to n."""
+    if shards > 1:
+        places = np.arange(scores.shape[-1]) if order is None else np.asarray(order)
+        blocks = scores[..., places].reshape(*scores.shape[:-1], shards, -1)
+        return top_counted(blocks, k // shards).reshape(scores.shape)[..., np.argsort(places)]
     scores = jnp.where(jnp.isnan(scores), -jnp.inf, scores)
     least = jnp.take(jnp.sort(scores, axis=-1), jnp.asarray([scores.shape[-1] - k]), axis=-1)
     above, equal = scores > least, scores == least

@@ -71,15 +71,19 @@ class SparsityPlan:
       groups: L entries, groups kept (k) in each layer's attention.
       neuron_shards: number of equal blocks of neurons, in order, each of which keeps its best k / neuron_shards.
       group_shards: the same for groups.
+      batch_shards: number of equal parts of a batch, consecutive rows, each of which chooses its own neurons.
+      group_order: for each layer, the K groups in the order of the blocks that they belong to; () is the model's order.
     """
 
     neurons: tuple[int | None, ...]
     groups: tuple[int | None, ...]
     neuron_shards: int = 1
     group_shards: int = 1
+    batch_shards: int = 1
+    group_order: tuple[tuple[int, ...], ...] = ()
 
     def __post_init__(self) -> None:
-        for name in ("neuron_shards", "group_shards"):
+        for name in ("neuron_shards", "group_shards", "batch_shards"):
             number = whole_number(getattr(self, name), name, where="sparsity plan", error=SparsityError)
             object.__setattr__(self, name, number)
         for name in ("neurons", "groups"):
@@ -121,6 +125,23 @@ class SparsityPlan:
                 )
         check_shards("neurons", (config.d_ff,), self.neuron_shards, where="sparsity plan")
         check_shards("groups", (config.num_kv_heads,), self.group_shards, where="sparsity plan")
+        check_order(self.group_order, config.num_layers, config.num_kv_heads, where="sparsity plan")
+
+    def for_device(self, *, neuron_parts: int, group_parts: int) -> "SparsityPlan":
+        """What each device of a mesh keeps of its neurons and groups, of which it has one part in so many."""
+        part = lambda counts, parts: tuple(count and count // parts for count in counts)
+        return dataclasses.replace(
+            self,
+            neurons=part(self.neurons, neuron_parts),
+            groups=part(self.groups, group_parts),
+            neuron_shards=1 if neuron_parts > 1 else self.neuron_shards,
+            group_shards=1 if group_parts > 1 else self.group_shards,
+            batch_shards=1,
+        )
+
+    def order(self, layer: int) -> tuple[int, ...] | None:
+        """The layer's `group_order`; None is the model's."""
+        return self.group_order[layer] if self.group_order and self.group_shards > 1 else None
 
 
 def dense_plan(config: ModelConfig) -> SparsityPlan:
@@ -269,6 +290,7 @@ class PlanTable:
             self._groups(config, density),
             self.neuron_shards,
             self.group_shards,
+            group_order=self.order,
         )
 
     def _groups(self, config: ModelConfig, density: float) -> tuple[int | None, ...]:

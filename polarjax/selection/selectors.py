@@ -178,10 +178,37 @@ def _summed(scores: Float[Array, "B n"], live: Bool[Array, "B"] | None) -> Float
     return jnp.sum(scores if live is None else jnp.where(live[:, None], scores, 0), 0, keepdims=True)
 
 
-def top_mask(scores: Float[Array, "... n"], k: int) -> Bool[Array, "... n"]:
-    """True at the k largest scores of each row; ties go to the lower index, as in the gathered path."""
+def top_index(
+    scores: Float[Array, "B n"], k: int, shards: int = 1, order: tuple[int, ...] | None = None
+) -> Int[Array, "B k"]:
+    """Indices of the k / shards largest scores of each of `shards` equal blocks, ascending; ties go to the lower index.
+
+    `order` lists the n indices in the order of the blocks; None is 0 … n - 1.
+    """
+    if shards == 1:
+        return select_top_k(scores, k, shared=False)
+    rows, width = scores.shape[0], scores.shape[1] // shards
+    places = None if order is None else jnp.asarray(order, jnp.int32)
+    scores = scores if places is None else scores[:, places]
+    found = select_top_k(scores.reshape(rows * shards, width), k // shards, shared=False)
+    first = jnp.arange(shards, dtype=jnp.int32) * width
+    index = (found.reshape(rows, shards, -1) + first[None, :, None]).reshape(rows, k)
+    return index if places is None else jnp.sort(places[index], -1)
+
+
+def _top_shared(scores: Float[Array, "B F"], k: int, shards: int) -> Int[Array, "k"]:
+    """`top_index` of the sum of positive scores over the rows."""
+    blocks, width = jnp.split(scores, shards, 1), scores.shape[1] // shards
+    found = [select_top_k(block, k // shards, shared=True) + i * width for i, block in enumerate(blocks)]
+    return found[0] if shards == 1 else jnp.concatenate(found)
+
+
+def top_mask(
+    scores: Float[Array, "... n"], k: int, shards: int = 1, order: tuple[int, ...] | None = None
+) -> Bool[Array, "... n"]:
+    """True at the scores that `top_index` finds in each row."""
     rows = scores.reshape(-1, scores.shape[-1])
-    index = select_top_k(rows, k, shared=False)
+    index = top_index(rows, k, shards, order)
     mask = jnp.zeros(rows.shape, bool).at[jnp.arange(rows.shape[0])[:, None], index].set(True)
     return mask.reshape(scores.shape)
 
@@ -224,7 +251,8 @@ class Sparsity:
         if k is None:
             return None
         scores = self.routers.group_scores(layer, x, norms=norms)
-        return top_mask(check_scores("groups", scores, norms.shape), k)
+        scores = check_scores("groups", scores, norms.shape)
+        return top_mask(scores, k, self.plan.group_shards, self.plan.order(layer))
 
     def fill(
         self, layer: int, kept: Bool[Array, "... K"] | None, dtype: DTypeLike
@@ -252,9 +280,8 @@ class Sparsity:
         if k is None:
             return None
         scores = self.routers.group_scores(layer, x)
-        return select_top_k(
-            check_scores("groups", scores, (x.shape[0], config.num_kv_heads)), k, shared=False
-        )
+        scores = check_scores("groups", scores, (x.shape[0], config.num_kv_heads))
+        return top_index(scores, k, self.plan.group_shards, self.plan.order(layer))
 
     def neuron_mask(
         self, layer: int, x: Float[Array, "... D"], activity: Float[Array, "... F"]
@@ -264,7 +291,7 @@ class Sparsity:
         if k is None:
             return None
         scores = self.routers.neuron_scores(layer, x, activity=activity)
-        return top_mask(check_scores("neurons", scores, activity.shape), k)
+        return top_mask(check_scores("neurons", scores, activity.shape), k, self.plan.neuron_shards)
 
     @jax.named_scope("routers")
     def neuron_index(
@@ -282,6 +309,6 @@ class Sparsity:
         if not isinstance(
             self.routers, Routers
         ):  # only routers' scores are above 0, as `shared=True` requires
-            return select_top_k(_summed(scores, live), k, shared=False)[0]
+            return top_index(_summed(scores, live), k, self.plan.neuron_shards)[0]
         counted = scores > 0 if live is None else (scores > 0) & live[:, None]  # false for NaN too
-        return select_top_k(jnp.where(counted, scores, 0), k, shared=True)
+        return _top_shared(jnp.where(counted, scores, 0), k, self.plan.neuron_shards)

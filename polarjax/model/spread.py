@@ -1,0 +1,118 @@
+"""Runs decoding steps and reads prompts on every device of the model's mesh."""
+
+import dataclasses
+from collections.abc import Callable
+from typing import Any
+
+import jax
+from flax import nnx
+from jax.sharding import PartitionSpec
+
+from polarjax.model.cache import KVCache
+from polarjax.model.layout import Layout, axes_of
+from polarjax.model.parallel import on_each_device, own_columns, own_rows
+from polarjax.selection.means import mean_output
+from polarjax.selection.routers import Routers
+from polarjax.selection.selectors import Selector, Sparsity
+from polarjax.types import Array, Bool, Float, Int
+
+
+def spread_step(
+    run: Callable[..., Any],
+    model: Any,
+    token: Int[Array, "B"],
+    cache: KVCache,
+    sparsity: Sparsity | None,
+    live: Bool[Array, "B"] | None,
+) -> tuple[Float[Array, "B V"], KVCache]:
+    """`run(model, token, cache, sparsity, live)` with each device's parts of these."""
+    layout: Layout = model.layout
+    rows = PartitionSpec(layout.data)
+    return on_each_device(
+        layout,
+        run,
+        (model, token, cache, for_device(sparsity, layout), live),
+        specs=(parameter_specs(model), rows, cache_specs(cache, layout), sparsity_specs(sparsity, layout), rows),
+        out=results(layout),
+    )
+
+
+def spread_prefill(
+    run: Callable[..., Any], model: Any, tokens: Int[Array, "B T"], lengths: Int[Array, "B"], cache: KVCache
+) -> tuple[Float[Array, "B V"], KVCache]:
+    """`run(model, tokens, lengths, cache)` with each device's parts of these."""
+    layout: Layout = model.layout
+    rows = PartitionSpec(layout.data)
+    specs = (parameter_specs(model), rows, rows, cache_specs(cache, layout))
+    return on_each_device(layout, run, (model, tokens, lengths, cache), specs=specs, out=results(layout))
+
+
+def results(layout: Layout, *, whole: bool = False) -> tuple[PartitionSpec, KVCache]:
+    """Where logits [B V] (`whole`: of pieces, which aren't divided over `data`) and a cache lie."""
+    rows = PartitionSpec(layout.data)
+    kv: Any = layout.cache_spec()
+    return PartitionSpec(None if whole else layout.data, layout.rules["vocab"]), KVCache(kv, kv, rows)  # pyright: ignore[reportArgumentType]
+
+
+def parameter_specs(model: Any) -> list[PartitionSpec]:
+    """Where the leaves of a model lie."""
+    variables = jax.tree.leaves(model, is_leaf=lambda node: isinstance(node, nnx.Variable))
+    return [model.layout.spec(axes_of(each)) for each in variables]
+
+
+def cache_specs(cache: KVCache, layout: Layout) -> list[PartitionSpec]:
+    """Where the leaves of a cache lie."""
+    kv = [layout.cache_spec()] * (len(cache.k) + len(cache.v))
+    return [*kv, PartitionSpec(layout.data)]
+
+
+def sparsity_specs(sparsity: Sparsity | None, layout: Layout) -> list[PartitionSpec]:
+    """Where the leaves of a sparsity lie: routers with what they score, other selectors whole on every device."""
+    if sparsity is None:
+        return []
+    if not isinstance(sparsity.routers, Routers):
+        return [PartitionSpec()] * len(jax.tree.leaves(sparsity))
+    named = (
+        (field.name, getattr(layer, field.name))
+        for layer in sparsity.routers.layers
+        for field in dataclasses.fields(layer)
+    )
+    return [layout.router_spec(name) for name, value in named if value is not None]
+
+
+def for_device(sparsity: Sparsity | None, layout: Layout) -> Sparsity | None:
+    """What each device skips: the plan for its part, and a selector that scores it."""
+    if sparsity is None:
+        return None
+    by_groups = layout.parts("groups") if layout.attention == "groups" else 1
+    plan = sparsity.plan.for_device(neuron_parts=layout.parts("neurons"), group_parts=by_groups)
+    selector = sparsity.routers
+    return Sparsity(selector if isinstance(selector, Routers) else PartOf(selector), plan)
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True, eq=False)
+class PartOf:
+    """One device's part of what a selector scores.
+
+    Attributes:
+      selector: scores all groups and neurons.
+    """
+
+    selector: Selector
+
+    def group_scores(self, layer, x, *, norms=None):
+        """The scores of this device's groups."""
+        return own_columns(own_rows(self.selector.group_scores(layer, x, norms=norms), x.shape[0]), "groups")
+
+    def neuron_scores(self, layer, x, *, activity=None):
+        """The scores of this device's neurons."""
+        return own_columns(self.selector.neuron_scores(layer, x, activity=activity), "neurons")
+
+    def mean_output(self, layer: Any) -> Float[Array, "K D"] | None:
+        """What replaces this device's groups."""
+        mean = mean_output(self.selector, layer)
+        return None if mean is None else own_columns(mean, "groups", 0)
+
+    def check(self, config: Any) -> None:
+        """Checked before."""

@@ -1,0 +1,63 @@
+"""Checks that plans and batches fit the mesh that a model lies on."""
+
+from typing import Any
+
+from polarjax.errors import InputError, SparsityError
+from polarjax.model.layout import Layout
+from polarjax.selection.plans import SparsityPlan
+
+
+def check_spread(model: Any, sparsity: Any) -> None:
+    """Raises `SparsityError` if a plan is for another number of shards than those of the mesh that the model is on."""
+    layout: Layout | None = model.layout
+    if layout is None or sparsity is None:
+        return
+    plan: SparsityPlan = sparsity.plan
+    by_groups = layout.parts("groups") if layout.attention == "groups" else 1
+    for name, counts, shards, parts in (
+        ("neurons", plan.neurons, plan.neuron_shards, layout.parts("neurons")),
+        ("groups", plan.groups, plan.group_shards, by_groups),
+        ("batch", plan.neurons, plan.batch_shards, layout.sizes.data),
+    ):
+        needed = name != "groups" or parts > 1 or layout.attention == "sequences"
+        if any(count is not None for count in counts) and shards != parts and needed:
+            _refuse(name, shards, parts, layout)
+    if plan.group_order and by_groups > 1:
+        raise SparsityError(
+            "the plan assigns groups to devices, but the model's groups are in their own order",
+            where="sparsity plan",
+            hint="shard the bundle that has the plans: pj.shard(bundle, mesh); then use bundle.sparsity",
+        )
+
+
+def _refuse(name: str, shards: int, parts: int, layout: Layout) -> None:
+    hints = {
+        "batch": f"use bundle.sparsity(batch_size), or SparsityPlan(..., batch_shards={parts})",
+        "neurons": f"calibrate for this mesh: polarjax calibrate --shards {parts}",
+        "groups": f"calibrate for this mesh: polarjax calibrate --shards {layout.sizes.model}",
+    }
+    of = {"batch": "the mesh axis data", "neurons": "the mesh axis model", "groups": "the mesh axis model"}
+    if name == "groups":
+        of["groups"] += f", attention by {layout.attention}"
+    raise SparsityError(
+        "the plan is for another number of shards",
+        where="sparsity plan",
+        got=f"{name} in {shards}",
+        expected=f"{parts} ({of[name]})",
+        hint=hints[name],
+    )
+
+
+def check_batch(model: Any, sparsity: Any, batch_size: int, *, where: str = "decode_step") -> None:
+    """Raises `InputError` unless a batch can be divided over the model's mesh, or into the parts of the plan."""
+    if model.layout is not None:
+        model.layout.sizes.rows(batch_size, where=where)
+    parts = 1 if sparsity is None else sparsity.plan.batch_shards
+    if isinstance(batch_size, int) and batch_size % parts:
+        raise InputError(
+            "the plan divides the batch into parts, which would not be equal",
+            where=where,
+            got=f"{batch_size} sequences, {parts} parts",
+            expected=f"a multiple of {parts}",
+            hint=f"use a batch of {-(-batch_size // parts) * parts}",
+        )
