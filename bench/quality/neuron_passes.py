@@ -11,7 +11,8 @@ import numpy as np
 
 from polarjax.configs import ModelConfig
 from polarjax.model import mlp
-from polarjax.model.decoder import Decoder, attention_half, logits, mlp_half, prompt_start
+from polarjax.model.blocks import logits
+from polarjax.model.decoder import Decoder, attention_half, mlp_half, prompt_start
 from polarjax.model.mlp import active
 from polarjax.selection.routers import LayerRouter, Routers
 from polarjax.sparsity.kept_share import importance, kept_share

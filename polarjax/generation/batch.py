@@ -14,6 +14,7 @@ from polarjax.generation import checks
 from polarjax.generation.sampling import Categorical, Greedy, Sampler
 from polarjax.generation.token_loop import FixedSampler, Rules
 from polarjax.model.decoder import Decoder
+from polarjax.model.spread_checks import check_batch
 from polarjax.types import Array, Int
 
 SMALLEST_BUCKET = 16
@@ -37,7 +38,9 @@ class Prompts:
     room: int
 
 
-def prepare(model: Decoder, tokens: Any, lengths: Any, *, max_new_tokens: int, copies: int = 1) -> Prompts:
+def prepare(
+    model: Decoder, tokens: Any, lengths: Any, *, where: str, max_new_tokens: int, copies: int = 1
+) -> Prompts:
     """Checks prompts, repeats each `copies` times and pads them to their bucket; see `generate`."""
     config, sharding = model.config, _row_sharding(tokens, model)
     tokens, lengths = checks.as_batch(tokens, lengths)
@@ -45,6 +48,7 @@ def prepare(model: Decoder, tokens: Any, lengths: Any, *, max_new_tokens: int, c
     capacity = -(-positions(config, tokens.shape[1], max_new_tokens) // 8) * 8
     bucket = bucket_length(tokens.shape[1], config.max_positions)
     tokens, lengths = _widen(tokens, lengths, bucket, copies)
+    check_batch(model, None, tokens.shape[0], where=where)
     if sharding is not None and not isinstance(tokens, Tracer):
         tokens, lengths = jax.device_put((tokens, lengths), sharding)
     return Prompts(tokens, lengths, capacity, output_room(max_new_tokens))
@@ -115,7 +119,10 @@ def _widen(tokens, lengths, width: int, copies: int) -> tuple[Int[Array, "B widt
 
 
 def _row_sharding(tokens: Any, model: Decoder) -> NamedSharding | None:
-    """Sharding of the prompts' rows over the model's mesh, if they are sharded."""
+    """Sharding of the prompts' rows over the model's mesh, if the model or they are sharded."""
+    layout = model.layout
+    if layout is not None:
+        return layout.sharding(PartitionSpec(layout.data))
     table = model.embed.tokens[...]
     if any(isinstance(each, Tracer) or not isinstance(each, jax.Array) for each in (tokens, table)):
         return None

@@ -17,6 +17,7 @@ from polarjax.model.checks import check_implementation, check_model
 from polarjax.model.chunks import read_in_chunks
 from polarjax.model.decoder import Decoder, decode_step, prefill
 from polarjax.model.meshes import auto_axes
+from polarjax.model.spread_checks import check_batch, check_spread
 from polarjax.selection.checks import check_sparsity
 from polarjax.selection.selectors import Sparsity
 from polarjax.types import Array, Float, Implementation, Int, Key
@@ -35,7 +36,8 @@ def read_prompts(model: Decoder, tokens, lengths, *, capacity: int) -> tuple[Flo
             return prefill(model, tokens, lengths, cache)
         return read_in_chunks(model, tokens, lengths, cache, most=READ_TOKENS)
 
-    return auto_axes(read, tokens, model, tokens, lengths)
+    out = lambda places: (places.logits, places.cache)
+    return auto_axes(read, tokens, model, tokens, lengths, layout=model.layout, out=out)
 
 
 @functools.partial(overlapping_jit, static_argnames=("room", "implementation"), donate_argnames=("cache",))
@@ -47,7 +49,9 @@ def write(model: Decoder, logits, cache: KVCache, prompts, rules: Rules, sparsit
         seen = ids_in(prompts[0], prompts[1], logits.shape[1])
         return decode_loop(step, logits, cache, rules, seen, room=room)
 
-    return auto_axes(loop, logits, model, logits, cache, prompts, rules, sparsity)
+    out = lambda places: (places.rows, places.cache)
+    given = (model, logits, cache, prompts, rules, sparsity)
+    return auto_axes(loop, logits, *given, layout=model.layout, out=out)
 
 
 def model_step(model: Decoder, token, cache, live, *, sparsity, implementation):
@@ -94,6 +98,7 @@ def start(
     """Checks the arguments of `generate` and reads the prompts; `where` is the function that errors name."""
     check_model(model, where=where)
     check_sparsity(sparsity, model.config)
+    check_spread(model, sparsity)
     check_implementation(implementation)
     limit = check_new_tokens(max_new_tokens)
     copies = check_copies(num_return_sequences, sampler)
@@ -105,7 +110,8 @@ def start(
         repetition_penalty=repetition_penalty,
         best=check_best(logprobs, model.config.vocab_size),
     )
-    prompts = prepare(model, tokens, lengths, max_new_tokens=limit, copies=copies)
+    prompts = prepare(model, tokens, lengths, where=where, max_new_tokens=limit, copies=copies)
+    check_batch(model, sparsity, prompts.tokens.shape[0], where=where)
     batch = (prompts.tokens, prompts.lengths)
     logits, cache = read_prompts(model, *batch, capacity=prompts.capacity)
     return Started(limit, prompts.room, rules, batch, logits, cache)

@@ -13,7 +13,8 @@ from polarjax.generation.overlap import overlapping_jit
 from polarjax.generation.sampling import Greedy, Sampler
 from polarjax.generation.token_loop import Generation, LoopState, Rules, StopIds, ids_in
 from polarjax.model.decoder import Decoder
-from polarjax.model.meshes import auto_axes
+from polarjax.model.layout import Layout
+from polarjax.model.meshes import Places, auto_axes
 from polarjax.selection.selectors import Sparsity
 from polarjax.types import Array, Bool, Implementation, Int, Key
 
@@ -58,7 +59,7 @@ def stream(
         sparsity=sparsity,
         implementation=implementation,
     )
-    state = _begin(started.logits, started.cache, started.batch, started.rules)
+    state = _begin(started.logits, started.cache, started.batch, started.rules, layout=model.layout)
     options = {"sparsity": sparsity, "implementation": implementation}
     advance = functools.partial(_advance, model, rules=started.rules, **options)
     read = zip(*jax.device_get(started.batch), strict=True)
@@ -117,17 +118,18 @@ class TokenStream(Iterator[Generation]):
         return Generation(tokens, added, stopped, failed, logprobs)
 
 
-def _spread(rows, scalar) -> LoopState:
-    """Shardings of a state, given those of its arrays [B ...] and of its scalar."""
-    return LoopState(scalar, *[rows] * (len(dataclasses.fields(LoopState)) - 1))
+def state_places(places: Places) -> LoopState:
+    """Where a state lies on a mesh."""
+    rows = dict.fromkeys((field.name for field in dataclasses.fields(LoopState)), places.rows)
+    return LoopState(**rows | {"step": places.scalar, "seen": places.logits, "cache": places.cache})  # pyright: ignore[reportArgumentType]
 
 
-@functools.partial(jax.jit, donate_argnames=("cache",))
-def _begin(logits, cache, prompts, rules: Rules) -> LoopState:
+@functools.partial(jax.jit, donate_argnames=("cache",), static_argnames=("layout",))
+def _begin(logits, cache, prompts, rules: Rules, *, layout: Layout | None) -> LoopState:
     def begin(logits, cache, prompts, rules):
         return rules.begin(logits, cache, ids_in(prompts[0], prompts[1], logits.shape[1]))
 
-    return auto_axes(begin, logits, logits, cache, prompts, rules, out=_spread)
+    return auto_axes(begin, logits, logits, cache, prompts, rules, layout=layout, out=state_places)
 
 
 @functools.partial(overlapping_jit, static_argnames=("implementation",), donate_argnames=("state",))
@@ -136,5 +138,6 @@ def _advance(model, state: LoopState, *, halted, rules: Rules, sparsity, impleme
         step = functools.partial(model_step, model, sparsity=sparsity, implementation=implementation)
         return rules.advance(step, rules.halted(state, halted))
 
-    out = lambda rows, scalar: (_spread(rows, scalar), rows)
-    return auto_axes(advance, state.token, model, state, halted, rules, sparsity, out=out)
+    out = lambda places: (state_places(places), places.rows)
+    given = (model, state, halted, rules, sparsity)
+    return auto_axes(advance, state.token, *given, layout=model.layout, out=out)

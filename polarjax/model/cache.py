@@ -5,8 +5,10 @@ import dataclasses
 import jax
 import jax.numpy as jnp
 from jax import export
+from jax.sharding import PartitionSpec
 
 from polarjax.configs import ModelConfig
+from polarjax.model.layout import Layout
 from polarjax.numeric import check_type, whole_number
 from polarjax.storage.dtypes import check_dtype
 from polarjax.types import Array, Float, Int
@@ -34,7 +36,12 @@ class KVCache:
 
 
 def init_cache(
-    config: ModelConfig, *, batch_size: int, capacity: int, dtype: jnp.dtype = jnp.float32
+    config: ModelConfig,
+    *,
+    batch_size: int,
+    capacity: int,
+    dtype: jnp.dtype = jnp.float32,
+    layout: Layout | None = None,
 ) -> KVCache:
     """An empty cache.
 
@@ -43,6 +50,7 @@ def init_cache(
       batch_size: B.
       capacity: S, in tokens; the GPU kernels need a multiple of 8.
       dtype: dtype of keys and values; use the model's.
+      layout: `model.layout` of a model on a mesh, whose devices then have a part of the cache each.
 
     Raises:
       InputError: `batch_size` or `capacity` is not a positive whole number, or no decoder computes in `dtype`.
@@ -53,8 +61,12 @@ def init_cache(
     capacity = whole_number(capacity, "capacity", where="init_cache")
     dtype = check_dtype(dtype)
     shape = (batch_size, config.num_kv_heads, capacity, config.head_dim)
-    make = lambda: tuple(jnp.zeros(shape, dtype) for _ in range(config.num_layers))
-    return KVCache(make(), make(), jnp.zeros((batch_size,), jnp.int32))
+    if layout is not None:
+        layout.sizes.rows(batch_size, where="init_cache")
+    specs = () if layout is None else (layout.cache_spec(), PartitionSpec(layout.data))
+    place, rows = [layout.sharding(spec) for spec in specs] if layout is not None else (None, None)
+    make = lambda: tuple(jnp.zeros(shape, dtype, device=place) for _ in range(config.num_layers))
+    return KVCache(make(), make(), jnp.zeros((batch_size,), jnp.int32, device=rows))
 
 
 def write_prompt(cache: Float[Array, "B K S H"], new: Float[Array, "B T K H"]) -> Float[Array, "B K S H"]:

@@ -1,14 +1,18 @@
 """Reads prompts piece by piece into rows of a cache: later pieces attend to what earlier ones left there."""
 
 import dataclasses
+import functools
 
 import jax
 import jax.numpy as jnp
 
 from polarjax.model import attention, mlp, prompt_attention
+from polarjax.model.blocks import logits, residual
 from polarjax.model.cache import KVCache, write_chunk
 from polarjax.model.chunk_attention import attend_to_cache
-from polarjax.model.decoder import Decoder, logits, prompt_start, residual
+from polarjax.model.decoder import Decoder, prompt_start
+from polarjax.model.parallel import from_own_shard, of_all_groups, of_own_groups, own_numbers
+from polarjax.model.spread import spread_pieces, spread_prefill
 from polarjax.types import Array, Float, Int
 
 
@@ -46,8 +50,23 @@ def read_pieces(
     Returns:
       float32 logits [R V] after each piece's last token, and the cache.
     """
+    if model.layout is None:
+        return _read(model, pieces, cache, all_begin=all_begin)
+
+    def run(model, pieces, cache):
+        return _read(model, pieces, cache, all_begin=all_begin, whole=True)
+
+    return spread_pieces(run, model, pieces, cache)
+
+
+def _read(
+    model: Decoder, pieces: Pieces, cache: KVCache, *, all_begin: bool, whole: bool = False
+) -> tuple[Float[Array, "R V"], KVCache]:
+    """`read_pieces` on one device, or one device's part of it. Rows are those of its data shard or, if `whole`, of all:
+    then each shard reads all pieces, and the results are those of the shards that have the rows."""
     config, capacity = model.config, cache.capacity
-    tokens, counts, rows, start = pieces.tokens, pieces.counts, pieces.rows, pieces.start
+    tokens, counts, start = pieces.tokens, pieces.counts, pieces.start
+    rows, mine = own_numbers(pieces.rows, cache.k[0].shape[0], whole=whole)
     x, rotation = prompt_start(model, tokens, counts, start)
     column = jnp.arange(tokens.shape[1], dtype=jnp.int32)[None]
     positions = jnp.where(column < counts[:, None], column + start[:, None], capacity)
@@ -56,10 +75,15 @@ def read_pieces(
 
         def attend(h, i=i, layer=layer):
             q, k, v = attention.project_qkv(layer.attn, h, rotation)
-            pair = write_chunk(cache.k[i], k, rows, positions), write_chunk(cache.v[i], v, rows, positions)
+            write = lambda old, new: write_chunk(old, of_all_groups(new), rows, positions)
+            pair = write(cache.k[i], k), write(cache.v[i], v)
             window = config.window(i)
             among = lambda q, k, v, pair: prompt_attention.attend(q, k, v, counts, window=window)
-            to_cache = lambda q, k, v, pair: attend_to_cache(q, pair, rows, start, counts, window=window)
+
+            def to_cache(q, k, v, pair):
+                heads = attend_to_cache(of_all_groups(q), pair, rows, start, counts, window=window)
+                return of_own_groups(heads, mine)
+
             if all_begin:
                 heads = among(q, k, v, pair)
             else:
@@ -74,23 +98,36 @@ def read_pieces(
         x, pair = jax.lax.optimization_barrier((x, pair))
         pairs.append(pair)
     last = jnp.take_along_axis(x, jnp.maximum(counts - 1, 0)[:, None, None], 1)[:, 0]
+    shard_rows, in_shard = own_numbers(pieces.rows, cache.length.shape[0], whole=whole, shard=True)
+    last = from_own_shard(last, in_shard) if whole else last
     k, v = zip(*pairs, strict=True)
-    return logits(model, last), KVCache(k, v, _lengths(cache.length, pieces))
+    return logits(model, last), KVCache(k, v, _lengths(cache.length, pieces, shard_rows))
 
 
-def _lengths(length: Int[Array, "B"], pieces: Pieces) -> Int[Array, "B"]:
+def _lengths(length: Int[Array, "B"], pieces: Pieces, rows: Int[Array, "R"]) -> Int[Array, "B"]:
     """Positions filled after the pieces."""
-    begun = jnp.where(pieces.start == 0, pieces.rows, length.shape[0])
+    begun = jnp.where(pieces.start == 0, rows, length.shape[0])
     length = length.at[begun].set(0, mode="drop")
     end = jnp.where(pieces.counts > 0, pieces.start + pieces.counts, 0)
-    return length.at[pieces.rows].max(end, mode="drop")
+    return length.at[rows].max(end, mode="drop")
 
 
 def read_in_chunks(
     model: Decoder, tokens: Int[Array, "B T"], lengths: Int[Array, "B"], cache: KVCache, *, most: int
 ) -> tuple[Float[Array, "B V"], KVCache]:
     """`prefill` of an empty cache, at most `most` tokens at a time, which bounds the memory that it needs. Traceable."""
-    (B, T), V = tokens.shape, model.config.vocab_size
+    if model.layout is None:
+        return _read_in_chunks(model, tokens, lengths, cache, most=most, vocab=model.config.vocab_size)
+    vocab = model.layout.local(model.config).vocab_size
+    run = functools.partial(_read_in_chunks, most=most, vocab=vocab)
+    return spread_prefill(run, model, tokens, lengths, cache)
+
+
+def _read_in_chunks(
+    model: Decoder, tokens, lengths, cache: KVCache, *, most: int, vocab: int
+) -> tuple[Float[Array, "B V"], KVCache]:
+    """`read_in_chunks` on one device, or one device's part of it, which has `vocab` tokens of the head."""
+    B, T = tokens.shape
     width = min(T, most)
     rows, columns = max(1, most // width), -(-T // width)
     groups = -(-B // rows)
@@ -107,10 +144,10 @@ def read_in_chunks(
             group + jnp.arange(rows, dtype=jnp.int32),
             jnp.full(rows, start, jnp.int32),
         )
-        logits, cache = read_pieces(model, piece, cache, all_begin=columns == 1)
+        logits, cache = _read(model, piece, cache, all_begin=columns == 1)
         last = (own > start) & (own <= start + width)
         return (found.at[jnp.where(last, piece.rows, B)].set(logits, mode="drop"), cache), None
 
-    begin = jnp.zeros((B, V), jnp.float32), cache
+    begin = jnp.zeros((B, vocab), jnp.float32), cache
     steps = jnp.arange(groups * columns, dtype=jnp.int32)
     return jax.lax.scan(read, begin, steps)[0]

@@ -1,6 +1,5 @@
 """The one decoder: `forward` over whole sequences, `prefill` of a cache, `decode_step` of one token per sequence."""
 
-from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -9,6 +8,7 @@ from flax import nnx
 
 from polarjax.configs import ModelConfig
 from polarjax.model import attention, mlp, prompt_attention
+from polarjax.model.blocks import logits, residual, rotation_of
 from polarjax.model.cache import KVCache, write_prompt
 from polarjax.model.checks import (
     as_live,
@@ -20,20 +20,18 @@ from polarjax.model.checks import (
     check_model,
     check_taps,
 )
-from polarjax.model.layers import Embedding, Head, Maker, Norm, Rotation, rope_rotation
+from polarjax.model.layers import Embedding, Head, Maker, Norm
 from polarjax.model.layout import Layout
 from polarjax.model.meshes import on_any_mesh
-from polarjax.model.parallel import own_sequences, to_sequences
+from polarjax.model.parallel import over_data, to_sequences
 from polarjax.model.spread import spread_prefill, spread_step
 from polarjax.model.spread_checks import check_batch, check_spread
+from polarjax.model.step import step
 from polarjax.model.taps import Taps, TapSpec, pack
 from polarjax.selection.checks import check_sparsity
 from polarjax.selection.means import importance_of, mean_output
 from polarjax.selection.selectors import Sparsity
 from polarjax.types import Array, Bool, Float, Implementation, Int
-
-type Block = Callable[[Float[Array, "... D"]], tuple[Float[Array, "... D"], Any]]
-"""Half a layer: its input -> its update of the residual stream, and anything else needed later."""
 
 
 class Layer(nnx.Module):
@@ -73,18 +71,7 @@ class Decoder(nnx.Module):
         return self.embed.tokens[...].dtype
 
 
-@jax.named_scope("head")
-def logits(model: Any, x: Float[Array, "... D"]) -> Float[Array, "... V"]:
-    """Final norm and head of a `Decoder` or `StackedDecoder`; float32."""
-    if model.final_norm is not None:
-        x = model.final_norm(x)
-    if model.embed.project_out is not None:
-        x = x @ model.embed.project_out[...]
-    table = (model.embed.tokens if model.head is None else model.head.w)[...]
-    return jnp.dot(x, table.T, preferred_element_type=jnp.float32)
-
-
-@on_any_mesh("tokens")
+@on_any_mesh("tokens", lambda places: (places.sequence_logits, places.rows))
 def forward(
     model: Decoder,
     tokens: Int[Array, "B T"],
@@ -119,7 +106,7 @@ def forward(
     return logits(model, x), records
 
 
-@on_any_mesh("tokens")
+@on_any_mesh("tokens", lambda places: (places.logits, places.cache))
 def prefill(
     model: Decoder, tokens: Int[Array, "B T"], lengths: Int[Array, "B"], cache: KVCache
 ) -> tuple[Float[Array, "B V"], KVCache]:
@@ -148,9 +135,7 @@ def prefill(
     return spread_prefill(_prefill, model, tokens, lengths, cache)
 
 
-def _prefill(
-    model: Decoder, tokens, lengths, cache: KVCache
-) -> tuple[Float[Array, "B V"], KVCache]:
+def _prefill(model: Decoder, tokens, lengths, cache: KVCache) -> tuple[Float[Array, "B V"], KVCache]:
     """`prefill` on one device, or one device's part of it."""
     x, _, kv = _blocks(model, tokens, lengths)
     last = jnp.take_along_axis(x, (lengths - 1)[:, None, None], 1)[:, 0]
@@ -181,9 +166,9 @@ def prompt_start(
     """The embedded tokens and the rotation of their positions, which begin at `start` (None: 0)."""
     column = jnp.broadcast_to(jnp.arange(tokens.shape[1], dtype=jnp.int32)[None], tokens.shape)
     positions = column if start is None else column + start[:, None]
-    x = model.embed(tokens, positions)
+    x = over_data(getattr(model, "layout", None), model.embed(tokens, positions))
     x = jnp.where((column < lengths[:, None])[..., None], x, 0)  # padding counts as zeros, whatever its ids
-    return x, _rotation(model.config, positions)
+    return x, rotation_of(model.config, positions)
 
 
 def prompt_layer(
@@ -243,19 +228,7 @@ def _attention_output(layer: attention.Attention, i: int, h, heads, norm, sparsi
     )
 
 
-def _rotation(config: ModelConfig, positions: Int[Array, "B T"]) -> Rotation | None:
-    return None if config.rope is None else rope_rotation(positions, config.rope, config.head_dim)
-
-
-def residual(norm: Norm, x: Float[Array, "... D"], block: Block, config: ModelConfig):
-    """The residual stream after a block, normalized before the block or after the sum, and the block's second result."""
-    before = config.norm_position == "pre"
-    update, more = block(norm(x) if before else x)
-    x = x + update
-    return (x if before else norm(x)), more
-
-
-@on_any_mesh("token")
+@on_any_mesh("token", lambda places: (places.logits, places.cache))
 def decode_step(
     model: Decoder,
     token: Int[Array, "B"],
@@ -295,61 +268,8 @@ def decode_step(
     live = as_live(live, token.shape[0])
     check_batch(model, sparsity, token.shape[0])
     if model.layout is None:
-        return _step(model, token, cache, sparsity, live, model.config, implementation)
-    run = lambda model, token, cache, sparsity, live: _step(
+        return step(model, token, cache, sparsity, live, model.config, implementation)
+    run = lambda model, token, cache, sparsity, live: step(
         model, token, cache, sparsity, live, model.layout.local(model.config), implementation
     )
     return spread_step(run, model, token, cache, sparsity, live)
-
-
-def _step(
-    model: Decoder, token, cache: KVCache, sparsity, live, config: ModelConfig, implementation
-) -> tuple[Float[Array, "B V"], KVCache]:
-    """`decode_step` on one device, or one device's part of it; `config` has the sizes that this device sees."""
-    x = model.embed(token, cache.length)
-    rotation = _rotation(config, cache.length[:, None])
-    pairs = []
-    for i, layer in enumerate(model.layers):
-        with jax.named_scope(f"layer_{i}"):
-            x, pair = _step_layer(layer, i, x, cache, rotation, config, sparsity, live, implementation)
-        pairs.append(pair)
-    k, v = zip(*pairs, strict=True)
-    grown = cache.length + (1 if live is None else live.astype(jnp.int32))
-    return logits(model, x), KVCache(k, v, grown)
-
-
-def _step_layer(
-    layer: Layer, i: int, x, cache: KVCache, rotation, config: ModelConfig, sparsity, live, implementation
-):
-    """Layer `i` for one new token per sequence: the hidden state, and the cache's keys and values."""
-
-    def attend(h):
-        index = None if sparsity is None else sparsity.group_index(i, own_sequences(h), config)
-        update, pair = attention.attend_cached(
-            layer.attn,
-            h,
-            (cache.k[i], cache.v[i]),
-            own_sequences(cache.length),
-            rotation=rotation,
-            group_index=index,
-            fill=None if sparsity is None else sparsity.fill_unread(i, index, h.dtype),
-            live=own_sequences(live),
-            config=config,
-            window=config.window(i),
-            implementation=implementation,
-        )
-        return update, (h, pair)
-
-    def feed(y):
-        if sparsity is None or sparsity.plan.neurons[i] is None:
-            return mlp.dense(layer.mlp, y, config), None
-        parts = sparsity.plan.batch_shards
-        rows = lambda x: [None] * parts if x is None else jnp.split(x, parts)
-        done = []
-        for own_y, own_h, own_live in zip(rows(y), rows(h), rows(live), strict=True):
-            index = sparsity.neuron_index(i, own_h, config, own_live)
-            done.append(mlp.selected(layer.mlp, own_y, index, config=config, implementation=implementation))
-        return done[0] if parts == 1 else jnp.concatenate(done), None
-
-    x, (h, pair) = residual(layer.attn_norm, x, attend, config)
-    return residual(layer.mlp_norm, x, feed, config)[0], pair

@@ -3,31 +3,73 @@
 import functools
 import inspect
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import numpy as np
 from jax.core import Tracer
 from jax.sharding import NamedSharding, PartitionSpec
 
+from polarjax.model.cache import KVCache
+from polarjax.model.layout import Layout
+
+
+class Places(NamedTuple):
+    """Where results of a model lie on a mesh with explicit axes.
+
+    Attributes:
+      rows: arrays [B ...].
+      scalar: arrays without B.
+      logits: arrays [B V].
+      sequence_logits: arrays [B T V].
+      kv: keys and values [B K S H].
+    """
+
+    rows: NamedSharding
+    scalar: NamedSharding
+    logits: NamedSharding
+    sequence_logits: NamedSharding
+    kv: NamedSharding
+
+    @property
+    def cache(self) -> KVCache:
+        """Where a cache lies."""
+        kv: Any = self.kv
+        return KVCache(kv, kv, self.rows)  # pyright: ignore[reportArgumentType]
+
+
+def _places(mesh: Any, rows: Any, layout: Layout | None) -> Places:
+    at = lambda *axes: NamedSharding(mesh, PartitionSpec(*axes))
+    if layout is None:
+        spec = jax.typeof(rows).sharding.spec if isinstance(rows, jax.Array) else ()
+        batch = at(*spec[:1])
+        return Places(batch, at(), batch, batch, batch)
+    data = layout.data if rows.shape[0] % layout.sizes.data == 0 else None
+    vocab = layout.rules["vocab"]
+    kv = NamedSharding(mesh, layout.cache_spec())
+    return Places(at(data), at(), at(data, vocab), at(data, None, vocab), kv)
+
 
 def auto_axes(
-    function: Callable[..., Any], rows: Any, *args: Any, out: Callable[..., Any] | None = None
+    function: Callable[..., Any],
+    rows: Any,
+    *args: Any,
+    layout: Layout | None = None,
+    out: Callable[[Places], Any] = lambda places: places.rows,
 ) -> Any:
     """Calls `function(*args)`, with explicit axes of the arguments' mesh turned into auto axes inside.
 
     Args:
       function: a traceable function of pytrees.
-      rows: an array whose first axis is B; the results are sharded like it.
+      rows: an array whose first axis is B; without a layout, the results are sharded like it.
       *args: arguments of `function`.
-      out: makes the results' shardings from those of arrays [B ...] and of scalars; None if all are [B ...].
+      layout: of the model.
+      out: the results' shardings, a prefix of their tree.
     """
     mesh = next(filter(None, map(_explicit_mesh, jax.tree.leaves(args))), None)
     if mesh is None:
         return function(*args)
-    spec = jax.typeof(rows).sharding.spec if isinstance(rows, jax.Array) else ()
-    batch = NamedSharding(mesh, PartitionSpec(*spec[:1]))
-    shardings = batch if out is None else out(batch, NamedSharding(mesh, PartitionSpec()))
+    shardings = out(_places(mesh, rows, layout))
     leaves, tree = jax.tree.flatten(
         args
     )  # a tree of shardings would run the constructors of the trees' classes
@@ -43,8 +85,10 @@ def _explicit_mesh(leaf: Any) -> Any:
     return mesh if mesh is not None and mesh.explicit_axes else None
 
 
-def on_any_mesh[**P, R](rows: str) -> Callable[[Callable[P, R]], Callable[P, R]]:
-    """Decorates a function of a model whose results are all [B ...]; see `auto_axes`. `rows` names an argument."""
+def on_any_mesh[**P, R](
+    rows: str, out: Callable[[Places], Any]
+) -> Callable[[Callable[P, R]], Callable[P, R]]:
+    """Decorates a function of a `model`; see `auto_axes`. `rows` names an argument."""
 
     def decorate(function: Callable[P, R]) -> Callable[P, R]:
         signature = inspect.signature(function)
@@ -57,7 +101,8 @@ def on_any_mesh[**P, R](rows: str) -> Callable[[Callable[P, R]], Callable[P, R]]
             arrays = {name: value for name, value in given.items() if _is_traceable(value)}
             static = {name: value for name, value in given.items() if name not in arrays}
             run = lambda arrays: function(**arrays, **static)  # pyright: ignore[reportCallIssue]
-            return auto_axes(run, given[rows], arrays)
+            layout = getattr(given["model"], "layout", None)
+            return auto_axes(run, given[rows], arrays, layout=layout, out=out)
 
         return call
 

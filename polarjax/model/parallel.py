@@ -7,6 +7,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+from jax.sharding import PartitionSpec
 
 from polarjax.model.layout import Layout
 from polarjax.types import Array, Float, Int
@@ -66,6 +67,20 @@ def _by_sequences() -> Layout | None:
 def summed(x: Float[Array, "..."], axis: str) -> Float[Array, "..."]:
     """The sum over all devices of what each computed with its part of the logical `axis`."""
     return x if _divided(axis) is None else jax.lax.psum(x, "model")
+
+
+def over_data(layout: Layout | None, x: Array) -> Array:
+    """An array [B ...] whose rows XLA divides over the mesh axis `data`, where it divides the work: outside of
+    `on_each_device`."""
+    if layout is None or layout.data is None or _LAYOUT.get() is not None or x.shape[0] % layout.sizes.data:
+        return x
+    return constrained(layout, x, PartitionSpec(layout.data))
+
+
+def constrained(layout: Layout, x: Array, spec: PartitionSpec) -> Array:
+    """The array, laid out like this."""
+    around = jax.sharding.get_abstract_mesh()
+    return jax.lax.with_sharding_constraint(x, spec if around.axis_names else layout.sharding(spec))
 
 
 def table_rows(table: Float[Array, "V E"], ids: Int[Array, "..."]) -> Float[Array, "... E"]:
@@ -160,14 +175,28 @@ def from_own_shard(x: Float[Array, "R D"], mine: Any) -> Float[Array, "R D"]:
     return jax.lax.psum(jnp.where(mine[:, None], x, 0), layout.data)
 
 
-def first_row(count: int, *, data: bool) -> Int[Array, ""] | int:
-    """The number among all rows of the first of this device's `count` rows of the cache; `data`: among all shards'."""
+def own_numbers(
+    rows: Int[Array, "R"], count: int, *, whole: bool, shard: bool = False
+) -> tuple[Int[Array, "R"], Any]:
+    """Numbers of rows among this device's `count` rows of the cache, `count` for those of others; and which are its own.
+
+    Args:
+      rows: numbers among those of the data shard or, if `whole`, of all shards.
+      count: rows that this device has or, with `shard`, that its data shard has.
+      whole: whether the numbers are among all rows.
+      shard: whether to number the rows of the data shard.
+    """
     layout = _LAYOUT.get()
     if layout is None:
-        return 0
-    names = (layout.data if data else None, "model" if _by_sequences() is not None else None)
-    names = tuple(filter(None, names))
-    return jax.lax.axis_index(names) * count if names else 0
+        return rows, None
+    first, most = 0, count
+    if _by_sequences() is not None and not shard:
+        first, most = jax.lax.axis_index("model") * count, count * layout.sizes.model
+    if whole and layout.data is not None:
+        first += jax.lax.axis_index(layout.data) * most
+    own = rows - first
+    mine = (own >= 0) & (own < count)
+    return jnp.where(mine, own, count), mine
 
 
 def _part(x: Array, index: Any, parts: int, dimension: int) -> Array:

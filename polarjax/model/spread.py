@@ -32,7 +32,13 @@ def spread_step(
         layout,
         run,
         (model, token, cache, for_device(sparsity, layout), live),
-        specs=(parameter_specs(model), rows, cache_specs(cache, layout), sparsity_specs(sparsity, layout), rows),
+        specs=(
+            parameter_specs(model),
+            rows,
+            cache_specs(cache, layout),
+            sparsity_specs(sparsity, layout),
+            rows,
+        ),
         out=results(layout),
     )
 
@@ -45,6 +51,15 @@ def spread_prefill(
     rows = PartitionSpec(layout.data)
     specs = (parameter_specs(model), rows, rows, cache_specs(cache, layout))
     return on_each_device(layout, run, (model, tokens, lengths, cache), specs=specs, out=results(layout))
+
+
+def spread_pieces(
+    run: Callable[..., Any], model: Any, pieces: Any, cache: KVCache
+) -> tuple[Float[Array, "R V"], KVCache]:
+    """`run(model, pieces, cache)` with all pieces, and each device's parts of the others."""
+    layout: Layout = model.layout
+    specs = (parameter_specs(model), PartitionSpec(), cache_specs(cache, layout))
+    return on_each_device(layout, run, (model, pieces, cache), specs=specs, out=results(layout, whole=True))
 
 
 def results(layout: Layout, *, whole: bool = False) -> tuple[PartitionSpec, KVCache]:

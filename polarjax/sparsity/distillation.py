@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import optax
 
 from polarjax.configs import ModelConfig
-from polarjax.model.decoder import logits
+from polarjax.model.blocks import logits
 from polarjax.model.stacked import StackedDecoder, hidden_states
 from polarjax.selection.masking import Masking, StackedRouters
 from polarjax.selection.means import Importance

@@ -15,8 +15,9 @@ import numpy as np
 from polarjax.errors import CheckpointError
 from polarjax.generation.checks import random_key
 from polarjax.memory import memory_line, peak_memory
+from polarjax.model.blocks import logits
 from polarjax.model.checks import check_model, check_windows
-from polarjax.model.decoder import Decoder, logits
+from polarjax.model.decoder import Decoder
 from polarjax.model.parameters import fingerprint, parameters, with_parameters
 from polarjax.model.stacked import hidden_states, unstack_parameters
 from polarjax.progress import task, tell

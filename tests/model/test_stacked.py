@@ -9,7 +9,7 @@ import pytest
 
 import polarjax as pj
 from polarjax.model.attention import contributions
-from polarjax.model.decoder import logits
+from polarjax.model.blocks import logits
 from polarjax.model.parameters import parameters
 from polarjax.model.stacked import StackedDecoder, hidden_states, stack_parameters, unstack_parameters
 from polarjax.selection.masking import Masking, StackedRouters
