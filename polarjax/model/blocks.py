@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 
 from polarjax.configs import ModelConfig
-from polarjax.model.layers import Norm, Rotation
+from polarjax.model.layers import Norm, Rotation, rope_rotation
 from polarjax.types import Array, Float, Int
 
 type Block = Callable[[Float[Array, "... D"]], tuple[Float[Array, "... D"], Any]]
@@ -27,7 +27,7 @@ def logits(model: Any, x: Float[Array, "... D"]) -> Float[Array, "... V"]:
 
 def rotation_of(config: ModelConfig, positions: Int[Array, "B T"]) -> Rotation | None:
     """The rotation at these positions; None if the model has none."""
-    return None if config.rope is None else roperotation_of(positions, config.rope, config.head_dim)
+    return None if config.rope is None else rope_rotation(positions, config.rope, config.head_dim)
 
 
 def residual(norm: Norm, x: Float[Array, "... D"], block: Block, config: ModelConfig):
