@@ -299,9 +299,7 @@ class Engine(Iterator[Event]):
         return self._call(programs.decode, halted, **options)
 
     def _call(self, program, *args: Any, **kwargs: Any) -> Drawn:
-        self._slots, drawn = program(self._model, self._slots, *args, **kwargs)
-        for leaf in (drawn.tokens, drawn.counts, drawn.ended):
-            leaf.copy_to_host_async()
+        self._slots, drawn = programs.call(program, self._model, self._slots, *args, **kwargs)
         return drawn
 
     def _handle(self, drawn: Drawn, rows: list[tuple[int, Request]]) -> None:

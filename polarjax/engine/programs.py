@@ -11,6 +11,7 @@ import jax
 from polarjax.engine import slots
 from polarjax.generation.overlap import overlapping_jit
 from polarjax.model.decoder import Decoder
+from polarjax.model.readable import readable
 from polarjax.types import Array, Bool
 
 
@@ -65,6 +66,17 @@ share = jax.jit(slots.share, donate_argnames=("slots",))
 decode = overlapping_jit(
     _of_flat(slots.decode), static_argnames=("steps", "implementation"), donate_argnames=("slots",)
 )
+
+
+def call(
+    program: Callable[..., Any], model: Flat, made: slots.Slots | None, *args: Any, **kwargs: Any
+) -> tuple[slots.Slots, slots.Drawn]:
+    """Runs `read` or `decode`; what was drawn is on its way to the host."""
+    made, drawn = program(model, made, *args, **kwargs)
+    drawn = readable(drawn)
+    for leaf in (drawn.tokens, drawn.counts, drawn.ended):
+        leaf.copy_to_host_async()
+    return made, drawn  # pyright: ignore[reportReturnType]
 
 
 def compile_all(

@@ -15,6 +15,7 @@ from polarjax.generation.batch import bucket_length
 from polarjax.memory import explained_out_of_memory
 from polarjax.model.checks import check_model
 from polarjax.model.decoder import Decoder, forward
+from polarjax.model.readable import fetched
 from polarjax.progress import task
 from polarjax.selection.checks import check_sparsity
 from polarjax.selection.masking import AfterPrompts
@@ -141,7 +142,7 @@ def _run(
         if sparsity is not None and any(row.prompt for row in batch)
         else sparsity
     )
-    found = jax.device_get(_log_probabilities(model, tokens, lengths, last, skip))
+    found = fetched(_log_probabilities(model, tokens, lengths, last, skip))
     inner, inner_best, final, final_best = found
     scores = []
     for i, row in enumerate(batch):

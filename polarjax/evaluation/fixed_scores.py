@@ -9,6 +9,7 @@ import numpy as np
 from polarjax.evaluation.paired import masked_batch
 from polarjax.model.checks import check_model, check_windows
 from polarjax.model.decoder import Decoder, forward
+from polarjax.model.readable import fetched
 from polarjax.model.taps import TapSpec, unpack
 from polarjax.progress import task
 from polarjax.selection.selectors import Static
@@ -36,7 +37,7 @@ def static_selector(model: Decoder, windows: Int[np.ndarray, "n T"]) -> Static:
             rows = windows[start : start + size]
             valid = np.arange(size) < len(rows)
             batch = np.concatenate([rows, np.repeat(rows[:1], size - len(rows), 0)])
-            means = jax.device_get(_means(model, jax.device_put(batch), jax.device_put(valid)))
+            means = fetched(_means(model, jax.device_put(batch), jax.device_put(valid)))
             share = len(rows) / len(windows)
             weighted = [None if each is None else each.astype(np.float64) * share for each in means]
             totals = weighted if totals is None else jax.tree.map(np.add, totals, weighted)

@@ -16,6 +16,7 @@ from polarjax.evaluation.greedy_agreement import compare
 from polarjax.evaluation.scoring import decoded, first_scored, masked_logits
 from polarjax.evaluation.text_perplexity import token_nll
 from polarjax.model.decoder import Decoder
+from polarjax.model.readable import fetched
 from polarjax.selection.masking import Counted
 from polarjax.selection.means import Importance, importance_of, mean_output
 from polarjax.selection.plans import SparsityPlan
@@ -144,7 +145,7 @@ class Gathered:
         """Adds a batch's statistics, each [size after], of its first `count` windows."""
         kept = index[:count]
         counted = self.scored[kept]
-        for row, values in zip(self.sums, jax.device_get(tuple(statistics)), strict=True):
+        for row, values in zip(self.sums, fetched(tuple(statistics)), strict=True):
             values = np.asarray(values[:count], np.float64)
             check_numbers(values, counted, where=self.where)
             row[kept] = np.sum(values, 1, where=counted)

@@ -11,6 +11,7 @@ from polarjax.evaluation.estimates import ratio
 from polarjax.evaluation.paired import batches
 from polarjax.generation.generate import generate
 from polarjax.model.decoder import Decoder
+from polarjax.model.readable import fetched
 from polarjax.numeric import spread
 from polarjax.selection.selectors import Sparsity
 from polarjax.types import Int
@@ -57,7 +58,7 @@ def greedy_texts(
             max_new_tokens=new_tokens,
             sparsity=sparsity,
         )
-        tokens, failed = jax.device_get((result.tokens, result.failed))
+        tokens, failed = fetched((result.tokens, result.failed))
         if failed.any():
             raise InputError(
                 "the model computes NaN or infinity",

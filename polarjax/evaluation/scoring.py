@@ -12,6 +12,7 @@ from polarjax.evaluation.checks import Mode, check_scoring, scored_after
 from polarjax.model.cache import init_cache
 from polarjax.model.checks import check_model, check_windows, host_array
 from polarjax.model.decoder import Decoder, decode_step, forward, prefill
+from polarjax.model.readable import fetched
 from polarjax.progress import task
 from polarjax.selection.checks import check_sparsity
 from polarjax.selection.selectors import Sparsity
@@ -54,7 +55,7 @@ def score(
     with task(description, windows.shape[0], "windows") as advance:
         for start in range(0, windows.shape[0], batch_size):
             batch = windows[start : start + batch_size]
-            rows.append(jax.device_get(run(model, jax.device_put(batch), variants)))
+            rows.append(fetched(run(model, jax.device_put(batch), variants)))
             advance(batch.shape[0])
     return jax.tree.map(lambda *parts: np.concatenate(parts), *rows), counted
 

@@ -17,6 +17,7 @@ from polarjax.model.checks import check_implementation, check_model
 from polarjax.model.chunks import read_in_chunks
 from polarjax.model.decoder import Decoder, decode_step, prefill
 from polarjax.model.meshes import auto_axes
+from polarjax.model.readable import readable
 from polarjax.model.spread_checks import check_batch, check_spread
 from polarjax.selection.checks import check_sparsity
 from polarjax.selection.selectors import Sparsity
@@ -175,6 +176,7 @@ def generate(
     )
     options = {"room": started.room, "implementation": implementation}
     made, _ = write(model, started.logits, started.cache, started.batch, started.rules, sparsity, **options)
+    made = readable(made)
     return made if started.limit == started.room else _shortened(made, started.limit)
 
 

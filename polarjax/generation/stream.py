@@ -15,6 +15,7 @@ from polarjax.generation.token_loop import Generation, LoopState, Rules, StopIds
 from polarjax.model.decoder import Decoder
 from polarjax.model.layout import Layout
 from polarjax.model.meshes import Places, auto_axes
+from polarjax.model.readable import fetched
 from polarjax.selection.selectors import Sparsity
 from polarjax.types import Array, Bool, Implementation, Int, Key
 
@@ -62,7 +63,7 @@ def stream(
     state = _begin(started.logits, started.cache, started.batch, started.rules, layout=model.layout)
     options = {"sparsity": sparsity, "implementation": implementation}
     advance = functools.partial(_advance, model, rules=started.rules, **options)
-    read = zip(*jax.device_get(started.batch), strict=True)
+    read = zip(*fetched(started.batch), strict=True)
     context = [row[max(0, n - CONTEXT) : n].tolist() for row, n in read]
     return TokenStream(state, advance, started.limit, context)
 
@@ -108,7 +109,7 @@ class TokenStream(Iterator[Generation]):
         else:
             state, new = self._advance(state, halted=jax.device_put(self._halted))
             self._state = state
-        step, new, lengths, stopped, failed = jax.device_get(
+        step, new, lengths, stopped, failed = fetched(
             (state.step, new, state.lengths, state.stopped, state.failed)
         )
         if step >= self._limit or (stopped | failed).all():
