@@ -1,5 +1,6 @@
 """Every command and Python block of the README runs, in order, in a folder that looks like a clone."""
 
+import json
 import os
 import re
 import shlex
@@ -126,9 +127,56 @@ def clone(tmp_path_factory) -> Path:
     return folder
 
 
+@pytest.fixture(scope="module")
+def python(clone) -> Iterator["Python"]:
+    made = Python(clone)
+    yield made
+    made.stop()
+
+
 def environment() -> dict[str, str]:
     """Where `polarjax` is the one of these tests."""
     return os.environ | {"PATH": os.pathsep.join([str(Path(sys.executable).parent), os.environ["PATH"]])}
+
+
+class Python:
+    """One process for all Python blocks, each in a namespace of its own: starting costs more than most of them."""
+
+    LOOP = """if True:
+        import json, sys, traceback
+        sys.path.insert(0, "")
+        for line in sys.stdin:
+            try:
+                exec(compile(json.loads(line), "README.md", "exec"), {"__name__": "__main__"})
+                error = ""
+            except BaseException:
+                error = traceback.format_exc()
+            print(json.dumps({"error": error}), flush=True)
+    """
+
+    def __init__(self, folder: Path) -> None:
+        self._printed = (folder.parent / "printed").open("w+")
+        pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "stderr": self._printed, "text": True}
+        self._process = subprocess.Popen(
+            [sys.executable, "-c", self.LOOP], cwd=folder, env=environment(), **pipes
+        )
+
+    def run(self, block: str) -> None:
+        """Runs a block; what it raises fails the test."""
+        self._process.stdin.write(json.dumps(block) + "\n")
+        self._process.stdin.flush()
+        for line in self._process.stdout:
+            if line.startswith('{"error": '):
+                assert (error := json.loads(line)["error"]) == "", error
+                return
+        self._printed.seek(0)
+        raise AssertionError(f"a block ended the process: {self._printed.read()}")
+
+    def stop(self) -> None:
+        """Ends it."""
+        self._process.communicate(timeout=60)
+        self._printed.close()
+        assert self._process.returncode == 0
 
 
 def run(words: list[str], folder: Path) -> None:
@@ -146,11 +194,11 @@ def run(words: list[str], folder: Path) -> None:
 @pytest.mark.parametrize(
     "snippet", snippets(README.read_text()), ids=lambda each: f"line-{each.line}-{each.text.split()[0]}"
 )
-def test_readme(snippet, clone, served):
+def test_readme(snippet, clone, served, python):
     if "import ray\n" in snippet.text:
         pytest.skip("tests/jobs/test_ray.py runs it, where Ray is installed")
     if snippet.language == "python":
-        run([sys.executable, "-c", snippet.text], clone)
+        python.run(snippet.text)
         return
     words = shlex.split(served.moved(snippet.text))
     if words[0] in CHECKED:

@@ -9,6 +9,7 @@ from bench import bench_generate, engine_runs, report, static_batches, trace
 from bench.engine_runs import Call, WatchedEngine
 from bench.models import SHAPES, TINY_SHAPE
 from polarjax.generation.token_loop import CHUNK
+from tests.engine.test_engine import SIZES, bundle
 from tests.model import zoo
 
 NAME = "llama-gqa"
@@ -81,17 +82,18 @@ def test_seconds_alone_stand_for_all_calls(monkeypatch):
 
 
 def test_a_watched_engine_sees_every_token():
-    with WatchedEngine(pj.Bundle(zoo.model(NAME)), slots=2, capacity=40) as engine:
-        done = engine_runs.run(engine, WISHES)
-        assert done.tokens == [wish.new for wish in WISHES] and done.endings == {"length": 3}
+    wishes = [*WISHES, trace.Wish(np.arange(5, dtype=np.int32), 7)]
+    with WatchedEngine(bundle("dense"), **SIZES) as engine:  # whose programs tests of the engine share
+        done = engine_runs.run(engine, wishes)
+        assert done.tokens == [wish.new for wish in wishes] and done.endings == {"length": 4}
         assert sum(int(np.sum(call.counts)) for call in done.calls) == sum(done.tokens)
         chunks = [call for call in done.calls if call.lengths is not None]
-        assert chunks[0].lengths == [9, 3], "what two prompts fill"
-        assert all(call.taken <= 2 for call in done.calls) and chunks[0].waiting and not chunks[-1].waiting
+        assert chunks[0].lengths == [9, 3], "what the first call read"
+        assert all(call.taken <= 3 for call in done.calls) and chunks[0].waiting and not chunks[-1].waiting
         columns = engine_runs.measured(engine, done)
         assert columns["chunks"] + columns["reads"] == len(done.calls)
         assert engine_runs.first_token(engine, zoo.VOCAB, 9, repeats=1) > 0
-        again = engine_runs.run(engine, WISHES)
+        again = engine_runs.run(engine, wishes)
     assert again.tokens == done.tokens, "slots that were measured still ran"
 
 

@@ -37,9 +37,17 @@ FULL = Sparsity(ROUTERS, SparsityPlan((24, 24), uniform_groups(CONFIG, 1.0, dens
 HALF = Sparsity(ROUTERS, SparsityPlan((8, 16), uniform_groups(CONFIG, 0.5)))
 
 
+_forward = zoo.jit(forward)
+
+
+def logits_of(sparsity=None) -> np.ndarray:
+    """Of `WINDOWS`, in float64."""
+    lengths = np.full(len(WINDOWS), WINDOWS.shape[1], np.int32)
+    return np.asarray(_forward(MODEL, WINDOWS, lengths, sparsity=sparsity)[0], np.float64)
+
+
 def numpy_nll(sparsity=None, first=1) -> np.ndarray:
-    lengths = jnp.full(len(WINDOWS), WINDOWS.shape[1], jnp.int32)
-    logits = np.asarray(forward(MODEL, jnp.asarray(WINDOWS), lengths, sparsity=sparsity)[0], np.float64)
+    logits = logits_of(sparsity)
     probabilities = np.exp(logits) / np.exp(logits).sum(-1, keepdims=True)
     rows, columns = np.indices(WINDOWS.shape)
     chosen = probabilities[rows[:, first:], columns[:, first:] - 1, WINDOWS[:, first:]]
@@ -134,11 +142,7 @@ def test_full_density_agrees_and_half_does_not(mode):
 
 
 def test_kl_is_that_of_numpy():
-    lengths = jnp.full(5, 12, jnp.int32)
-    logits = [
-        np.asarray(forward(MODEL, jnp.asarray(WINDOWS), lengths, sparsity=each)[0], np.float64)[:, :-1]
-        for each in (None, HALF)
-    ]
+    logits = [logits_of(sparsity)[:, :-1] for sparsity in (None, HALF)]
     p, q = (np.exp(each) / np.exp(each).sum(-1, keepdims=True) for each in logits)
     result = agreement(MODEL, WINDOWS, HALF)
     assert result.kl == pytest.approx((p * np.log(p / q)).sum(-1).mean(), rel=1e-4)

@@ -94,8 +94,9 @@ def test_mosaic_is_exported_for_a_gpu(op, transform):
     assert [aval.shape for aval in read.out_avals] == [call(x, implementation="xla").shape]
     text = read.mlir_module()
     assert text.count("custom_call @mosaic_gpu") == 1
-    lowered = jax.jit(inside).trace(x).lower(lowering_platforms=("cuda",)).as_text(debug_info=True)
-    assert f"{op}.mosaic" in lowered
+    if transform in (in_jit, in_vmap):  # names in loops: test_decoder.py
+        lowered = jax.jit(inside).trace(x).lower(lowering_platforms=("cuda",)).as_text(debug_info=True)
+        assert f"{op}.mosaic" in lowered
     with pytest.raises(ValueError, match="cuda"):
         read.call(x)
 
