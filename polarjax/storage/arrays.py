@@ -21,9 +21,7 @@ from polarjax.storage.record import Record, digest, digests, files, identity, ve
 from polarjax.types import Array, DTypeLike
 
 BATCH_BYTES = 3 << 26  # small arrays are written together, up to this many bytes
-READ_BYTES = (
-    1 << 30
-)  # arrays are read together up to this many bytes, because what is read passes through the host
+READ_BYTES = 1 << 30  # arrays are read together up to this many bytes, which pass through the host
 _ROOM = "make room, or choose a writable folder"
 _OPEN = 64  # most files held open for hashing; the process limit may be low
 _LARGE = 1 << 20  # smaller files are hashed at the end, because orbax rewrites some
