@@ -44,16 +44,27 @@ TABLE = pj.PlanTable(
 )
 
 
+MARKED = np.arange(1, 21)  # without 0, which is what rows that have ended draw
+STRICT = {
+    "max_new_tokens": 15,
+    "repetition_penalty": 1e6,
+}  # no id twice: each that is taken for its own shows
+
+
+@functools.cache
+def unmarked() -> tuple[int, ...]:
+    """What follows `MARKED` if nothing else is taken for its ids."""
+    (expected,) = pj.generate(MODEL, MARKED[None], np.array([len(MARKED)]), **STRICT).tokens.tolist()
+    assert 0 in expected
+    return tuple(expected)
+
+
 def test_a_prompt_in_pieces_sees_only_its_own_ids():
     """Steps of other rows, between its pieces, leave no mark on a row that is being read."""
-    names = np.arange(1, 21)  # without 0, which is what rows that have ended draw
-    length, settings = np.array([len(names)]), {"max_new_tokens": 15, "repetition_penalty": 1e6}
-    (expected,) = pj.generate(MODEL, names[None], length, **settings).tokens.tolist()
-    assert 0 in expected
     engine = pj.Engine(bundle("dense"), **PIECES)
     engine.submit(PROMPTS[1], max_new_tokens=20)
-    number = engine.submit(names, **settings)
-    assert sum((each.tokens for each in engine if each.request == number), ()) == tuple(expected)
+    number = engine.submit(MARKED, **STRICT)
+    assert sum((each.tokens for each in engine if each.request == number), ()) == unmarked()
 
 
 @functools.cache
@@ -145,7 +156,7 @@ def test_cancelled_requests_free_their_slots():
     company = [engine.submit(PROMPTS[1], max_new_tokens=39) for _ in range(2)]  # leave one slot
     running = engine.submit(PROMPTS[3], max_new_tokens=30)
     waiting = engine.submit(PROMPTS[0], max_new_tokens=30)
-    kept = engine.submit(PROMPTS[0], **SETTINGS[0])
+    kept = engine.submit(MARKED, **STRICT)  # read in the slot of the first one, which must not go on
     events = []
     while running not in [event.request for event in events]:
         events.append(next(engine))
@@ -157,7 +168,7 @@ def test_cancelled_requests_free_their_slots():
         (running, ()),
         (waiting, ()),
     ]
-    assert sum((e.tokens for e in events if e.request == kept), ()) == tuple(alone("dense")[0])
+    assert sum((e.tokens for e in events if e.request == kept), ()) == unmarked()
     assert not engine.cancel(running) and not engine.cancel(99)
     long = engine.submit(PROMPTS[4], max_new_tokens=20)
     engine._turn()  # reads four of its tokens
