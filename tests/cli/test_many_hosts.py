@@ -13,7 +13,7 @@ import pytest
 from polarjax.distributed.wire import free_port
 from tests.cli.homes import make_home
 
-PROMPTS = [{"id": i, "prompt": f"def f{i}(", "max_new_tokens": 3 + i} for i in range(3)]
+PROMPTS = [{"id": i, "prompt": f"def f{i}(", "max_new_tokens": 2 + i} for i in range(2)]
 SIZES = ("--slots", "2", "--capacity", "40", "--json")
 
 
