@@ -116,7 +116,7 @@ def fixed(config: pj.ModelConfig, mesh: MeshShape = ONE_DEVICE) -> Sparsity:
     kept = config.d_ff // 2 if config.neuron_sparsity else None
     shards = mesh.model if mesh.attention == "groups" else 1
     by_group = tuple((k and k // shards * shards) or None for k in uniform_groups(config, 0.75))
-    plan = pj.SparsityPlan((kept,) * layers, by_group, mesh.model, shards)
+    plan = pj.SparsityPlan((kept,) * layers, by_group, mesh.model, shards, mesh.data)
     return Sparsity(Static(jnp.asarray(groups, jnp.float32), jnp.asarray(neurons, jnp.float32)), plan)
 
 

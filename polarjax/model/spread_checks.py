@@ -31,10 +31,11 @@ def check_spread(model: Any, sparsity: Any) -> None:
 
 
 def _refuse(name: str, shards: int, parts: int, layout: Layout) -> None:
+    attention = " --attention sequences" if layout.attention == "sequences" else ""
     hints = {
         "batch": f"use bundle.sparsity(batch_size), or SparsityPlan(..., batch_shards={parts})",
-        "neurons": f"calibrate for this mesh: polarjax calibrate --shards {parts}",
-        "groups": f"calibrate for this mesh: polarjax calibrate --shards {layout.sizes.model}",
+        "neurons": f"calibrate for this mesh: polarjax calibrate --shards {parts}{attention}",
+        "groups": f"calibrate for this mesh: polarjax calibrate --shards {layout.sizes.model}{attention}",
     }
     of = {"batch": "the mesh axis data", "neurons": "the mesh axis model", "groups": "the mesh axis model"}
     if name == "groups":
