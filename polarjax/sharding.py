@@ -38,6 +38,12 @@ def parameter_shardings(model: Decoder, layout: Layout) -> dict[str, jax.shardin
     return {name: layout.sharding(layout.spec(axes)) for name, axes in logical_axes(model).items()}
 
 
+def automatic(mesh: jax.sharding.Mesh) -> jax.sharding.Mesh:
+    """The mesh with automatic axes: XLA divides the work."""
+    types = (jax.sharding.AxisType.Auto,) * len(mesh.axis_names)
+    return jax.sharding.Mesh(mesh.devices, mesh.axis_names, axis_types=types)
+
+
 def place(value: Array, sharding: jax.sharding.NamedSharding) -> Array:
     """The array on a mesh; where that has devices of other processes, every process fills its own."""
     spread = isinstance(value, jax.Array) and not value.is_fully_addressable

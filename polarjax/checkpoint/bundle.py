@@ -42,7 +42,7 @@ from polarjax.generation.settings import GenerationSettings
 from polarjax.model.checks import check_model
 from polarjax.model.decoder import Decoder
 from polarjax.model.parameters import fingerprint, parameters
-from polarjax.numeric import check_type
+from polarjax.numeric import check_type, whole_number
 from polarjax.selection.plans import PlanTable
 from polarjax.selection.routers import Routers
 from polarjax.selection.selectors import Sparsity
@@ -209,7 +209,11 @@ class Bundle:
           SparsityError: routers or plans are missing or not for this model's weights, or the density is invalid.
         """
         self.require("routers", "plans", where="Bundle.sparsity")
-        plan = self.plans.for_batch(batch_size, self.model.config, head_density)  # pyright: ignore[reportOptionalMemberAccess]
+        layout = self.model.layout
+        shards = 1 if layout is None else layout.sizes.data  # each chooses neurons for its own sequences
+        rows = -(-whole_number(batch_size, "batch_size", where="Bundle.sparsity") // shards)
+        plan = self.plans.for_batch(rows, self.model.config, head_density)  # pyright: ignore[reportOptionalMemberAccess]
+        plan = dataclasses.replace(plan, batch_shards=shards)
         return Sparsity(self.routers, plan)  # pyright: ignore[reportArgumentType]
 
     def require(self, *names: Literal["routers", "plans"], where: str) -> None:

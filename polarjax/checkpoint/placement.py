@@ -6,6 +6,7 @@ from collections.abc import Mapping
 import jax
 
 from polarjax.checkpoint.bundle import Bundle
+from polarjax.checkpoint.group_order import in_group_order
 from polarjax.checkpoint.same_model import agree_on_mesh
 from polarjax.model.checks import check_model
 from polarjax.model.decoder import Decoder
@@ -48,4 +49,4 @@ def shard[T: (Bundle, Decoder)](
     agree_on_mesh(mesh, layout.attention, fingerprint(bundle.model))
     model = place_model(bundle.model, layout)
     routers = None if bundle.routers is None else place_routers(bundle.routers, layout)
-    return dataclasses.replace(bundle, model=model, routers=routers)
+    return in_group_order(dataclasses.replace(bundle, model=model, routers=routers), layout)

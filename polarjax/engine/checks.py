@@ -6,6 +6,7 @@ from typing import Any
 import numpy as np
 
 from polarjax.checkpoint.bundle import Bundle, needed_tokenizer
+from polarjax.checkpoint.placement import shard
 from polarjax.configs import ModelConfig
 from polarjax.engine.requests import Request, RowSettings
 from polarjax.engine.slots import MOST_LOGPROBS, STOP_IDS
@@ -21,12 +22,29 @@ from polarjax.generation.checks import (
 from polarjax.generation.sampling import row_of
 from polarjax.generation.stream import CONTEXT
 from polarjax.model.checks import check_room, check_vocabulary, host_array
+from polarjax.model.mesh_shape import ONE_DEVICE
 from polarjax.numeric import check_type
+from polarjax.sharding import automatic
 from polarjax.text import continuation
 from polarjax.text.assembly import Assembler
 from polarjax.text.continuation import DEFAULT_NEW_TOKENS, ContinueOptions
 from polarjax.text.prompts import as_prompts
 from polarjax.types import Int32
+
+
+def as_bundle(bundle: Any) -> Bundle:
+    """A bundle in the form that the engine takes: on a mesh, with automatic axes; raises `InputError` if it is none."""
+    check_type(bundle, Bundle, where="Engine", hint="pass pj.load(path), or pj.Bundle(model)")
+    layout = bundle.model.layout
+    if layout is None or not layout.mesh.explicit_axes:
+        return bundle
+    return shard(bundle, automatic(layout.mesh), rules=layout.rules, attention=layout.attention)
+
+
+def sizes_of(bundle: Bundle, read_tokens: int) -> dict[str, Any]:
+    """What `slots_and_capacity` needs to know besides what the caller asked for."""
+    layout = bundle.model.layout
+    return {"read_tokens": read_tokens, "mesh": ONE_DEVICE if layout is None else layout.sizes}
 
 
 def check_dense(dense: Any, head_density: float | None) -> None:

@@ -22,7 +22,7 @@ from polarjax.generation.sampling import Sampler
 from polarjax.generation.token_loop import CHUNK
 from polarjax.memory import explained_out_of_memory
 from polarjax.model.checks import check_implementation
-from polarjax.numeric import check_type, whole_number
+from polarjax.numeric import whole_number
 from polarjax.text.prompts import Message
 from polarjax.types import Array, Implementation, Int, Int32
 
@@ -69,12 +69,13 @@ class Engine(Iterator[Event]):
         read_tokens: int = READ_TOKENS,
         implementation: Implementation = None,
     ) -> None:
-        check_type(bundle, Bundle, where="Engine", hint="pass pj.load(path), or pj.Bundle(model)")
+        bundle = checks.as_bundle(bundle)
         checks.check_dense(dense, head_density)
         check_implementation(implementation)
         most = whole_number(read_tokens, "read_tokens", where="Engine")
         config, dtype = bundle.model.config, bundle.model.dtype
-        self.slots, self.capacity = slots_and_capacity(config, dtype, slots, capacity, read_tokens=most)
+        room = checks.sizes_of(bundle, most)
+        self.slots, self.capacity = slots_and_capacity(config, dtype, slots, capacity, **room)
         self._bundle, self._model = bundle, programs.Flat(bundle.model)
         skip = bundle.sparsity_by_batch(None if dense else "auto", head_density)
         fixed = {"steps": CHUNK, "implementation": implementation}
@@ -148,8 +149,7 @@ class Engine(Iterator[Event]):
 
     def cancel(self, request: int) -> bool:
         """Ends a request; its last event, "cancelled", follows. False if it has already finished, or there is none."""
-        going = whole_number(request, "request", where="Engine.cancel", least=0) in self._requests
-        if going:
+        if going := whole_number(request, "request", where="Engine.cancel", least=0) in self._requests:
             self._cancelled.append(request)
         return going
 

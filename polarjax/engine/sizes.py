@@ -4,6 +4,7 @@ from polarjax import costs, memory
 from polarjax.configs import ModelConfig
 from polarjax.errors import InputError
 from polarjax.model.chunk_attention import KEY_BLOCK, SCORES_BYTES
+from polarjax.model.mesh_shape import ONE_DEVICE, MeshShape
 from polarjax.numeric import whole_number
 from polarjax.types import DTypeLike
 
@@ -16,9 +17,15 @@ _USED = 0.95  # of the memory that is left; fragments and small arrays take the 
 
 
 def slots_and_capacity(
-    config: ModelConfig, dtype: DTypeLike, slots: int | None, capacity: int | None, *, read_tokens: int
+    config: ModelConfig,
+    dtype: DTypeLike,
+    slots: int | None,
+    capacity: int | None,
+    *,
+    read_tokens: int,
+    mesh: MeshShape = ONE_DEVICE,
 ) -> tuple[int, int]:
-    """The given sizes, or those that the device's memory allows; the capacity is a multiple of 8.
+    """The given sizes, or those that the memory of each device allows; the capacity is a multiple of 8.
 
     No sequence is longer than the model's positions, so a larger capacity is lowered to them.
 
@@ -28,17 +35,21 @@ def slots_and_capacity(
     slots = None if slots is None else whole_number(slots, "slots", where="Engine")
     if capacity is not None:
         capacity = whole_number(capacity, "capacity", where="Engine")
-    available = _available(config, dtype, read_tokens)
+    parts = mesh.data * (mesh.model if mesh.attention == "sequences" else 1)
+    if slots is not None:
+        mesh.rows(slots, where="Engine: slots")
+    available = _available(config, dtype, read_tokens, mesh)
     if capacity is None:
         capacity = min(config.max_positions, CAPACITY)
         if slots is not None and available is not None:
-            each = slots * costs.cache_bytes_per_token(config, dtype)
-            left = int(available - costs.weights_bytes(config, dtype)) - slots * 4 * config.vocab_size
+            each = slots * costs.cache_bytes_per_token(config, dtype) // mesh.devices
+            weights = costs.weights_bytes(config, dtype, mesh=mesh)
+            left = int(available - weights) - slots * 4 * config.vocab_size // mesh.devices
             capacity = max(8, min(capacity, left // each // 8 * 8))
     capacity = -(-min(capacity, config.max_positions) // 8) * 8
     if available is None:
-        return slots or _WITHOUT_LIMIT, capacity
-    fitting = costs.largest_batch(config, memory=available, cache_length=capacity, dtype=dtype)
+        return slots or -(-_WITHOUT_LIMIT // parts) * parts, capacity
+    fitting = costs.largest_batch(config, memory=available, cache_length=capacity, dtype=dtype, mesh=mesh)
     if (slots or 1) > fitting:
         raise InputError(
             "the slots do not fit into the device's memory",
@@ -47,15 +58,15 @@ def slots_and_capacity(
             expected=f"at most {fitting:,} of that capacity",
             hint="lower slots or capacity, or use a narrower dtype",
         )
-    return slots or min(fitting, _MOST), capacity
+    return slots or min(fitting, max(_MOST // parts, 1) * parts), capacity
 
 
-def _available(config: ModelConfig, dtype: DTypeLike, read_tokens: int) -> float | None:
+def _available(config: ModelConfig, dtype: DTypeLike, read_tokens: int, mesh: MeshShape) -> float | None:
     """Bytes for weights and slots; None if the device doesn't report its memory."""
     limit = memory.device_memory()
     if limit is None:
         return None
-    weights = costs.weights_bytes(config, dtype)
+    weights = costs.weights_bytes(config, dtype, mesh=mesh)
     others = max(0, memory.held_bytes() - weights)
     scores = 3 * min(SCORES_BYTES, read_tokens * 4 * config.num_heads * KEY_BLOCK)
     activations = read_tokens * 4 * (3 * config.d_ff + 8 * config.d_model)

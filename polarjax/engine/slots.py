@@ -5,6 +5,7 @@ import functools
 
 import jax
 import jax.numpy as jnp
+from jax.sharding import PartitionSpec
 
 from polarjax.generation.generate import model_step
 from polarjax.generation.logprobs import LogProbs, no_log_probs
@@ -13,6 +14,8 @@ from polarjax.generation.token_loop import LoopState, Rules, ids_in
 from polarjax.model.cache import KVCache, init_cache
 from polarjax.model.chunks import Pieces, read_pieces
 from polarjax.model.decoder import Decoder
+from polarjax.model.layout import Layout
+from polarjax.model.parallel import constrained
 from polarjax.selection.selectors import Sparsity
 from polarjax.types import Array, Bool, Implementation, Int
 
@@ -97,9 +100,24 @@ def make_slots(model: Decoder, slots: int, capacity: int) -> Slots:
         best=min(MOST_LOGPROBS, config.vocab_size),
     )
     seen = jnp.zeros((B, config.vocab_size), bool)
-    cache = init_cache(config, batch_size=B, capacity=capacity, dtype=model.dtype)
+    cache = init_cache(config, batch_size=B, capacity=capacity, dtype=model.dtype, layout=model.layout)
     logprobs = no_log_probs(B, rules.best or 0)
-    return Slots(rules, LoopState(jnp.int32(0), zeros, none, none, zeros, seen, cache, logprobs))
+    made = Slots(rules, LoopState(jnp.int32(0), zeros, none, none, zeros, seen, cache, logprobs))
+    return _placed(made, model.layout)
+
+
+def _placed(slots: Slots, layout: Layout | None) -> Slots:
+    """The slots, divided over the mesh of `layout` as the model's work is; the same after every program."""
+    if layout is None:
+        return slots
+    cache, B = slots.state.cache, slots.rules.limit.shape[0]
+    at = lambda spec: lambda leaf: constrained(layout, leaf, spec)
+    rows = lambda leaf: at(PartitionSpec(*[layout.data] if leaf.shape[:1] == (B,) else []))(leaf)
+    rest = jax.tree.map(rows, dataclasses.replace(slots, state=dataclasses.replace(slots.state, cache=None)))
+    k, v = jax.tree.map(at(layout.cache_spec()), (cache.k, cache.v))
+    seen = at(PartitionSpec(layout.data, layout.rules["vocab"]))(slots.state.seen)
+    state = dataclasses.replace(rest.state, seen=seen, cache=KVCache(k, v, rows(cache.length)))
+    return Slots(rest.rules, state)
 
 
 def read(model: Decoder, slots: Slots, reading: Reading) -> tuple[Slots, Drawn]:
@@ -118,7 +136,7 @@ def read(model: Decoder, slots: Slots, reading: Reading) -> tuple[Slots, Drawn]:
     state = jax.tree.map(put, old, dataclasses.replace(begun, step=None, seen=None, cache=None))
     seen = seen.at[rows].set(begun.seen, mode="drop")
     state = dataclasses.replace(state, step=slots.state.step, seen=seen, cache=cache)
-    slots = Slots(jax.tree.map(put, slots.rules, rules), state)
+    slots = _placed(Slots(jax.tree.map(put, slots.rules, rules), state), model.layout)
     drew = jnp.zeros(B, jnp.int32).at[rows].set(begun.lengths, mode="drop")
     return slots, _drawn(
         slots, state.token[:, None], jax.tree.map(lambda x: x[:, None], state.logprobs), drew
@@ -159,7 +177,7 @@ def decode(
     step = functools.partial(model_step, model, sparsity=sparsity, implementation=implementation)
     state = free(slots, halted).state
     after, (tokens, logprobs) = slots.rules.advance(step, state, steps)
-    slots = Slots(slots.rules, after)
+    slots = _placed(Slots(slots.rules, after), model.layout)
     return slots, _drawn(slots, tokens, logprobs, after.lengths - state.lengths)
 
 

@@ -1,0 +1,180 @@
+"""The same tokens on one device as on several, for the same plan; run in a process with eight devices."""
+
+import dataclasses
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+import pytest
+from jax.sharding import AxisType
+
+import polarjax as pj
+from polarjax.model.parameters import parameters, with_parameters
+from tests.model import zoo
+
+DEVICES = 8
+LAYOUTS: dict[str, tuple[int, int, Any, bool]] = {  # data, model, attention, explicit axes
+    "groups": (1, 2, "groups", False),
+    "groups of two batches": (2, 2, "groups", True),
+    "sequences": (2, 2, "sequences", False),
+    "sequences, explicit": (1, 2, "sequences", True),
+    "batches": (4, 1, "groups", False),
+}
+CASES = [
+    ("opt-350m", "groups of two batches"),
+    ("llama-mha", "sequences"),
+    ("llama-gqa", "groups"),
+    ("llama-mqa", "batches"),
+    ("fatrelu-gated", "sequences"),
+    ("qkv-bias", "groups of two batches"),
+    ("qk-norm", "sequences, explicit"),
+    ("window", "sequences"),
+    ("window", "groups of two batches"),
+]
+
+
+def mesh_of(kind: str) -> jax.sharding.Mesh:
+    data, model, _, explicit = LAYOUTS[kind]
+    types = (AxisType.Explicit if explicit else AxisType.Auto,) * 2
+    return jax.make_mesh((data, model), ("data", "model"), axis_types=types)
+
+
+def divisible(name: str) -> pj.Decoder:
+    """The model without its last token, so that two devices divide the vocabulary."""
+    flat, V = parameters(zoo.model(name)), zoo.VOCAB
+    flat = {path: value[: V - 1] if value.shape[0] == V else value for path, value in flat.items()}
+    return with_parameters(dataclasses.replace(zoo.CONFIGS[name], vocab_size=V - 1), flat)
+
+
+def bundle_of(name: str, kind: str) -> pj.Bundle:
+    """Half of all neurons and groups, for so many shards; groups aren't in the order of the devices."""
+    (_, model, attention, _), config = LAYOUTS[kind], zoo.CONFIGS[name]
+    L, K, by_groups = config.num_layers, config.num_kv_heads, model if attention == "groups" else 1
+    order = tuple(tuple(np.random.default_rng(i).permutation(K).tolist()) for i in range(L))
+    plans = pj.PlanTable(
+        *(L, config.d_ff, K, (4,), ((20,) * L,), ((0.9,) * L,)),
+        neuron_shards=model,
+        group_shards=by_groups,
+        order=order if by_groups > 1 else (),
+    )
+    return pj.Bundle(divisible(name), routers=zoo.routers(name), plans=plans)
+
+
+def steps(model: pj.Decoder, tokens, lengths, sparsity: pj.Sparsity, live) -> list[jax.Array]:
+    """Logits after the prompts and after one more token in the `live` rows."""
+    first, cache = pj.prefill(model, tokens, lengths, zoo.empty_cache(model, tokens.shape[0]))
+    token = lengths % 60
+    return [first, pj.decode_step(model, token, cache, sparsity=sparsity, live=live)[0][live_rows()]]
+
+
+def live_rows() -> np.ndarray:
+    """Rows that a step computes."""
+    return np.array([0, 1, 3])
+
+
+def logits_of(bundle: pj.Bundle, batch_shards: int) -> list[jax.Array]:
+    """Logits of a prompt and of a sparse step with a row that isn't live."""
+    live = jax.numpy.zeros(4, bool).at[live_rows()].set(True)
+    return jax.device_get(zoo.jit(steps)(bundle.model, *zoo.batch(4), for_parts(bundle, batch_shards), live))
+
+
+def for_parts(bundle: pj.Bundle, batch_shards: int) -> pj.Sparsity:
+    """What the bundle skips for four sequences in so many parts."""
+    sparsity = bundle.sparsity(4)
+    return dataclasses.replace(
+        sparsity, plan=dataclasses.replace(sparsity.plan, batch_shards=batch_shards)
+    )
+
+
+def tokens_of(bundle: pj.Bundle, batch_shards: int) -> list[np.ndarray]:
+    """What random generation makes, and what a greedy stream makes."""
+    prompts, options = zoo.batch(4), {"max_new_tokens": 6, "sparsity": for_parts(bundle, batch_shards)}
+    sampler = pj.Categorical(0.9, top_k=20, top_p=0.9)
+    drawn = {"sampler": sampler, "logprobs": 2, "repetition_penalty": 1.2} | options
+    made = pj.generate(bundle.model, *prompts, jax.random.key(1), **drawn)
+    pieces = list(pj.stream(bundle.model, *prompts, **options))
+    return [np.asarray(made.tokens), np.concatenate([each.tokens for each in pieces], 1)]
+
+
+def engine_tokens(bundle: pj.Bundle) -> dict[int, list[int]]:
+    """What an engine makes of prompts that are read in one piece and in several, next to each other."""
+    random, made = np.random.default_rng(0), {}
+    with pj.Engine(bundle, slots=4, capacity=48, read_tokens=8) as engine:
+        for length in (3, 20, 9, 5, 12):
+            engine.submit(random.integers(0, 60, length).tolist(), max_new_tokens=5, stop_ids=())
+        for event in engine:
+            made.setdefault(event.request, []).extend(event.tokens)
+    return made
+
+
+def on_mesh() -> None:
+    """Runs in a process with eight devices; prints what differs from one device."""
+    faults = {}
+    for name, kind in CASES:
+        one = bundle_of(name, kind)
+        several = pj.shard(one, mesh_of(kind), attention=LAYOUTS[kind][2])
+        pairs = zip(logits_of(one, LAYOUTS[kind][0]), logits_of(several, LAYOUTS[kind][0]), strict=True)
+        if (difference := max(float(np.abs(a - b).max()) for a, b in pairs)) > EXACT32:
+            faults[f"{name}, {kind}"] = difference
+    one = bundle_of("opt", "groups of two batches")
+    several = pj.shard(one, mesh_of("groups of two batches"))
+    if not all(map(np.array_equal, tokens_of(one, 2), tokens_of(several, 2))):
+        faults["generate"] = "other tokens"
+    one = bundle_of("opt", "sequences")
+    if engine_tokens(one) != engine_tokens(pj.shard(one, mesh_of("sequences"))):
+        faults["engine"] = "other tokens"
+    model, (tokens, lengths) = divisible("opt"), zoo.batch(4)
+    far = jax.jit(pj.forward)(pj.shard(model, mesh_of("groups")), tokens, lengths)[0]
+    if far.sharding.spec[-1] != "model":
+        faults["forward"] = str(far.sharding)
+    np.testing.assert_allclose(far[0], zoo.jit(pj.forward)(model, tokens, lengths)[0][0], atol=EXACT32)
+    print(json.dumps(faults | refusals()))
+
+
+def refusals() -> dict[str, str]:
+    """Bad input that isn't refused by one line with these words."""
+    model, mesh = divisible("opt"), mesh_of("groups")
+    plan, prompts = zoo.half(model.config), zoo.batch(4)
+    sparsity = pj.Sparsity(zoo.routers("opt"), plan)
+    spread = pj.shard(model, mesh_of("sequences"))
+    decode = lambda model, prompts=prompts, **more: pj.generate(model, *prompts, max_new_tokens=2, **more)
+    wrong = {
+        "no axis model": lambda: pj.shard(model, jax.make_mesh((2,), ("data",))),
+        "an axis 'tensor'": lambda: pj.shard(model, jax.make_mesh((2,), ("tensor",))),
+        "4 KV heads (groups) can't be divided": lambda: pj.shard(model, jax.make_mesh((8,), ("model",))),
+        "61 vocabulary entries can't": lambda: pj.shard(zoo.model("opt"), mesh),
+        "not a mesh of devices": lambda: pj.shard(model, 2),  # pyright: ignore[reportArgumentType]
+        "no axis 'vocabulary'": lambda: pj.shard(model, mesh, rules={"vocabulary": None}),
+        "'embed' can't be divided": lambda: pj.shard(model, mesh, rules={"embed": "model"}),
+        "another number of shards": lambda: decode(pj.shard(model, mesh), sparsity=sparsity),
+        "can't be divided evenly": lambda: decode(spread, zoo.batch(3)),
+    }
+    found = {}
+    for words, run in wrong.items():
+        try:
+            run()
+            found[words] = "not refused"
+        except pj.PolarjaxError as error:
+            if words not in str(error) or "\n" in str(error):
+                found[words] = str(error)
+    return found
+
+
+@pytest.mark.skipif(jax.default_backend() != "cpu", reason="devices are simulated on CPUs")
+def test_tokens_are_the_same_on_several_devices():
+    flags = f"{os.environ['XLA_FLAGS']} --xla_force_host_platform_device_count={DEVICES}"
+    done = subprocess.run(
+        [sys.executable, "-c", "from tests import test_mesh; test_mesh.on_mesh()"],
+        capture_output=True,
+        text=True,
+        check=False,
+        cwd=Path(__file__).parents[1],
+        env=os.environ | {"XLA_FLAGS": flags},
+    )
+    assert done.returncode == 0, done.stderr
+    assert json.loads(done.stdout.splitlines()[-1]) == {}
