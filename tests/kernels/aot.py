@@ -42,12 +42,17 @@ class Program(NamedTuple):
 
 
 @cache
-def h200_sharding() -> jax.sharding.Sharding:
-    """Everything on one H200 that need not be there."""
+def h200s(count: int) -> list[Any]:
+    """So many H200s of one host, none of which need be there."""
     target = (Path(__file__).parent / "h200.txtpb").read_text(encoding="utf-8")
-    topology = topologies.get_topology_desc(platform="cuda", target_config=target, topology="1x1x1")
-    mesh = jax.sharding.Mesh(topology.devices[:1], ("device",))
-    return jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec())
+    topology = topologies.get_topology_desc(platform="cuda", target_config=target, topology=f"1x1x{count}")
+    return topology.devices[:count]
+
+
+@cache
+def h200_sharding() -> jax.sharding.Sharding:
+    """Everything on one H200."""
+    return jax.sharding.NamedSharding(jax.sharding.Mesh(h200s(1), ("device",)), jax.sharding.PartitionSpec())
 
 
 def compile_for_h200(function: Callable[..., Any], *arguments: Any, **jit_options: Any) -> Program:

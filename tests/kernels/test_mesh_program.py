@@ -1,0 +1,101 @@
+"""A decoding step on four H200s, compiled without them: what devices exchange, what is donated, and how much memory."""
+
+import dataclasses
+import re
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax.sharding import Mesh, PartitionSpec
+
+import polarjax as pj
+from polarjax.model.mesh_shape import MeshShape
+from polarjax.model.parameters import abstract, parameters, with_parameters
+from polarjax.selection.routers import init_routers
+from polarjax.sharding import parameter_shardings
+from tests.kernels import aot
+from tests.model import zoo
+
+B, S, L, DEVICES = 16, 1024, 2, 4
+CONFIG = dataclasses.replace(
+    zoo.CONFIGS["opt"],
+    vocab_size=4096,
+    d_model=1024,
+    d_ff=4096,
+    num_heads=8,
+    num_kv_heads=8,
+    head_dim=128,
+    max_positions=S,
+)
+COLLECTIVES = ("all-reduce", "all-gather", "all-to-all", "reduce-scatter", "collective-permute")
+
+
+def laid_out(layout: pj.Layout) -> tuple[pj.Decoder, jax.Array, pj.KVCache, pj.Sparsity]:
+    """Shapes and shardings of a step's arguments."""
+    at = lambda shape, dtype, spec: jax.ShapeDtypeStruct(shape, dtype, sharding=layout.sharding(spec))
+    empty, bf16 = abstract(CONFIG, jnp.bfloat16), jnp.bfloat16
+    places = parameter_shardings(empty, layout)
+    flat = {name: at(leaf.shape, bf16, places[name].spec) for name, leaf in parameters(empty).items()}
+    kv = (at((B, CONFIG.num_kv_heads, S, CONFIG.head_dim), bf16, layout.cache_spec()),) * L
+    rows = at((B,), jnp.int32, PartitionSpec())
+    routers = jax.eval_shape(lambda: init_routers(CONFIG, jax.random.key(0)))
+    placed = [
+        type(layer)(
+            **{
+                field.name: leaf and at(leaf.shape, bf16, layout.router_spec(field.name))
+                for field in dataclasses.fields(layer)
+                for leaf in [getattr(layer, field.name)]
+            }
+        )
+        for layer in routers.layers
+    ]
+    routers = dataclasses.replace(routers, layers=tuple(placed))
+    shards = DEVICES if layout.attention == "groups" else 1
+    plan = pj.SparsityPlan((1024,) * L, (4,) * L, neuron_shards=DEVICES, group_shards=shards)
+    model = with_parameters(CONFIG, flat, layout=layout)
+    return model, rows, pj.KVCache(kv, kv, rows), pj.Sparsity(routers, plan)
+
+
+def exchanges(program: str) -> dict[str, list[int]]:
+    """Elements of the results of each kind of collective in a compiled program."""
+    found: dict[str, list[int]] = {}
+    for kind in COLLECTIVES:
+        for line in re.findall(rf"= (.+?) {kind}(?:-start)?\(", program):
+            shapes = re.findall(r"\w+\[([\d,]*)\]", line)
+            found.setdefault(kind, []).append(
+                max(int(np.prod([int(n) for n in x.split(",") if n])) for x in shapes)
+            )
+    return found
+
+
+@pytest.mark.parametrize("attention", ["groups", "sequences"])
+def test_step_on_four_gpus(attention):
+    """Two all-reduces a layer and one of the embeddings, by sequences two all-to-alls more, and of logits, only each
+    device's largest; the cache is donated, and memory is what `costs` says."""
+    mesh = Mesh(np.array(aot.h200s(DEVICES)).reshape(1, DEVICES), ("data", "model"))
+    layout = pj.Layout(mesh, attention=attention)
+
+    def step(model, token, cache, sparsity):
+        logits, cache = pj.decode_step(model, token, cache, sparsity=sparsity, implementation="mosaic")
+        return pj.Greedy()(logits), cache
+
+    arguments = laid_out(layout)
+    traced = jax.jit(step, donate_argnums=2).trace(*arguments)
+    compiled = traced.lower(lowering_platforms=("cuda",)).compile()
+    program = compiled.as_text()
+    found = exchanges(program)
+    assert found.pop("all-reduce") == [B * CONFIG.d_model] * (2 * L + 1)
+    assert len(found.pop("all-to-all", [])) == (2 * L if attention == "sequences" else 0)
+    assert max(found.pop("all-gather")) <= B * DEVICES
+    assert not found
+    assert "mosaic_gpu" in program
+    memory, each = compiled.memory_analysis(), MeshShape(model=DEVICES, attention=attention)
+    cache = B * S * pj.costs.cache_bytes_per_token(CONFIG, "bfloat16") // DEVICES
+    routers = sum(
+        int(np.prod(leaf.sharding.shard_shape(leaf.shape))) * 2 for leaf in jax.tree.leaves(arguments[3])
+    )
+    expected = pj.costs.weights_bytes(CONFIG, "bfloat16", mesh=each) + cache + routers
+    assert abs(memory.argument_size_in_bytes / expected - 1) < 0.1
+    assert memory.alias_size_in_bytes >= cache
+    assert memory.temp_size_in_bytes < 0.1 * expected
