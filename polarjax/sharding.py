@@ -90,7 +90,15 @@ def layout_for(
     """The layout on `mesh` of a model with these plans; see `shard`."""
     check_mesh(mesh)
     found: Any = attention_for(plans, mesh.shape["model"]) if attention is None else attention
-    return Layout(mesh, RULES if rules is None else rules, found)
+    return Layout(_usable(mesh), RULES if rules is None else rules, found)
+
+
+def _usable(mesh: jax.sharding.Mesh) -> jax.sharding.Mesh:
+    """The mesh with automatic axes, so that what is done with its arrays needs no shardings of its own; as it is, where
+    the caller works on a mesh that `jax.set_mesh` has set."""
+    if jax.sharding.get_abstract_mesh().axis_names:
+        return mesh
+    return automatic(mesh)
 
 
 def device_mesh(text: str, *, where: str) -> jax.sharding.Mesh:

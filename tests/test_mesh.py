@@ -1,5 +1,6 @@
 """The same tokens on one device as on several, for the same plan; run in a process with eight devices."""
 
+import contextlib
 import dataclasses
 import json
 import os
@@ -14,6 +15,7 @@ import pytest
 from jax.sharding import AxisType
 
 import polarjax as pj
+from polarjax.evaluation import perplexity
 from polarjax.model.parameters import parameters, with_parameters
 from tests.model import zoo
 from tests.tolerances import assert_close
@@ -37,6 +39,11 @@ def mesh_of(kind: str) -> jax.sharding.Mesh:
     data, model, _, explicit = LAYOUTS[kind]
     types = (AxisType.Explicit if explicit else AxisType.Auto,) * 2
     return jax.make_mesh((data, model), ("data", "model"), axis_types=types)
+
+
+def around(kind: str) -> contextlib.AbstractContextManager[Any]:
+    """Explicit axes are kept where the caller has set the mesh."""
+    return jax.set_mesh(mesh_of(kind)) if LAYOUTS[kind][3] else contextlib.nullcontext()
 
 
 def divisible(name: str) -> pj.Decoder:
@@ -104,10 +111,12 @@ def engine_tokens(bundle: pj.Bundle) -> dict[int, list[int]]:
 def on_mesh() -> None:
     """Runs in a process with eight devices; prints what differs from one device."""
     faults = {}
+    zoo.batch(4)  # kept, and so made outside of a mesh
     for name, kind in CASES:
         one = bundle_of(name, kind)
-        several = pj.shard(one, mesh_of(kind), attention=LAYOUTS[kind][2])
-        pairs = zip(logits_of(one, LAYOUTS[kind][0]), logits_of(several, LAYOUTS[kind][0]), strict=True)
+        with around(kind):
+            several = logits_of(pj.shard(one, mesh_of(kind), attention=LAYOUTS[kind][2]), LAYOUTS[kind][0])
+        pairs = zip(logits_of(one, LAYOUTS[kind][0]), several, strict=True)
         try:
             for expected, actual in pairs:
                 assert_close(actual, expected, "rounding")
@@ -121,6 +130,9 @@ def on_mesh() -> None:
     if engine_tokens(one) != engine_tokens(pj.shard(one, mesh_of("sequences"))):
         faults["engine"] = "other tokens"
     model, (tokens, lengths) = divisible("opt"), zoo.batch(4)
+    usual = pj.shard(model, jax.make_mesh((2, 2), ("data", "model")))  # explicit axes, which nobody has set
+    found, expected = (perplexity(each, np.asarray(tokens)).nll for each in (usual, model))
+    assert_close(np.float32(found), np.float32(expected), "rounding")
     far = jax.jit(pj.forward)(pj.shard(model, mesh_of("groups")), tokens, lengths)[0]
     if far.sharding.spec[-1] != "model":
         faults["forward"] = str(far.sharding)

@@ -55,6 +55,9 @@ def _reordered(value: Array, axis: int, order: Sequence[int]) -> Array:
     place = value.sharding
     if not isinstance(place, NamedSharding):
         return jnp.take(value, jnp.asarray(order), axis)
-    auto = NamedSharding(automatic(place.mesh), place.spec)  # pyright: ignore[reportArgumentType]
+    mesh = automatic(place.mesh)  # pyright: ignore[reportArgumentType]
+    auto = NamedSharding(mesh, place.spec)
     take = jax.jit(lambda value, order: jnp.take(value, order, axis), out_shardings=auto)
-    return jax.device_put(take(jax.device_put(value, auto), jnp.asarray(order)), place)
+    with jax.set_mesh(mesh):  # instead of the caller's, which may have explicit axes
+        made = take(jax.device_put(value, auto), jnp.asarray(order))
+    return jax.device_put(made, place)

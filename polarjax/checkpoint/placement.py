@@ -29,6 +29,7 @@ def shard[T: (Bundle, Decoder)](
     Args:
       bundle: a bundle, or a model alone.
       mesh: devices with the axis `model` and, if wanted, `data`, such as `jax.make_mesh((2, 4), ("data", "model"))`.
+        Explicit axes count as automatic ones, unless `jax.set_mesh` has set a mesh.
       rules: mesh axis ("model" or None) of the logical axes vocab, neurons and groups, where it isn't "model".
       attention: "groups": each device attends with its own groups; "sequences": with all groups, for its own sequences.
         None takes what the plans were made for, otherwise "groups".
