@@ -193,4 +193,4 @@ def test_a_process_that_ends_early_ends_the_other(ending, says):
     err, code, seconds = run_two(ending)
     assert err == says.format(socket.gethostname())
     assert code == 1
-    assert seconds < 10
+    assert seconds < 40  # far below the five minutes that JAX itself would wait

@@ -9,7 +9,7 @@ from polarjax import distributed
 
 def main(coordinator: str, processes: str, process_id: str, ending: str) -> None:
     """Gathers from all devices, up to 20 times; `ending` says who ends after 10, and how: "1 killed"."""
-    distributed.initialize(coordinator, int(processes), int(process_id), timeout=2, start_timeout=60)
+    distributed.initialize(coordinator, int(processes), int(process_id), timeout=8, start_timeout=60)
     import jax
     import numpy as np
     from jax.sharding import NamedSharding, PartitionSpec

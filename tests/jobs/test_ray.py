@@ -71,7 +71,7 @@ def test_the_readmes_example_with_a_killed_actor_loses_and_doubles_nothing(home,
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
         text=True,
-        timeout=300,
+        timeout=570,  # 30 seconds alone, two minutes beside another worker
     )
     assert done.returncode == 0, done.stdout
     assert (tmp_path / "killed").exists()
