@@ -228,7 +228,7 @@ def largest_batch(
         )
     local = mesh.local(config)
     each = cache_length * cache_bytes_per_token(local, dtype) + 4 * local.vocab_size
-    together = mesh.model if mesh.attention == "sequences" else 1
+    together = mesh.batch_parts // mesh.data
     rows = max(0, int(memory - weights_bytes(config, dtype, mesh=mesh)) // each) // together * together
     return mesh.data * rows
 

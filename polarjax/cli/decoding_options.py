@@ -16,7 +16,7 @@ Mesh = Annotated[
 Attention = Annotated[
     str | None,
     typer.Option(
-        help="With --mesh: what devices of the model axis divide in attention, groups or sequences; default: what is "
-        "quicker."
+        help="With --mesh: what devices of the model axis divide in attention, groups or sequences; default: what the "
+        "plans were made for, or groups."
     ),
 ]

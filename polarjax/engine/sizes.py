@@ -35,7 +35,7 @@ def slots_and_capacity(
     slots = None if slots is None else whole_number(slots, "slots", where="Engine")
     if capacity is not None:
         capacity = whole_number(capacity, "capacity", where="Engine")
-    parts = mesh.data * (mesh.model if mesh.attention == "sequences" else 1)
+    parts = mesh.batch_parts
     if slots is not None:
         mesh.rows(slots, where="Engine: slots")
     available = _available(config, dtype, read_tokens, mesh)

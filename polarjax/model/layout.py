@@ -68,6 +68,11 @@ class Layout:
         """How many parts a logical axis of the parameters is divided into."""
         return self.sizes.model if self.rules.get(axis) else 1
 
+    @property
+    def group_parts(self) -> int:
+        """How many devices choose among groups of their own; 1 where each chooses among all, for its own sequences."""
+        return self.parts("groups") if self.attention == "groups" else 1
+
     def check(self, config: ModelConfig) -> None:
         """Raises `InputError` unless the mesh divides the model's groups, neurons and vocabulary."""
         self.sizes.check(config, axes=self._divided)

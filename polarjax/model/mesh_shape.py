@@ -69,6 +69,11 @@ class MeshShape:
         """How many devices the mesh has."""
         return self.data * self.model
 
+    @property
+    def batch_parts(self) -> int:
+        """How many devices divide the sequences of a batch in attention."""
+        return self.data * (self.model if self.attention == "sequences" else 1)
+
     def check(self, config: ModelConfig, *, where: str = "mesh", axes: Collection[str] = DIVIDED) -> None:
         """Raises `InputError` unless the `model` axis divides the model's groups, neurons and vocabulary (`axes`)."""
         sizes = {
@@ -100,7 +105,7 @@ class MeshShape:
     def rows(self, batch_size: Any, *, where: str = "mesh") -> int:
         """Sequences of a batch on one index of the axis `data`; raises `InputError` if they can't be divided evenly."""
         batch_size = whole_number(batch_size, "batch_size", where=where)
-        parts = self.data * (self.model if self.attention == "sequences" else 1)
+        parts = self.batch_parts
         if batch_size % parts:
             raise InputError(
                 "the sequences can't be divided evenly over the devices",

@@ -99,8 +99,7 @@ def for_device(sparsity: Sparsity | None, layout: Layout) -> Sparsity | None:
     """What each device skips: the plan for its part, and a selector that scores it."""
     if sparsity is None:
         return None
-    by_groups = layout.parts("groups") if layout.attention == "groups" else 1
-    plan = sparsity.plan.for_device(neuron_parts=layout.parts("neurons"), group_parts=by_groups)
+    plan = sparsity.plan.for_device(neuron_parts=layout.parts("neurons"), group_parts=layout.group_parts)
     selector = sparsity.routers
     return Sparsity(selector if isinstance(selector, Routers) else PartOf(selector), plan)
 

@@ -13,16 +13,15 @@ def check_spread(model: Any, sparsity: Any) -> None:
     if layout is None or sparsity is None:
         return
     plan: SparsityPlan = sparsity.plan
-    by_groups = layout.parts("groups") if layout.attention == "groups" else 1
     for name, counts, shards, parts in (
         ("neurons", plan.neurons, plan.neuron_shards, layout.parts("neurons")),
-        ("groups", plan.groups, plan.group_shards, by_groups),
+        ("groups", plan.groups, plan.group_shards, layout.group_parts),
         ("batch", plan.neurons, plan.batch_shards, layout.sizes.data),
     ):
         needed = name != "groups" or parts > 1 or layout.attention == "sequences"
         if any(count is not None for count in counts) and shards != parts and needed:
             _refuse(name, shards, parts, layout)
-    if plan.group_order and by_groups > 1:
+    if plan.group_order and layout.group_parts > 1:
         raise SparsityError(
             "the plan assigns groups to devices, but the model's groups are in their own order",
             where="sparsity plan",
