@@ -1,6 +1,7 @@
 """Puts a model's groups into the order in which its plans assign them to devices."""
 
 import dataclasses
+import functools
 from collections.abc import Sequence
 
 import jax
@@ -22,8 +23,12 @@ def in_group_order(bundle: Bundle, layout: Layout) -> Bundle:
     same but for rounding.
     """
     plans, model = bundle.plans, bundle.model
-    by_groups = layout.attention == "groups" and layout.parts("groups") > 1
-    if plans is None or not plans.order or not by_groups or plans.group_shards != layout.parts("groups"):
+    if (
+        plans is None
+        or not plans.order
+        or layout.group_parts == 1
+        or plans.group_shards != layout.group_parts
+    ):
         return bundle
     axes, flat = logical_axes(model), parameters(model)
     for name, value in flat.items():
@@ -57,7 +62,12 @@ def _reordered(value: Array, axis: int, order: Sequence[int]) -> Array:
         return jnp.take(value, jnp.asarray(order), axis)
     mesh = automatic(place.mesh)  # pyright: ignore[reportArgumentType]
     auto = NamedSharding(mesh, place.spec)
-    take = jax.jit(lambda value, order: jnp.take(value, order, axis), out_shardings=auto)
     with jax.set_mesh(mesh):  # instead of the caller's, which may have explicit axes
-        made = take(jax.device_put(value, auto), jnp.asarray(order))
+        made = _taken(jax.device_put(value, auto), jnp.asarray(order), axis=axis, place=auto)
     return jax.device_put(made, place)
+
+
+@functools.partial(jax.jit, static_argnames=("axis", "place"))
+def _taken(value: Array, order: Array, *, axis: int, place: NamedSharding) -> Array:
+    """One program for all arrays of a shape."""
+    return jax.lax.with_sharding_constraint(jnp.take(value, order, axis), place)

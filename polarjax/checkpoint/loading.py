@@ -8,9 +8,9 @@ from typing import Any
 import jax
 
 from polarjax.checkpoint.bundle import Bundle, needed_tokenizer
+from polarjax.checkpoint.group_order import in_group_order
 from polarjax.checkpoint.learned import PLANS, ROUTERS, marked, plans_alone, read_plans, read_routers
 from polarjax.checkpoint.manifest import AGAIN, read_config, read_manifest, read_source_config
-from polarjax.checkpoint.placement import shard
 from polarjax.checkpoint.same_model import agree_on_mesh, agree_on_model
 from polarjax.model.layout import Layout
 from polarjax.model.layout_checks import check_no_mesh
@@ -49,8 +49,7 @@ def load(
         return _read(path, dtype, routers=True, plans=True)
     layout = layout_for(mesh, plans_alone(absolute(path)), rules=rules, attention=attention)
     agree_on_mesh(mesh, layout.attention)  # processes that read different parts would wait for each other
-    bundle = _read(path, dtype, routers=True, plans=True, layout=layout)
-    return shard(bundle, mesh, rules=rules, attention=attention)
+    return in_group_order(_read(path, dtype, routers=True, plans=True, layout=layout), layout)
 
 
 def load_to_learn(

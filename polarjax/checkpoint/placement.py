@@ -11,7 +11,6 @@ from polarjax.checkpoint.same_model import agree_on_mesh
 from polarjax.model.checks import check_model
 from polarjax.model.decoder import Decoder
 from polarjax.model.mesh_shape import Attention
-from polarjax.model.parameters import fingerprint
 from polarjax.sharding import layout_for, place_model, place_routers
 
 
@@ -44,10 +43,10 @@ def shard[T: (Bundle, Decoder)](
     if not isinstance(bundle, Bundle):
         check_model(bundle, where="shard")
         layout = layout_for(mesh, None, rules=rules, attention=attention)
-        agree_on_mesh(mesh, layout.attention, fingerprint(bundle))
+        agree_on_mesh(mesh, layout.attention, bundle)
         return place_model(bundle, layout)
     layout = layout_for(mesh, bundle.plans, rules=rules, attention=attention)
-    agree_on_mesh(mesh, layout.attention, fingerprint(bundle.model))
+    agree_on_mesh(mesh, layout.attention, bundle.model)
     model = place_model(bundle.model, layout)
     routers = None if bundle.routers is None else place_routers(bundle.routers, layout)
     return in_group_order(dataclasses.replace(bundle, model=model, routers=routers), layout)

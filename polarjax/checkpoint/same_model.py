@@ -12,6 +12,8 @@ from polarjax.checkpoint.learned import PLANS
 from polarjax.checkpoint.manifest import ROUTERS
 from polarjax.distributed.start import group
 from polarjax.errors import InputError
+from polarjax.model.decoder import Decoder
+from polarjax.model.parameters import fingerprint
 from polarjax.storage.fingerprint import short
 from polarjax.storage.record import digest, digests, files
 
@@ -36,8 +38,8 @@ def agree_on_model(folder: Path, manifest: Mapping[str, Any]) -> None:
     hosts.agree(about, hint="copy one model directory to every machine")
 
 
-def agree_on_mesh(mesh: jax.sharding.Mesh, attention: str, weights: str = "") -> None:
-    """Returns when all processes have called this for the same mesh, and for a model with the same fingerprint.
+def agree_on_mesh(mesh: jax.sharding.Mesh, attention: str, model: Decoder | None = None) -> None:
+    """Returns when all processes have called this for the same mesh, and for a `model` with the same fingerprint.
 
     Raises:
       InputError: they differ, and every process raises it; or the mesh has devices of some processes only.
@@ -49,7 +51,7 @@ def agree_on_mesh(mesh: jax.sharding.Mesh, attention: str, weights: str = "") ->
     sizes = ", ".join(f"{name}={size}" for name, size in mesh.shape.items())
     where = "its own devices" if owners == [hosts.process_id] else f"devices of processes {owners}"
     about = {"their meshes": f"{sizes} of {where}", "their attention": attention}
-    about["their models"] = short(weights) if weights else ""
+    about["their models"] = "" if model is None else short(fingerprint(model))
     hosts.agree(about, hint="make the same mesh of the same model everywhere")
     if len(owners) not in (1, hosts.count):
         hint = f"use all {jax.device_count()} devices of all processes"
