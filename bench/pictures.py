@@ -95,7 +95,8 @@ def draw_batches(folder: Path) -> bool:
         each.grid(alpha=0.3)
     for each in axes.flat[len(found) :]:
         each.axis("off")
-    axes.flat[0].legend(fontsize=8)
+    drawn = {line.get_label(): line for each in axes.flat for line in each.get_lines()}
+    axes.flat[0].legend(drawn.values(), drawn.keys(), fontsize=8)  # not every picture has every line
     figure.suptitle(ours.source(), fontsize=8)
     figure.savefig(folder / BATCH)
     plt.close(figure)
