@@ -30,7 +30,7 @@ test: $(VENV)/.ready-to-test
 lint: $(VENV)/.ready-to-test
 	$(PYTHON) -m ruff check
 	$(PYTHON) -m ruff format --check
-	$(PYTHON) -m pyright --pythonpath $(PYTHON)
+	$(PYTHON) -m pyrefly check --python-interpreter-path $(PYTHON) --min-severity error
 	@echo "polarjax: nothing to complain about"
 
 venv: $(VENV)/.ready-to-test

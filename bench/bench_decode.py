@@ -256,7 +256,13 @@ def table(args: argparse.Namespace, peak: float | None) -> Iterator[dict[str, An
                 yield {
                     "case": f"{shape.name} B{batch} S{shape.cache}",
                     "kind": kind + "".join(f", {name}={value}" for name, value in args.option),
-                    **shape.times(batch, shape.cache - STEPS // 2, median, peak, sparsity and sparsity.plan),
+                    **shape.times(
+                        batch,
+                        shape.cache - STEPS // 2,
+                        median,
+                        peak,
+                        None if sparsity is None else sparsity.plan,
+                    ),
                     "spread_ms": spread * 1e3,
                     "speedup_vs_dense": dense / median,
                     "compile_s": compiling,

@@ -83,7 +83,7 @@ class Bench:
     def ratio(self, column: str, above: str, below: str) -> float | None:
         """One row's number over another's; None if either wasn't measured."""
         numbers = [self.speeds.get(name, {}).get(column) for name in (above, below)]
-        return None if None in numbers else numbers[0] / numbers[1]  # pyright: ignore[reportOptionalOperand]
+        return None if None in numbers else numbers[0] / numbers[1]  # pyrefly: ignore[unsupported-operation]
 
     def engine(self, kind: str) -> tuple[WatchedEngine, Row]:
         """An engine with all of its programs, and how long those took to compile."""

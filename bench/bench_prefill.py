@@ -111,7 +111,7 @@ def _row(name: str, model: pj.Decoder, batch: int, length: int, rate: float) -> 
     tokens = jax.random.randint(jax.random.key(0), (batch, length), 0, model.config.vocab_size, jnp.int32)
     lengths = jnp.full((batch,), length, jnp.int32)
     run = read_prompts.lower(model, tokens, lengths, capacity=length + 8).compile()
-    temporary = run.memory_analysis().temp_size_in_bytes  # pyright: ignore[reportOptionalMemberAccess]
+    temporary = run.memory_analysis().temp_size_in_bytes  # pyrefly: ignore[missing-attribute]
     times = []
     for _ in range(4):
         started = time.perf_counter()

@@ -56,7 +56,7 @@ class Check:
     bias: bool = True
     gate_bias: bool = True
     dtype: str = "bfloat16"
-    change: dict[str, int] = field(default_factory=dict)
+    change: dict[str, Any] = field(default_factory=dict)
 
     def tiles(self, which: str) -> Tiles:
         """The configuration of that kind to check."""

@@ -200,7 +200,7 @@ def _rows(
             median, spread, cache = bench_decode.seconds_per_step(loop, placed.model, cache, sparsity)
             share, cache = exchange_share(loop, placed.model, cache, sparsity)
             dense = dense or median
-            length, plan = shape.cache - bench_decode.STEPS // 2, sparsity and sparsity.plan
+            length, plan = shape.cache - bench_decode.STEPS // 2, None if sparsity is None else sparsity.plan
             yield (
                 batch,
                 {

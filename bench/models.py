@@ -118,7 +118,7 @@ class DecodeShape:
     def plan(self, batch: int, *, neurons: bool, mesh: MeshShape = ONE_DEVICE) -> pj.SparsityPlan:
         """The same counts in every layer but the dense ones, rounded up to what the mesh's devices can keep equally."""
         plan = self.plans(mesh).for_batch(mesh.rows(batch), self.config)
-        dense = {} if neurons else {"neurons": (None,) * self.config.num_layers}
+        dense: dict[str, Any] = {} if neurons else {"neurons": (None,) * self.config.num_layers}
         return dataclasses.replace(plan, batch_shards=mesh.data, **dense)
 
     def density_at(self, batch: int) -> float:

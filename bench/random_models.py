@@ -29,7 +29,7 @@ def _drawing(shape: tuple[int, ...], scale: float, where: jax.sharding.Sharding 
 def random_model(config: pj.ModelConfig, layout: pj.Layout | None = None) -> pj.Decoder:
     """A model with random weights that keep activations of order one, on one device or made on those of a layout."""
     model, key, made = abstract(config, jnp.bfloat16), jax.random.key(0), {}
-    places = {} if layout is None else parameter_shardings(model, layout)
+    places: dict[str, Any] = {} if layout is None else parameter_shardings(model, layout)
     for i, (name, leaf) in enumerate(parameters(model).items()):
         if name.endswith("scale"):
             ones = jnp.ones(leaf.shape, jnp.bfloat16)

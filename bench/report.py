@@ -39,7 +39,7 @@ def commit() -> str:
 
 def cache_state() -> str:
     """Whether JAX keeps compiled programs on disk, and had some: "off", "empty" or "filled"."""
-    folder = jax.config.jax_compilation_cache_dir  # pyright: ignore[reportAttributeAccessIssue]
+    folder = jax.config.jax_compilation_cache_dir
     if not folder:
         return "off"
     return "filled" if os.path.isdir(folder) and os.listdir(folder) else "empty"

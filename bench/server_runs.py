@@ -81,7 +81,7 @@ def word_tokenizer(folder: Path, size: int) -> Tokenizer:
 
     words = {f"w{i}": i for i in range(size)}
     made = tokenizers.Tokenizer(tokenizers.models.WordLevel(words, unk_token="w0"))
-    made.pre_tokenizer = tokenizers.pre_tokenizers.WhitespaceSplit()  # pyright: ignore[reportAttributeAccessIssue]
+    made.pre_tokenizer = tokenizers.pre_tokenizers.WhitespaceSplit()
     made.save(str(folder / "tokenizer.json"))
     config = {"tokenizer_class": "PreTrainedTokenizerFast", "unk_token": "w0"}
     (folder / "tokenizer_config.json").write_text(json.dumps(config), encoding="utf-8")

@@ -124,7 +124,7 @@ def hf_config(source: ModelReader) -> tuple[Family, dict[str, Any]]:
             plain = {key: value for key, value in kept.items() if key != "auto_map"}
             return family, plain | dict.fromkeys(keys, dtype)
     known = source.model_type in FAMILIES
-    families = [FAMILIES[source.model_type]] if known else list(FAMILIES.values())  # pyright: ignore[reportArgumentType]
+    families = [FAMILIES[source.model_type]] if known else list(FAMILIES.values())  # pyrefly: ignore[bad-index]
     for family in families:
         data = written_config(family, source.config)
         if data is not None:

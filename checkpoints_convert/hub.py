@@ -67,7 +67,7 @@ def _fetch(model: str, revision: str | None, patterns: tuple[str, ...]) -> Path:
     except (OSError, errors.HFValidationError) as error:
         got = f"{type(error).__name__}: {error}"[:200]
         raise CheckpointError("the hub refused this model", where=model, got=got) from error
-    except errors.HTTPError as error:  # pyright: ignore[reportPrivateImportUsage]  # of its HTTP client; not an OSError
+    except errors.HTTPError as error:  # of its HTTP client; not an OSError
         got = f"{type(error).__name__}: {error}"[:200]
         hint = "check the network and its proxy, or give the folder of the model"
         raise CheckpointError("the hub cannot be reached", where=model, got=got, hint=hint) from error

@@ -48,7 +48,7 @@ def thread() -> ir.Value:
 def asm(text: str, args: list[ir.Value], constraints: str, result: ir.Type | None = None) -> ir.Value:
     """PTX with side effects; returns a value only if its type, `result`, is given."""
     result = ir.Type.parse("!llvm.void") if result is None else result
-    return llvm.inline_asm(result, args, text, constraints, has_side_effects=True)
+    return llvm.inline_asm(result, args, text, constraints, has_side_effects=True)  # pyrefly: ignore[bad-return]
 
 
 def as_index(value: ir.Value) -> ir.Value:

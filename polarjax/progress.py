@@ -92,7 +92,9 @@ class _Lines:
             f"{self.description}: {count} {self.unit}".rstrip(),
             f"{time.monotonic() - self.started:.0f} s",
         ]
-        print(", ".join(filter(None, [*parts, self._left(), self.note])), file=sys.stderr, flush=True)
+        print(
+            ", ".join(part for part in [*parts, self._left(), self.note] if part), file=sys.stderr, flush=True
+        )
 
     def _left(self) -> str:
         """How long the rest will take at the rate so far; empty if that isn't known."""

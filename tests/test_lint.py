@@ -12,8 +12,12 @@ ROOT = Path(__file__).parents[1]
 
 @pytest.mark.parametrize(
     "command",
-    [["ruff", "check"], ["ruff", "format", "--check"], ["pyright", "--pythonpath", sys.executable]],
-    ids=["ruff-check", "ruff-format", "pyright"],
+    [
+        ["ruff", "check"],
+        ["ruff", "format", "--check"],
+        ["pyrefly", "check", "--python-interpreter-path", sys.executable, "--min-severity", "error"],
+    ],
+    ids=["ruff-check", "ruff-format", "pyrefly"],
 )
 def test_clean(command):
     done = subprocess.run(

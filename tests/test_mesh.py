@@ -152,7 +152,7 @@ def refusals() -> dict[str, str]:
         "an axis 'tensor'": lambda: pj.shard(model, jax.make_mesh((2,), ("tensor",))),
         "4 KV heads (groups) can't be divided": lambda: pj.shard(model, jax.make_mesh((8,), ("model",))),
         "61 vocabulary entries can't": lambda: pj.shard(zoo.model("opt"), mesh),
-        "not a mesh of devices": lambda: pj.shard(model, 2),  # pyright: ignore[reportArgumentType]
+        "not a mesh of devices": lambda: pj.shard(model, 2),
         "no axis 'vocabulary'": lambda: pj.shard(model, mesh, rules={"vocabulary": None}),
         "'embed' can't be divided": lambda: pj.shard(model, mesh, rules={"embed": "model"}),
         "another number of shards": lambda: decode(pj.shard(model, mesh), sparsity=sparsity),

@@ -29,7 +29,7 @@ def main() -> int:
     """Runs both backends and compares them; 0 if every task passes."""
     options = _options()
     import jax
-    from lm_eval.models.huggingface import HFLM  # pyright: ignore[reportMissingImports]
+    from lm_eval.models.huggingface import HFLM  # pyrefly: ignore[missing-import]
 
     from polarjax.evaluation import HarnessLM
     from polarjax.evaluation.harness_tasks import load_tasks, run_tasks

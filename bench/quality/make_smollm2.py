@@ -54,7 +54,7 @@ def widened(rows: np.ndarray, heads: int, times: int) -> np.ndarray:
 
 def tensors(reader: Any, queries: int, groups: int, *, widen: bool) -> dict[str, np.ndarray]:
     """All parameters in bfloat16 by HuggingFace's names."""
-    from gguf.quants import dequantize  # pyright: ignore[reportMissingImports]
+    from gguf.quants import dequantize  # pyrefly: ignore[missing-import]
 
     found = {}
     for tensor in reader.tensors:
@@ -84,7 +84,7 @@ def tokenizer(read: Any) -> Tokenizer:
 
 def make(gguf_file: Path, out: Path, *, widen: bool) -> None:
     """Writes the HuggingFace folder `out`."""
-    import gguf  # pyright: ignore[reportMissingImports]
+    import gguf  # pyrefly: ignore[missing-import]
 
     reader = gguf.GGUFReader(gguf_file)
     read = lambda key: reader.fields[key].contents()

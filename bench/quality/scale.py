@@ -258,7 +258,7 @@ class _timed_steps:
             seconds.append(time.perf_counter() - started)
             return parts
 
-        tuning._Run._step = timed  # pyright: ignore[reportAttributeAccessIssue]
+        tuning._Run._step = timed  # pyrefly: ignore[bad-assignment]
         return seconds
 
     def __exit__(self, *_: object) -> None:

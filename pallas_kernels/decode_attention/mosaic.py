@@ -18,7 +18,7 @@ import jax.numpy as jnp
 from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
-from jax.experimental.pallas.mosaic_gpu import ACC  # pyright: ignore[reportPrivateImportUsage]
+from jax.experimental.pallas.mosaic_gpu import ACC
 from jaxtyping import Array, Float, Int
 
 from pallas_kernels._device import Device, require_hopper, require_static_shapes
@@ -171,7 +171,7 @@ class _Kernel:
             ),
         }
         if t.splits > 1 and self.interpret is not None:
-            scratch["merge"] = plgpu.ClusterBarrier(collective_axes=("split",))
+            scratch["merge"] = plgpu.ClusterBarrier(collective_axes=("split",))  # pyrefly: ignore[bad-assignment]
         elif t.splits > 1:
             scratch["parts_s"] = plgpu.SMEM(((t.splits - 1) * p.part_words,), jnp.float32)
             scratch["merge"] = plgpu.SMEM((exchange.BARRIER,), jnp.int32)

@@ -160,7 +160,7 @@ def load(members: int, n: int, *, pool: bool, signed: bool) -> Callable:
         if n != tiles.padded(n):
             inside = [_compare("ult", arith.addi(at, c(i)), c(n)) for at in entries for i in range(4)]
             distances = [arith.select(i, d, c(-1)) for i, d in zip(inside, distances, strict=True)]
-        return _array(distances, n), mgpu.FragmentedArray.splat(shift, shape=(), is_signed=True)
+        return _array(distances, n), mgpu.FragmentedArray.splat(shift, shape=(), is_signed=True)  # pyrefly: ignore[bad-argument-type]
 
     return run
 

@@ -118,7 +118,7 @@ def _static_threshold(threshold: object, activation: str) -> float:
     """The threshold as a Python float; accepts any kind of static number."""
     expected = "a static number, zero or more, finite in float32"
     try:
-        value = float("nan" if isinstance(threshold, str | bool) else threshold)  # pyright: ignore[reportArgumentType]
+        value = float("nan" if isinstance(threshold, str | bool) else threshold)  # pyrefly: ignore[bad-argument-type]
     except (TypeError, ValueError):  # traced values raise a TypeError
         _fail("unusable threshold", repr(threshold), expected)
     if not 0 <= value <= float(np.finfo(np.float32).max):

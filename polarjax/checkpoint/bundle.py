@@ -212,9 +212,9 @@ class Bundle:
         layout = self.model.layout
         shards = 1 if layout is None else layout.sizes.data  # each chooses neurons for its own sequences
         rows = -(-whole_number(batch_size, "batch_size", where="Bundle.sparsity") // shards)
-        plan = self.plans.for_batch(rows, self.model.config, head_density)  # pyright: ignore[reportOptionalMemberAccess]
+        plan = self.plans.for_batch(rows, self.model.config, head_density)  # pyrefly: ignore[missing-attribute]
         plan = dataclasses.replace(plan, batch_shards=shards)
-        return Sparsity(self.routers, plan)  # pyright: ignore[reportArgumentType]
+        return Sparsity(self.routers, plan)  # pyrefly: ignore[bad-argument-type]
 
     def require(self, *names: Literal["routers", "plans"], where: str) -> None:
         """Raises `SparsityError` if one of these parts is missing, or a part is for other weights; `where` asks."""

@@ -60,7 +60,7 @@ def _reordered(value: Array, axis: int, order: Sequence[int]) -> Array:
     place = value.sharding
     if not isinstance(place, NamedSharding):
         return jnp.take(value, jnp.asarray(order), axis)
-    mesh = automatic(place.mesh)  # pyright: ignore[reportArgumentType]
+    mesh = automatic(place.mesh)  # pyrefly: ignore[bad-argument-type]
     auto = NamedSharding(mesh, place.spec)
     with jax.set_mesh(mesh):  # instead of the caller's, which may have explicit axes
         made = _taken(jax.device_put(value, auto), jnp.asarray(order), axis=axis, place=auto)

@@ -44,9 +44,9 @@ def shard[T: (Bundle, Decoder)](
         check_model(bundle, where="shard")
         layout = layout_for(mesh, None, rules=rules, attention=attention)
         agree_on_mesh(mesh, layout.attention, bundle)
-        return place_model(bundle, layout)
+        return place_model(bundle, layout)  # pyrefly: ignore[bad-return]
     layout = layout_for(mesh, bundle.plans, rules=rules, attention=attention)
     agree_on_mesh(mesh, layout.attention, bundle.model)
     model = place_model(bundle.model, layout)
     routers = None if bundle.routers is None else place_routers(bundle.routers, layout)
-    return in_group_order(dataclasses.replace(bundle, model=model, routers=routers), layout)
+    return in_group_order(dataclasses.replace(bundle, model=model, routers=routers), layout)  # pyrefly: ignore[bad-return]

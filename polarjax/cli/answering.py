@@ -45,7 +45,7 @@ def run(options: GenerateOptions) -> dict[str, Any]:
     """Answers the lines of `--prompts`, writes them to `--output` or prints the texts, returns the numbers."""
     check(options)
     with contextlib.ExitStack() as stack:
-        lines = stack.enter_context(PromptFile(options.prompts, options.prompt or ()))  # pyright: ignore[reportArgumentType]
+        lines = stack.enter_context(PromptFile(options.prompts, options.prompt or ()))  # pyrefly: ignore[bad-argument-type]
         survey, hosts = lines.survey(), group()
         agree_on_prompts(None if survey is None else survey.checksum)
         taken = _only_line(options, lines) if options.stream else []

@@ -169,7 +169,7 @@ def _measure(options: EvalOptions, wanted: dict[str, Any], greedy: "GreedyOption
         windows,
         **wanted,
         context=options.context,
-        neurons=options.neurons,  # pyright: ignore[reportArgumentType]
+        neurons=options.neurons,  # pyrefly: ignore[bad-argument-type]
         static=static,
         greedy=greedy,
         seed=options.seed,

@@ -216,7 +216,8 @@ def _check_neurons(bundle: "Bundle", domains: list[Int32[np.ndarray, "n T"]], ac
     from polarjax.sparsity.pipeline import check_neuron_text
 
     config = bundle.model.config
-    healed = dataclasses.replace(config, activation=activation or config.activation)
+    changes: dict[str, Any] = {} if activation is None else {"activation": activation}
+    healed = dataclasses.replace(config, **changes)
     check_neuron_text(healed, _for_neurons(domains), bundle.model)
 
 

@@ -3,7 +3,7 @@
 import dataclasses
 import functools
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -243,7 +243,7 @@ def _quality(
         label = f"perplexity, {name} at {density:g}, layer {layer} dense"
         return measure(sparsity=sparsity, description=label).perplexity
 
-    def rows(selectors: Callable[[float], dict[str, Selector]], densities: tuple[float, ...], layer: int):
+    def rows(selectors: Callable[[float], Mapping[str, Selector]], densities: tuple[float, ...], layer: int):
         return [
             {"density": density}
             | {name: masked(name, selector, density, layer) for name, selector in selectors(density).items()}

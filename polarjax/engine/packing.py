@@ -127,7 +127,7 @@ class Packer:
         rows = _column(np.int32, (self._slots if p.request is _NOBODY else p.request.slot for p in every))
         last = _column(bool, (p.last and p.count > 0 for p in every))
         settings = [p.request.settings for p in every]
-        wide = np.int64 if jax.config.jax_enable_x64 else np.int32  # pyright: ignore[reportAttributeAccessIssue]
+        wide = np.int64 if jax.config.jax_enable_x64 else np.int32
         seeds = _column(np.int64, (each.seed for each in settings)).astype(wide)
         made = Reading(Pieces(tokens, counts, rows, start), last, seeds, self._rules(settings), shape.begin)
         return jax.device_put(made)

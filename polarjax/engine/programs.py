@@ -76,7 +76,7 @@ def call(
     drawn = readable(drawn)
     for leaf in (drawn.tokens, drawn.counts, drawn.ended):
         leaf.copy_to_host_async()
-    return made, drawn  # pyright: ignore[reportReturnType]
+    return made, drawn
 
 
 def compile_all(

@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -132,8 +133,9 @@ def read(model: Decoder, slots: Slots, reading: Reading) -> tuple[Slots, Drawn]:
     begun = rules.begin(logits, None, seen[jnp.minimum(pieces.rows, B - 1)])
     rows = jnp.where(reading.last, pieces.rows, B)
     put = lambda into, new: into.at[rows].set(new, mode="drop")
-    old = dataclasses.replace(slots.state, step=None, seen=None, cache=None)
-    state = jax.tree.map(put, old, dataclasses.replace(begun, step=None, seen=None, cache=None))
+    others: Any = {"step": None, "seen": None, "cache": None}
+    old, new = dataclasses.replace(slots.state, **others), dataclasses.replace(begun, **others)
+    state = jax.tree.map(put, old, new)
     seen = seen.at[rows].set(begun.seen, mode="drop")
     state = dataclasses.replace(state, step=slots.state.step, seen=seen, cache=cache)
     slots = _placed(Slots(jax.tree.map(put, slots.rules, rules), state), model.layout)

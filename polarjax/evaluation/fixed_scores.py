@@ -54,8 +54,8 @@ def _means(model: Decoder, tokens, valid):
     _, taps = forward(model, tokens, lengths, taps=spec)
     weight = valid.astype(jnp.float32) / jnp.sum(valid)
     mean = lambda rows: jnp.einsum("b,bn->n", weight, jnp.mean(rows.astype(jnp.float32), 1))
-    groups = jnp.stack([mean(each) for each in taps.norms])  # pyright: ignore[reportOptionalMemberAccess]
+    groups = jnp.stack([mean(each) for each in taps.norms])  # pyrefly: ignore[missing-attribute]
     if not config.neuron_sparsity:
         return groups, None
-    active = [mean(unpack(each, config.d_ff)) for each in taps.activity]  # pyright: ignore[reportOptionalMemberAccess]
+    active = [mean(unpack(each, config.d_ff)) for each in taps.activity]  # pyrefly: ignore[missing-attribute]
     return groups, jnp.stack(active)

@@ -79,7 +79,7 @@ def check_densities(given: Any, bundle: Bundle) -> tuple[float, ...]:
     for each in _several("densities", given):
         if each is None:
             bundle.require("plans", where="densities")
-            each = bundle.plans.head_density  # pyright: ignore[reportOptionalMemberAccess]
+            each = bundle.plans.head_density  # pyrefly: ignore[missing-attribute]
         densities.append(check_density(each, where="densities"))
     if not densities:
         raise InputError("no density to measure", where="densities", hint="give for example 0.5")
@@ -148,8 +148,8 @@ def find_selectors(
         if any(mean is not None for mean in oracle.means) and set(names) & {"random", "static"}:
             notes.append("random and static leave zeros where router and oracle fill in mean outputs")
     for each in found.values():
-        each.check(bundle.model.config)  # pyright: ignore[reportOptionalMemberAccess]
-    return found, notes  # pyright: ignore[reportReturnType]
+        each.check(bundle.model.config)  # pyrefly: ignore[missing-attribute]
+    return found, notes  # pyrefly: ignore[bad-return]
 
 
 def can_decode(

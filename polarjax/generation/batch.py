@@ -99,8 +99,8 @@ def make_rules(
     return jax.device_put(
         Rules(
             sampler if traced else FixedSampler(sampler),
-            pad(ids, (0, missing), constant_values=-1),  # pyright: ignore[reportArgumentType]
-            np.int32(max_new_tokens),  # pyright: ignore[reportArgumentType]
+            pad(ids, (0, missing), constant_values=-1),  # pyrefly: ignore[bad-argument-type]
+            np.int32(max_new_tokens),  # pyrefly: ignore[bad-argument-type]
             key,
             checks.check_penalty(repetition_penalty),
             best=best,

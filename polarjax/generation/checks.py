@@ -210,7 +210,7 @@ def random_key(key: Key[Array, ""] | int, where: str = "key") -> Key[Array, ""]:
         isinstance(key, jax.Array) and jnp.issubdtype(key.dtype, jax.dtypes.prng_key)
     ):
         _check_key(key)
-        return key  # pyright: ignore[reportReturnType]
+        return key  # pyrefly: ignore[bad-return]
     return jax.random.key(check_seed(key, where))
 
 

@@ -122,7 +122,7 @@ class GenerationSettings:
         Raises:
           InputError: a value is out of its range, or one is combined with `greedy`.
         """
-        given = {"temperature": temperature, "top_k": top_k, "top_p": top_p}
+        given: dict[str, float | None] = {"temperature": temperature, "top_k": top_k, "top_p": top_p}
         given = {key: value for key, value in given.items() if value is not None}
         if greedy and given:
             hint = "drop one of them"

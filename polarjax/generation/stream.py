@@ -3,6 +3,7 @@
 import dataclasses
 import functools
 from collections.abc import Iterator
+from typing import Any
 
 import jax
 import numpy as np
@@ -86,7 +87,7 @@ class TokenStream(Iterator[Generation]):
         self._state: LoopState | None = state
         self._advance, self._limit = advance, limit
         self._halted = np.zeros(len(context), bool)
-        self._before = np.zeros(len(context), np.int32)
+        self._before: Any = np.zeros(len(context), np.int32)
         self._first = True
 
     def halt(self, rows: Bool[np.ndarray, "B"]) -> None:
@@ -122,7 +123,7 @@ class TokenStream(Iterator[Generation]):
 def state_places(places: Places) -> LoopState:
     """Where a state lies on a mesh."""
     rows = dict.fromkeys((field.name for field in dataclasses.fields(LoopState)), places.rows)
-    return LoopState(**rows | {"step": places.scalar, "seen": places.logits, "cache": places.cache})  # pyright: ignore[reportArgumentType]
+    return LoopState(**rows | {"step": places.scalar, "seen": places.logits, "cache": places.cache})  # pyrefly: ignore[bad-argument-type]
 
 
 @functools.partial(jax.jit, donate_argnames=("cache",), static_argnames=("layout",))

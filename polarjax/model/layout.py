@@ -57,7 +57,7 @@ class Layout:
     @property
     def sizes(self) -> MeshShape:
         """Sizes of the mesh's axes."""
-        return self._sizes  # pyright: ignore[reportAttributeAccessIssue]
+        return self._sizes
 
     @property
     def data(self) -> str | None:

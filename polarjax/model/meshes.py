@@ -35,7 +35,7 @@ class Places(NamedTuple):
     def cache(self) -> KVCache:
         """Where a cache lies."""
         kv: Any = self.kv
-        return KVCache(kv, kv, self.rows)  # pyright: ignore[reportArgumentType]
+        return KVCache(kv, kv, self.rows)  # pyrefly: ignore[bad-argument-type]
 
 
 def _places(mesh: Any, rows: Any, layout: Layout | None) -> Places:
@@ -100,7 +100,7 @@ def on_any_mesh[**P, R](
             given = dict(signature.bind(*args, **kwargs).arguments)
             arrays = {name: value for name, value in given.items() if _is_traceable(value)}
             static = {name: value for name, value in given.items() if name not in arrays}
-            run = lambda arrays: function(**arrays, **static)  # pyright: ignore[reportCallIssue]
+            run = lambda arrays: function(**arrays, **static)  # pyrefly: ignore[invalid-param-spec]
             layout = getattr(given["model"], "layout", None)
             return auto_axes(run, given[rows], arrays, layout=layout, out=out)
 

@@ -66,7 +66,7 @@ def results(layout: Layout, *, whole: bool = False) -> tuple[PartitionSpec, KVCa
     """Where logits [B V] (`whole`: of pieces, which aren't divided over `data`) and a cache lie."""
     rows = PartitionSpec(layout.data)
     kv: Any = layout.cache_spec()
-    return PartitionSpec(None if whole else layout.data, layout.rules["vocab"]), KVCache(kv, kv, rows)  # pyright: ignore[reportArgumentType]
+    return PartitionSpec(None if whole else layout.data, layout.rules["vocab"]), KVCache(kv, kv, rows)  # pyrefly: ignore[bad-argument-type]
 
 
 def parameter_specs(model: Any) -> list[PartitionSpec]:

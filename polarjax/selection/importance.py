@@ -18,4 +18,4 @@ def check_importance(value: Any, where: str) -> Importance:
     if not isinstance(value, str) or value not in IMPORTANCES:
         got, expected = value if isinstance(value, str) else shown(value), " | ".join(IMPORTANCES)
         raise InputError("no such measure of importance", where=where, got=got, expected=expected)
-    return value  # pyright: ignore[reportReturnType]
+    return value  # pyrefly: ignore[bad-return]

@@ -320,7 +320,7 @@ class PlanTable:
     def from_json(cls, data: dict[str, Any]) -> "PlanTable":
         """Builds a table from `to_json` output; raises `SparsityError` if it is not one."""
         try:
-            rows = {name: tuple(map(tuple, data[name])) for name in ("neurons", "recall")}
+            rows: dict[str, Any] = {name: tuple(map(tuple, data[name])) for name in ("neurons", "recall")}
             rows |= {name: tuple(map(tuple, data.get(name, ()))) for name in ("budgets", "order")}
             rows |= {name: tuple(data[name]) for name in ("batch_sizes", "dense_layers") if name in data}
             rows |= {name: str(data[name]) for name in ("weights", "routers") if name in data}

@@ -6,7 +6,7 @@ import uuid
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from polarjax.engine.requests import Event
+from polarjax.engine.requests import Event, Finished
 from polarjax.generation.logprobs import LogProbs
 from polarjax.generation.stream import CONTEXT
 from polarjax.serving.body import Asked
@@ -104,7 +104,8 @@ class Choice:
     def __init__(self, index: int, asked: Asked, prompt: Any, ids: Any, model: Model) -> None:
         self.tokens = 0
         self._index, self._chat, self._token_bytes = index, asked.chat, model.token_bytes
-        self._finished, self._began, self._text = None, False, ""
+        self._began, self._text = False, ""
+        self._finished: Finished | None = None
         decode = model.tokenizer.decode_ids
         if asked.echo:
             self._text = prompt if isinstance(prompt, str) else decode(ids)

@@ -78,7 +78,7 @@ def layer_costs(
             for i, kept in enumerate(measured[:-1]):  # K groups are the dense model
                 counts = np.full((L, len(windows)), K, np.int32)
                 counts[layer] = kept
-                costs[layer, i] = jax.device_get(_cost(stacked, Masking(selector, counts), tokens, dense))  # pyright: ignore[reportArgumentType]
+                costs[layer, i] = jax.device_get(_cost(stacked, Masking(selector, counts), tokens, dense))  # pyrefly: ignore[bad-argument-type]
             advance()
     costs = np.where(np.isfinite(costs), costs, _WORST)
     return np.stack([np.interp(np.arange(1, K + 1), measured, row) for row in costs])

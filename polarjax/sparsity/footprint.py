@@ -37,7 +37,7 @@ def collecting_memory(
     config = model.config
     mean = jax.ShapeDtypeStruct(means_shape(config)[1:], jnp.float32)
     means = (mean,) * config.num_layers if recording.mean_outputs else ()
-    selector = Oracle(means, recording.importance)  # pyright: ignore[reportArgumentType]
+    selector = Oracle(means, recording.importance)  # pyrefly: ignore[bad-argument-type]
     tokens = jax.ShapeDtypeStruct((batch_size, length), jnp.int32)
     if layers is None:
         layers = recording.parts[-1]

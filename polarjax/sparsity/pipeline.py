@@ -178,7 +178,7 @@ def learn(
     with _folder(collecting) as folder:
         found = stages.run(model, windows, recording, folder)
         with timed("refine"):
-            options = {"head_density": head_density, "options": refinement}
+            options: dict[str, Any] = {"head_density": head_density, "options": refinement}
             options |= {"dense_layers": found.plans.dense_layers, "budgets": budgets}
             routers, refined = refine(model, found.routers, found.text, keys.refine, **options)
         plans, recall = dataclasses.replace(found.plans, routers=routers.fingerprint), found.recall

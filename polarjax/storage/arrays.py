@@ -121,7 +121,7 @@ class ArrayWriter:
 
     def _save(self, batch: dict[str, np.ndarray]) -> None:
         with self._writing() as path, saving_context():
-            ocp.partial.save(path, batch)
+            ocp.partial.save(path, batch)  # pyrefly: ignore[bad-argument-type]
         batch.clear()
         wait(list(self._digests.values())[:-_OPEN])
         for file in self._folder.parent.glob(f"{glob.escape(self._folder.name)}*/**/*"):
@@ -187,7 +187,7 @@ def read_arrays(
         for names in _batches(
             {name: target.size * target.dtype.itemsize for name, target in targets.items()}
         ):
-            found |= jax.block_until_ready(ocp.load(path, {name: targets[name] for name in names}))
+            found |= jax.block_until_ready(ocp.load(path, {name: targets[name] for name in names}))  # pyrefly: ignore[bad-argument-type]
     return {name: found[name] for name in targets}
 
 
@@ -220,7 +220,7 @@ def read_array(folder: Path, name: str, record: Record, *, hint: str) -> np.ndar
     sharding = jax.sharding.SingleDeviceSharding(_host())
     target = jax.ShapeDtypeStruct(tuple(entry["shape"]), np.dtype(entry["dtype"]), sharding=sharding)
     with orbax_errors("the array cannot be read", folder, hint), plain_path(folder) as path, _parts_of_tree():
-        return np.asarray(ocp.load(path, {name: target})[name])
+        return np.asarray(ocp.load(path, {name: target})[name])  # pyrefly: ignore[bad-argument-type, bad-index]
 
 
 def _host() -> Any:

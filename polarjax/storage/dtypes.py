@@ -14,7 +14,7 @@ NUMPY_DTYPES = {name: np.dtype(getattr(ml_dtypes, name, name)) for name in DTYPE
 def check_dtype(dtype: DTypeLike, *, where: str = "dtype") -> np.dtype:
     """The NumPy dtype; raises `InputError` unless it is one of `DTYPES`."""
     with contextlib.suppress(TypeError):
-        found = NUMPY_DTYPES.get(dtype) if isinstance(dtype, str) else np.dtype(dtype)  # pyright: ignore[reportArgumentType]
+        found = NUMPY_DTYPES.get(dtype) if isinstance(dtype, str) else np.dtype(dtype)
         if found is not None and found in NUMPY_DTYPES.values():
             return found
     got = getattr(dtype, "__name__", dtype)

@@ -103,4 +103,4 @@ def quiet_threads() -> Iterator[None]:
 
 def _is_not_late_write(record: logging.LogRecord) -> bool:
     """False for a failed write that nobody awaited because another one had failed first."""
-    return record.exc_info is None or "os_error_code=" not in str(record.exc_info[1])
+    return not record.exc_info or "os_error_code=" not in str(record.exc_info[1])

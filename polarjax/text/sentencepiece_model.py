@@ -51,7 +51,7 @@ def _read(file: Path) -> Any:
     from google.protobuf.message import DecodeError
     from sentencepiece import sentencepiece_model_pb2 as schema
 
-    proto = schema.ModelProto()  # pyright: ignore[reportAttributeAccessIssue]
+    proto = schema.ModelProto()  # pyrefly: ignore[missing-attribute]
     try:
         proto.ParseFromString(file.read_bytes())
     except DecodeError as error:
@@ -120,7 +120,7 @@ def _pre_tokenizer(spec: Any) -> dict[str, Any] | None:
 
 def _decoder(prefix: bool) -> dict[str, Any]:
     replace = {"type": "Replace", "pattern": {"String": _SPACE}, "content": " "}
-    steps = [replace, {"type": "ByteFallback"}, {"type": "Fuse"}]
+    steps: list[dict[str, Any]] = [replace, {"type": "ByteFallback"}, {"type": "Fuse"}]
     if prefix:
         steps.append({"type": "Strip", "content": " ", "start": 1, "stop": 0})
     return {"type": "Sequence", "decoders": steps}

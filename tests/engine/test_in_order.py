@@ -71,7 +71,7 @@ def run(tokens, slots: int = 4, *, copies: int = 1, source_waits=lambda i: False
             return Task(i, error=InputError("bad", hint="none"))
         return Task(i, {"tokens": count} | options, iter(range(copies)))
 
-    runner = InOrder(engine, take, lambda event: None, apart)  # pyright: ignore[reportArgumentType]
+    runner = InOrder(engine, take, lambda event: None, apart)
     for task in runner:
         yield engine, runner, task
 

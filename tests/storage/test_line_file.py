@@ -65,7 +65,7 @@ class Full(io.RawIOBase):
             raise OSError(errno.ENOSPC, "No space left on device")
         count = min(3, self._room, len(data))
         self._room -= count
-        return self._stream.write(data[:count])  # pyright: ignore[reportReturnType]
+        return self._stream.write(data[:count])
 
 
 def test_a_full_disk_leaves_whole_lines(tmp_path: Path):

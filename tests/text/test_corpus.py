@@ -118,4 +118,4 @@ def test_library_without_sources_and_unknown_split_are_refused(tmp_path: Path):
     with pytest.raises(InputError, match="no sources"):
         standard_library_documents("train", tmp_path)
     with pytest.raises(InputError, match=r"train \| calibration \| evaluation"):
-        standard_library_documents("valid")  # pyright: ignore[reportArgumentType]
+        standard_library_documents("valid")

@@ -79,12 +79,12 @@ def test_lines_that_have_not_come_yet_are_not_waited_for(tmp_path: Path):
     os.write(writer, b'{"prompt": "a"}\n{"prompt": ')
     lines = PromptFile(Path(f"/dev/fd/{reader}"))
     assert lines.survey() is None
-    assert lines.take().prompt.text == "a"  # pyright: ignore[reportOptionalMemberAccess]
+    assert lines.take().prompt.text == "a"
     assert lines.take(wait=False) is None
     os.write(writer, b'"b"}')
     assert lines.take(wait=False) is None
     os.close(writer)
-    assert lines.take(wait=False).prompt.text == "b"  # pyright: ignore[reportOptionalMemberAccess]
+    assert lines.take(wait=False).prompt.text == "b"
     assert lines.take(wait=True) is None
     os.close(reader)
 
@@ -104,7 +104,7 @@ def test_a_json_file_holds_an_array_of_prompts(tmp_path: Path):
     ]
     assert str(found[4].error).startswith("not an object; got int")
     assert found[5].settings == {"temperature": 2}
-    assert PromptFile(file).survey().count == 6  # pyright: ignore[reportOptionalMemberAccess]
+    assert PromptFile(file).survey().count == 6
     file.write_text(json.dumps(TWO[0]))
     assert heads(file) == TWO[:1]
 
@@ -186,7 +186,7 @@ def test_a_bad_line_is_an_error_of_its_own(tmp_path: Path, monkeypatch, ending):
     assert [line.head for line in found[1::2]] == [{"prompt": "good", "id": [1.5, None]}] * len(BAD)
     for i, ((raw, message), line) in enumerate(zip(BAD.items(), found[::2], strict=True)):
         with refuses(InputError, message):
-            raise line.error  # pyright: ignore[reportGeneralTypeIssues]
+            raise line.error
         assert line.name == f"line {1 + 3 * i}"
         assert line.head == {"line": 1 + 3 * i} or line.head.items() <= json.loads(raw).items()
         assert line.head.keys().isdisjoint(prompt_files.ANSWERS)

@@ -23,7 +23,7 @@ _TEXTS = ["a  b", "a", " a", "   ab\n", "b\n    a\n        b", "", "</s", "é a"
 
 def model(pieces: list[tuple[str, float]], *, unigram: bool = False, **normalizer: bool) -> bytes:
     """A SentencePiece model with three special tokens, 256 bytes and the pieces."""
-    made = schema.ModelProto()  # pyright: ignore[reportAttributeAccessIssue]
+    made = schema.ModelProto()
     made.trainer_spec.model_type = 1 if unigram else 2
     made.trainer_spec.byte_fallback = True
     made.normalizer_spec.remove_extra_whitespaces = False

@@ -36,7 +36,7 @@ def tokenizers(tmp_path_factory) -> dict[str, Tokenizer]:
     from sentencepiece import sentencepiece_model_pb2 as schema
 
     file = folders["sentencepiece that trims"] / "tokenizer.model"
-    proto = schema.ModelProto.FromString(file.read_bytes())  # pyright: ignore[reportAttributeAccessIssue]
+    proto = schema.ModelProto.FromString(file.read_bytes())
     proto.normalizer_spec.remove_extra_whitespaces = True
     file.write_bytes(proto.SerializeToString())
     loaded = {kind: Tokenizer.load(folder) for kind, folder in folders.items()}

@@ -66,7 +66,7 @@ class Block:
     def _share(self, split: Split, needs: str) -> tuple[jax.Array, jax.Array]:
         if needs not in self.refs:
             return jnp.int32(0), jnp.int32(0)
-        return split.start(self.number), split.start(self.number + 1)  # pyright: ignore[reportReturnType]
+        return split.start(self.number), split.start(self.number + 1)  # pyrefly: ignore[bad-return]
 
     @property
     def registers(self) -> Registers:

@@ -7,7 +7,7 @@ import jax.numpy as jnp
 from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
-from jax.experimental.pallas.mosaic_gpu import ACC  # pyright: ignore[reportPrivateImportUsage]
+from jax.experimental.pallas.mosaic_gpu import ACC
 
 from pallas_kernels.sparse_mlp.mosaic import gather, marks, partials
 from pallas_kernels.sparse_mlp.mosaic.biases import Biases

@@ -65,14 +65,14 @@ def await_words(wanted: Places, fours: Iterable[int] = (0,)) -> list[Words]:
     with ir.InsertionPoint(before):
         words: Words = []
         for i, (_, source, four) in enumerate(each):
-            words += _load_missing(list(before.arguments)[4 * i : 4 * i + 4], source, four)
+            words += _load_missing(list(before.arguments)[4 * i : 4 * i + 4], source, four)  # pyrefly: ignore[bad-argument-type]
         missing = asm("vote.sync.ballot.b32 $0, $1, 0xffffffff;", [_any_mark(words)], "=r,b", i32())
         scf.condition(arith.cmpi(arith.CmpIPredicate.ne, missing, c(0)), words)
     after = loop.after.blocks.append(*types)
     with ir.InsertionPoint(after):
         scf.yield_(list(after.arguments))
     found = list(loop.results)
-    return [found[i : i + 4] for i in range(0, len(found), 4)]
+    return [found[i : i + 4] for i in range(0, len(found), 4)]  # pyrefly: ignore[bad-return]
 
 
 def _any_mark(words: Words) -> ir.Value:
@@ -131,7 +131,7 @@ def _added(sums: list[ir.Value], found: list[Words], fours: int) -> list[ir.Valu
     """Adds the float32 words of each place, `fours` times four, to `sums` (empty at first), in order."""
     for i in range(0, len(found), fours):
         numbers = [arith.bitcast(f32(), word) for four in found[i : i + fours] for word in four]
-        sums = [arith.addf(a, b) for a, b in zip(sums, numbers, strict=True)] if sums else numbers
+        sums = [arith.addf(a, b) for a, b in zip(sums, numbers, strict=True)] if sums else numbers  # pyrefly: ignore[bad-assignment]
     return sums
 
 

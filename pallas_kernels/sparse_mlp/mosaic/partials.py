@@ -112,7 +112,7 @@ def contributors(split: Split, tile: ir.Value, most: int, skipped: ir.Value | No
         part = arith.subi(tile, arith.divui(start, c(split.chunks)))
         number = arith.addi(arith.muli(block, c(split.max_parts)), part)
         found.append((number, arith.cmpi(arith.CmpIPredicate.ule, block, last)))
-    return found
+    return found  # pyrefly: ignore[bad-return]
 
 
 def add_up(
@@ -163,7 +163,7 @@ def add_up(
             with utils.when(less(item, end)):
                 for i in range(0, len(sums), 4):
                     row = arith.addi(arith.muli(quad, c(2 * len(sums))), c(2 * i))
-                    _put_transposed(sums[i : i + 4], out, row, arith.muli(column, c(64)))
+                    _put_transposed(sums[i : i + 4], out, row, arith.muli(column, c(64)))  # pyrefly: ignore[bad-argument-type]
 
         loop = scf.ForOp(first, end, arith.muli(step, c(ahead)))
         with ir.InsertionPoint(loop.body):

@@ -1,1 +1,0 @@
-from . import configuration_auto as configuration_auto

@@ -1,1 +1,0 @@
-CONFIG_MAPPING_NAMES: dict[str, str]

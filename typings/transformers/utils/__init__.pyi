@@ -1,1 +1,0 @@
-from . import import_utils as import_utils
