@@ -87,14 +87,18 @@ def for_parts(bundle: pj.Bundle, batch_shards: int) -> pj.Sparsity:
     return dataclasses.replace(sparsity, plan=dataclasses.replace(sparsity.plan, batch_shards=batch_shards))
 
 
-def tokens_of(bundle: pj.Bundle, batch_shards: int) -> list[np.ndarray]:
-    """What random generation makes, and what a greedy stream makes."""
+def tokens_of(bundle: pj.Bundle, batch_shards: int) -> tuple[list[np.ndarray], list[np.ndarray]]:
+    """What random generation makes, the likeliest tokens and what a greedy stream makes; and log-probabilities, of more
+    tokens than a device has."""
     prompts, options = zoo.batch(4), {"max_new_tokens": 6, "sparsity": for_parts(bundle, batch_shards)}
     sampler = pj.Categorical(0.9, top_k=20, top_p=0.9)
-    drawn = {"sampler": sampler, "logprobs": 2, "repetition_penalty": 1.2} | options
+    drawn = {"sampler": sampler, "logprobs": 40, "repetition_penalty": 1.2} | options
     made = pj.generate(bundle.model, *prompts, jax.random.key(1), **drawn)
     pieces = list(pj.stream(bundle.model, *prompts, **options))
-    return [np.asarray(made.tokens), np.concatenate([each.tokens for each in pieces], 1)]
+    found = made.logprobs
+    assert found is not None
+    tokens = [made.tokens, found.ids, np.concatenate([each.tokens for each in pieces], 1)]
+    return [*map(np.asarray, tokens)], [np.asarray(found.chosen), np.asarray(found.best)]
 
 
 def engine_tokens(bundle: pj.Bundle) -> dict[int, list[int]]:
@@ -124,8 +128,11 @@ def on_mesh() -> None:
             faults[f"{name}, {kind}"] = str(error)
     one = bundle_of("opt", "groups of two batches")
     several = pj.shard(one, mesh_of("groups of two batches"))
-    if not all(map(np.array_equal, tokens_of(one, 2), tokens_of(several, 2))):
+    (tokens, expected), (spread, found) = tokens_of(one, 2), tokens_of(several, 2)
+    if not all(map(np.array_equal, tokens, spread)):
         faults["generate"] = "other tokens"
+    for pair in zip(found, expected, strict=True):
+        assert_close(*pair, "rounding")
     one = bundle_of("opt", "sequences")
     if engine_tokens(one) != engine_tokens(pj.shard(one, mesh_of("sequences"))):
         faults["engine"] = "other tokens"

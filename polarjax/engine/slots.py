@@ -17,6 +17,7 @@ from polarjax.model.chunks import Pieces, read_pieces
 from polarjax.model.decoder import Decoder
 from polarjax.model.layout import Layout
 from polarjax.model.parallel import constrained
+from polarjax.model.vocab_parts import vocab_divided
 from polarjax.selection.selectors import Sparsity
 from polarjax.types import Array, Bool, Implementation, Int
 
@@ -130,7 +131,8 @@ def read(model: Decoder, slots: Slots, reading: Reading) -> tuple[Slots, Drawn]:
     logits, cache = read_pieces(model, pieces, slots.state.cache, all_begin=reading.begin)
     seen = _seen(slots.state.seen, pieces)
     rules = dataclasses.replace(reading.rules, key=jax.vmap(jax.random.key)(reading.seeds))
-    begun = rules.begin(logits, None, seen[jnp.minimum(pieces.rows, B - 1)])
+    with vocab_divided(model.layout):
+        begun = rules.begin(logits, None, seen[jnp.minimum(pieces.rows, B - 1)])
     rows = jnp.where(reading.last, pieces.rows, B)
     put = lambda into, new: into.at[rows].set(new, mode="drop")
     others: Any = {"step": None, "seen": None, "cache": None}
@@ -178,7 +180,8 @@ def decode(
     """
     step = functools.partial(model_step, model, sparsity=sparsity, implementation=implementation)
     state = free(slots, halted).state
-    after, (tokens, logprobs) = slots.rules.advance(step, state, steps)
+    with vocab_divided(model.layout):
+        after, (tokens, logprobs) = slots.rules.advance(step, state, steps)
     slots = _placed(Slots(slots.rules, after), model.layout)
     return slots, _drawn(slots, tokens, logprobs, after.lengths - state.lengths)
 

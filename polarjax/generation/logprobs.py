@@ -5,6 +5,7 @@ import dataclasses
 import jax
 import jax.numpy as jnp
 
+from polarjax.model.vocab_parts import largest
 from polarjax.types import Array, Bool, Float, Int
 
 
@@ -30,7 +31,7 @@ def log_probs(
     """Those of one token in each `live` row and of the n likeliest; zeros in the other rows."""
     logits = logits.astype(jnp.float32)
     total = jax.nn.logsumexp(logits, -1, keepdims=True)
-    best, ids = jax.lax.top_k(logits, n)
+    best, ids = largest(logits, n)
     chosen = jnp.take_along_axis(logits, token[:, None], 1) - total
     column = live[:, None]
     return LogProbs(

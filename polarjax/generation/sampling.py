@@ -11,6 +11,7 @@ import numpy as np
 from jax.core import Tracer
 
 from polarjax.errors import InputError
+from polarjax.model.vocab_parts import over_vocab
 from polarjax.numeric import plain
 from polarjax.types import Array, Bool, Float, Int, Key
 
@@ -199,7 +200,8 @@ def _column(sampler: Categorical, name: str, logits: Float[Array, "B V"]) -> Arr
 
 def _cut_if(wanted: Bool[Array, "*B 1"], cut: Cut, logits: Float[Array, "B V"]) -> Float[Array, "B V"]:
     """`cut(logits)`, which isn't computed if no row wants it."""
-    return jax.lax.cond(jnp.any(wanted), cut, lambda logits: logits, logits)
+    kept = cut
+    return over_vocab(jax.lax.cond(jnp.any(wanted), kept, lambda logits: logits, logits))
 
 
 def _keep(logits: Float[Array, "B V"], floor: Float[Array, "B 1"]) -> Float[Array, "B V"]:

@@ -12,6 +12,7 @@ from jax.sharding import NamedSharding, PartitionSpec
 
 from polarjax.model.cache import KVCache
 from polarjax.model.layout import Layout
+from polarjax.model.vocab_parts import vocab_divided
 
 
 class Places(NamedTuple):
@@ -57,7 +58,8 @@ def auto_axes(
     layout: Layout | None = None,
     out: Callable[[Places], Any] = lambda places: places.rows,
 ) -> Any:
-    """Calls `function(*args)`, with explicit axes of the arguments' mesh turned into auto axes inside.
+    """Calls `function(*args)`, with explicit axes of the arguments' mesh turned into auto axes inside, where functions
+    of logits know how `layout` divides the vocabulary.
 
     Args:
       function: a traceable function of pytrees.
@@ -67,14 +69,14 @@ def auto_axes(
       out: the results' shardings, a prefix of their tree.
     """
     mesh = next(filter(None, map(_explicit_mesh, jax.tree.leaves(args))), None)
-    if mesh is None:
-        return function(*args)
-    shardings = out(_places(mesh, rows, layout))
-    leaves, tree = jax.tree.flatten(
-        args
-    )  # a tree of shardings would run the constructors of the trees' classes
-    run = lambda leaves: function(*jax.tree.unflatten(tree, leaves))
-    return jax.sharding.auto_axes(run, axes=mesh.explicit_axes, out_sharding=shardings)(leaves)
+    with vocab_divided(layout):
+        if mesh is None:
+            return function(*args)
+        # A tree of shardings would run the constructors of the trees' classes.
+        leaves, tree = jax.tree.flatten(args)
+        run = lambda leaves: function(*jax.tree.unflatten(tree, leaves))
+        shardings = out(_places(mesh, rows, layout))
+        return jax.sharding.auto_axes(run, axes=mesh.explicit_axes, out_sharding=shardings)(leaves)
 
 
 def _explicit_mesh(leaf: Any) -> Any:

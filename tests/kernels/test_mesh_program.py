@@ -10,14 +10,17 @@ import pytest
 from jax.sharding import Mesh, PartitionSpec
 
 import polarjax as pj
+from polarjax.generation.batch import make_rules
+from polarjax.generation.token_loop import LoopState, Rules
 from polarjax.model.mesh_shape import MeshShape
 from polarjax.model.parameters import abstract, parameters, with_parameters
+from polarjax.model.vocab_parts import vocab_divided
 from polarjax.selection.routers import init_routers
 from polarjax.sharding import parameter_shardings
 from tests.kernels import aot
 from tests.model import zoo
 
-B, S, L, DEVICES = 16, 1024, 2, 4
+B, S, L, DEVICES, BEST = 16, 1024, 2, 4, 5
 CONFIG = dataclasses.replace(
     zoo.CONFIGS["opt"],
     vocab_size=4096,
@@ -57,6 +60,20 @@ def laid_out(layout: pj.Layout) -> tuple[pj.Decoder, jax.Array, pj.KVCache, pj.S
     return model, rows, pj.KVCache(kv, kv, rows), pj.Sparsity(routers, plan)
 
 
+def drawing(layout: pj.Layout) -> tuple[LoopState, Rules]:
+    """A state without a cache, and rules with a penalty, all cuts and log-probabilities."""
+    sampler = pj.Categorical(0.8, top_k=20, top_p=0.9)
+    rules = make_rules(
+        jax.random.key(0), sampler=sampler, max_new_tokens=8, repetition_penalty=1.2, best=BEST
+    )
+    at = lambda *spec: layout.sharding(PartitionSpec(*spec))
+    here = lambda dtype, *shape: jax.ShapeDtypeStruct(shape, dtype, sharding=at())
+    seen = jax.ShapeDtypeStruct((B, CONFIG.vocab_size), bool, sharding=at("data", "model"))
+    rows, flags = here(jnp.int32, B), here(jnp.bool, B)
+    state = LoopState(here(jnp.int32), rows, flags, flags, rows, seen, None)
+    return state, jax.tree.map(lambda leaf: here(leaf.dtype, *leaf.shape), rules)
+
+
 def exchanges(program: str) -> dict[str, list[int]]:
     """Elements of the results of each kind of collective in a compiled program."""
     found: dict[str, list[int]] = {}
@@ -71,23 +88,26 @@ def exchanges(program: str) -> dict[str, list[int]]:
 
 @pytest.mark.parametrize("attention", ["groups", "sequences"])
 def test_step_on_four_gpus(attention):
-    """Two all-reduces a layer and one of the embeddings, by sequences two all-to-alls more, and of logits, only each
-    device's largest; the cache is donated, and memory is what `costs` says."""
+    """Two all-reduces a layer and one of the embeddings, by sequences two all-to-alls more, and of logits, only sums and
+    each device's largest, for draws and log-probabilities; the cache is donated, and memory is what `costs` says."""
     mesh = Mesh(np.array(aot.h200s(DEVICES)).reshape(1, DEVICES), ("data", "model"))
     layout = pj.Layout(mesh, attention=attention)
 
-    def step(model, token, cache, sparsity):
+    def step(model, token, cache, sparsity, state, rules):
         logits, cache = pj.decode_step(model, token, cache, sparsity=sparsity, implementation="mosaic")
-        return pj.Greedy()(logits), cache
+        with vocab_divided(layout):
+            return rules.draw(logits, state), cache
 
-    arguments = laid_out(layout)
+    arguments = (*laid_out(layout), *drawing(layout))
     traced = jax.jit(step, donate_argnums=2).trace(*arguments)
     compiled = traced.lower(lowering_platforms=("cuda",)).compile()
     program = compiled.as_text()
     found = exchanges(program)
-    assert found.pop("all-reduce") == [B * CONFIG.d_model] * (2 * L + 1)
+    sizes = found.pop("all-reduce")
+    assert sorted(sizes)[-2 * L - 1 :] == [B * CONFIG.d_model] * (2 * L + 1)
+    assert sorted(sizes)[-2 * L - 2] <= 2 * B
     assert len(found.pop("all-to-all", [])) == (2 * L if attention == "sequences" else 0)
-    assert max(found.pop("all-gather")) <= B * DEVICES
+    assert max(found.pop("all-gather")) <= B * DEVICES * BEST
     assert not found
     assert "mosaic_gpu" in program
     memory, each = compiled.memory_analysis(), MeshShape(model=DEVICES, attention=attention)
