@@ -21,7 +21,7 @@ from polarjax.configs import ModelConfig
 from polarjax.model.layout import Layout
 from polarjax.selection.plans import PlanTable
 from polarjax.selection.routers import LayerRouter, Routers
-from polarjax.storage.arrays import ArrayWriter, read_arrays
+from polarjax.storage.array_reader import read_arrays
 from polarjax.storage.atomic import absolute, atomic_file, atomic_folder, dump_json, write_json
 from polarjax.storage.record import check_record
 from polarjax.types import Array
@@ -34,6 +34,8 @@ _NO_NEURONS: dict[str, Any] = {"w_in": None, "w_out": None}
 
 def store_routers(folder: Path, routers: Routers) -> None:
     """Writes routers: their arrays, what they rank groups by, and the fingerprints of them and of their model."""
+    from polarjax.storage.arrays import ArrayWriter  # imports orbax
+
     folder.mkdir(exist_ok=True)
     with ArrayWriter(folder / "arrays") as writer:
         for name, value in routers.parameters().items():

@@ -17,7 +17,7 @@ from polarjax.model.layout_checks import check_no_mesh
 from polarjax.model.mesh_shape import Attention
 from polarjax.model.parameters import abstract, fingerprint, with_parameters
 from polarjax.sharding import layout_for, parameter_shardings
-from polarjax.storage.arrays import read_arrays
+from polarjax.storage.array_reader import read_arrays
 from polarjax.storage.atomic import absolute
 from polarjax.storage.dtypes import check_dtype
 from polarjax.text.tokenizer import Tokenizer, has_tokenizer

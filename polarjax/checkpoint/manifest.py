@@ -9,8 +9,10 @@ from polarjax.selection.importance import Importance, check_importance
 from polarjax.storage.atomic import read_json
 from polarjax.storage.record import check_record
 
-FORMAT = 1
-"""Version of a model directory's layout; readers refuse any other."""
+FORMAT = 2
+"""Version of a model directory's layout as it is written."""
+
+_READABLE = (1, FORMAT)  # 1: large files have no CRC-32s
 
 SOURCE_CONFIG = "hf_config.json"
 ROUTERS = "routers"
@@ -60,7 +62,7 @@ def read_part(file: Path, keys: tuple[str, ...], hint: str = AGAIN) -> dict[str,
     if not all(key in data for key in keys):
         expected = f"the keys {', '.join(keys)}"
         raise CheckpointError("not a polarjax file", where=file, expected=expected, hint=hint)
-    if data.get("format", FORMAT) != FORMAT:
+    if data.get("format", FORMAT) not in _READABLE:
         raise CheckpointError(
             "written in another format",
             where=file,

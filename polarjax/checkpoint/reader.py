@@ -1,9 +1,10 @@
 """Reads a model directory one parameter at a time, without putting the model on a device."""
 
+import functools
 import math
 import os
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
@@ -13,6 +14,9 @@ from polarjax.errors import CheckpointError
 from polarjax.model.shapes import shapes
 from polarjax.storage.atomic import absolute
 from polarjax.storage.record import verify
+
+if TYPE_CHECKING:
+    from polarjax.storage.array_reader import StoredArrays
 
 
 class ModelReader:
@@ -72,11 +76,18 @@ class ModelReader:
         return sum(math.prod(entry["shape"]) * self.dtype_of(name).itemsize for name, entry in arrays.items())
 
     def verify(self) -> None:
-        """Hashes all parameter files; raises `CheckpointError` if one has changed."""
+        """Raises `CheckpointError` if a parameter file is missing or cut, or a small one has changed.
+
+        Large ones are checked as `read` reads them.
+        """
         verify(self.folder / "params", self._record, hint=AGAIN)
 
     def read(self, name: str) -> np.ndarray:
-        """One parameter, by its dotted path."""
-        from polarjax.storage.arrays import read_array  # imports orbax
+        """One parameter, by its dotted path; raises `CheckpointError` if its file has changed."""
+        return self._stored.read(name)
 
-        return read_array(self.folder / "params", name, self._record, hint=AGAIN)
+    @functools.cached_property
+    def _stored(self) -> "StoredArrays":
+        from polarjax.storage.array_reader import StoredArrays  # imports jax
+
+        return StoredArrays(self.folder / "params", self._record, hint=AGAIN)

@@ -9,7 +9,8 @@ import numpy as np
 from polarjax.errors import CheckpointError
 from polarjax.memory import tree_bytes
 from polarjax.sparsity.distillation import TuneState
-from polarjax.storage.arrays import ArrayWriter, read_arrays
+from polarjax.storage.array_reader import read_arrays
+from polarjax.storage.arrays import ArrayWriter
 from polarjax.storage.atomic import atomic_folder, read_json, write_json
 
 _FORMAT = 1

@@ -1,17 +1,16 @@
-"""Options and workarounds for orbax and TensorStore: errors, paths and threads."""
+"""Options and workarounds for writing with orbax: errors and threads."""
 
 import contextlib
 import logging
 import os
 import sys
-import tempfile
 import time
 from collections.abc import Iterator
 from pathlib import Path
 
 from orbax.checkpoint.experimental import v1 as ocp
 
-from polarjax.errors import CheckpointError, ran_out
+from polarjax.errors import CheckpointError
 
 CHUNK_BYTES = 1 << 26  # the smallest unit in which part of a large array can be read
 
@@ -32,11 +31,6 @@ def orbax_errors(what: str, folder: Path, hint: str | None = None) -> Iterator[N
         yield
     except (ValueError, KeyError, RuntimeError) as error:
         detail = next(iter(str(error).splitlines()), "")[:200]
-        if ran_out(error):
-            what, hint = (
-                "the device has too little memory for the arrays",
-                "use a larger device, or JAX_PLATFORMS=cpu; polarjax inspect shows their size",
-            )
         raise CheckpointError(what, where=folder, got=detail, hint=hint) from error
 
 
@@ -69,18 +63,6 @@ def _sizes(folder: Path) -> dict[str, int]:
             with contextlib.suppress(FileNotFoundError):
                 sizes[os.path.join(root, name)] = os.lstat(os.path.join(root, name)).st_size
     return sizes
-
-
-@contextlib.contextmanager
-def plain_path(folder: Path) -> Iterator[str]:
-    """A path to `folder` without characters that orbax (glob patterns) or TensorStore (backslash) treat specially."""
-    if not set("*?[\\") & set(str(folder)):
-        yield str(folder)
-        return
-    with tempfile.TemporaryDirectory() as place:
-        link = Path(place, "link")
-        link.symlink_to(folder.parent, target_is_directory=True)
-        yield str(link / folder.name)
 
 
 @contextlib.contextmanager

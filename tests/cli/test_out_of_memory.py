@@ -14,7 +14,7 @@ import polarjax as pj
 from polarjax import memory
 from polarjax.cli import generating
 from polarjax.model.parameters import abstract, parameters, with_parameters
-from polarjax.storage import arrays
+from polarjax.storage import array_reader
 from polarjax.text import continuation
 from polarjax.text.tokenizer import Tokenizer
 from tests.convert.test_convert_cli import run
@@ -95,6 +95,6 @@ def test_other_errors_of_jax_are_not_hidden():
 
 
 def test_parameters_that_do_not_fit(home, monkeypatch):
-    monkeypatch.setattr(arrays.ocp, "load", fail)
+    monkeypatch.setattr(array_reader.jax, "make_array_from_single_device_arrays", fail)
     with refuses(pj.CheckpointError, "params: the device has too little memory.*polarjax inspect"):
         pj.load(home)

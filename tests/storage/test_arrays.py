@@ -11,7 +11,8 @@ import pytest
 
 from polarjax.errors import CheckpointError
 from polarjax.storage import arrays as module
-from polarjax.storage.arrays import ArrayWriter, read_arrays
+from polarjax.storage.array_reader import read_arrays
+from polarjax.storage.arrays import ArrayWriter
 from polarjax.storage.atomic import atomic_folder
 
 
@@ -51,7 +52,7 @@ def test_lent_memory(tmp_path):
 
 def test_few_files_wait_open_for_their_hash(tmp_path, monkeypatch):
     """A slow hash must not let them grow beyond what a process may hold."""
-    digest, most = module.digest, 0
+    checksum, most = module.checksum, 0
 
     def slow(stream):
         nonlocal most
@@ -61,9 +62,9 @@ def test_few_files_wait_open_for_their_hash(tmp_path, monkeypatch):
                 files.append(os.readlink(f"/proc/self/fd/{number}"))
         most = max(most, sum(name.startswith(str(tmp_path)) for name in files))
         time.sleep(0.05)
-        return digest(stream)
+        return checksum(stream)
 
-    monkeypatch.setattr(module, "digest", slow)
+    monkeypatch.setattr(module, "checksum", slow)
     monkeypatch.setattr(module, "_LARGE", 1)
     monkeypatch.setattr(module, "_OPEN", 2)
     writer = ArrayWriter(tmp_path / "arrays", batch_bytes=100)
