@@ -23,7 +23,16 @@ import numpy as np
 
 from polarjax.errors import CheckpointError, ran_out
 from polarjax.storage.chunks import Box, Chunk, chunks, whole
-from polarjax.storage.record import BLOCK, Record, changed, crc32, crc32_of, verify
+from polarjax.storage.record import (
+    BLOCK,
+    Record,
+    changed,
+    check_sizes,
+    checked_as_read,
+    crc32,
+    crc32_of,
+    verify,
+)
 from polarjax.types import Array, DTypeLike
 
 READ_BYTES = 1 << 29  # arrays are read ahead up to this many bytes, or a single one
@@ -83,14 +92,19 @@ class StoredArrays:
       hint: the errors' hint.
 
     Raises:
-      CheckpointError: a file is missing or has another size, a small one has changed, or the record does not match.
+      CheckpointError: a file is missing or has another size, one that isn't checked as it is read has changed, or the
+        record does not match.
     """
 
     def __init__(self, folder: Path, record: Record, *, hint: str):
-        verify(folder, record, hint=hint)
         self._folder, self._hint = folder, hint
         self._arrays, self._files = record["arrays"], record["files"]
+        check_sizes(folder, record, hint=hint)
+        large = checked_as_read(record)
+        verify(folder, record, self._files.keys() - large, hint=hint)
         self._chunks = chunks(folder, self._arrays, hint=hint)
+        read = {chunk.file for several in self._chunks.values() for chunk in several}
+        verify(folder, record, large - read, hint=hint)
         self._local = threading.local()
 
     def read(self, name: str) -> np.ndarray:

@@ -8,7 +8,7 @@ of large files too.)
 import hashlib
 import os
 import zlib
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from io import BufferedReader
 from pathlib import Path
@@ -105,26 +105,37 @@ def _has_checksums(entry: Mapping[str, Any]) -> bool:
     return isinstance(entry["crc32"], str) and len(entry["crc32"]) == _DIGITS * -(-entry["bytes"] // BLOCK)
 
 
-def verify(folder: Path, record: Record, *, hint: str) -> None:
-    """Raises `CheckpointError` unless every file has its size, and every one without CRC-32s its SHA-256.
-
-    What has CRC-32s is checked while it is read.
-    """
+def check_sizes(folder: Path, record: Record, *, hint: str) -> None:
+    """Raises `CheckpointError` unless every file is there and has its size."""
     expected = record["files"]
     missing = sorted(name for name in expected if not (folder / name).is_file())
     if missing:
         raise CheckpointError("files are missing", where=folder, got=", ".join(missing[:10]), hint=hint)
-    sizes = {name: (folder / name).stat().st_size for name in expected}
-    hashed = sorted(name for name in expected if "crc32" not in expected[name])
-    found = digests(folder, [name for name in hashed if sizes[name] == expected[name]["bytes"]])
-    damaged = {name for name in expected if sizes[name] != expected[name]["bytes"]}
-    damaged |= {name for name in found if found[name] != expected[name]}
+    cut = [name for name in expected if (folder / name).stat().st_size != expected[name]["bytes"]]
+    if cut:
+        raise changed(folder, cut, hint)
+
+
+def verify(folder: Path, record: Record, names: Iterable[str], *, hint: str) -> None:
+    """Raises `CheckpointError` unless these files match the record."""
+    expected = record["files"]
+    of = lambda name: (digest if "sha256" in expected[name] else checksum)((folder / name).open("rb"))
+    found = _each(sorted(names), of)
+    damaged = [name for name in found if found[name] != expected[name]]
     if damaged:
-        raise changed(folder, sorted(damaged), hint)
+        raise changed(folder, damaged, hint)
+
+
+def checked_as_read(record: Record) -> set[str]:
+    """The files whose every block has a checksum."""
+    return {name for name, entry in record["files"].items() if "crc32" in entry}
 
 
 def changed(folder: Path, names: Sequence[str], hint: str) -> CheckpointError:
     """The error for files that don't match the record."""
     return CheckpointError(
-        "files have changed since they were written", where=folder, got=", ".join(names[:10]), hint=hint
+        "files have changed since they were written",
+        where=folder,
+        got=", ".join(sorted(names)[:10]),
+        hint=hint,
     )
