@@ -12,14 +12,11 @@ from orbax.checkpoint.experimental import v1 as ocp
 
 from polarjax.errors import CheckpointError
 
-CHUNK_BYTES = 1 << 26  # the smallest unit in which part of a large array can be read
-
 
 def saving_context() -> ocp.Context:
-    """How arrays are written: uncompressed, in chunks of `CHUNK_BYTES`, without copying them on the host."""
+    """How arrays are written: each a run of uncompressed bytes, without copying it on the host."""
     context = ocp.Context()
     context.array_options.saving.use_compression = False
-    context.array_options.saving.storage_options.chunk_byte_size = CHUNK_BYTES
     context.memory_options.deepcopy_host_arrays = False
     return context
 

@@ -76,15 +76,14 @@ def test_fault_28_a_checkpoint_in_three_tensors_of_memory(place):
     assert told["peak"] - told["before"] < allowed
 
 
-def test_onto_a_mesh_with_three_tensors_beside_the_shards(place):
-    """The devices' own memory is this process's; glibc keeps freed memory unless it maps every array by itself."""
-    largest = big.VOCAB * big.WIDTH * 2
+def test_onto_a_mesh_with_little_beside_the_shards(place):
+    """The devices' own memory is this process's; nothing in the environment helps."""
     flags = f"{os.environ['XLA_FLAGS']} --xla_force_host_platform_device_count=8"
-    environment = os.environ | {"JAX_PLATFORMS": "cpu", "XLA_FLAGS": flags, "MALLOC_MMAP_THRESHOLD_": "65536"}
+    environment = os.environ | {"JAX_PLATFORMS": "cpu", "XLA_FLAGS": flags}
     command = [sys.executable, "-c", ONTO_MESH, place / "model"]
     done = subprocess.run(command, capture_output=True, text=True, env=environment, check=False)
     assert done.returncode == 0, done.stderr[-2000:]
     found = json.loads(done.stdout)
     print(found)
     assert found["held"] == [found["expected"]] * 8
-    assert found["grown"] - sum(found["held"]) < 3 * largest + MARGIN
+    assert found["grown"] - sum(found["held"]) < MARGIN < sum(found["held"])

@@ -7,10 +7,11 @@ import jax
 import ml_dtypes
 import numpy as np
 import pytest
+from orbax.checkpoint.experimental import v1 as ocp
 
 from polarjax.errors import CheckpointError
 from polarjax.storage import array_reader as module
-from polarjax.storage import orbax, record
+from polarjax.storage import arrays, orbax, record
 from polarjax.storage.array_reader import StoredArrays, read_arrays
 from polarjax.storage.arrays import ArrayWriter
 from polarjax.storage.chunks import chunks, whole
@@ -26,10 +27,17 @@ ARRAYS = {
 }
 
 
+def chunked() -> ocp.Context:
+    """How earlier versions wrote: large arrays in chunks of equal shape."""
+    context = orbax.saving_context()
+    context.array_options.saving.storage_options.chunk_byte_size = 2000
+    return context
+
+
 @pytest.fixture
 def stored(tmp_path, monkeypatch):
     """Arrays in chunks of 2,000 bytes with checksums of 128, read 300 bytes at a time: the folder and the record."""
-    monkeypatch.setattr(orbax, "CHUNK_BYTES", 2000)
+    monkeypatch.setattr(arrays, "saving_context", chunked)
     for where in (module, record):
         monkeypatch.setattr(where, "BLOCK", 128)
     monkeypatch.setattr(module, "PIECE_BYTES", 300)
@@ -149,9 +157,9 @@ def test_a_cpu_keeps_the_memory_that_was_read_into(tmp_path, monkeypatch):
     real = module._empty
     with ArrayWriter(tmp_path / "arrays") as writer:
         writer.add("large", np.ones((1 << 10, 300), np.float32))
-        arrays = writer.close()
+        made_of_it = writer.close()
     monkeypatch.setattr(module, "_empty", empty)
-    found = read_arrays(tmp_path / "arrays", arrays, hint="")["large"]
+    found = read_arrays(tmp_path / "arrays", made_of_it, hint="")["large"]
     assert found.unsafe_buffer_pointer() == made[0].ctypes.data
     donated = jax.jit(lambda x: x + 1, donate_argnums=0)(found)
     assert float(donated[0, 0]) == 2 and made[0][0, 0] == 1
