@@ -42,7 +42,8 @@ from polarjax.generation.settings import GenerationSettings
 from polarjax.model.checks import check_model
 from polarjax.model.decoder import Decoder
 from polarjax.model.parameters import fingerprint, parameters
-from polarjax.numeric import check_type, whole_number
+from polarjax.model.spread_checks import data_shards
+from polarjax.numeric import check_type
 from polarjax.selection.plans import PlanTable
 from polarjax.selection.routers import Routers
 from polarjax.selection.selectors import Sparsity
@@ -209,11 +210,9 @@ class Bundle:
           SparsityError: routers or plans are missing or not for this model's weights, or the density is invalid.
         """
         self.require("routers", "plans", where="Bundle.sparsity")
-        layout = self.model.layout
-        shards = 1 if layout is None else layout.sizes.data  # each chooses neurons for its own sequences
-        rows = -(-whole_number(batch_size, "batch_size", where="Bundle.sparsity") // shards)
-        plan = self.plans.for_batch(rows, self.model.config, head_density)  # pyrefly: ignore[missing-attribute]
-        plan = dataclasses.replace(plan, batch_shards=shards)
+        plan = self.plans.for_batch(  # pyrefly: ignore[missing-attribute]
+            batch_size, self.model.config, head_density, batch_shards=data_shards(self.model)
+        )
         return Sparsity(self.routers, plan)  # pyrefly: ignore[bad-argument-type]
 
     def require(self, *names: Literal["routers", "plans"], where: str) -> None:

@@ -102,10 +102,17 @@ def paired(
 
 @functools.partial(jax.jit, static_argnames="context")
 def _masked_pair(model: Decoder, tokens, dense, sparsity: Sparsity, *, context: int):
-    """`paired` of the sparse model against given dense logits, one window after the other to save memory."""
+    """`paired` of the sparse model against given dense logits, one position after the other to save memory: the devices
+    of a mesh each have some of its windows."""
     sparse = masked_logits(model, tokens, sparsity, context=context)
     targets = tokens[:, first_scored(context) :]
-    return jax.lax.map(lambda row: paired((row[0], row[1]), row[2]), (dense, sparse, targets))
+
+    def at(t: Int[Array, ""]) -> tuple[Array, Array, Array, Array]:
+        column = lambda x: jax.lax.dynamic_index_in_dim(x, t, 1, keepdims=False)
+        return paired((column(dense), column(sparse)), column(targets))
+
+    columns = jax.lax.map(at, jnp.arange(targets.shape[1]))
+    return tuple(each.T for each in columns)
 
 
 @functools.partial(jax.jit, static_argnames="context")

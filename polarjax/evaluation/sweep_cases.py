@@ -9,6 +9,7 @@ from polarjax.checkpoint.bundle import Bundle
 from polarjax.evaluation import sweep_checks as checks
 from polarjax.evaluation.checks import check_scoring
 from polarjax.evaluation.parting import GreedyOptions
+from polarjax.model.spread_checks import check_batch, check_spread, data_shards
 from polarjax.selection.checks import check_sparsity
 from polarjax.selection.plans import SparsityPlan, uniform_groups
 from polarjax.selection.selectors import Selector, Sparsity, Static
@@ -84,11 +85,15 @@ class Asked:
         greedy = self.greedy if decoding else None
         checks.check_greedy(greedy, config, shape[1])
         (neurons,) = checks.check_choices("neurons", [self.neurons], checks.NEURONS)
-        plans = self.plan_of or functools.partial(_plan, bundle, neurons, self.dense_layers)
+        given, own = self.plan_of, functools.partial(_plan, bundle, neurons, self.dense_layers)
+        plans = own if given is None else lambda density, size: given(density, size or 1)
         cases = _cases(masked, densities, plans, None)
         cases += [case for size in sizes for case in _cases(decoding, densities, plans, size)]
         for case in cases:
             check_sparsity(case.sparsity, config)
+            if case.batch_size is not None:
+                check_spread(bundle.model, case.sparsity)
+                check_batch(bundle.model, case.sparsity, case.batch_size, where="batch_sizes")
         settings = {
             "densities": densities,
             "selectors": tuple(found),
@@ -102,30 +107,34 @@ class Asked:
 
 
 def _cases(
-    selectors: Mapping[str, Selector], densities: Sequence[float], plans: PlanOf, batch_size: int | None
+    selectors: Mapping[str, Selector],
+    densities: Sequence[float],
+    plans: Callable[[float, int | None], SparsityPlan],
+    batch_size: int | None,
 ) -> list[Case]:
     """All densities and selectors at a batch size, or masked."""
     return [
         Case(name, selector, density, plan, batch_size)
         for density in (densities if selectors else ())
-        for plan in [plans(density, batch_size or 1)]
+        for plan in [plans(density, batch_size)]
         for name, selector in selectors.items()
     ]
 
 
 def _plan(
-    bundle: Bundle, neurons: str, dense_layers: Sequence[int] | None, density: float, batch_size: int
+    bundle: Bundle, neurons: str, dense_layers: Sequence[int] | None, density: float, batch_size: int | None
 ) -> SparsityPlan:
-    """The calibrated plan, with the choices that override it."""
-    config = bundle.model.config
+    """The calibrated plan, with the choices that override it; `batch_size` is None if masked."""
+    config, plans = bundle.model.config, bundle.plans
     if neurons == "plan" and config.neuron_sparsity:
         bundle.require("plans", where="sweep")
-    if bundle.plans is None:
-        layers = checks.check_dense_layers((0,) if dense_layers is None else dense_layers, config)
-        return SparsityPlan((None,) * config.num_layers, uniform_groups(config, density, dense_layers=layers))
+    layers = None if dense_layers is None else checks.check_dense_layers(dense_layers, config)
+    if plans is None:
+        groups = uniform_groups(config, density, dense_layers=(0,) if layers is None else layers)
+        return SparsityPlan((None,) * config.num_layers, groups)
     bundle.require("plans", where="sweep")
-    plan = bundle.plans.for_batch(batch_size, config, density)
-    if dense_layers is not None:
-        layers = checks.check_dense_layers(dense_layers, config)
-        plan = dataclasses.replace(plan, groups=uniform_groups(config, density, dense_layers=layers))
+    if layers is not None:
+        plans = dataclasses.replace(plans, dense_layers=layers, budgets=())
+    shards = 1 if batch_size is None else data_shards(bundle.model)
+    plan = plans.for_batch(batch_size or 1, config, density, batch_shards=shards)
     return plan if neurons == "plan" else dataclasses.replace(plan, neurons=(None,) * config.num_layers)

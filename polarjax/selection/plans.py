@@ -267,7 +267,12 @@ class PlanTable:
         return any(count is not None for row in self.neurons for count in row)
 
     def for_batch(
-        self, batch_size: int, config: ModelConfig, head_density: float | None = None
+        self,
+        batch_size: int,
+        config: ModelConfig,
+        head_density: float | None = None,
+        *,
+        batch_shards: int = 1,
     ) -> SparsityPlan:
         """The plan of the smallest calibrated batch size that fits; above the largest, MLPs are dense.
 
@@ -275,6 +280,7 @@ class PlanTable:
           batch_size: B to decode.
           config: the model's configuration.
           head_density: overrides the table's default.
+          batch_shards: equal parts of the batch, such as those of a mesh's axis `data`; the plan is the one for a part.
 
         Raises:
           InputError: `batch_size` is not a positive whole number.
@@ -283,14 +289,15 @@ class PlanTable:
         batch_size = whole_number(batch_size, "batch_size", where="for_batch")
         self.check(config)
         density = self.head_density if head_density is None else head_density
-        row = bisect.bisect_left(self.batch_sizes, batch_size)
+        row = bisect.bisect_left(self.batch_sizes, -(-batch_size // batch_shards))
         dense = (None,) * self.num_layers
         return SparsityPlan(
             self.neurons[row] if row < len(self.neurons) else dense,
             self._groups(config, density),
             self.neuron_shards,
             self.group_shards,
-            group_order=self.order,
+            batch_shards,
+            self.order,
         )
 
     def _groups(self, config: ModelConfig, density: float) -> tuple[int | None, ...]:

@@ -1,6 +1,7 @@
 """Continues prompts batch by batch, for the command and `Bundle.complete`."""
 
 import dataclasses
+import math
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import nullcontext
 from typing import Any
@@ -140,7 +141,8 @@ def continue_batches(
     """Continues any number of prompts batch by batch; `copies` completions for each, in the order of the prompts.
 
     A smaller last batch is padded with repeats if it is dense, to avoid another compilation. A sparse one isn't: neurons
-    are chosen for the whole batch, so repeats would change the result.
+    are chosen for the whole batch, so repeats would change the result. On a mesh, every batch is padded to a multiple of
+    the devices that divide it.
 
     Args:
       model: the decoder.
@@ -161,9 +163,11 @@ def continue_batches(
         for i, start in enumerate(range(0, len(rows), size)):
             batch = list(rows[start : start + size])
             count, needed = len(batch), _positions(model, batch, options)
-            sparsity = skip(count * options.copies)
+            full = _divisible(model, count, options.copies)
+            sparsity = skip(full * options.copies)
             if sparsity is None and needed in compiled:
-                batch += batch[-1:] * (size - count)
+                full = _divisible(model, size, options.copies)
+            batch += batch[-1:] * (full - count)
             compiled.add(needed)
             batch_key = jax.random.fold_in(key, i) if i else key
             done = continue_rows(model, tokenizer, batch, batch_key, options, sparsity=sparsity, show=show)
@@ -212,6 +216,13 @@ def split_stops(options: ContinueOptions, tokenizer: Tokenizer) -> tuple[tuple[s
     special = {each: tokenizer.special_id(each) for each in options.stop_strings}
     strings = tuple(each for each, token in special.items() if token is None)
     return strings, (*options.stop_ids, *(token for token in special.values() if token is not None))
+
+
+def _divisible(model: Decoder, count: int, copies: int) -> int:
+    """The least number of prompts from `count` on whose copies the devices of the model's mesh divide evenly."""
+    parts = 1 if model.layout is None else model.layout.sizes.batch_parts
+    step = parts // math.gcd(parts, copies)
+    return -(-count // step) * step
 
 
 def _positions(model: Decoder, rows: Sequence[Row], options: ContinueOptions) -> int:
