@@ -16,6 +16,7 @@ from jax.sharding import AxisType
 
 import polarjax as pj
 from polarjax.evaluation import perplexity
+from polarjax.evaluation.sweep_cases import Asked
 from polarjax.model.parameters import parameters, with_parameters
 from tests.model import zoo
 from tests.tolerances import assert_close
@@ -112,6 +113,23 @@ def engine_tokens(bundle: pj.Bundle) -> dict[int, list[int]]:
     return made
 
 
+def sweep_faults(bundle: pj.Bundle) -> dict[str, str]:
+    """What is wrong with the cases that a sweep on two batches decides on before it measures anything."""
+    given = dict.fromkeys(field.name for field in dataclasses.fields(Asked))
+    given |= {"densities": (None,), "selectors": ("router",), "protocols": ("masked", "decode"), "context": 1}
+    given |= {"neurons": "plan", "seed": 0}
+    asked = lambda **more: Asked(**given | more).chosen(bundle, (8, 6)).cases  # pyright: ignore[reportArgumentType]
+    shards = [case.plan.batch_shards for case in asked(batch_sizes=(4,))]
+    faults = {} if shards == [1, 2] else {"sweep": str(shards)}
+    try:
+        asked(batch_sizes=(3,))
+        faults["sweep of 3"] = "not refused"
+    except pj.PolarjaxError as error:
+        if "batch_sizes: the sequences can't be divided evenly" not in str(error):
+            faults["sweep of 3"] = str(error)
+    return faults
+
+
 def on_mesh() -> None:
     """Runs in a process with eight devices; prints what differs from one device."""
     faults = {}
@@ -133,6 +151,7 @@ def on_mesh() -> None:
         faults["generate"] = "other tokens"
     for pair in zip(found, expected, strict=True):
         assert_close(*pair, "rounding")
+    faults |= sweep_faults(several)
     one = bundle_of("opt", "sequences")
     if engine_tokens(one) != engine_tokens(pj.shard(one, mesh_of("sequences"))):
         faults["engine"] = "other tokens"

@@ -53,10 +53,16 @@ def load(
 
 
 def load_to_learn(
-    path: str | os.PathLike[str], *, dtype: DTypeLike | None = None, routers: bool = False
+    path: str | os.PathLike[str],
+    *,
+    dtype: DTypeLike | None = None,
+    routers: bool = False,
+    mesh: jax.sharding.Mesh | None = None,
+    attention: Attention | None = None,
 ) -> Bundle:
     """`load` without the parts that are about to be replaced: the plans and, unless `routers`, the routers."""
-    return _read(path, dtype, routers=routers, plans=False)
+    layout = None if mesh is None else layout_for(mesh, None, attention=attention)
+    return _read(path, dtype, routers=routers, plans=False, layout=layout)
 
 
 def _read(
@@ -104,5 +110,5 @@ def load_with_tokenizer(
     """
     if dtype is not None:
         check_dtype(dtype, where="--dtype")
-    bundle = load_to_learn(folder, dtype=dtype) if to_learn else load(folder, dtype=dtype, **placement)
+    bundle = (load_to_learn if to_learn else load)(folder, dtype=dtype, **placement)
     return bundle, needed_tokenizer(bundle, folder / "tokenizer")

@@ -6,6 +6,7 @@ from typing import Annotated, Any
 import typer
 
 from polarjax.cli import learning
+from polarjax.cli.decoding_options import Mesh
 from polarjax.cli.inputs import bytes_of
 from polarjax.progress import tell
 from polarjax.sparsity.options import CollectOptions
@@ -26,6 +27,7 @@ def collect(
     published: learning.Published = False,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace existing activations.")] = False,
     dtype: learning.Dtype = None,
+    mesh: Mesh = None,
 ) -> dict[str, Any]:
     """Record router inputs, active neurons and how important heads are, on text, for train-routers."""
     from polarjax.memory import memory_line
@@ -35,7 +37,7 @@ def collect(
     max_bytes = bytes_of(max_gb, "--max-gb")
     heads = learning.head_options(rank_by, skipped, published)
     options = CollectOptions(held_out=(validation, test), max_bytes=max_bytes, fit=fit, **heads)
-    bundle, windows = learning.load_and_cut(folder, text, window, max_tokens, dtype)
+    bundle, windows = learning.load_and_cut(folder, text, window, max_tokens, dtype, mesh)
     recording = learning.announce(bundle, windows, options)
     size, needed = collecting_batch(bundle.model, windows.shape, recording, options.batch_size)
     tell(memory_line("collecting", needed))

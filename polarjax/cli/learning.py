@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Annotated, Any, cast
 import numpy as np
 import typer
 
-from polarjax.cli.inputs import window_length
+from polarjax.cli.inputs import placement, window_length
 from polarjax.errors import InputError
 from polarjax.selection.importance import check_importance
 from polarjax.selection.plans import PlanTable
@@ -126,15 +126,15 @@ DEFAULTS = TrainOptions()
 
 
 def load_and_cut(
-    folder: Path, text: list[Path], window: int | None, max_tokens: int, dtype: str | None
+    folder: Path, text: list[Path], window: int | None, max_tokens: int, dtype: str | None, mesh: str | None
 ) -> tuple["Bundle", Int32[np.ndarray, "n T"]]:
-    """Loads the model directory, and cuts the texts into token windows."""
+    """Loads the model directory, onto a mesh if there is one, and cuts the texts into token windows."""
     from polarjax.checkpoint.loading import load_with_tokenizer
     from polarjax.text.corpus import read_text
     from polarjax.text.token_windows import text_windows
 
     texts = [read_text(path) for path in text]
-    bundle, tokenizer = load_with_tokenizer(folder, dtype, to_learn=True)
+    bundle, tokenizer = load_with_tokenizer(folder, dtype, to_learn=True, **placement(mesh, None))
     length = window_length(window, bundle.model.config)
     source = ", ".join(map(str, text))
     return bundle, text_windows(texts, tokenizer, length, most=max_tokens // max(length, 1), source=source)

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from polarjax.cli import learning
+from polarjax.cli.decoding_options import Mesh
 from polarjax.cli.inputs import bytes_of, random_key
 from polarjax.errors import InputError
 from polarjax.selection.plans import PlanTable, check_density
@@ -50,6 +51,7 @@ def sparsify(
     target_share: learning.TargetShare = NeuronOptions.target_share,
     seed: learning.Seed = 0,
     dtype: learning.Dtype = None,
+    mesh: Mesh = None,
 ) -> dict[str, Any]:
     """Learn from text what the model can skip: collect, train-routers and calibrate in one command."""
     from polarjax.sparsity.checks import check_budgets
@@ -70,7 +72,7 @@ def sparsify(
     training = learning.train_options(learning_rate, batch, epochs, head_objective, published)
     refinement = learning.refine_options(refine_tokens, published)
     calibration = learning.calibrate_options(target_recall, max_batch, dense_attention, shards, attention)
-    bundle, windows = learning.load_and_cut(folder, text, window, max_tokens, dtype)
+    bundle, windows = learning.load_and_cut(folder, text, window, max_tokens, dtype, mesh)
     _check_ready(folder, bundle, gated)
     recording = learning.announce(bundle, windows, collecting, in_parts=activations is None)
     stages: dict[str, Any] = {"collecting": collecting, "training": training, "neurons": gated}

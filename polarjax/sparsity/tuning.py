@@ -315,7 +315,7 @@ class _Run:
         for name, value in self._state.model.items():  # one by one, to have few of them twice
             flat |= unstack_parameters({name: value.astype(model.dtype)}, L)
         cast = {name: jax.device_put(value, old[name].sharding) for name, value in flat.items()}
-        tuned = with_parameters(self._plan.spec.config, cast)
+        tuned = with_parameters(self._plan.spec.config, cast, layout=model.layout)
         like = routers.layers[0].w_group
         learned = {
             name: jax.device_put(value, like.sharding).astype(like.dtype)

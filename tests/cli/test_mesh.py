@@ -1,4 +1,5 @@
-"""`--mesh`: the command on four devices says what it says on one, and refuses meshes that can't be."""
+"""`--mesh`: the command on four devices says what it says on one, for any number of prompts, and refuses meshes that
+can't be."""
 
 import json
 import os
@@ -13,8 +14,8 @@ ASSET = Path(pj.__file__).parent / "assets" / "opt-6m"
 RUN = """
 import contextlib, io, json, sys
 from polarjax.cli.main import main
-words = ["generate", sys.argv[1], "--prompt", "def main(", "--prompt", "He", "--max-new-tokens", "4"]
-words += ["--dtype", "float32", "--greedy", "--json"]
+words = ["generate", sys.argv[1], "--prompt", "def main(", "--prompt", "He", "--prompt", "The"]
+words += ["--max-new-tokens", "4", "--dtype", "float32", "--greedy", "--json"]
 found = []
 for more in json.loads(sys.argv[2]):
     out, err = io.StringIO(), io.StringIO()
@@ -45,7 +46,7 @@ def test_generate_on_a_mesh(tmp_path):
     assert done.returncode == 0, done.stderr[-2000:]
     found = json.loads(done.stdout.splitlines()[-1])
     alone, *spread = found[: len(WAYS)]
-    assert alone[0] in (0, None) and len(alone[1]) == 2
+    assert alone[0] in (0, None) and len(alone[1]) == 3
     assert spread == [alone] * (len(WAYS) - 1)
     for line, (code, said) in zip(WRONG, found[len(WAYS) :], strict=True):
         last = said.splitlines()[-1]
