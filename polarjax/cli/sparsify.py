@@ -20,6 +20,9 @@ if TYPE_CHECKING:
     from polarjax.sparsity.pipeline import SparsifyReport
 
 
+Kept = Annotated[Path | None, typer.Option(help="Keep the activations, in this new folder.")]
+
+
 def sparsify(
     folder: learning.Folder,
     text: learning.Texts,
@@ -29,9 +32,7 @@ def sparsify(
     fit: learning.Fit = False,
     validation: learning.Validation = learning.VALIDATION,
     test: learning.Test = learning.TEST,
-    activations: Annotated[
-        Path | None, typer.Option(help="Keep the activations, in this new folder.")
-    ] = None,
+    activations: Kept = None,
     head_density: learning.HeadDensity = 0.5,
     learning_rate: learning.LearningRate = learning.DEFAULTS.learning_rate,
     batch: learning.Batch = learning.DEFAULTS.neuron_batch,
