@@ -37,7 +37,7 @@ from polarjax.types import Array, DTypeLike
 
 READ_BYTES = 1 << 29  # arrays are read ahead up to this many bytes, or a single one
 PIECE_BYTES = 1 << 23  # what one thread reads at a time
-_THREADS = 4
+_THREADS = 8
 _LARGE = 1 << 20  # smaller arrays share pages
 
 
@@ -99,12 +99,13 @@ class StoredArrays:
     def __init__(self, folder: Path, record: Record, *, hint: str):
         self._folder, self._hint = folder, hint
         self._arrays, self._files = record["arrays"], record["files"]
-        check_sizes(folder, record, hint=hint)
-        large = checked_as_read(record)
-        verify(folder, record, self._files.keys() - large, hint=hint)
-        self._chunks = chunks(folder, self._arrays, hint=hint)
-        read = {chunk.file for several in self._chunks.values() for chunk in several}
-        verify(folder, record, large - read, hint=hint)
+        with _errors(folder, hint):
+            check_sizes(folder, record, hint=hint)
+            large = checked_as_read(record)
+            verify(folder, record, self._files.keys() - large, hint=hint)
+            self._chunks = chunks(folder, self._arrays, hint=hint)
+            read = {chunk.file for several in self._chunks.values() for chunk in several}
+            verify(folder, record, large - read, hint=hint)
         self._local = threading.local()
 
     def read(self, name: str) -> np.ndarray:
@@ -227,11 +228,8 @@ class _Reading:
     def __post_init__(self) -> None:
         places = self.sharding.addressable_devices_indices_map(self.shape)
         self._boxes = {device: _box(index, self.shape) for device, index in places.items()}
-
-    @property
-    def num_bytes(self) -> int:
         values = sum(math.prod(end - start for start, end in box) for box in set(self._boxes.values()))
-        return values * self.dtype.itemsize
+        self.num_bytes = values * self.dtype.itemsize
 
     def start(self, stored: StoredArrays, pool: ThreadPoolExecutor) -> None:
         """Has the threads fill the parts of this process's devices."""
@@ -246,10 +244,8 @@ class _Reading:
         for each in self.futures:
             each.result()
         kind = self.sharding.memory_kind
-        placed = [
-            jax.device_put(self.parts[box], jax.sharding.SingleDeviceSharding(device, memory_kind=kind))
-            for device, box in self._boxes.items()
-        ]
+        places = [jax.sharding.SingleDeviceSharding(device, memory_kind=kind) for device in self._boxes]
+        placed = jax.device_put([self.parts[box] for box in self._boxes.values()], places)
         make = jax.make_array_from_single_device_arrays
         return jax.block_until_ready(make(self.shape, self.sharding, placed, dtype=self.dtype))
 
