@@ -27,7 +27,16 @@ GPU = (
 )
 TORCH = ("bench_torch",)
 VERBLESS = ("read_floor", "step_parts")  # on a GPU, too
-CPU = ("bench_convert", "bench_startup", "roofline", "readme_tables", "pictures", "server_runs", "many_gpus")
+CPU = (
+    "bench_convert",
+    "bench_load",
+    "bench_startup",
+    "roofline",
+    "readme_tables",
+    "pictures",
+    "server_runs",
+    "many_gpus",
+)
 
 
 def run(monkeypatch, name: str, *arguments: str) -> int:
@@ -75,6 +84,7 @@ def test_every_bench_is_on_the_page():
         *TORCH,
         *VERBLESS,
         "bench_convert",
+        "bench_load",
         "bench_startup",
     }
     numbers = (*workloads.BATCHES, *(f"{d:g}".lstrip("0") for d in workloads.DENSITIES))
