@@ -34,20 +34,22 @@ def chunked() -> ocp.Context:
     return context
 
 
-@pytest.fixture
-def stored(tmp_path, monkeypatch):
+@pytest.fixture(scope="module")
+def stored(tmp_path_factory):
     """Arrays in chunks of 2,000 bytes with checksums of 128, read 300 bytes at a time: the folder and the record."""
-    monkeypatch.setattr(arrays, "saving_context", chunked)
-    for where in (module, record):
-        monkeypatch.setattr(where, "BLOCK", 128)
-    monkeypatch.setattr(module, "PIECE_BYTES", 300)
-    monkeypatch.setattr(record, "LARGE", 256)
-    with ArrayWriter(tmp_path / "arrays") as writer:
-        for name, array in ARRAYS.items():
-            writer.add(name, array)
-        made = writer.close()
-    assert any("crc32" in entry for entry in made["files"].values())
-    return tmp_path / "arrays", made
+    folder = tmp_path_factory.mktemp("stored") / "arrays"
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(arrays, "saving_context", chunked)
+        for where in (module, record):
+            patch.setattr(where, "BLOCK", 128)
+        patch.setattr(module, "PIECE_BYTES", 300)
+        patch.setattr(record, "LARGE", 256)
+        with ArrayWriter(folder) as writer:
+            for name, array in ARRAYS.items():
+                writer.add(name, array)
+            made = writer.close()
+        assert any("crc32" in entry for entry in made["files"].values())
+        yield folder, made
 
 
 def cut(size: int, count: int) -> list[tuple[int, int]]:
