@@ -294,7 +294,7 @@ def _errors(folder: Path, hint: str) -> Iterator[None]:
     try:
         yield
     except (OSError, MemoryError, RuntimeError) as error:
-        says: dict[str, Any] = {"where": folder, "got": str(getattr(error, "strerror", error))[:200]}
+        says: dict[str, Any] = {"where": folder, "got": str(getattr(error, "strerror", error))[:200] or None}
         if isinstance(error, MemoryError) or getattr(error, "errno", None) == errno.ENOMEM:
             says["hint"] = (
                 "free some memory, or use a machine with more; polarjax inspect shows the arrays' size"

@@ -344,6 +344,14 @@ def test_another_format_is_refused(saved, file):
     refused(saved, file, f"got format {FORMAT + 1}, expected format {FORMAT}", "update polarjax")
 
 
+def test_the_earlier_format_is_read(saved):
+    """Its large files have a SHA-256 as the small ones do; here, no file is large."""
+    for file in ("config.json", "manifest.json", "routers/manifest.json"):
+        data = json.loads((saved / file).read_text())
+        (saved / file).write_text(json.dumps(data | {"format": 1}))
+    assert_same(pj.load(saved).routers, full_bundle().routers)
+
+
 @pytest.mark.parametrize("file", ["config.json", "manifest.json"])
 @pytest.mark.parametrize("text", ["", "{", "[]", "{}", "null"])
 def test_damaged_json(saved, file, text):

@@ -1,6 +1,7 @@
 """Fault 28 on devices: where their memory runs out, one line tells what needs how much and what would fit."""
 
 import dataclasses
+import errno
 import os
 import subprocess
 import sys
@@ -97,4 +98,14 @@ def test_other_errors_of_jax_are_not_hidden():
 def test_parameters_that_do_not_fit(home, monkeypatch):
     monkeypatch.setattr(array_reader.jax, "make_array_from_single_device_arrays", fail)
     with refuses(pj.CheckpointError, "params: the device has too little memory.*polarjax inspect"):
+        pj.load(home)
+
+
+@pytest.mark.parametrize("error", [MemoryError(), OSError(errno.ENOMEM, "Cannot allocate memory")])
+def test_parameters_that_do_not_fit_the_host(home, monkeypatch, error):
+    def empty(*_):
+        raise error
+
+    monkeypatch.setattr(array_reader, "_empty", empty)
+    with refuses(pj.CheckpointError, "params: the machine has too little memory.*Hint: free some memory"):
         pj.load(home)
