@@ -11,6 +11,7 @@ import jax
 from polarjax import costs
 from polarjax.configs import ModelConfig
 from polarjax.errors import InputError, ran_out
+from polarjax.model.mesh_shape import ONE_DEVICE, MeshShape
 from polarjax.types import DTypeLike
 
 _USUAL, _MOST = 0.75, 0.95  # of a device's memory that JAX takes, and that it can take
@@ -18,7 +19,13 @@ _USUAL, _MOST = 0.75, 0.95  # of a device's memory that JAX takes, and that it c
 
 @contextlib.contextmanager
 def explained_out_of_memory(
-    config: ModelConfig, *, batch_size: int, cache_length: int, dtype: DTypeLike, option: str = "--batch-size"
+    config: ModelConfig,
+    *,
+    batch_size: int,
+    cache_length: int,
+    dtype: DTypeLike,
+    mesh: MeshShape = ONE_DEVICE,
+    option: str = "--batch-size",
 ) -> Iterator[None]:
     """Turns JAX's out-of-memory error in the block into an `InputError` that says what used the memory.
 
@@ -27,6 +34,7 @@ def explained_out_of_memory(
       batch_size: B, sequences computed in the block.
       cache_length: S, positions of the cache.
       dtype: dtype of weights and cache.
+      mesh: the devices that share the model and the sequences.
       option: name of B in the hint.
 
     Raises:
@@ -37,18 +45,21 @@ def explained_out_of_memory(
     except RuntimeError as error:
         if not ran_out(error):
             raise
-        memory = device_memory()
-        weights = costs.weights_bytes(config, dtype)
-        cache = batch_size * cache_length * costs.cache_bytes_per_token(config, dtype)
+        memory, several = device_memory(), mesh.devices > 1
+        weights = costs.weights_bytes(config, dtype, mesh=mesh)
+        each = cache_length * costs.cache_bytes_per_token(mesh.local(config), dtype)
+        cache = -(-batch_size // mesh.data) * each
         of = "" if memory is None else f" in {memory / 1e9:,.2f} GB"
         fitting = batch_size // 2
         if memory is not None:
-            room = {"memory": memory, "cache_length": cache_length, "dtype": dtype}
+            room = {"memory": memory, "cache_length": cache_length, "dtype": dtype, "mesh": mesh}
             fitting = min(costs.largest_batch(config, **room), batch_size - 1)
+        fitting = fitting // mesh.batch_parts * mesh.batch_parts
+        used = f"{weights / 1e9:,.2f} GB of weights, {cache / 1e9:,.2f} GB of cache, and temporaries{of}"
         raise InputError(
-            "the device ran out of memory",
+            "a device ran out of memory" if several else "the device ran out of memory",
             where=f"{batch_size:,} sequences of up to {cache_length:,} positions",
-            got=f"{weights / 1e9:,.2f} GB of weights, {cache / 1e9:,.2f} GB of cache, and temporaries{of}",
+            got=f"on each of {mesh.devices} devices {used}" if several else used,
             expected=None if memory is None else f"at most {fitting:,} such sequences",
             hint=_hint(fitting, option),
         ) from error
@@ -63,6 +74,14 @@ def _hint(fitting: int, option: str) -> str:
 def device_memory() -> int | None:
     """Bytes that JAX may use on the first device; None if the device does not report it, as on CPUs."""
     return (jax.local_devices()[0].memory_stats() or {}).get("bytes_limit")
+
+
+def host_memory() -> int | None:
+    """Bytes of the machine's memory; None if the system doesn't say."""
+    names = getattr(os, "sysconf_names", {})
+    if not {"SC_PHYS_PAGES", "SC_PAGE_SIZE"} <= names.keys():
+        return None
+    return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
 
 
 def peak_memory() -> int | None:

@@ -179,6 +179,10 @@ def test_step_floor_is_bytes_over_bandwidth_and_the_exchanges_over_the_link():
             lambda: MeshShape(model=4).check(dataclasses.replace(OPT, num_kv_heads=4, num_heads=4)),
             "6 neurons",
         ),
+        (
+            lambda: MeshShape(model=2).check(dataclasses.replace(OPT, vocab_size=61)),
+            r"61 vocabulary entries .*Hint: .*rules=\{\"vocab\": None\}, or --mesh model=2,vocab=whole",
+        ),
         (lambda: MeshShape(data=0), "mesh: data is not usable"),
         (lambda: MeshShape(attention="heads"), "no such way to divide attention"),
         (lambda: MeshShape(data=2).rows(3), "mesh: .*got 3 sequences over 2 devices, .*use a batch of 4"),
@@ -197,3 +201,6 @@ def test_meshes_that_do_not_fit(call, message):
 def test_mesh_from_text():
     assert MeshShape.parse("model=4") == MeshShape(model=4)
     assert MeshShape.parse(" model=2 , data=8", attention="sequences") == MeshShape(8, 2, "sequences")
+    whole = MeshShape.parse("model=2, vocab=whole")
+    assert whole == MeshShape(model=2, divided=("groups", "neurons"))
+    assert whole.local(dataclasses.replace(OPT, vocab_size=61)).vocab_size == 61

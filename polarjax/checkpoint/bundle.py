@@ -41,8 +41,8 @@ from polarjax.generation.sampling import Sampler
 from polarjax.generation.settings import GenerationSettings
 from polarjax.model.checks import check_model
 from polarjax.model.decoder import Decoder
+from polarjax.model.layout import mesh_of
 from polarjax.model.parameters import fingerprint, parameters
-from polarjax.model.spread_checks import data_shards
 from polarjax.numeric import check_type
 from polarjax.selection.plans import PlanTable
 from polarjax.selection.routers import Routers
@@ -211,7 +211,7 @@ class Bundle:
         """
         self.require("routers", "plans", where="Bundle.sparsity")
         plan = self.plans.for_batch(  # pyrefly: ignore[missing-attribute]
-            batch_size, self.model.config, head_density, batch_shards=data_shards(self.model)
+            batch_size, self.model.config, head_density, batch_shards=mesh_of(self.model).data
         )
         return Sparsity(self.routers, plan)  # pyrefly: ignore[bad-argument-type]
 

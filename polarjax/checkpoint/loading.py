@@ -58,10 +58,11 @@ def load_to_learn(
     dtype: DTypeLike | None = None,
     routers: bool = False,
     mesh: jax.sharding.Mesh | None = None,
+    rules: Mapping[str, str | None] | None = None,
     attention: Attention | None = None,
 ) -> Bundle:
     """`load` without the parts that are about to be replaced: the plans and, unless `routers`, the routers."""
-    layout = None if mesh is None else layout_for(mesh, None, attention=attention)
+    layout = None if mesh is None else layout_for(mesh, None, rules=rules, attention=attention)
     return _read(path, dtype, routers=routers, plans=False, layout=layout)
 
 

@@ -10,7 +10,8 @@ Dtype = Annotated[str | None, typer.Option(help="Dtype of the computation; defau
 Mesh = Annotated[
     str | None,
     typer.Option(
-        help="Devices to share the model: data=2,model=4 divides sequences over 2, each layer over 4."
+        help="Devices to share the model: data=2,model=4 divides sequences over 2, each layer over 4; vocab=whole: "
+        "but for the vocabulary."
     ),
 ]
 Attention = Annotated[

@@ -22,7 +22,7 @@ from polarjax.generation.checks import (
 from polarjax.generation.sampling import row_of
 from polarjax.generation.stream import CONTEXT
 from polarjax.model.checks import check_room, check_vocabulary, host_array
-from polarjax.model.mesh_shape import ONE_DEVICE
+from polarjax.model.layout import mesh_of
 from polarjax.numeric import check_type
 from polarjax.sharding import automatic
 from polarjax.text import continuation
@@ -43,8 +43,7 @@ def as_bundle(bundle: Any) -> Bundle:
 
 def sizes_of(bundle: Bundle, read_tokens: int) -> dict[str, Any]:
     """What `slots_and_capacity` needs to know besides what the caller asked for."""
-    layout = bundle.model.layout
-    return {"read_tokens": read_tokens, "mesh": ONE_DEVICE if layout is None else layout.sizes}
+    return {"read_tokens": read_tokens, "mesh": mesh_of(bundle.model)}
 
 
 def check_dense(dense: Any, head_density: float | None) -> None:

@@ -80,7 +80,12 @@ class Engine(Iterator[Event]):
         skip = bundle.sparsity_by_batch(None if dense else "auto", head_density)
         fixed = {"steps": CHUNK, "implementation": implementation}
         self._chunks = {size: fixed | {"sparsity": skip(size)} for size in plan_sizes(self.slots)}
-        sizes = {"batch_size": self.slots, "cache_length": self.capacity, "dtype": dtype}
+        sizes = {
+            "batch_size": self.slots,
+            "cache_length": self.capacity,
+            "dtype": dtype,
+            "mesh": room["mesh"],
+        }
         self._explained = functools.partial(explained_out_of_memory, config, **sizes, option="slots")
         with self._explained():
             made: Slots = programs.make(self._model, self.slots, self.capacity)

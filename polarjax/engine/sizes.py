@@ -1,5 +1,7 @@
 """How many slots, and of what capacity, fit next to the model."""
 
+import jax
+
 from polarjax import costs, memory
 from polarjax.configs import ModelConfig
 from polarjax.errors import InputError
@@ -48,17 +50,25 @@ def slots_and_capacity(
             capacity = max(8, min(capacity, left // each // 8 * 8))
     capacity = -(-min(capacity, config.max_positions) // 8) * 8
     if available is None:
-        return slots or -(-_WITHOUT_LIMIT // parts) * parts, capacity
+        slots = slots or -(-_WITHOUT_LIMIT // parts) * parts
+        if jax.default_backend() == "cpu" and (whole := memory.host_memory()) is not None:
+            fitting = costs.largest_batch(config, memory=whole, cache_length=capacity, dtype=dtype)
+            _check_fit(slots, fitting // parts * parts, capacity, "the machine's memory")
+        return slots, capacity
     fitting = costs.largest_batch(config, memory=available, cache_length=capacity, dtype=dtype, mesh=mesh)
-    if (slots or 1) > fitting:
+    _check_fit(slots or parts, fitting, capacity, "the device's memory")
+    return slots or min(fitting, max(_MOST // parts, 1) * parts), capacity
+
+
+def _check_fit(slots: int, fitting: int, capacity: int, memory: str) -> None:
+    if slots > fitting:
         raise InputError(
-            "the slots do not fit into the device's memory",
+            f"the slots do not fit into {memory}",
             where="Engine",
-            got=f"{slots or 1:,} of {capacity:,} positions",
+            got=f"{slots:,} of {capacity:,} positions",
             expected=f"at most {fitting:,} of that capacity",
             hint="lower slots or capacity, or use a narrower dtype",
         )
-    return slots or min(fitting, max(_MOST // parts, 1) * parts), capacity
 
 
 def _available(config: ModelConfig, dtype: DTypeLike, read_tokens: int, mesh: MeshShape) -> float | None:

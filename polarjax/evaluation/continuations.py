@@ -15,6 +15,7 @@ from polarjax.generation.batch import bucket_length
 from polarjax.memory import explained_out_of_memory
 from polarjax.model.checks import check_model
 from polarjax.model.decoder import Decoder, forward
+from polarjax.model.layout import mesh_of
 from polarjax.model.readable import fetched
 from polarjax.progress import task
 from polarjax.selection.checks import check_sparsity
@@ -112,9 +113,8 @@ def _scored(
             size = batch_size or rows_of(width, model.config.vocab_size)
             batch = rows[start : start + size]
             start += size
-            with explained_out_of_memory(
-                model.config, batch_size=size, cache_length=width, dtype=model.dtype
-            ):
+            sizes = {"batch_size": size, "cache_length": width, "dtype": model.dtype, "mesh": mesh_of(model)}
+            with explained_out_of_memory(model.config, **sizes):
                 scores = _run(model, batch, sparsity, size, width)
             yield from scores
             advance(len(scores))

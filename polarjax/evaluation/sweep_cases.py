@@ -9,7 +9,8 @@ from polarjax.checkpoint.bundle import Bundle
 from polarjax.evaluation import sweep_checks as checks
 from polarjax.evaluation.checks import check_scoring
 from polarjax.evaluation.parting import GreedyOptions
-from polarjax.model.spread_checks import check_batch, check_spread, data_shards
+from polarjax.model.layout import mesh_of
+from polarjax.model.spread_checks import check_batch, check_spread
 from polarjax.selection.checks import check_sparsity
 from polarjax.selection.plans import SparsityPlan, uniform_groups
 from polarjax.selection.selectors import Selector, Sparsity, Static
@@ -135,6 +136,6 @@ def _plan(
     bundle.require("plans", where="sweep")
     if layers is not None:
         plans = dataclasses.replace(plans, dense_layers=layers, budgets=())
-    shards = 1 if batch_size is None else data_shards(bundle.model)
+    shards = 1 if batch_size is None else mesh_of(bundle.model).data
     plan = plans.for_batch(batch_size or 1, config, density, batch_shards=shards)
     return plan if neurons == "plan" else dataclasses.replace(plan, neurons=(None,) * config.num_layers)

@@ -29,8 +29,9 @@ def exchanges(
 ) -> tuple[Exchange, ...]:
     """The collectives of a step over the axis `model`; there are none over `data`.
 
-    Two all-reduces a layer (after the output projections of attention and MLP) and one of the embedding rows, each of
-    [B D]. With attention by sequences, two all-to-alls a layer more: of queries, keys and values, and of the output.
+    Two all-reduces a layer (after the output projections of attention and MLP) and, if the vocabulary is divided, one of
+    the embedding rows, each of [B D].
+    With attention by sequences, two all-to-alls a layer more: of queries, keys and values, and of the output.
 
     Args:
       config: the model's configuration.
@@ -44,7 +45,8 @@ def exchanges(
     rows, local = mesh.rows(batch_size), mesh.local(config)
     if mesh.model == 1:
         return ()
-    found = [Exchange("all-reduce", 2 * config.num_layers + 1, rows * config.d_model * item)]
+    count = 2 * config.num_layers + ("vocab" in mesh.divided)
+    found = [Exchange("all-reduce", count, rows * config.d_model * item)]
     if mesh.attention == "sequences":
         head = rows * local.head_dim * item
         found.append(

@@ -9,7 +9,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from polarjax.configs import ModelConfig
 from polarjax.model.layout_checks import AXES, check_mesh, check_rules, check_sequences
-from polarjax.model.mesh_shape import Attention, MeshShape
+from polarjax.model.mesh_shape import ONE_DEVICE, Attention, MeshShape
 
 RULES: Mapping[str, str | None] = MappingProxyType({"vocab": "model", "neurons": "model", "groups": "model"})
 """Mesh axis of each logical axis of the parameters; axes that aren't named are whole on every device."""
@@ -46,7 +46,9 @@ class Layout:
     def __post_init__(self) -> None:
         check_mesh(self.mesh)
         rules = dict(RULES) | check_rules(self.rules)
-        sizes = MeshShape(**{name: self.mesh.shape.get(name, 1) for name in AXES}, attention=self.attention)
+        divided = tuple(name for name, axis in rules.items() if axis is not None)
+        axes = {name: self.mesh.shape.get(name, 1) for name in AXES}
+        sizes = MeshShape(**axes, attention=self.attention, divided=divided)
         check_sequences(self.attention, rules)
         object.__setattr__(self, "rules", MappingProxyType(rules))
         object.__setattr__(self, "_sizes", sizes)
@@ -75,16 +77,12 @@ class Layout:
 
     def check(self, config: ModelConfig) -> None:
         """Raises `InputError` unless the mesh divides the model's groups, neurons and vocabulary."""
-        self.sizes.check(config, axes=self._divided)
+        self.sizes.check(config)
 
     def local(self, config: ModelConfig) -> ModelConfig:
         """The sizes that one device computes with: of all groups, where it attends to its own sequences."""
         whole = ("groups",) if self.attention == "sequences" else ()
-        return self.sizes.local(config, axes=[name for name in self._divided if name not in whole])
-
-    @property
-    def _divided(self) -> tuple[str, ...]:
-        return tuple(name for name, axis in self.rules.items() if axis is not None)
+        return self.sizes.local(config, axes=[name for name in self.sizes.divided if name not in whole])
 
     def spec(self, axes: tuple[str, ...]) -> PartitionSpec:
         """Where a parameter with these logical axes lies."""
@@ -107,6 +105,11 @@ class Layout:
     def sharding(self, spec: PartitionSpec) -> NamedSharding:
         """The sharding of an array that lies like this."""
         return NamedSharding(self.mesh, spec)
+
+
+def mesh_of(model: Any) -> MeshShape:
+    """Sizes of the mesh that a model lies on; of one device, if it has no layout."""
+    return ONE_DEVICE if model.layout is None else model.layout.sizes
 
 
 def axes_of(variable: Any) -> tuple[str, ...]:

@@ -15,7 +15,7 @@ Attention = Literal["groups", "sequences"]
 DIVIDED = ("groups", "neurons", "vocab")
 """Logical axes of the parameters that the axis `model` divides."""
 
-_EXAMPLE = "data=1,model=4"
+_EXAMPLE, _WHOLE = "data=1,model=4", "vocab=whole"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -27,11 +27,13 @@ class MeshShape:
       model: devices that groups, neurons and vocabulary are divided over.
       attention: "groups": each of the `model` devices attends with its own groups; "sequences": with all groups, for
         its own sequences.
+      divided: logical axes that the `model` devices divide; the others are whole on each.
     """
 
     data: int = 1
     model: int = 1
     attention: Attention = "groups"
+    divided: tuple[str, ...] = DIVIDED
 
     def __post_init__(self) -> None:
         make_plain(self, "data", "model")
@@ -49,9 +51,12 @@ class MeshShape:
 
     @classmethod
     def parse(cls, text: str, *, attention: Attention = "groups", where: str = "--mesh") -> "MeshShape":
-        """The mesh that "data=2,model=4" describes; an axis that is left out has size 1."""
+        """The mesh that "data=2,model=4" describes; an axis that is left out has size 1. "vocab=whole" leaves the
+        vocabulary whole on every device."""
         sizes: dict[str, int] = {}
-        for part in text.split(","):
+        parts = [part.strip() for part in text.split(",")]
+        divided = tuple(axis for axis in DIVIDED if axis != "vocab" or _WHOLE not in parts)
+        for part in [part for part in parts if part != _WHOLE]:
             found = re.fullmatch(r"\s*(data|model)\s*=\s*([1-9][0-9]{0,5})\s*", part)
             if found is None or found[1] in sizes:
                 raise InputError(
@@ -62,7 +67,7 @@ class MeshShape:
                     hint=f"give for example {_EXAMPLE}",
                 )
             sizes[found[1]] = int(found[2])
-        return cls(**sizes, attention=attention)
+        return cls(**sizes, attention=attention, divided=divided)
 
     @property
     def devices(self) -> int:
@@ -74,27 +79,32 @@ class MeshShape:
         """How many devices divide the sequences of a batch in attention."""
         return self.data * (self.model if self.attention == "sequences" else 1)
 
-    def check(self, config: ModelConfig, *, where: str = "mesh", axes: Collection[str] = DIVIDED) -> None:
-        """Raises `InputError` unless the `model` axis divides the model's groups, neurons and vocabulary (`axes`)."""
+    def check(self, config: ModelConfig, *, where: str = "mesh", axes: Collection[str] | None = None) -> None:
+        """Raises `InputError` unless the `model` axis divides the model's groups, neurons and vocabulary, or of these
+        `axes`, those that are divided by default."""
+        axes = self.divided if axes is None else axes
         sizes = {
             "groups": ("KV heads (groups)", config.num_kv_heads),
             "neurons": ("neurons", config.d_ff),
             "vocab": ("vocabulary entries", config.vocab_size),
         }
-        sizes = dict(sizes[axis] for axis in sizes if axis in axes)
-        for name, size in sizes.items():
+        sizes = {axis: sizes[axis] for axis in sizes if axis in axes}
+        for axis, (name, size) in sizes.items():
             if size % self.model:
-                usable = [n for n in range(1, 257) if not any(each % n for each in sizes.values())]
+                usable = [n for n in range(1, 257) if not any(each % n for _, each in sizes.values())]
+                whole = _whole_vocab(self.model) if axis == "vocab" else ""
                 raise InputError(
                     f"{size:,} {name} can't be divided over the mesh axis model",
                     where=where,
                     got=f"model={self.model}",
                     expected=f"model={' | '.join(map(str, usable))}",
-                    hint="use one of these sizes, and the axis data for the other devices",
+                    hint=f"use one of these sizes, and the axis data for the other devices{whole}",
                 )
 
-    def local(self, config: ModelConfig, *, axes: Collection[str] = DIVIDED) -> ModelConfig:
-        """The sizes that one device sees: its groups with their queries, its neurons, its part of the vocabulary."""
+    def local(self, config: ModelConfig, *, axes: Collection[str] | None = None) -> ModelConfig:
+        """The sizes that one device sees: its groups with their queries, its neurons, its part of the vocabulary; or of
+        these `axes`, those that are divided by default."""
+        axes = self.divided if axes is None else axes
         self.check(config, axes=axes)
         if self.model == 1:
             return config
@@ -115,6 +125,11 @@ class MeshShape:
                 hint=f"use a batch of {-(-batch_size // parts) * parts}",
             )
         return batch_size // self.data
+
+
+def _whole_vocab(model: int) -> str:
+    rules = 'rules={"vocab": None}'
+    return f"; or leave the vocabulary whole on each device: {rules}, or --mesh model={model},{_WHOLE}"
 
 
 ONE_DEVICE = MeshShape()

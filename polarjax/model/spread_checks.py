@@ -7,11 +7,6 @@ from polarjax.model.layout import Layout
 from polarjax.selection.plans import SparsityPlan
 
 
-def data_shards(model: Any) -> int:
-    """Parts of a batch that decode apart, each with neurons of its own: the size of the mesh axis `data`."""
-    return 1 if model.layout is None else model.layout.sizes.data
-
-
 def check_spread(model: Any, sparsity: Any) -> None:
     """Raises `SparsityError` if a plan is for another number of shards than those of the mesh that the model is on."""
     layout: Layout | None = model.layout

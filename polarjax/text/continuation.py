@@ -20,6 +20,7 @@ from polarjax.generation.stream import CONTEXT, stream
 from polarjax.memory import explained_out_of_memory
 from polarjax.model.checks import check_room
 from polarjax.model.decoder import Decoder
+from polarjax.model.layout import mesh_of
 from polarjax.numeric import plain
 from polarjax.progress import task
 from polarjax.selection.selectors import Sparsity
@@ -200,7 +201,8 @@ def continue_rows(
     }
     batch = (model, *_padded(rows), key)
     count, length = len(rows) * options.copies, _positions(model, rows, options)
-    with explained_out_of_memory(model.config, batch_size=count, cache_length=length, dtype=model.dtype):
+    sizes = {"batch_size": count, "cache_length": length, "dtype": model.dtype, "mesh": mesh_of(model)}
+    with explained_out_of_memory(model.config, **sizes):
         if show is None and not stop_strings:
             made = jax.block_until_ready(generate(*batch, **arguments))
             return complete(made, tokenizer, [row[-CONTEXT:] for row in rows for _ in range(options.copies)])
@@ -220,7 +222,7 @@ def split_stops(options: ContinueOptions, tokenizer: Tokenizer) -> tuple[tuple[s
 
 def _divisible(model: Decoder, count: int, copies: int) -> int:
     """The least number of prompts from `count` on whose copies the devices of the model's mesh divide evenly."""
-    parts = 1 if model.layout is None else model.layout.sizes.batch_parts
+    parts = mesh_of(model).batch_parts
     step = parts // math.gcd(parts, copies)
     return -(-count // step) * step
 

@@ -14,6 +14,7 @@ from jax.errors import JaxRuntimeError
 import polarjax as pj
 from polarjax import memory
 from polarjax.cli import generating
+from polarjax.model.mesh_shape import MeshShape
 from polarjax.model.parameters import abstract, parameters, with_parameters
 from polarjax.storage import array_reader
 from polarjax.text import continuation
@@ -77,6 +78,20 @@ def test_fault_28_largest_fitting_batch_is_reported(home, capsys, monkeypatch, w
     assert "and temporaries in 0.00 GB, expected at most 2 such sequences" in err
     monkeypatch.setattr(memory, "device_memory", lambda: 1000)
     assert "expected at most 0 such sequences. Hint: shorten the texts, or use a narrower dtype" in told()[2]
+
+
+def test_on_a_mesh_sizes_are_those_of_a_device(monkeypatch):
+    config, mesh = dataclasses.replace(zoo.CONFIGS["opt"], vocab_size=62), MeshShape(data=2, model=2)
+    weights = pj.costs.weights_bytes(config, "float32", mesh=mesh)
+    each = 1000 * pj.costs.cache_bytes_per_token(config, "float32") // 2 + 4 * 31
+    monkeypatch.setattr(memory, "device_memory", lambda: weights + 300_000 * each)
+    sizes = {"batch_size": 800_000, "cache_length": 1000, "dtype": "float32", "mesh": mesh}
+    used = f"on each of 4 devices {weights / 1e9:.2f} GB of weights, {400_000 * (each - 124) / 1e9:,.2f} GB of cache"
+    with (
+        refuses(pj.InputError, f"a device ran out of memory; got {used}.*try 600,000 sequences"),
+        memory.explained_out_of_memory(config, **sizes),
+    ):
+        fail()
 
 
 def test_every_verb_tells_it_in_one_line(home, capsys, monkeypatch):

@@ -395,9 +395,12 @@ def test_refuses_engines_in_one_line(given, kind, named):
 
 
 def test_sizes_follow_the_device_memory(monkeypatch):
-    """Slots and capacity fill what the device says it has, and what doesn't fit is refused before it is made."""
+    """Slots and capacity fill what the device says it has, and what doesn't fit is refused before it is made; on a CPU
+    that is what the machine has."""
     for capacity in (None, 10**9):  # no sequence is longer than the model's positions
         assert slots_and_capacity(CONFIG, jnp.float32, None, capacity, read_tokens=64) == (8, 48)
+    with refuses(pj.InputError, "the slots do not fit into the machine's memory"):
+        slots_and_capacity(CONFIG, jnp.float32, 10**10, None, read_tokens=64)
     monkeypatch.setattr("polarjax.memory.held_bytes", lambda: pj.costs.weights_bytes(CONFIG, "float32"))
     monkeypatch.setattr("polarjax.memory.device_memory", lambda: 2_000_000)
     size = functools.partial(slots_and_capacity, CONFIG, jnp.float32, read_tokens=8)
