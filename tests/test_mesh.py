@@ -103,11 +103,14 @@ def tokens_of(bundle: pj.Bundle, batch_shards: int) -> tuple[list[np.ndarray], l
 
 
 def engine_tokens(bundle: pj.Bundle) -> dict[int, list[int]]:
-    """What an engine makes of prompts that are read in one piece and in several, next to each other."""
+    """What an engine makes of prompts that are read in one piece and in several, next to each other, and of some that
+    begin as one in another slot does."""
     random, made = np.random.default_rng(0), {}
+    start = random.integers(0, 60, 34).tolist()
+    prompts = [random.integers(0, 60, length).tolist() for length in (3, 20, 9, 5, 12)]
     with pj.Engine(bundle, slots=4, capacity=48, read_tokens=8) as engine:
-        for length in (3, 20, 9, 5, 12):
-            engine.submit(random.integers(0, 60, length).tolist(), max_new_tokens=5, stop_ids=())
+        for prompt in (start, *prompts, *([*start, i] for i in range(3))):
+            engine.submit(prompt, max_new_tokens=5, stop_ids=())
         for event in engine:
             made.setdefault(event.request, []).extend(event.tokens)
     return made

@@ -80,17 +80,14 @@ class Engine(Iterator[Event]):
         skip = bundle.sparsity_by_batch(None if dense else "auto", head_density)
         fixed = {"steps": CHUNK, "implementation": implementation}
         self._chunks = {size: fixed | {"sparsity": skip(size)} for size in plan_sizes(self.slots)}
-        sizes = {
-            "batch_size": self.slots,
-            "cache_length": self.capacity,
-            "dtype": dtype,
-            "mesh": room["mesh"],
-        }
-        self._explained = functools.partial(explained_out_of_memory, config, **sizes, option="slots")
+        mesh, sizes = room["mesh"], {"batch_size": self.slots, "cache_length": self.capacity, "dtype": dtype}
+        self._explained = functools.partial(
+            explained_out_of_memory, config, **sizes, mesh=mesh, option="slots"
+        )
         with self._explained():
-            made: Slots = programs.make(self._model, self.slots, self.capacity)
-        self._slots: Slots | None = made
-        self._packer = Packer(most, slots=self.slots, capacity=self.capacity, best=made.rules.best)
+            self._slots: Slots | None = programs.make(self._model, self.slots, self.capacity)
+        sizes = {"slots": self.slots, "capacity": self.capacity, "shards": mesh.data}
+        self._packer = Packer(most, **sizes, best=self._slots.rules.best)
         self._prefixes = Prefixes(self.slots)
         self._ids = itertools.count()
         self._requests: dict[int, Request] = {}
@@ -236,7 +233,7 @@ class Engine(Iterator[Event]):
             self._finish(self._requests.get(self._cancelled.popleft()))
         while self._unused and self._waiting:
             request = self._waiting.popleft()
-            request.slot = self._unused.popleft()
+            request.slot = self._packer.next_slot(self._unused)
             self._share_prefix(request, self._prefixes.find(request.prompt))
             self._reading.append(request)
         before, quiet = len(self._sent), not self._running
@@ -258,14 +255,14 @@ class Engine(Iterator[Event]):
     def _copy(self, source: int, target: int, ids: Int32[np.ndarray, "n"]) -> None:
         """Copies the slot `source`, which holds these tokens, into the slot `target`."""
         tokens = np.pad(ids, (0, self.capacity - len(ids)))
-        numbers = (np.int32(source), np.int32(target), tokens, np.int32(len(ids)))
-        self._slots = programs.share(self._slots, *jax.device_put(numbers))
+        numbers = jax.device_put((np.int32(source), np.int32(target), tokens, np.int32(len(ids))))
+        self._slots = programs.share(self._slots, *numbers, layout=self._bundle.model.layout)
 
     def _read_prompts(self) -> None:
         """Sends as many calls as have `read_tokens` tokens together."""
         left = self._packer.most
         while self._reading and (packed := self._packer.pack(self._reading, left)):
-            left -= packed[1].pieces.tokens.size
+            left -= packed[1].pieces.tokens.size // self._packer.shards
             self._read(*packed)
 
     def _read(self, pieces: Sequence[Piece], reading: Reading) -> None:
@@ -285,7 +282,7 @@ class Engine(Iterator[Event]):
 
     def _decode_chunk(self) -> None:
         rows = list(self._running.items())
-        self._sent.append((self._decode(len(rows)), rows))
+        self._sent.append((self._decode(self._packer.evenly(self._running)), rows))
         for _, request in rows:
             request.drawn += CHUNK
         self._release()

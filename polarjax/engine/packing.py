@@ -1,6 +1,7 @@
 """Packs the prompts of several requests into calls of a few fixed shapes and a bounded number of tokens."""
 
 import dataclasses
+from collections import Counter, deque
 from collections.abc import Iterable, Iterator, Sequence
 from itertools import pairwise
 from typing import Any, NamedTuple
@@ -23,7 +24,7 @@ _FLOOR = 256  # tokens that a call takes as long as, at least: it reads all weig
 
 
 class Shape(NamedTuple):
-    """Of a call: pieces, tokens of each, and whether all of them begin their prompts."""
+    """Of a call: pieces on each data shard, tokens of each, and whether all of them begin their prompts."""
 
     rows: int
     width: int
@@ -31,7 +32,7 @@ class Shape(NamedTuple):
 
     @property
     def tokens(self) -> int:
-        """Tokens, padding included."""
+        """Tokens of a shard, padding included."""
         return self.rows * self.width
 
 
@@ -56,15 +57,36 @@ class Packer:
     attend only to each other. A prompt of more than `most` tokens, or one whose beginning a slot already holds, is read
     alone, in pieces that attend to what was read before. There are few shapes, each with at most `most` tokens.
 
+    On a mesh with the axis `data`, each of its shards reads the prompts of its own slots: as many pieces at a time as
+    the others, of the same width.
+
     Args:
-      most: most tokens of a call.
+      most: most tokens of a call on each shard.
       slots, capacity: B and S.
       best: of the slots' `Rules`.
+      shards: equal parts of the slots, in order.
     """
 
-    def __init__(self, most: int, *, slots: int, capacity: int, best: int | None) -> None:
+    def __init__(self, most: int, *, slots: int, capacity: int, best: int | None, shards: int = 1) -> None:
         self.most, self._slots, self._best = most, slots, best
         self._longest = min(most, capacity)
+        self.shards, self._each = shards, slots // shards
+
+    def next_slot(self, unused: deque[int]) -> int:
+        """Takes the first unused slot out, of the shard that has the most."""
+        if self.shards == 1:
+            return unused.popleft()
+        free = Counter(self._shard(slot) for slot in unused)
+        slot = max(unused, key=lambda slot: free[self._shard(slot)])
+        unused.remove(slot)
+        return slot
+
+    def evenly(self, slots: Iterable[int]) -> int:
+        """How many slots are in use if all shards have as many as the one with the most."""
+        return self.shards * max(Counter(map(self._shard, slots)).values())
+
+    def _shard(self, slot: int) -> int:
+        return slot // self._each
 
     @property
     def shapes(self) -> Iterator[Shape]:
@@ -78,9 +100,13 @@ class Packer:
     def pack(self, requests: Sequence[Request], left: int) -> tuple[list[Piece], Reading] | None:
         """The next pieces of `requests`, the first one first, and the call that reads them; None if it would have more
         than `left` tokens."""
-        group, shape = self._together(requests)
+        first = self._shard(requests[0].slot)
+        of_shard = lambda shard: [each for each in requests if self._shard(each.slot) == shard]
+        group, shape = self._together(of_shard(first))
         if shape.tokens > left:
             return None
+        others = (of_shard(shard) for shard in range(self.shards) if shard != first)
+        group = [*group, *(each for own in others for each in self._fitting(own, shape))]
         pieces = [Piece(each, each.read, min(each.unread, self._longest)) for each in group]
         return pieces, self.reading(pieces, shape)
 
@@ -103,6 +129,11 @@ class Packer:
         apart = sum(max(_FLOOR, self._alone(each.unread, True).width) for each in alike)
         return (alike, shape) if count > 1 and max(_FLOOR, shape.tokens) <= apart else ([first], alone)
 
+    def _fitting(self, requests: Sequence[Request], shape: Shape) -> Sequence[Request]:
+        """Requests of a shard that can be read by a call of this shape, which another shard needs."""
+        fits = lambda each: min(each.unread, self._longest) <= shape.width and not (shape.begin and each.read)
+        return [each for each in requests if fits(each)][: shape.rows]
+
     def _shared(self, request: Request) -> int | None:
         """The width at which the whole prompt can share a call; None if it can't."""
         fitting = [width for width in SHARED if request.unread <= width and self._largest(width) > 1]
@@ -110,16 +141,15 @@ class Packer:
 
     def _largest(self, width: int) -> int:
         """Most prompts of a call of that width, a power of two; 0 if none fits."""
-        most = min(self.most // width, self._slots)
+        most = min(self.most // width, self._each)
         return 1 << (most.bit_length() - 1) if most else 0
 
     def reading(self, pieces: Sequence[Piece], shape: Shape) -> Reading:
         """The pieces as arrays on the device; room that they leave reads nothing."""
-        tokens: Any = np.zeros((shape.rows, shape.width), np.int32)
-        for row, each in zip(tokens, pieces, strict=False):
+        every = [piece for shard in range(self.shards) for piece in self._block(pieces, shard, shape.rows)]
+        tokens: Any = np.zeros((len(every), shape.width), np.int32)
+        for row, each in zip(tokens, every, strict=True):
             row[: each.count] = each.request.prompt[each.start : each.start + each.count]
-        rest = [Piece(_NOBODY, 0, 0)] * (shape.rows - len(pieces))
-        every = [*pieces, *rest]
         counts, start = (
             _column(np.int32, (p.count for p in every)),
             _column(np.int32, (p.start for p in every)),
@@ -131,6 +161,11 @@ class Packer:
         seeds = _column(np.int64, (each.seed for each in settings)).astype(wide)
         made = Reading(Pieces(tokens, counts, rows, start), last, seeds, self._rules(settings), shape.begin)
         return jax.device_put(made)
+
+    def _block(self, pieces: Sequence[Piece], shard: int, rows: int) -> list[Piece]:
+        """The pieces of a shard, and as many that read nothing as there is room for."""
+        own = [each for each in pieces if self._shard(each.request.slot) == shard]
+        return own + [Piece(_NOBODY, 0, 0)] * (rows - len(own))
 
     def _rules(self, settings: Sequence[RowSettings]) -> Rules:
         sampler = zip(*(each.sampler for each in settings), strict=True)

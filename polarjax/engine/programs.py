@@ -62,7 +62,7 @@ def _of_flat(function: Callable[..., Any]) -> Callable[..., Any]:
 
 make = jax.jit(_of_flat(slots.make_slots), static_argnums=(1, 2), keep_unused=True)
 read = jax.jit(_of_flat(slots.read), donate_argnames=("slots",))
-share = jax.jit(slots.share, donate_argnames=("slots",))
+share = jax.jit(slots.share, donate_argnames=("slots",), static_argnames=("layout",))
 decode = overlapping_jit(
     _of_flat(slots.decode), static_argnames=("steps", "implementation"), donate_argnames=("slots",)
 )

@@ -17,6 +17,7 @@ from polarjax.model.chunks import Pieces, read_pieces
 from polarjax.model.decoder import Decoder
 from polarjax.model.layout import Layout
 from polarjax.model.parallel import constrained
+from polarjax.model.spread import copy_row
 from polarjax.model.vocab_parts import vocab_divided
 from polarjax.selection.selectors import Sparsity
 from polarjax.types import Array, Bool, Implementation, Int
@@ -153,11 +154,12 @@ def share(
     target: Int[Array, ""],
     tokens: Int[Array, "S"],
     count: Int[Array, ""],
+    *,
+    layout: Layout | None,
 ) -> Slots:
     """Copies the first `count` of `tokens`, which row `source` holds, into row `target`, to read on there. Traceable."""
     state = slots.state
-    copied = lambda leaf: leaf.at[target].set(leaf[source])
-    k, v = jax.tree.map(copied, (state.cache.k, state.cache.v))
+    k, v = copy_row((state.cache.k, state.cache.v), source, target, layout)
     cache = KVCache(k, v, state.cache.length.at[target].set(count))
     own = ids_in(tokens[None], count[None], state.seen.shape[1])[0]
     return dataclasses.replace(

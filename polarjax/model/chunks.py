@@ -11,7 +11,7 @@ from polarjax.model.blocks import logits, residual
 from polarjax.model.cache import KVCache, write_chunk
 from polarjax.model.chunk_attention import attend_to_cache
 from polarjax.model.decoder import Decoder, prompt_start
-from polarjax.model.parallel import from_own_shard, of_all_groups, of_own_groups, own_numbers
+from polarjax.model.parallel import of_all_groups, of_own_groups, own_numbers
 from polarjax.model.spread import spread_pieces, spread_prefill
 from polarjax.types import Array, Float, Int
 
@@ -39,7 +39,9 @@ def read_pieces(
 ) -> tuple[Float[Array, "R V"], KVCache]:
     """Appends pieces to their rows of the cache, densely; other rows stay as they are. Traceable.
 
-    A piece that starts at 0 begins its row anew. Reading a prompt in pieces of any size is the same as `prefill`.
+    A piece that starts at 0 begins its row anew. Reading a prompt in pieces of any size is the same as `prefill`. On a
+    mesh, the pieces are in as many equal blocks, in order, as its axis `data` has devices, which each read a block: its
+    rows are among those of the device.
 
     Args:
       model: the decoder.
@@ -62,8 +64,8 @@ def read_pieces(
 def _read(
     model: Decoder, pieces: Pieces, cache: KVCache, *, all_begin: bool, whole: bool = False
 ) -> tuple[Float[Array, "R V"], KVCache]:
-    """`read_pieces` on one device, or one device's part of it. Rows are those of its data shard or, if `whole`, of all:
-    then each shard reads all pieces, and the results are those of the shards that have the rows."""
+    """`read_pieces` on one device, or one device's part of it. Rows are numbered among those of its data shard or, if
+    `whole`, of all."""
     config, capacity = model.config, cache.capacity
     tokens, counts, start = pieces.tokens, pieces.counts, pieces.start
     rows, mine = own_numbers(pieces.rows, cache.k[0].shape[0], whole=whole)
@@ -98,8 +100,7 @@ def _read(
         x, pair = jax.lax.optimization_barrier((x, pair))
         pairs.append(pair)
     last = jnp.take_along_axis(x, jnp.maximum(counts - 1, 0)[:, None, None], 1)[:, 0]
-    shard_rows, in_shard = own_numbers(pieces.rows, cache.length.shape[0], whole=whole, shard=True)
-    last = from_own_shard(last, in_shard) if whole else last
+    shard_rows, _ = own_numbers(pieces.rows, cache.length.shape[0], whole=whole, shard=True)
     k, v = zip(*pairs, strict=True)
     return logits(model, last), KVCache(k, v, _lengths(cache.length, pieces, shard_rows))
 

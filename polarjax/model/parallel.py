@@ -167,12 +167,11 @@ def of_own_groups(heads: Float[Array, "R T K G H"], mine: Any) -> Float[Array, "
     return jax.lax.psum_scatter(heads, "model", scatter_dimension=2, tiled=True)
 
 
-def from_own_shard(x: Float[Array, "R D"], mine: Any) -> Float[Array, "R D"]:
-    """Rows that one data shard (where they are `mine`) has computed, on all of them."""
+def of_its_device(row: Float[Array, "..."], mine: Any) -> Float[Array, "..."]:
+    """A row of the cache on every device that has some of its groups: the one where it is `mine` has it."""
     layout = _LAYOUT.get()
-    if layout is None or layout.data is None or layout.sizes.data == 1:
-        return x
-    return jax.lax.psum(jnp.where(mine[:, None], x, 0), layout.data)
+    names = () if layout is None else tuple(filter(None, (layout.data, _by_sequences() and "model")))
+    return jax.lax.psum(jnp.where(mine, row, 0), names) if names else row
 
 
 def own_numbers(

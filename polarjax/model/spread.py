@@ -5,12 +5,13 @@ from collections.abc import Callable
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 from flax import nnx
 from jax.sharding import PartitionSpec
 
 from polarjax.model.cache import KVCache
 from polarjax.model.layout import Layout, axes_of
-from polarjax.model.parallel import on_each_device, own_columns, own_rows
+from polarjax.model.parallel import of_its_device, on_each_device, own_columns, own_numbers, own_rows
 from polarjax.selection.means import mean_output
 from polarjax.selection.routers import Routers
 from polarjax.selection.selectors import Selector, Sparsity
@@ -56,17 +57,36 @@ def spread_prefill(
 def spread_pieces(
     run: Callable[..., Any], model: Any, pieces: Any, cache: KVCache
 ) -> tuple[Float[Array, "R V"], KVCache]:
-    """`run(model, pieces, cache)` with all pieces, and each device's parts of the others."""
+    """`run(model, pieces, cache)` with each device's parts of these."""
     layout: Layout = model.layout
-    specs = (parameter_specs(model), PartitionSpec(), cache_specs(cache, layout))
-    return on_each_device(layout, run, (model, pieces, cache), specs=specs, out=results(layout, whole=True))
+    specs = (parameter_specs(model), PartitionSpec(layout.data), cache_specs(cache, layout))
+    return on_each_device(layout, run, (model, pieces, cache), specs=specs, out=results(layout))
 
 
-def results(layout: Layout, *, whole: bool = False) -> tuple[PartitionSpec, KVCache]:
-    """Where logits [B V] (`whole`: of pieces, which aren't divided over `data`) and a cache lie."""
+def copy_row[T](kv: T, source: Int[Array, ""], target: Int[Array, ""], layout: Layout | None) -> T:
+    """Arrays [B K S H] with row `target` replaced by row `source`; on a mesh, devices exchange this row alone."""
+    if layout is None:
+        return jax.tree.map(lambda leaf: leaf.at[target].set(leaf[source]), kv)
+    rows, leaves = jnp.stack([source, target]), jax.tree.leaves(kv)
+    spec = layout.cache_spec()
+
+    def run(leaves: list[Array], rows: Int[Array, "2"]) -> list[Array]:
+        count = leaves[0].shape[0]
+        (at, to), mine = own_numbers(rows, count, whole=True)
+        row = lambda leaf: of_its_device(leaf[jnp.minimum(at, count - 1)], mine[0])
+        return [leaf.at[to].set(row(leaf), mode="drop") for leaf in leaves]
+
+    made = on_each_device(
+        layout, run, (leaves, rows), specs=(spec, PartitionSpec()), out=[spec] * len(leaves)
+    )
+    return jax.tree.unflatten(jax.tree.structure(kv), made)
+
+
+def results(layout: Layout) -> tuple[PartitionSpec, KVCache]:
+    """Where logits [B V] and a cache lie."""
     rows = PartitionSpec(layout.data)
     kv: Any = layout.cache_spec()
-    return PartitionSpec(None if whole else layout.data, layout.rules["vocab"]), KVCache(kv, kv, rows)  # pyrefly: ignore[bad-argument-type]
+    return PartitionSpec(layout.data, layout.rules["vocab"]), KVCache(kv, kv, rows)  # pyrefly: ignore[bad-argument-type]
 
 
 def parameter_specs(model: Any) -> list[PartitionSpec]:

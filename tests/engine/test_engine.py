@@ -204,8 +204,9 @@ def test_running_rows_wait_for_one_call_at_a_time(monkeypatch):
 def test_prompts_that_begin_alike_are_read_once(monkeypatch):
     """From a slot that runs, one that ended, and the request's own; the tokens are those of the whole prompt."""
     copied, share = [], programs.share
-    spy = lambda slots, source, target, tokens, count: (
-        copied.append((int(source), int(target), int(count))) or share(slots, source, target, tokens, count)
+    spy = lambda slots, *numbers, layout: (
+        copied.append(tuple(int(each) for each in numbers if not each.ndim))
+        or share(slots, *numbers, layout=layout)
     )
     monkeypatch.setattr(programs, "share", spy)
     start = np.random.default_rng(3).integers(1, zoo.VOCAB, 35).astype(np.int32)

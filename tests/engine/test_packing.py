@@ -1,5 +1,7 @@
 """What the engine reads next: whole prompts in few shapes, within a number of tokens."""
 
+from collections import deque
+
 import numpy as np
 import pytest
 
@@ -41,12 +43,21 @@ def test_prompts_are_read_together_where_that_is_no_slower(lengths, read, shape,
     assert packer.pack(requests, reading.pieces.tokens.size - 1) is None
 
 
+def test_slots_of_all_shards_are_used_alike():
+    packer = Packer(64, slots=6, capacity=64, best=None, shards=3)
+    unused = deque([0, 1, 2, 3, 4, 5])
+    assert [packer.next_slot(unused) for _ in range(4)] == [0, 2, 4, 1] and list(unused) == [3, 5]
+    assert packer.evenly([0, 1, 4]) == 6 and packer.evenly([0, 2, 4]) == 3
+
+
 @pytest.mark.parametrize(
-    ("most", "slots", "capacity"), [(2048, 64, 4096), (1000, 3, 4096), (300, 8, 200), (4, 2, 40)]
+    ("most", "slots", "capacity", "shards"),
+    [(2048, 64, 4096, 1), (1000, 3, 4096, 1), (300, 8, 200, 1), (4, 2, 40, 1), (2048, 64, 4096, 4)],
 )
-def test_every_token_is_read_once_in_known_shapes(most, slots, capacity):
-    """Whatever the lengths; in the order of each prompt, and no call takes more than it may."""
-    packer, random = Packer(most, slots=slots, capacity=capacity, best=None), np.random.default_rng(0)
+def test_every_token_is_read_once_in_known_shapes(most, slots, capacity, shards):
+    """In the order of each prompt, by the shard of its slot, and no call takes more than it may."""
+    packer = Packer(most, slots=slots, capacity=capacity, best=None, shards=shards)
+    random, each = np.random.default_rng(0), slots // shards
     known = {tuple(shape) for shape in packer.shapes}
     for _ in range(20):
         requests = waiting(*random.integers(1, capacity, random.integers(1, slots + 1)))
@@ -54,8 +65,11 @@ def test_every_token_is_read_once_in_known_shapes(most, slots, capacity):
             request.read = int(random.integers(0, len(request.prompt)))
         while going := [request for request in requests if request.unread]:
             pieces, reading = packer.pack(going, most)
-            assert (*reading.pieces.tokens.shape, reading.begin) in known
-            assert reading.pieces.tokens.size <= most
+            rows, width = reading.pieces.tokens.shape
+            assert (rows // shards, width, reading.begin) in known
+            assert reading.pieces.tokens.size <= most * shards
+            for row, slot in enumerate(np.asarray(reading.pieces.rows)):
+                assert slot in (slots, *range(row * shards // rows * each, (row * shards // rows + 1) * each))
             assert pieces[0].request is going[0]
             assert (
                 len({id(piece.request) for piece in pieces}) == len(pieces) <= reading.pieces.tokens.shape[0]
