@@ -104,7 +104,10 @@ class StoredArrays:
             large = checked_as_read(record)
             verify(folder, record, self._files.keys() - large, hint=hint)
             self._chunks = chunks(folder, self._arrays, hint=hint)
-            read = {chunk.file for several in self._chunks.values() for chunk in several}
+            read = {chunk.file for several in self._chunks.values() for chunk in several if chunk.file}
+            if unknown := sorted(read - self._files.keys()):
+                what = "the record of the arrays leaves out files that hold them"
+                raise CheckpointError(what, where=folder, got=", ".join(unknown[:10]), hint=hint)
             verify(folder, record, large - read, hint=hint)
         self._local = threading.local()
 

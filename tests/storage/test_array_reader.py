@@ -173,6 +173,8 @@ def test_a_record_of_other_arrays_is_refused(stored, change):
     arrays = made["arrays"] | {"rows": made["arrays"]["rows"] | change}
     with pytest.raises(CheckpointError, match=r"cannot be read; got rows is float32 \[24, 40\]"):
         read_arrays(folder, made | {"arrays": arrays}, hint="")
+    with pytest.raises(CheckpointError, match="leaves out files that hold them; got state"):
+        read_arrays(folder, made | {"files": {}}, hint="")
     arrays = made["arrays"] | {"more": made["arrays"]["rows"]}
     with pytest.raises(CheckpointError, match=r"cannot be read; got .more/zarr"):
         read_arrays(folder, made | {"arrays": arrays}, hint="")
