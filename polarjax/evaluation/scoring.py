@@ -12,6 +12,7 @@ from polarjax.evaluation.checks import Mode, check_scoring, scored_after
 from polarjax.model.cache import init_cache
 from polarjax.model.checks import check_model, check_windows, host_array
 from polarjax.model.decoder import Decoder, decode_step, forward, prefill
+from polarjax.model.layout import mesh_of
 from polarjax.model.readable import fetched
 from polarjax.progress import task
 from polarjax.selection.checks import check_sparsity
@@ -55,8 +56,11 @@ def score(
     with task(description, windows.shape[0], "windows") as advance:
         for start in range(0, windows.shape[0], batch_size):
             batch = windows[start : start + batch_size]
-            rows.append(fetched(run(model, jax.device_put(batch), variants)))
-            advance(batch.shape[0])
+            count, parts = len(batch), mesh_of(model).batch_parts if mode == "decode" else 1
+            batch = np.concatenate([batch, batch[np.zeros(-count % parts, int)]])  # devices divide it evenly
+            found = fetched(run(model, jax.device_put(batch), variants))
+            rows.append(jax.tree.map(lambda leaf, count=count: leaf[:count], found))
+            advance(count)
     return jax.tree.map(lambda *parts: np.concatenate(parts), *rows), counted
 
 
