@@ -84,7 +84,7 @@ class Engine(Iterator[Event]):
         self._explained = functools.partial(
             explained_out_of_memory, config, **sizes, mesh=mesh, option="slots"
         )
-        with self._explained():
+        with programs.without_mesh(), self._explained():
             self._slots: Slots | None = programs.make(self._model, self.slots, self.capacity)
         sizes = {"slots": self.slots, "capacity": self.capacity, "shards": mesh.data}
         self._packer = Packer(most, **sizes, best=self._slots.rules.best)
@@ -343,7 +343,7 @@ class Engine(Iterator[Event]):
     def _closed_on_failure(self) -> Iterator[None]:
         """Closes the engine if a call fails, as slots that were donated to it are lost; explains a lack of memory."""
         try:
-            with self._explained():
+            with programs.without_mesh(), self._explained():
                 yield
         except BaseException:
             self.close()

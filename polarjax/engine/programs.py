@@ -4,9 +4,11 @@ import functools
 import os
 from collections.abc import Callable, Iterable
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import jax
+import numpy as np
 
 from polarjax.engine import slots
 from polarjax.generation.overlap import overlapping_jit
@@ -66,6 +68,13 @@ share = jax.jit(slots.share, donate_argnames=("slots",), static_argnames=("layou
 decode = overlapping_jit(
     _of_flat(slots.decode), static_argnames=("steps", "implementation"), donate_argnames=("slots",)
 )
+
+
+def without_mesh() -> AbstractContextManager[Any]:
+    """Leaves the mesh that the caller has set: slots lie on the model's, whose axes are automatic."""
+    if not jax.sharding.get_abstract_mesh().axis_names:
+        return nullcontext()
+    return jax.set_mesh(jax.sharding.Mesh(np.empty((), object), ()))
 
 
 def call(
