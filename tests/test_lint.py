@@ -1,6 +1,7 @@
 """Linter, formatter and type checker: a change that does not pass them is not done."""
 
 import ast
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -23,6 +24,7 @@ def test_clean(command):
     done = subprocess.run(
         [sys.executable, "-m", *command],
         cwd=ROOT,
+        env={name: value for name, value in os.environ.items() if name != "PYTHONPATH"},
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
         text=True,
