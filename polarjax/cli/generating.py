@@ -13,7 +13,7 @@ from polarjax.checkpoint.loading import load_with_tokenizer
 from polarjax.cli.generate import GenerateOptions
 from polarjax.cli.inputs import placement, random_key
 from polarjax.cli.job_output import standard_output
-from polarjax.cli.sampling_options import check_options, with_stops
+from polarjax.cli.sampling_options import check_options, with_stop_options
 from polarjax.errors import CheckpointError, InputError
 from polarjax.generation.checks import check_copies
 from polarjax.generation.settings import GenerationSettings
@@ -138,7 +138,7 @@ def prepare(options: GenerateOptions, given: Sequence[Prompt], key: Key[Array, "
 def merged_settings(asked: GenerationSettings, options: GenerateOptions) -> GenerationSettings:
     """The model's settings, overridden by options; prints which are ignored."""
     settings = with_options(asked, greedy=options.greedy, **options.drawing)
-    settings = with_stops(settings, options.stop, options.stop_id)
+    settings = with_stop_options(settings, options.stop, options.stop_id)
     for note in settings.notes:
         print(note, file=sys.stderr)
     return settings

@@ -1,12 +1,10 @@
 """How `generate` draws tokens and ends texts: its options override what the model asks for."""
 
-import dataclasses
 from typing import Any
 
 from polarjax.errors import InputError
 from polarjax.generation.settings import GenerationSettings
-from polarjax.jobs.line_settings import check_value, reworded
-from polarjax.text.assembly import check_stop_strings
+from polarjax.jobs.line_settings import check_value, reworded, with_stops
 
 
 def check_options(**options: Any) -> None:
@@ -21,17 +19,16 @@ def check_options(**options: Any) -> None:
         check_value(name, value, where=option, hint=hint)
 
 
-def with_stops(
+def with_stop_options(
     settings: GenerationSettings, strings: list[str] | None, ids: list[int] | None
 ) -> GenerationSettings:
-    """The settings with these stop strings and ids, if any, instead of the model's.
+    """The settings with the stop strings and ids of `--stop` and `--stop-id`, if any, instead of the model's.
 
     Raises:
       InputError: a string is empty, or an id is not a token id.
     """
-    if strings:
-        settings = dataclasses.replace(settings, stop_strings=check_stop_strings(strings))
+    settings = with_stops(settings, strings or None, None)
     try:
-        return dataclasses.replace(settings, stop_ids=tuple(ids)) if ids else settings
+        return with_stops(settings, None, ids or None)
     except InputError as error:
         raise reworded(error, where="--stop-id", hint="give ids of the model's tokenizer") from error

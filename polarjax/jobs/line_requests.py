@@ -11,11 +11,11 @@ import numpy as np
 from polarjax.engine.engine import Engine
 from polarjax.engine.in_order import Answer, Task, most_held
 from polarjax.errors import InputError, PolarjaxError
-from polarjax.generation.checks import check_copies, check_seed, check_stop_ids
+from polarjax.generation.checks import check_copies, check_seed
 from polarjax.generation.settings import GenerationSettings
-from polarjax.jobs.line_settings import with_line
+from polarjax.jobs.line_settings import with_line, with_stops
 from polarjax.selection.plans import PlanTable
-from polarjax.text.assembly import Ending, check_stop_strings
+from polarjax.text.assembly import Ending
 from polarjax.text.prompt_files import PromptLine
 from polarjax.text.prompts import Prompt, as_json
 from polarjax.text.tokenizer import Tokenizer
@@ -88,14 +88,7 @@ class LineRequests:
     def _settings(self, given: Mapping[str, Any]) -> GenerationSettings:
         """The settings of a line."""
         drawing = {name: given[name] for name in _DRAWING if name in given}
-        settings = with_line(self.settings, drawing)
-        stops: dict[str, Any] = {}
-        if "stop" in given:
-            stop = given["stop"]
-            stops["stop_strings"] = check_stop_strings(stop if isinstance(stop, list) else [stop])
-        if "stop_ids" in given:
-            stops["stop_ids"] = check_stop_ids(given["stop_ids"])
-        return dataclasses.replace(settings, **stops)
+        return with_stops(with_line(self.settings, drawing), given.get("stop"), given.get("stop_ids"))
 
     def _seeds(self, index: int, own: int | None) -> Iterator[int]:
         """A seed for each copy: the line's or the command's own, then ones that follow from it."""

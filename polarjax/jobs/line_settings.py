@@ -1,12 +1,15 @@
 """A prompt's own sampling settings: they override the job's, which override the model's."""
 
 import contextlib
-from collections.abc import Iterator, Mapping
+import dataclasses
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 from polarjax.errors import InputError
+from polarjax.generation.checks import check_stop_ids
 from polarjax.generation.settings import GENERATION_CONFIG, GenerationSettings
 from polarjax.numeric import shown
+from polarjax.text.assembly import check_stop_strings
 
 
 def check_value(name: str, value: Any, *, where: str | None, hint: str) -> None:
@@ -38,6 +41,21 @@ def with_line(settings: GenerationSettings, given: Mapping[str, Any]) -> Generat
 
     with _naming_the_file():
         return settings.asked(given, check)
+
+
+def with_stops(settings: GenerationSettings, strings: Any, ids: Any) -> GenerationSettings:
+    """The settings with these stop strings and ids (one, or several) instead of theirs; None keeps theirs.
+
+    Raises:
+      InputError: a string is empty, or an id is not a token id.
+    """
+    stops: dict[str, Any] = {}
+    if strings is not None:
+        several = isinstance(strings, Sequence) and not isinstance(strings, str)
+        stops["stop_strings"] = check_stop_strings(strings if several else [strings])
+    if ids is not None:
+        stops["stop_ids"] = check_stop_ids(ids)
+    return dataclasses.replace(settings, **stops)
 
 
 @contextlib.contextmanager

@@ -3,7 +3,6 @@
 Needs the package ray: `pip install 'polarjax[ray]'`.
 """
 
-import dataclasses
 import os
 import sys
 import threading
@@ -19,15 +18,13 @@ from polarjax.engine.engine import Engine
 from polarjax.engine.in_order import InOrder
 from polarjax.engine.slots import MOST_LOGPROBS
 from polarjax.errors import InputError
-from polarjax.generation.checks import check_best, check_copies, check_new_tokens, check_seed, check_stop_ids
+from polarjax.generation.checks import check_best, check_copies, check_new_tokens, check_seed
 from polarjax.generation.sampling import Categorical
-from polarjax.generation.settings import GenerationSettings
 from polarjax.jobs.line_requests import LineRequests, most_characters, tasks_apart
-from polarjax.jobs.line_settings import check_value, with_options
+from polarjax.jobs.line_settings import check_value, with_options, with_stops
 from polarjax.jobs.tables import as_table, check_columns, lines_of, with_answers
 from polarjax.model.mesh_shape import Attention
 from polarjax.sharding import device_mesh
-from polarjax.text.assembly import check_stop_strings
 from polarjax.types import DTypeLike
 
 
@@ -103,7 +100,7 @@ class CompletePrompts:
         tokenizer = needed_tokenizer(bundle, folder)
         for note in bundle.generation.notes:
             print(note, file=sys.stderr)
-        settings = _with_stops(with_options(bundle.generation, greedy=greedy, **drawing), stop, stop_ids)
+        settings = with_stops(with_options(bundle.generation, greedy=greedy, **drawing), stop, stop_ids)
         dense = dense or (head_density is None and bundle.missing is not None)
         self._plans, self._lock = None if dense else bundle.plans, threading.Lock()
         self._engine = Engine(bundle, slots=slots, capacity=capacity, head_density=head_density, dense=dense)
@@ -140,18 +137,6 @@ class CompletePrompts:
         apart = tasks_apart(self._engine, self._plans, logprobs=logprobs)
         runner = InOrder(self._engine, lambda _: next(tasks, None), lambda _: None, apart)
         return [self._requests.outcome(each) for each in runner]
-
-
-def _with_stops(
-    settings: GenerationSettings, stop: str | Sequence[str] | None, stop_ids: Sequence[int] | None
-) -> GenerationSettings:
-    """The settings with other stops, if there are any."""
-    stops: dict[str, Any] = {}
-    if stop is not None:
-        stops["stop_strings"] = check_stop_strings([stop] if isinstance(stop, str) else stop)
-    if stop_ids is not None:
-        stops["stop_ids"] = check_stop_ids(stop_ids)
-    return dataclasses.replace(settings, **stops)
 
 
 def _check_device() -> None:

@@ -235,7 +235,7 @@ REFUSED = {
     "greedy copies": (("--prompt", "a", "--num-return-sequences", "2"), "num_return_sequences: greedy"),
     "no copies": (("--prompt", "a", "--num-return-sequences", "0"), "num_return_sequences: no sequences"),
     "empty stop": (("--prompt", "a", "--stop", ""), "stop_strings: unusable"),
-    "negative stop id": (("--prompt", "a", "--stop-id", "-1"), "--stop-id: stop_ids is not usable"),
+    "negative stop id": (("--prompt", "a", "--stop-id", "-1"), "--stop-id: not a token id"),
     "top_p": (("--prompt", "a", "--top-p", "1.5"), "--top-p: top_p is out of range"),
     "top_k": (("--prompt", "a", "--top-k", "-1"), "--top-k: top_k is out of range"),
     "nan": (("--prompt", "a", "--temperature", "nan"), "--temperature: temperature is out of range"),
