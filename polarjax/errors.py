@@ -60,6 +60,12 @@ def _one_line(what: str, where: object, got: object, expected: object, hint: str
     return " ".join(text.split())
 
 
+def read_hint(error: OSError, otherwise: str) -> str:
+    """How to fix a file or folder that can't be read."""
+    denied = isinstance(error, PermissionError)
+    return "ask for permission to read it, or run as a user who may" if denied else otherwise
+
+
 def ran_out(error: BaseException) -> bool:
     """Whether this is JAX's error for a failed allocation."""
     return isinstance(error, RuntimeError) and any(sign in str(error) for sign in _OUT_OF_MEMORY)

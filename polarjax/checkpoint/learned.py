@@ -2,6 +2,8 @@
 
 import dataclasses
 import os
+import re
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +20,8 @@ from polarjax.checkpoint.manifest import (
     read_part,
 )
 from polarjax.configs import ModelConfig
-from polarjax.model.layout import Layout
+from polarjax.errors import CheckpointError
+from polarjax.model.layout import ROUTER_AXES, Layout
 from polarjax.selection.plans import PlanTable
 from polarjax.selection.routers import LayerRouter, Routers
 from polarjax.storage.array_reader import read_arrays
@@ -29,6 +32,7 @@ from polarjax.types import Array
 PLANS = "plans.json"
 CALIBRATE = "run polarjax calibrate or polarjax sparsify again"
 
+_ALWAYS = {"w_group", "b_group"}
 _NO_NEURONS: dict[str, Any] = {"w_in": None, "w_out": None}
 
 
@@ -56,20 +60,20 @@ def read_routers(
 
     They go to the mesh of `layout`, or to the default device.
     """
-    if not folder.is_dir():
+    if not os.path.lexists(folder):
         return None
     file = folder / "manifest.json"
     data = read_part(file, ("format", "arrays"), SPARSIFY)
     check_record(data["arrays"], where=file, hint=SPARSIFY)
+    fields = _fields(data["arrays"]["arrays"], file)
     shardings = None
     if layout is not None:
-        fields = {name: name.rpartition(".")[2] for name in data["arrays"]["arrays"]}
-        shardings = {name: layout.sharding(layout.router_spec(field)) for name, field in fields.items()}
+        specs = {name: layout.router_spec(field) for name, (_, field) in fields.items()}
+        shardings = {name: layout.sharding(spec) for name, spec in specs.items()}
     flat = read_arrays(folder / "arrays", data["arrays"], shardings=shardings, hint=SPARSIFY)
     layers: dict[int, dict[str, Array]] = {}
-    for name, value in flat.items():
-        _, layer, field = name.split(".")
-        layers.setdefault(int(layer), {})[field] = value
+    for name, (layer, field) in fields.items():
+        layers.setdefault(layer, {})[field] = flat[name]
     found = tuple(LayerRouter(**{**_NO_NEURONS, **layers[i]}) for i in sorted(layers))
     routers = Routers(
         found, weights=str(data.get("weights", "")), importance=importance_of_routers(data, file)
@@ -77,6 +81,18 @@ def read_routers(
     check_shape(routers, config, where=folder, hint=SPARSIFY)
     check_weights(routers, weights, where=folder, hint=SPARSIFY)
     return routers
+
+
+def _fields(names: Iterable[str], file: Path) -> dict[str, tuple[int, str]]:
+    """Layer and field of each array of the routers; raises `CheckpointError` if these are not whole routers."""
+    found = {name: re.fullmatch(r"layers\.(\d+)\.(\w+)", name) for name in names}
+    fields = {name: (int(match[1]), match[2]) for name, match in found.items() if match}
+    layers = {layer: {field for i, field in fields.values() if i == layer} for layer, _ in fields.values()}
+    whole = all(_ALWAYS <= each <= ROUTER_AXES.keys() for each in layers.values())
+    whole = whole and all(("w_in" in each) == ("w_out" in each) for each in layers.values())
+    if not whole or len(fields) != len(found) or sorted(layers) != list(range(len(layers))):
+        raise CheckpointError("the routers' list of arrays is damaged", where=file, hint=SPARSIFY)
+    return fields
 
 
 def fingerprint_of_routers(folder: Path) -> str:
@@ -87,7 +103,7 @@ def fingerprint_of_routers(folder: Path) -> str:
 
 def read_plans(file: Path, config: ModelConfig, weights: str, routers: Routers | None) -> PlanTable | None:
     """The plans in a model directory, checked against its parameters and routers; None if there are none."""
-    if not file.is_file():
+    if not os.path.lexists(file):
         return None
     plans = PlanTable.from_json(read_part(file, (), CALIBRATE))
     check_shape(plans, config, where=file, hint=CALIBRATE)
@@ -100,7 +116,7 @@ def read_plans(file: Path, config: ModelConfig, weights: str, routers: Routers |
 def plans_alone(folder: Path) -> PlanTable | None:
     """The plans in a model directory, not checked against anything; None if there are none."""
     file = folder / PLANS
-    return PlanTable.from_json(read_part(file, (), CALIBRATE)) if file.is_file() else None
+    return PlanTable.from_json(read_part(file, (), CALIBRATE)) if os.path.lexists(file) else None
 
 
 def write_routers(path: str | os.PathLike[str], routers: Routers) -> None:

@@ -10,7 +10,13 @@ import jax
 from polarjax.checkpoint.bundle import Bundle, needed_tokenizer
 from polarjax.checkpoint.group_order import in_group_order
 from polarjax.checkpoint.learned import PLANS, ROUTERS, marked, plans_alone, read_plans, read_routers
-from polarjax.checkpoint.manifest import AGAIN, read_config, read_manifest, read_source_config
+from polarjax.checkpoint.manifest import (
+    AGAIN,
+    check_parameters,
+    read_config,
+    read_manifest,
+    read_source_config,
+)
 from polarjax.checkpoint.same_model import agree_on_mesh, agree_on_model
 from polarjax.model.layout import Layout
 from polarjax.model.layout_checks import check_no_mesh
@@ -18,7 +24,7 @@ from polarjax.model.mesh_shape import Attention
 from polarjax.model.parameters import abstract, fingerprint, with_parameters
 from polarjax.sharding import layout_for, parameter_shardings
 from polarjax.storage.array_reader import read_arrays
-from polarjax.storage.atomic import absolute
+from polarjax.storage.atomic import absolute, reading
 from polarjax.storage.dtypes import check_dtype
 from polarjax.text.tokenizer import Tokenizer, has_tokenizer
 from polarjax.types import DTypeLike
@@ -47,7 +53,9 @@ def load(
     if mesh is None:
         check_no_mesh(rules=rules, attention=attention)
         return _read(path, dtype, routers=True, plans=True)
-    layout = layout_for(mesh, plans_alone(absolute(path)), rules=rules, attention=attention)
+    with reading(absolute(path)):
+        plans = plans_alone(absolute(path))
+    layout = layout_for(mesh, plans, rules=rules, attention=attention)
     agree_on_mesh(mesh, layout.attention)  # processes that read different parts would wait for each other
     return in_group_order(_read(path, dtype, routers=True, plans=True, layout=layout), layout)
 
@@ -76,9 +84,15 @@ def _read(
 ) -> Bundle:
     dtype = None if dtype is None else check_dtype(dtype)
     folder = absolute(path)
+    with reading(folder):
+        return _bundle(folder, dtype, routers, plans, layout)
+
+
+def _bundle(folder: Path, dtype: Any, routers: bool, plans: bool, layout: Layout | None) -> Bundle:
     manifest = read_manifest(folder)
     agree_on_model(folder, manifest)
     config = read_config(folder)
+    check_parameters(manifest, config, folder)
     shardings = None if layout is None else parameter_shardings(abstract(config), layout)
     flat = read_arrays(folder / "params", manifest["params"], dtype=dtype, shardings=shardings, hint=AGAIN)
     model = with_parameters(config, flat, layout=layout)

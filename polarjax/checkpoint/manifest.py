@@ -5,6 +5,7 @@ from typing import Any
 
 from polarjax.configs import ModelConfig
 from polarjax.errors import CheckpointError, InputError
+from polarjax.model.shapes import shapes
 from polarjax.selection.importance import Importance, check_importance
 from polarjax.storage.atomic import read_json
 from polarjax.storage.record import check_record
@@ -44,6 +45,17 @@ def read_config(folder: Path) -> ModelConfig:
     data = read_part(folder / "config.json", ("format",))
     data.pop("format")
     return ModelConfig.from_json(data)
+
+
+def check_parameters(manifest: dict[str, Any], config: ModelConfig, folder: Path) -> None:
+    """Raises `CheckpointError` unless a manifest lists the parameters of a configuration."""
+    expected = {name: list(shape) for name, shape in shapes(config).items()}
+    found = {name: entry["shape"] for name, entry in manifest["params"]["arrays"].items()}
+    names = sorted(expected.keys() | found.keys())
+    if wrong := [name for name in names if found.get(name) != expected.get(name)]:
+        what = "config.json and manifest.json are for different models"
+        got = f"missing, unknown or of the wrong shape: {', '.join(wrong[:10])}"
+        raise CheckpointError(what, where=folder, got=got, hint=AGAIN)
 
 
 def read_source_config(folder: Path) -> dict[str, Any] | None:

@@ -8,11 +8,15 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from polarjax.checkpoint.manifest import AGAIN, read_config, read_manifest, read_source_config
+from polarjax.checkpoint.manifest import (
+    AGAIN,
+    check_parameters,
+    read_config,
+    read_manifest,
+    read_source_config,
+)
 from polarjax.configs import ModelConfig
-from polarjax.errors import CheckpointError
-from polarjax.model.shapes import shapes
-from polarjax.storage.atomic import absolute
+from polarjax.storage.atomic import absolute, reading
 
 if TYPE_CHECKING:
     from polarjax.storage.array_reader import StoredArrays
@@ -30,16 +34,10 @@ class ModelReader:
 
     def __init__(self, path: str | os.PathLike[str]):
         self.folder = absolute(path)
-        self._manifest = read_manifest(self.folder)
-        self.config: ModelConfig = read_config(self.folder)
-        self._check()
-
-    def _check(self) -> None:
-        arrays = self._record["arrays"]
-        expected = {name: list(shape) for name, shape in shapes(self.config).items()}
-        if {name: entry["shape"] for name, entry in arrays.items()} != expected:
-            what = "config.json and manifest.json are for different models"
-            raise CheckpointError(what, where=self.folder, hint=AGAIN)
+        with reading(self.folder):
+            self._manifest = read_manifest(self.folder)
+            self.config: ModelConfig = read_config(self.folder)
+        check_parameters(self._manifest, self.config, self.folder)
 
     @property
     def _record(self) -> dict[str, Any]:

@@ -27,7 +27,7 @@ import typer
 from polarjax.cli.compile_cache import OFF, compile_cache
 from polarjax.cli.many_hosts import FLAGS as HOSTS
 from polarjax.cli.many_hosts import INTERRUPTED, joined
-from polarjax.errors import PolarjaxError
+from polarjax.errors import PolarjaxError, ran_out, read_hint
 
 BAD_INPUT = 2  # exit code; typer uses the same for a wrong option
 TERMINATED = 128 + signal.SIGTERM  # the exit code that shells use
@@ -202,21 +202,30 @@ def _command(verb: Verb) -> Callable[..., None]:
 
 @contextlib.contextmanager
 def _errors_in_one_line() -> Iterator[None]:
-    """Prints bad input and a lack of memory as one line, and exits."""
+    """Prints bad input, a file that can't be used and a lack of memory as one line, and exits."""
     try:
         yield
-    except PolarjaxError as error:
-        print(f"polarjax: {error}", file=sys.stderr)
-        raise typer.Exit(BAD_INPUT) from error
-    except RuntimeError as error:
-        from polarjax.errors import ran_out
-
-        if not ran_out(error):
+    except (PolarjaxError, OSError, RuntimeError) as error:
+        explained = _explained(error)
+        if explained is None:
             raise
-        hint = "compute less at a time, or use a device with more memory; polarjax inspect tells the sizes"
-        explained = PolarjaxError("the device ran out of memory", hint=hint)
         print(f"polarjax: {explained}", file=sys.stderr)
         raise typer.Exit(BAD_INPUT) from explained
+
+
+def _explained(error: Exception) -> PolarjaxError | None:
+    """What a user can do something about; None for what is no fault of theirs."""
+    if isinstance(error, PolarjaxError):
+        return error
+    if isinstance(error, OSError):
+        if error.filename is None:  # a broken pipe, for example
+            return None
+        hint = read_hint(error, "check that it exists and is readable")
+        return PolarjaxError("this file can't be used", where=error.filename, got=error.strerror, hint=hint)
+    if not ran_out(error):
+        return None
+    hint = "compute less at a time, or use a device with more memory; polarjax inspect tells the sizes"
+    return PolarjaxError("the device ran out of memory", hint=hint)
 
 
 _JSON = {

@@ -21,7 +21,7 @@ from typing import Any
 import jax
 import numpy as np
 
-from polarjax.errors import CheckpointError, ran_out
+from polarjax.errors import CheckpointError, ran_out, read_hint
 from polarjax.storage.chunks import Box, Chunk, chunks, whole
 from polarjax.storage.record import (
     BLOCK,
@@ -307,5 +307,6 @@ def _errors(folder: Path, hint: str) -> Iterator[None]:
             says["hint"] = "use a larger device, or JAX_PLATFORMS=cpu; polarjax inspect shows their size"
             raise CheckpointError("the device has too little memory for the arrays", **says) from error
         if isinstance(error, OSError):
-            raise CheckpointError("the arrays cannot be read", hint=hint, **says) from error
+            says["hint"] = read_hint(error, hint)
+            raise CheckpointError("the arrays cannot be read", **says) from error
         raise

@@ -17,7 +17,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, TextIO
 
-from polarjax.errors import CheckpointError, InputError
+from polarjax.errors import CheckpointError, InputError, read_hint
 
 _MARK = ".polarjax-tmp-"
 _LOCK, _OLD = ".lock", ".old"
@@ -161,11 +161,25 @@ def read_json(file: Path, *, hint: str) -> dict[str, Any]:
         data = json.loads(file.read_text("utf-8"))
     except FileNotFoundError as error:
         raise CheckpointError("the file is missing", where=file, hint=hint) from error
-    except (OSError, ValueError, RecursionError) as error:
+    except OSError as error:
+        fix = read_hint(error, hint)
+        raise CheckpointError("the file can't be read", where=file, got=error.strerror, hint=fix) from error
+    except (ValueError, RecursionError) as error:
         raise CheckpointError("not readable as JSON", where=file, got=str(error), hint=hint) from error
     if not isinstance(data, dict):
         raise CheckpointError("not a JSON object", where=file, got=type(data).__name__, hint=hint)
     return data
+
+
+@contextlib.contextmanager
+def reading(path: str | os.PathLike[str]) -> Iterator[None]:
+    """Turns a system error in a block that only reads into a `CheckpointError` that names the file, or else `path`."""
+    try:
+        yield
+    except OSError as error:
+        got, hint = error.strerror or str(error), read_hint(error, "check that it exists and is readable")
+        where = error.filename or path
+        raise CheckpointError("this can't be read", where=where, got=got, hint=hint) from error
 
 
 def _beside(temporary: Path, suffix: str) -> Path:

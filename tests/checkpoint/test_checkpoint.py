@@ -359,10 +359,52 @@ def test_damaged_json(saved, file, text):
     refused(saved, file, "Hint: ")
 
 
-def test_config_of_another_model(saved):
+@pytest.mark.parametrize(
+    ("change", "name"),
+    [({"d_ff": 41}, "0.mlp.w_up"), ({"num_layers": 1}, "1.attn.bk"), ({"num_layers": 3}, "2.attn.bk")],
+)
+def test_config_of_another_model(saved, change, name):
+    """Before anything is read, since what goes onto a mesh needs the configuration's shapes."""
     data = json.loads((saved / "config.json").read_text())
-    (saved / "config.json").write_text(json.dumps(data | {"d_ff": 41}))
-    refused(saved, "wrong shape", "layers.0.mlp.w_up")
+    (saved / "config.json").write_text(json.dumps(data | change))
+    shutil.rmtree(saved / "params")
+    for how in ({}, {"mesh": jax.make_mesh((1,), ("model",))}):
+        with pytest.raises(pj.CheckpointError, match=f"for different models.*wrong shape.*layers.{name}"):
+            pj.load(saved, **how)
+
+
+@pytest.mark.parametrize(
+    "name", ["layers.0.w_in", "layers.1.b_group", "more", "layers.0.more", "layers.3.mean"]
+)
+def test_routers_that_are_not_whole(saved, name):
+    """An array is left out, or added."""
+    file = saved / "routers" / "manifest.json"
+    data = json.loads(file.read_text())
+    if data["arrays"]["arrays"].pop(name, None) is None:
+        data["arrays"]["arrays"][name] = {"shape": [2], "dtype": "float32"}
+    file.write_text(json.dumps(data))
+    refused(saved, f"{file}: the routers' list of arrays is damaged", "Hint: run polarjax sparsify again")
+
+
+@pytest.mark.parametrize("part", ["plans.json", "routers"])
+def test_an_optional_part_that_is_something_else(saved, part):
+    """It isn't taken for absent: a model that was to skip would decode densely without a word."""
+    path = saved / part
+    shutil.rmtree(path) if path.is_dir() else path.unlink()
+    path.symlink_to(saved / "gone")
+    refused(saved, part, "the file is missing")
+
+
+def test_files_that_may_not_be_read(saved, monkeypatch):
+    """Everything is there; to make it again, as damage is repaired, would not help."""
+
+    def deny(path, *_, **__):
+        raise PermissionError(13, "Permission denied", str(path))
+
+    for method in ("is_dir", "read_text", "open"):
+        with monkeypatch.context() as patch:
+            patch.setattr(Path, method, deny)
+            refused(saved, str(saved), "got Permission denied", "Hint: ask for permission")
 
 
 def test_no_model_directory(tmp_path):

@@ -110,6 +110,14 @@ def test_bad_input_is_one_line_and_exit_code_2(polarjax, extra):
     assert polarjax("stretch", "a", "--factor", "0", *extra) == (2, "", expected)
 
 
+def test_a_file_that_may_not_be_used_is_one_line(polarjax, monkeypatch):
+    error = PermissionError(13, "Permission denied", "a/b")
+    monkeypatch.setattr(progress, "task", lambda *_: (_ for _ in ()).throw(error))
+    code, _, text = polarjax("stretch", "a")
+    assert code == 2
+    assert text.startswith("polarjax: a/b: this file can't be used; got Permission denied. Hint: ")
+
+
 @pytest.mark.parametrize(
     ("errors", "shown"),
     [
