@@ -23,7 +23,7 @@ from polarjax.model.stacked import hidden_states, unstack_parameters
 from polarjax.progress import task, tell
 from polarjax.selection.masking import Masking
 from polarjax.selection.plans import check_budget_rows
-from polarjax.selection.routers import Routers
+from polarjax.selection.routers import LayerRouter, Routers
 from polarjax.sparsity.checks import check_options
 from polarjax.sparsity.distillation import Arrays, Distillation, TuneState, by_tokens, selector, student
 from polarjax.sparsity.tune_options import TuneOptions
@@ -316,15 +316,14 @@ class _Run:
             flat |= unstack_parameters({name: value.astype(model.dtype)}, L)
         cast = {name: jax.device_put(value, old[name].sharding) for name, value in flat.items()}
         tuned = with_parameters(self._plan.spec.config, cast, layout=model.layout)
-        like = routers.layers[0].w_group
-        learned = {
-            name: jax.device_put(value, like.sharding).astype(like.dtype)
-            for name, value in self._state.routers.items()
-        }
-        layers = tuple(
-            dataclasses.replace(layer, **{name: value[i] for name, value in learned.items()})
-            for i, layer in enumerate(routers.layers)
-        )
+        dtype, stacked = routers.layers[0].w_group.dtype, self._state.routers.items()
+
+        def layer_of(i: int, old: LayerRouter) -> LayerRouter:
+            own = {name: value[i].astype(dtype) for name, value in stacked}
+            put = {name: jax.device_put(value, getattr(old, name).sharding) for name, value in own.items()}
+            return dataclasses.replace(old, **put)
+
+        layers = tuple(layer_of(i, old) for i, old in enumerate(routers.layers))
         return tuned, dataclasses.replace(routers, layers=layers, weights=fingerprint(tuned))
 
 

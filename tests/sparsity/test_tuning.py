@@ -59,9 +59,13 @@ def whole(windows, tmp_path_factory):
     return run(windows)
 
 
-def run(windows, options=OPTIONS, **more):
-    routers = with_means(zoo.routers(NAME))
-    return tune(zoo.model(NAME), routers, [windows], 0, options=options, held_out=windows[:8], **more)
+def start() -> pj.Bundle:
+    return pj.Bundle(zoo.model(NAME), routers=with_means(zoo.routers(NAME)))
+
+
+def run(windows, options=OPTIONS, bundle=None, **more):
+    given = start() if bundle is None else bundle
+    return tune(given.model, given.routers, [windows], 0, options=options, held_out=windows[:8], **more)
 
 
 def test_masked_perplexity_falls_and_the_result_belongs_together(whole):
@@ -262,7 +266,7 @@ def after_one_step(windows, options, devices: int):
 
 
 def on_four_devices() -> None:
-    """Runs in a process with four devices: one and four of them do the same."""
+    """Runs in a process with four devices: one and four of them do the same, and the result lies where the model lay."""
     windows = np.random.default_rng(0).integers(0, zoo.VOCAB, (16, 12), np.int32)
     options = dataclasses.replace(OPTIONS, tokens=2 * 8 * 12, batch_size=8, accumulate=2)
     (many, less), (one, more) = (after_one_step(windows, options, count) for count in (4, 1))
@@ -273,8 +277,12 @@ def on_four_devices() -> None:
     model, routers, report = run(windows, options)
     for value in jax.tree.leaves((model, routers)):
         assert value.devices() == {jax.devices()[0]}
-    before = run(windows, options, devices=1)[2].before
-    assert_close(list(report.before.values()), list(before.values()), "rounding")
+    spread = pj.shard(start(), jax.make_mesh((2, 2), ("data", "model")), rules={"vocab": None})
+    model, routers, other = run(windows, options, spread, devices=1)
+    assert_close(list(report.before.values()), list(other.before.values()), "rounding")
+    places = lambda *trees: [leaf.sharding for leaf in jax.tree.leaves(trees)]
+    assert places(model, routers) == places(spread.model, spread.routers)
+    assert model.layout == spread.model.layout
     for devices, message in ((3, "8 windows, 3 devices. Hint: .*multiple of 3"), (5, "expected at most 4")):
         with refuses(pj.InputError, message):
             run(windows, options, devices=devices)
