@@ -123,17 +123,30 @@ def _placed(slots: Slots, layout: Layout | None) -> Slots:
     return Slots(rest.rules, state)
 
 
+def _whole[T](tree: T, layout: Layout | None) -> T:
+    """What belongs to pieces, the same on all data shards, or XLA would divide it and exchange every array of it; ids
+    seen [R V] lie like the vocabulary."""
+    if layout is None:
+        return tree
+    vocab = PartitionSpec(None, layout.rules["vocab"])
+    spec = lambda path: vocab if jax.tree_util.keystr(path) == ".seen" else PartitionSpec()
+    put = lambda path, leaf: constrained(layout, leaf, spec(path))
+    return jax.tree_util.tree_map_with_path(put, tree)
+
+
 def read(model: Decoder, slots: Slots, reading: Reading) -> tuple[Slots, Drawn]:
     """Reads pieces into their rows; those of a prompt's last piece get their settings and first token. Traceable.
 
     Other rows stay as they are. A row that is being read doesn't go on, provided that its last request has ended.
     """
-    pieces, B = reading.pieces, slots.rules.limit.shape[0]
+    reading, B = _whole(reading, model.layout), slots.rules.limit.shape[0]
+    pieces = reading.pieces
     logits, cache = read_pieces(model, pieces, slots.state.cache, all_begin=reading.begin)
     seen = _seen(slots.state.seen, pieces)
     rules = dataclasses.replace(reading.rules, key=jax.vmap(jax.random.key)(reading.seeds))
-    with vocab_divided(model.layout):
+    with vocab_divided(model.layout, rows=False):
         begun = rules.begin(logits, None, seen[jnp.minimum(pieces.rows, B - 1)])
+    begun = _whole(begun, model.layout)
     rows = jnp.where(reading.last, pieces.rows, B)
     put = lambda into, new: into.at[rows].set(new, mode="drop")
     others: Any = {"step": None, "seen": None, "cache": None}

@@ -11,7 +11,7 @@ from polarjax.model.blocks import logits, residual
 from polarjax.model.cache import KVCache, write_chunk
 from polarjax.model.chunk_attention import attend_to_cache
 from polarjax.model.decoder import Decoder, prompt_start
-from polarjax.model.parallel import of_all_groups, of_own_groups, own_numbers
+from polarjax.model.parallel import of_all_groups, of_all_shards, of_own_groups, own_numbers
 from polarjax.model.spread import spread_pieces, spread_prefill
 from polarjax.types import Array, Float, Int
 
@@ -65,7 +65,7 @@ def _read(
     model: Decoder, pieces: Pieces, cache: KVCache, *, all_begin: bool, whole: bool = False
 ) -> tuple[Float[Array, "R V"], KVCache]:
     """`read_pieces` on one device, or one device's part of it. Rows are numbered among those of its data shard or, if
-    `whole`, of all."""
+    `whole`, of all; then the logits are those of all pieces."""
     config, capacity = model.config, cache.capacity
     tokens, counts, start = pieces.tokens, pieces.counts, pieces.start
     rows, mine = own_numbers(pieces.rows, cache.k[0].shape[0], whole=whole)
@@ -102,6 +102,7 @@ def _read(
     last = jnp.take_along_axis(x, jnp.maximum(counts - 1, 0)[:, None, None], 1)[:, 0]
     shard_rows, _ = own_numbers(pieces.rows, cache.length.shape[0], whole=whole, shard=True)
     k, v = zip(*pairs, strict=True)
+    last = of_all_shards(last) if whole else last
     return logits(model, last), KVCache(k, v, _lengths(cache.length, pieces, shard_rows))
 
 

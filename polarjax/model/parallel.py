@@ -167,6 +167,12 @@ def of_own_groups(heads: Float[Array, "R T K G H"], mine: Any) -> Float[Array, "
     return jax.lax.psum_scatter(heads, "model", scatter_dimension=2, tiled=True)
 
 
+def of_all_shards(x: Float[Array, "r D"]) -> Float[Array, "R D"]:
+    """The rows of all data shards, in order, on all of them."""
+    layout = _LAYOUT.get()
+    return x if layout is None or layout.data is None else jax.lax.all_gather(x, layout.data, tiled=True)
+
+
 def of_its_device(row: Float[Array, "..."], mine: Any) -> Float[Array, "..."]:
     """A row of the cache on every device that has some of its groups: the one where it is `mine` has it."""
     layout = _LAYOUT.get()

@@ -60,7 +60,7 @@ def spread_pieces(
     """`run(model, pieces, cache)` with each device's parts of these."""
     layout: Layout = model.layout
     specs = (parameter_specs(model), PartitionSpec(layout.data), cache_specs(cache, layout))
-    return on_each_device(layout, run, (model, pieces, cache), specs=specs, out=results(layout))
+    return on_each_device(layout, run, (model, pieces, cache), specs=specs, out=results(layout, whole=True))
 
 
 def copy_row[T](kv: T, source: Int[Array, ""], target: Int[Array, ""], layout: Layout | None) -> T:
@@ -82,11 +82,11 @@ def copy_row[T](kv: T, source: Int[Array, ""], target: Int[Array, ""], layout: L
     return jax.tree.unflatten(jax.tree.structure(kv), made)
 
 
-def results(layout: Layout) -> tuple[PartitionSpec, KVCache]:
-    """Where logits [B V] and a cache lie."""
+def results(layout: Layout, *, whole: bool = False) -> tuple[PartitionSpec, KVCache]:
+    """Where logits [B V] (`whole`: of pieces, whose results aren't divided over `data`) and a cache lie."""
     rows = PartitionSpec(layout.data)
     kv: Any = layout.cache_spec()
-    return PartitionSpec(layout.data, layout.rules["vocab"]), KVCache(kv, kv, rows)  # pyrefly: ignore[bad-argument-type]
+    return PartitionSpec(None if whole else layout.data, layout.rules["vocab"]), KVCache(kv, kv, rows)  # pyrefly: ignore[bad-argument-type]
 
 
 def parameter_specs(model: Any) -> list[PartitionSpec]:

@@ -12,13 +12,13 @@ from polarjax.model.layout import Layout
 from polarjax.model.parallel import constrained, on_each_device
 from polarjax.types import Array, Float, Int
 
-_LAYOUT: ContextVar[Layout | None] = ContextVar("layout of logits", default=None)
+_LAYOUT: ContextVar[tuple[Layout | None, bool]] = ContextVar("layout of logits", default=(None, False))
 
 
 @contextlib.contextmanager
-def vocab_divided(layout: Layout | None) -> Iterator[None]:
-    """Inside, this module's functions know how logits lie; None is one device."""
-    token = _LAYOUT.set(layout)
+def vocab_divided(layout: Layout | None, *, rows: bool = True) -> Iterator[None]:
+    """Inside, this module's functions know how logits lie; None is one device. `rows`: whether `data` divides them."""
+    token = _LAYOUT.set((layout, rows))
     try:
         yield
     finally:
@@ -27,7 +27,7 @@ def vocab_divided(layout: Layout | None) -> Iterator[None]:
 
 def over_vocab(logits: Float[Array, "B *T V"]) -> Float[Array, "B *T V"]:
     """The logits, of which each device has its sequences and its part of the vocabulary. Traceable."""
-    layout = _LAYOUT.get()
+    layout, _ = _LAYOUT.get()
     return logits if layout is None else constrained(layout, logits, _spec(layout, logits))
 
 
@@ -36,7 +36,7 @@ def largest(logits: Float[Array, "B V"], n: int) -> tuple[Float[Array, "B n"], I
 
     Devices exchange the n largest of their parts of the vocabulary, not the logits.
     """
-    layout = _LAYOUT.get()
+    layout, _ = _LAYOUT.get()
     if layout is None or layout.parts("vocab") == 1:
         return jax.lax.top_k(logits, n)
 
@@ -53,5 +53,6 @@ def largest(logits: Float[Array, "B V"], n: int) -> tuple[Float[Array, "B n"], I
 
 
 def _spec(layout: Layout, logits: Float[Array, "B *T V"]) -> PartitionSpec:
-    data = layout.data if logits.shape[0] % layout.sizes.data == 0 else None
+    divided = _LAYOUT.get()[1] and logits.shape[0] % layout.sizes.data == 0
+    data = layout.data if divided else None
     return PartitionSpec(data, *[None] * (logits.ndim - 2), layout.rules["vocab"])
