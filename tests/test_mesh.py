@@ -4,6 +4,7 @@ import contextlib
 import dataclasses
 import json
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -15,6 +16,7 @@ import pytest
 from jax.sharding import AxisType
 
 import polarjax as pj
+from polarjax.engine import programs
 from polarjax.evaluation import perplexity
 from polarjax.evaluation.sweep_cases import Asked
 from polarjax.model.parameters import parameters, with_parameters
@@ -116,6 +118,15 @@ def engine_tokens(bundle: pj.Bundle) -> dict[int, list[int]]:
     return made
 
 
+def exchanges_of_reading(bundle: pj.Bundle) -> list[str]:
+    """Kinds of what devices exchange when prompts are read, besides sums."""
+    with pj.Engine(bundle, slots=4, capacity=48, read_tokens=8) as engine:
+        reading = engine._packer.reading([], next(iter(engine._packer.shapes)))
+        program = programs.read.lower(engine._model, engine._slots, reading).compile().as_text()
+    found = re.findall(r"= \S+ (all-gather|all-to-all|collective-permute)(?:-start)?\(", program)
+    return sorted(found)
+
+
 def sweep_faults(bundle: pj.Bundle) -> dict[str, str]:
     """What is wrong with the cases that a sweep on two batches decides on before it measures anything."""
     given = dict.fromkeys(field.name for field in dataclasses.fields(Asked))
@@ -160,6 +171,10 @@ def on_mesh() -> None:
     with around("groups of two batches"):  # whatever mesh is set
         if engine_tokens(several) != expected:
             faults["engine"] = "other tokens"
+    found = exchanges_of_reading(pj.shard(pj.Bundle(one.model), mesh_of("groups of two batches")))
+    # Of the pieces' last states, and of each half of the vocabulary the likeliest tokens and their numbers.
+    if found != ["all-gather"] * 7:
+        faults["reading"] = str(found)
     model, (tokens, lengths) = divisible("opt"), zoo.batch(4)
     usual = pj.shard(model, jax.make_mesh((2, 2), ("data", "model")))  # explicit axes, which nobody has set
     found, expected = (perplexity(each, np.asarray(tokens)).nll for each in (usual, model))
