@@ -82,6 +82,10 @@ CHECKED: dict[str, Callable[[list[str]], None]] = {
 }
 
 
+# calls of `polarjax` in processes of their own, by the script that pip installs
+STARTED = (["polarjax", "--help"],)
+
+
 class Served:
     """The server that the README starts, on a port that is free; it runs until the tests have ended."""
 
@@ -140,7 +144,8 @@ def environment() -> dict[str, str]:
 
 
 class Python:
-    """One process for all Python blocks, each in a namespace of its own: starting costs more than most of them."""
+    """One process for all Python blocks, each in a namespace of its own, and for calls of the command: starting one costs
+    more than most of them."""
 
     LOOP = """if True:
         import json, sys, traceback
@@ -161,16 +166,27 @@ class Python:
             [sys.executable, "-c", self.LOOP], cwd=folder, env=environment(), **pipes
         )
 
+    def command(self, words: list[str]) -> None:
+        """Runs `polarjax` with these words as the installed script does; an exit code other than 0 fails the test."""
+        self.run(
+            "from polarjax.cli.main import main\n"
+            f"try:\n    main({words!r})\n"
+            "except SystemExit as ended:\n    assert not ended.code, f'exit code {ended.code}'"
+        )
+
     def run(self, block: str) -> None:
         """Runs a block; what it raises fails the test."""
         self._process.stdin.write(json.dumps(block) + "\n")
         self._process.stdin.flush()
         for line in self._process.stdout:
             if line.startswith('{"error": '):
-                assert (error := json.loads(line)["error"]) == "", error
+                assert (error := json.loads(line)["error"]) == "", f"{error}\n{self._errors()}"
                 return
+        raise AssertionError(f"a block ended the process: {self._errors()}")
+
+    def _errors(self) -> str:
         self._printed.seek(0)
-        raise AssertionError(f"a block ended the process: {self._printed.read()}")
+        return self._printed.read()[-2000:]
 
     def stop(self) -> None:
         """Ends it."""
@@ -205,12 +221,14 @@ def test_readme(snippet, clone, served, python):
         CHECKED[words[0]](words)
     elif words[:2] == ["polarjax", "serve"]:
         served.start(words, clone)
-    else:
+    elif words[:2] in STARTED or words[0] != "polarjax":
         failing = "--fail-with-body " if words[0] == "curl" else ""
         command = (
             served.moved(snippet.text).replace("curl ", f"curl {failing}", 1) if failing else snippet.text
         )
         run(["bash", "-euo", "pipefail", "-c", command], clone)
+    else:
+        python.command(words[1:])
 
 
 def test_the_reader_finds_commands_and_blocks():
