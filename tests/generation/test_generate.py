@@ -272,7 +272,7 @@ BAD_SPARSITY = {
         "routers are for another model; got 1 layers, expected 2",
     ),
     "routers of another width": (
-        pj.Sparsity(zoo.routers("llama-mqa"), PLAN),
+        pj.Sparsity(zoo.routers("llama-gqa"), PLAN),
         "routers of layer 0.*another model",
     ),
     "oracle": (pj.Sparsity(Oracle(), PLAN), "decode_step: oracle selection.*forward"),

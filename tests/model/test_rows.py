@@ -89,7 +89,7 @@ def test_ended_rows_have_no_say(name):
 @pytest.mark.parametrize(("name", "sparse"), [("opt", True), ("llama-gqa", False)])
 def test_a_ragged_batch_generates_what_each_prompt_does_alone(name, sparse):
     model, (tokens, lengths) = zoo.model(name), zoo.batch()
-    plan = pj.SparsityPlan((None, None), zoo.half(model.config).groups)
+    plan = pj.SparsityPlan((None,) * model.config.num_layers, zoo.half(model.config).groups)
     sparsity = pj.Sparsity(zoo.routers(name), plan) if sparse else None
     settings = {"max_new_tokens": 10, "stop_ids": (7, 11), "sparsity": sparsity}
     together = pj.generate(model, tokens, lengths, **settings)

@@ -46,19 +46,20 @@ _LLAMA3 = pj.RopeConfig(
     theta=500.0, scaling="llama3", factor=4.0, high_freq_factor=3.0, original_max_positions=12
 )
 
+# Of the kinds that differ within a layer only, one layer: each more is compiled again in every program.
 CONFIGS: dict[str, pj.ModelConfig] = {
     "opt": _OPT,
-    "opt-350m": dataclasses.replace(_OPT, norm_position="post", final_norm=False, embed_dim=16),
+    "opt-350m": dataclasses.replace(_OPT, num_layers=1, norm_position="post", final_norm=False, embed_dim=16),
     "llama-mha": _LLAMA,
     "llama-gqa": dataclasses.replace(_LLAMA, num_kv_heads=2, rope=_LLAMA3),
-    "llama-mqa": dataclasses.replace(_LLAMA, num_kv_heads=1, tie_embeddings=True),
+    "llama-mqa": dataclasses.replace(_LLAMA, num_layers=1, num_kv_heads=1, tie_embeddings=True),
     "fatrelu-gated": dataclasses.replace(
         _LLAMA, num_kv_heads=2, activation="relu", activation_threshold=0.02, mlp_bias=True
     ),
     "qkv-bias": dataclasses.replace(
-        _LLAMA, num_kv_heads=2, qkv_bias=True, rope=pj.RopeConfig(scaling="linear", factor=3.0)
+        _LLAMA, num_layers=1, num_kv_heads=2, qkv_bias=True, rope=pj.RopeConfig(scaling="linear", factor=3.0)
     ),
-    "qk-norm": dataclasses.replace(_LLAMA, num_kv_heads=2, qk_norm=True, head_dim=10),
+    "qk-norm": dataclasses.replace(_LLAMA, num_layers=1, num_kv_heads=2, qk_norm=True, head_dim=10),
     "window": dataclasses.replace(_LLAMA, num_kv_heads=2, sliding_window=(3, None), activation="gelu"),
 }
 DTYPES = ("float32", "bfloat16")
@@ -92,7 +93,12 @@ def model(name: str, dtype: str = "float32") -> pj.Decoder:
     random = np.random.default_rng(1)
     shapes = parameters(abstract(CONFIGS[name]))
     made = {path: _draw(random, path, shape.shape) for path, shape in shapes.items()}
-    return with_parameters(CONFIGS[name], {path: jnp.asarray(value, dtype) for path, value in made.items()})
+    return with_parameters(CONFIGS[name], {path: on_device(value, dtype) for path, value in made.items()})
+
+
+def on_device(value: np.ndarray, dtype: str = "float32") -> jax.Array:
+    """The array rounded to float32, then to `dtype`, by NumPy: `jnp.asarray` compiles a program for every shape."""
+    return jax.device_put(np.asarray(value).astype("float32").astype(dtype))
 
 
 def shortened(name: str, positions: int) -> pj.Decoder:
@@ -119,7 +125,7 @@ def batch(rows: int = 3, width: int = 9, seed: int = 0) -> tuple[jax.Array, jax.
     random = np.random.default_rng(seed)
     tokens = random.integers(0, VOCAB, (rows, width))
     lengths = np.linspace(width, 1, rows).round() if rows > 1 else np.array([width])
-    return jnp.asarray(tokens, jnp.int32), jnp.asarray(lengths, jnp.int32)
+    return jax.device_put((tokens.astype("int32"), lengths.astype("int32")))
 
 
 def empty_cache(model: pj.Decoder, batch_size: int, capacity: int = 24) -> pj.KVCache:
@@ -137,8 +143,9 @@ def everything(config: pj.ModelConfig) -> pj.SparsityPlan:
 def routers(name: str, dtype: str = "float32") -> Routers:
     """Untrained routers that tell neurons and groups apart by chance."""
     random = np.random.default_rng(2)
-    draw = lambda leaf: jnp.asarray(random.normal(size=leaf.shape) * leaf.shape[0] ** -0.5, dtype)
-    return jax.tree.map(draw, init_routers(CONFIGS[name], jax.random.key(0), neurons=True))
+    draw = lambda leaf: on_device(random.normal(size=leaf.shape) * leaf.shape[0] ** -0.5, dtype)
+    make = functools.partial(init_routers, CONFIGS[name], neurons=True)
+    return jax.tree.map(draw, jax.eval_shape(make, jax.random.key(0)))
 
 
 @functools.cache
@@ -147,7 +154,7 @@ def static(name: str) -> Static:
     config, random = CONFIGS[name], np.random.default_rng(4)
     groups = random.uniform(size=(config.num_layers, config.num_kv_heads))
     neurons = random.uniform(size=(config.num_layers, config.d_ff))
-    return Static(jnp.asarray(groups, jnp.float32), jnp.asarray(neurons, jnp.float32))
+    return Static(on_device(groups), on_device(neurons))
 
 
 def half(config: pj.ModelConfig) -> pj.SparsityPlan:
@@ -182,9 +189,7 @@ def per_row(name: str, rows: int = 3) -> pj.Sparsity:
     config, random = CONFIGS[name], np.random.default_rng(5)
     groups = random.uniform(size=(config.num_layers, rows, config.num_kv_heads))
     neurons = random.uniform(size=(config.num_layers, config.d_ff))
-    return pj.Sparsity(
-        PerRow(jnp.asarray(groups, jnp.float32), jnp.asarray(neurons, jnp.float32)), half(config)
-    )
+    return pj.Sparsity(PerRow(on_device(groups), on_device(neurons)), half(config))
 
 
 def with_parameter(model: pj.Decoder, name: str, value: jax.Array) -> pj.Decoder:
@@ -196,4 +201,4 @@ def with_rows(model: pj.Decoder, name: str, rows, value: float) -> pj.Decoder:
     """The model with `value` written into rows of the parameter `name`."""
     new = np.array(parameters(model)[name])
     new[rows] = value
-    return with_parameter(model, name, jnp.asarray(new))
+    return with_parameter(model, name, jax.device_put(new))
