@@ -21,7 +21,7 @@ from polarjax.selection.masking import Counted, top_counted
 from polarjax.selection.routers import Routers, init_routers
 from polarjax.selection.selectors import Oracle, Random, Sparsity, top_mask
 from polarjax.text.token_windows import ScoredWindows
-from tests.evaluation.test_evaluation import CONFIG, FULL, HALF, MODEL, ROUTERS, WINDOWS
+from tests.evaluation.test_evaluation import CONFIG, FULL, HALF, MODEL, ROUTERS, WINDOWS, _forward
 from tests.tolerances import assert_close
 
 SELECTORS = {"router": ROUTERS, "oracle": Oracle()}
@@ -144,7 +144,7 @@ def test_masks_with_traced_counts_are_those_of_the_plan():
     for plan in (HALF.plan, FULL.plan):
         counted = Counted.of(ROUTERS, plan, (HALF.plan, FULL.plan), CONFIG)
         masked = [
-            forward(MODEL, WINDOWS, lengths, sparsity=each)[0] for each in (counted, Sparsity(ROUTERS, plan))
+            _forward(MODEL, WINDOWS, lengths, sparsity=each)[0] for each in (counted, Sparsity(ROUTERS, plan))
         ]
         assert_close(*masked, "rounding")
 
@@ -163,7 +163,7 @@ def test_selectors_that_share_a_program_keep_their_means_and_importance():
         shared = paired.OneOf.of(selectors, which, CONFIG)
         assert len(shared.selectors) == 2
         masked = [
-            forward(MODEL, WINDOWS, lengths, sparsity=Sparsity(each, HALF.plan))
+            _forward(MODEL, WINDOWS, lengths, sparsity=Sparsity(each, HALF.plan))
             for each in (shared, selector)
         ]
         assert_close(masked[0][0], masked[1][0], "rounding")
@@ -172,7 +172,9 @@ def test_selectors_that_share_a_program_keep_their_means_and_importance():
 def test_static_scores_are_means_over_the_text(monkeypatch):
     monkeypatch.setattr(paired, "LARGEST_MASKED_BATCH", 3)  # the last batch is not full
     found = static_selector(MODEL, WINDOWS)
-    _, taps = forward(MODEL, WINDOWS, np.full(5, 12, np.int32), taps=TapSpec())
+    _, taps = jax.jit(forward, static_argnames="taps")(
+        MODEL, WINDOWS, np.full(5, 12, np.int32), taps=TapSpec()
+    )
     assert taps is not None
     assert_close(found.groups, [np.mean(each, (0, 1)) for each in taps.norms], "rounding")
     active = [np.mean(unpack(each, CONFIG.d_ff), (0, 1)) for each in taps.activity]

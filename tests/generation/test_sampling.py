@@ -46,14 +46,27 @@ GREEDY = [
 ]
 
 
+def assert_greedy(drawn: jax.Array, logits: jax.Array) -> None:
+    assert drawn.dtype == jnp.int32
+    assert (np.asarray(drawn) == np.asarray(logits).argmax(-1)).all()
+
+
 @pytest.mark.parametrize("sampler", GREEDY, ids=str)
 @settings(max_examples=8)
 @given(logits=logits(), seed=st.integers(0, 999))
 def test_the_greedy_limits(sampler, logits, seed):
-    for draw in (sampler, _compiled(sampler)):
-        drawn = draw(logits, jax.random.key(seed))
-        assert drawn.dtype == jnp.int32
-        assert (np.asarray(drawn) == np.asarray(logits).argmax(-1)).all()
+    assert_greedy(_compiled(sampler)(logits, jax.random.key(seed)), logits)
+
+
+@pytest.mark.parametrize("sampler", GREEDY, ids=str)
+@pytest.mark.parametrize("spread", [0.1, 30.0])
+def test_the_greedy_limits_without_jit(sampler, spread):
+    """Every call outside of `jax.jit` compiles its conditions again, so there are few."""
+    logits = (
+        np.random.default_rng(0).permuted(np.linspace(-spread, spread, ROWS * VOCAB)).reshape(ROWS, VOCAB)
+    )
+    logits = jnp.asarray(logits, jnp.float32)
+    assert_greedy(sampler(logits, KEY), logits)
 
 
 def test_greedy_takes_the_lower_id_on_a_tie_and_needs_no_key():
