@@ -144,8 +144,8 @@ def environment() -> dict[str, str]:
 
 
 class Python:
-    """One process for all Python blocks, each in a namespace of its own, and for calls of the command: starting one costs
-    more than most of them."""
+    """One process for all Python blocks, each in a namespace of its own, and for calls of the command: starting one is
+    slower than most of them."""
 
     LOOP = """if True:
         import json, sys, traceback
