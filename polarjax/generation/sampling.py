@@ -200,8 +200,7 @@ def _column(sampler: Categorical, name: str, logits: Float[Array, "B V"]) -> Arr
 
 def _cut_if(wanted: Bool[Array, "*B 1"], cut: Cut, logits: Float[Array, "B V"]) -> Float[Array, "B V"]:
     """`cut(logits)`, which isn't computed if no row wants it."""
-    kept = cut
-    return over_vocab(jax.lax.cond(jnp.any(wanted), kept, lambda logits: logits, logits))
+    return over_vocab(jax.lax.cond(jnp.any(wanted), cut, lambda logits: logits, logits))
 
 
 def _keep(logits: Float[Array, "B V"], floor: Float[Array, "B 1"]) -> Float[Array, "B V"]:
