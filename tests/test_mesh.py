@@ -192,6 +192,17 @@ def refusals() -> dict[str, str]:
     plan, prompts = zoo.half(model.config), zoo.batch(4)
     sparsity = pj.Sparsity(zoo.routers("opt"), plan)
     spread = pj.shard(model, mesh_of("sequences"))
+    config = model.config
+    plans = pj.PlanTable(
+        num_layers=config.num_layers,
+        num_neurons=config.d_ff,
+        num_groups=config.num_kv_heads,
+        batch_sizes=(4,),
+        neurons=(plan.neurons,),
+        recall=((1.0,) * config.num_layers,),
+        head_density=0.5,
+    )
+    skipping = pj.Bundle(pj.shard(model, mesh), routers=zoo.routers("opt"), plans=plans)
     decode = lambda model, prompts=prompts, **more: pj.generate(model, *prompts, max_new_tokens=2, **more)
     wrong = {
         "no axis model": lambda: pj.shard(model, jax.make_mesh((2,), ("data",))),
@@ -202,6 +213,7 @@ def refusals() -> dict[str, str]:
         "no axis 'vocabulary'": lambda: pj.shard(model, mesh, rules={"vocabulary": None}),
         "'embed' can't be divided": lambda: pj.shard(model, mesh, rules={"embed": "model"}),
         "another number of shards": lambda: decode(pj.shard(model, mesh), sparsity=sparsity),
+        "another number of shards; got neurons in 1": lambda: pj.Engine(skipping, slots=4, capacity=16),
         "can't be divided evenly": lambda: decode(spread, zoo.batch(3)),
     }
     found = {}

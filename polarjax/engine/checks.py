@@ -1,6 +1,6 @@
 """Checks of what an engine and its requests ask for; what they return is in the form that the engine takes."""
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 import numpy as np
@@ -23,7 +23,9 @@ from polarjax.generation.sampling import row_of
 from polarjax.generation.stream import CONTEXT
 from polarjax.model.checks import check_room, check_vocabulary, host_array
 from polarjax.model.layout import mesh_of
+from polarjax.model.spread_checks import check_spread
 from polarjax.numeric import check_type
+from polarjax.selection.selectors import Sparsity
 from polarjax.sharding import automatic
 from polarjax.text import continuation
 from polarjax.text.assembly import Assembler
@@ -54,6 +56,17 @@ def check_dense(dense: Any, head_density: float | None) -> None:
         raise InputError(
             "dense and head_density contradict each other", where="Engine", got=head_density, hint=hint
         )
+
+
+def skipped(
+    bundle: Bundle, sizes: Iterable[int], dense: bool, head_density: float | None
+) -> dict[int, Sparsity | None]:
+    """What to skip with each number of sequences; raises `SparsityError` if that isn't for the model or its mesh."""
+    skip = bundle.sparsity_by_batch(None if dense else "auto", head_density)
+    found = {size: skip(size) for size in sizes}
+    for sparsity in found.values():
+        check_spread(bundle.model, sparsity)
+    return found
 
 
 def as_request(

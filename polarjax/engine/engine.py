@@ -77,9 +77,9 @@ class Engine(Iterator[Event]):
         room = checks.sizes_of(bundle, most)
         self.slots, self.capacity = slots_and_capacity(config, dtype, slots, capacity, **room)
         self._bundle, self._model = bundle, programs.Flat(bundle.model)
-        skip = bundle.sparsity_by_batch(None if dense else "auto", head_density)
+        skipped = checks.skipped(bundle, plan_sizes(self.slots), dense, head_density)
         fixed = {"steps": CHUNK, "implementation": implementation}
-        self._chunks = {size: fixed | {"sparsity": skip(size)} for size in plan_sizes(self.slots)}
+        self._chunks = {size: fixed | {"sparsity": each} for size, each in skipped.items()}
         mesh, sizes = room["mesh"], {"batch_size": self.slots, "cache_length": self.capacity, "dtype": dtype}
         self._explained = functools.partial(
             explained_out_of_memory, config, **sizes, mesh=mesh, option="slots"
