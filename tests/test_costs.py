@@ -189,7 +189,16 @@ def test_step_floor_is_bytes_over_bandwidth_and_the_exchanges_over_the_link():
         (lambda: MeshShape(model=2, attention="sequences").rows(3), "3 sequences over 2 devices"),
         *(
             (lambda text=text: MeshShape.parse(text), "--mesh: not a mesh; got ")
-            for text in ("", "4", "model", "model=0", "model=2,model=2", "tensor=2", "model=2,", "model=-1")
+            for text in (
+                "",
+                "4",
+                "model",
+                "model=0",
+                "model=2,model=2",
+                "tensor=2",
+                "model=2,",
+                "vocab=whole",
+            )
         ),
     ],
 )
@@ -201,6 +210,6 @@ def test_meshes_that_do_not_fit(call, message):
 def test_mesh_from_text():
     assert MeshShape.parse("model=4") == MeshShape(model=4)
     assert MeshShape.parse(" model=2 , data=8", attention="sequences") == MeshShape(8, 2, "sequences")
-    whole = MeshShape.parse("model=2, vocab=whole")
+    whole = MeshShape.parse("model=2, vocab = whole")
     assert whole == MeshShape(model=2, divided=("groups", "neurons"))
     assert whole.local(dataclasses.replace(OPT, vocab_size=61)).vocab_size == 61

@@ -54,16 +54,16 @@ class MeshShape:
         """The mesh that "data=2,model=4" describes; an axis that is left out has size 1. "vocab=whole" leaves the
         vocabulary whole on every device."""
         sizes: dict[str, int] = {}
-        parts = [part.strip() for part in text.split(",")]
+        parts = [re.sub(r"\s*=\s*", "=", part.strip()) for part in text.split(",")]
         divided = tuple(axis for axis in DIVIDED if axis != "vocab" or _WHOLE not in parts)
-        for part in [part for part in parts if part != _WHOLE]:
-            found = re.fullmatch(r"\s*(data|model)\s*=\s*([1-9][0-9]{0,5})\s*", part)
+        for part in [part for part in parts if part != _WHOLE] or parts:
+            found = re.fullmatch(r"(data|model)=([1-9][0-9]{0,5})", part)
             if found is None or found[1] in sizes:
                 raise InputError(
                     "not a mesh",
                     where=where,
                     got=repr(text),
-                    expected="sizes of the axes data and model",
+                    expected=f"sizes of the axes data and model, and {_WHOLE} if wanted",
                     hint=f"give for example {_EXAMPLE}",
                 )
             sizes[found[1]] = int(found[2])
