@@ -186,6 +186,12 @@ def on_mesh() -> None:
     print(json.dumps(faults | refusals()))
 
 
+def within(mesh, run):
+    """Runs a function while a mesh is set."""
+    with jax.set_mesh(mesh):
+        return run()
+
+
 def refusals() -> dict[str, str]:
     """Bad input that isn't refused by one line with these words."""
     model, mesh = divisible("opt"), mesh_of("groups")
@@ -203,6 +209,7 @@ def refusals() -> dict[str, str]:
         head_density=0.5,
     )
     skipping = pj.Bundle(pj.shard(model, mesh), routers=zoo.routers("opt"), plans=plans)
+    alone = jax.device_put(model, jax.devices()[0])
     decode = lambda model, prompts=prompts, **more: pj.generate(model, *prompts, max_new_tokens=2, **more)
     wrong = {
         "no axis model": lambda: pj.shard(model, jax.make_mesh((2,), ("data",))),
@@ -214,6 +221,7 @@ def refusals() -> dict[str, str]:
         "'embed' can't be divided": lambda: pj.shard(model, mesh, rules={"embed": "model"}),
         "another number of shards": lambda: decode(pj.shard(model, mesh), sparsity=sparsity),
         "another number of shards; got neurons in 1": lambda: pj.Engine(skipping, slots=4, capacity=16),
+        "jax.set_mesh has set several; got a mesh of 2": lambda: within(mesh, lambda: decode(alone)),
         "can't be divided evenly": lambda: decode(spread, zoo.batch(3)),
     }
     found = {}

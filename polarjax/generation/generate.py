@@ -18,7 +18,7 @@ from polarjax.model.chunks import read_in_chunks
 from polarjax.model.decoder import Decoder, decode_step, prefill
 from polarjax.model.meshes import auto_axes
 from polarjax.model.readable import readable
-from polarjax.model.spread_checks import check_batch, check_spread
+from polarjax.model.spread_checks import check_around, check_batch, check_spread
 from polarjax.selection.checks import check_sparsity
 from polarjax.selection.selectors import Sparsity
 from polarjax.types import Array, Float, Implementation, Int, Key
@@ -98,6 +98,7 @@ def start(
 ) -> Started:
     """Checks the arguments of `generate` and reads the prompts; `where` is the function that errors name."""
     check_model(model, where=where)
+    check_around(model)
     check_sparsity(sparsity, model.config)
     check_spread(model, sparsity)
     check_implementation(implementation)

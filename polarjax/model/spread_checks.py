@@ -2,6 +2,9 @@
 
 from typing import Any
 
+import jax
+from jax.core import Tracer
+
 from polarjax.errors import InputError, SparsityError
 from polarjax.model.layout import Layout
 from polarjax.selection.plans import SparsityPlan
@@ -26,6 +29,22 @@ def check_spread(model: Any, sparsity: Any) -> None:
             "the plan assigns groups to devices, but the model's groups are in their own order",
             where="sparsity plan",
             hint="shard the bundle that has the plans: pj.shard(bundle, mesh); then use bundle.sparsity",
+        )
+
+
+def check_around(model: Any) -> None:
+    """Raises `InputError` if a model whose arrays must stay on one device would run on a mesh."""
+    around = jax.sharding.get_abstract_mesh()
+    if model.layout is not None or around.empty or around.size == 1:
+        return
+    arrays = [leaf for leaf in jax.tree.leaves(model) if isinstance(leaf, jax.Array)]
+    placed = [leaf for leaf in arrays if not isinstance(leaf, Tracer) and leaf.committed]
+    if any(len(leaf.sharding.device_set) == 1 for leaf in placed):
+        raise InputError(
+            "the model is on one device, but jax.set_mesh has set several",
+            where="model",
+            got=f"a mesh of {around.size} devices",
+            hint="place the model there with pj.shard(bundle, mesh), or call this outside of jax.set_mesh",
         )
 
 
