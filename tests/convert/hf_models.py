@@ -74,12 +74,17 @@ _KV_HEADS = {"mha": 4, "gqa": 2, "mqa": 1}
 _HEADS = {"": False, "-tied": True}
 
 MATRIX: dict[str, tuple[str, dict]] = {
-    f"{family}-{kind}{suffix}": (name, {**fields, "num_key_value_heads": heads, "tie_word_embeddings": tied})
+    f"{family}-{kind}{suffix}": (
+        name,
+        fields
+        | {"num_key_value_heads": heads, "tie_word_embeddings": tied}
+        | {"num_hidden_layers": 2 if (kind, tied) == ("gqa", False) else 1},
+    )
     for family, (name, fields) in _FAMILIES.items()
     for kind, heads in _KV_HEADS.items()
     for suffix, tied in _HEADS.items()
 }
-"""Every family with grouped queries, times every grouping, times tied and untied heads."""
+"""Every family with grouped queries, times every grouping, times tied and untied heads; one of each has two layers."""
 
 MODELS: dict[str, tuple[str, dict]] = MATRIX | {
     "opt": ("OPT", {**_OPT, **_THREE_LAYERS}),
