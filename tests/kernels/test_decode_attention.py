@@ -387,22 +387,27 @@ def test_compiles_for_h200(case, window):
     (kernel,) = program.kernels
     assert kernel.name.startswith("sparse_decode_attention")
     assert "wgmma.mma_async" in kernel.ptx
-    assert kernel.smem <= choose(problem, "bfloat16", HOPPER).smem_bytes(problem)
+    tiles = choose(problem, "bfloat16", HOPPER)
+    assert kernel.smem <= tiles.smem_bytes(problem)
     aot.assert_fit(program)
+    assert_splits_meet_in_shared_memory(program, problem, tiles)
 
 
-@pytest.mark.parametrize(("splits", "queries", "width"), [(2, 1, 64), (3, 4, 128), (8, 12, 80)])
-def test_splits_meet_in_shared_memory(splits, queries, width):
+def assert_splits_meet_in_shared_memory(program: aot.Program, problem: Problem, tiles: Tiles) -> None:
+    """No partial results in the device's memory."""
+    words = problem.part_words if tiles.splits > 1 else 0
+    (kernel,) = program.kernels
+    assert kernel.ptx.count("st.async.shared::cluster") == words // (2 * 128)
+    assert program.compiled.memory_analysis().temp_size_in_bytes < 1024
+
+
+def test_any_number_of_splits_meets_in_shared_memory(splits=3, queries=12, width=80):
+    """Numbers that no named workload has."""
     shapes = [(2, 4, queries, width), (2, 4, 1920, width), (2, 4, 1920, width)]
     structs = [jax.ShapeDtypeStruct(shape, jnp.bfloat16) for shape in shapes]
     structs += [jax.ShapeDtypeStruct(shape, jnp.int32) for shape in ((2,), (2, 2))]
     tiles = Tiles(block=64, stages=2, splits=splits)
     call = functools.partial(mosaic.sparse_decode_attention, scale=1.0, device=HOPPER, tiles=tiles)
     program = aot.compile_for_h200(call, *structs)
-    (kernel,) = program.kernels
     aot.assert_fit(program)
-    problem = Problem.of(shapes[0], shapes[1], 2)
-    assert kernel.ptx.count("st.async.shared::cluster") == problem.part_words // (2 * 128)
-    assert (
-        program.compiled.memory_analysis().temp_size_in_bytes < 1024
-    )  # no partial results in the device's memory
+    assert_splits_meet_in_shared_memory(program, Problem.of(shapes[0], shapes[1], 2), tiles)
