@@ -36,7 +36,7 @@ NEURONS = sorted({model.d_ff for model in MODELS.values()})
     [(NEURONS[0], 1), *((n, batch) for n in NEURONS for batch in (tiles.POOL_LIMIT, 64))],
 )
 def test_neurons_of_the_named_models(n, batch):
-    """One launch, and one more that pools where the batch is large, so that the kernel gets one row, as of a batch of 1."""
+    """One launch; where the batch is large, one more that pools, so that the kernel gets one row as of a batch of 1."""
     program = compiled(batch, n, n // 384 * 128 + 128, shared=True)
     (kernel,) = program.kernels
     assert kernel.name.startswith("select_top_k")
