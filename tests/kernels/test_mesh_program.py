@@ -20,7 +20,7 @@ from polarjax.sharding import parameter_shardings
 from tests.kernels import aot
 from tests.model import zoo
 
-B, S, L, DEVICES, BEST = 16, 1024, 2, 4, 5
+B, S, DEVICES, BEST = 16, 1024, 4, 5
 CONFIG = dataclasses.replace(
     zoo.CONFIGS["opt"],
     vocab_size=4096,
@@ -34,15 +34,17 @@ CONFIG = dataclasses.replace(
 COLLECTIVES = ("all-reduce", "all-gather", "all-to-all", "reduce-scatter", "collective-permute")
 
 
-def laid_out(layout: pj.Layout) -> tuple[pj.Decoder, jax.Array, pj.KVCache, pj.Sparsity]:
+def laid_out(
+    layout: pj.Layout, config: pj.ModelConfig
+) -> tuple[pj.Decoder, jax.Array, pj.KVCache, pj.Sparsity]:
     """Shapes and shardings of a step's arguments."""
     at = lambda shape, dtype, spec: jax.ShapeDtypeStruct(shape, dtype, sharding=layout.sharding(spec))
-    empty, bf16 = abstract(CONFIG, jnp.bfloat16), jnp.bfloat16
+    empty, bf16 = abstract(config, jnp.bfloat16), jnp.bfloat16
     places = parameter_shardings(empty, layout)
     flat = {name: at(leaf.shape, bf16, places[name].spec) for name, leaf in parameters(empty).items()}
-    kv = (at((B, CONFIG.num_kv_heads, S, CONFIG.head_dim), bf16, layout.cache_spec()),) * L
+    kv = (at((B, config.num_kv_heads, S, config.head_dim), bf16, layout.cache_spec()),) * config.num_layers
     rows = at((B,), jnp.int32, PartitionSpec())
-    routers = jax.eval_shape(lambda: init_routers(CONFIG, jax.random.key(0)))
+    routers = jax.eval_shape(lambda: init_routers(config, jax.random.key(0)))
     placed = [
         type(layer)(
             **{
@@ -55,8 +57,10 @@ def laid_out(layout: pj.Layout) -> tuple[pj.Decoder, jax.Array, pj.KVCache, pj.S
     ]
     routers = dataclasses.replace(routers, layers=tuple(placed))
     shards = DEVICES if layout.attention == "groups" else 1
-    plan = pj.SparsityPlan((1024,) * L, (4,) * L, neuron_shards=DEVICES, group_shards=shards)
-    model = with_parameters(CONFIG, flat, layout=layout)
+    plan = pj.SparsityPlan(
+        (1024,) * config.num_layers, (4,) * config.num_layers, neuron_shards=DEVICES, group_shards=shards
+    )
+    model = with_parameters(config, flat, layout=layout)
     return model, rows, pj.KVCache(kv, kv, rows), pj.Sparsity(routers, plan)
 
 
@@ -86,19 +90,19 @@ def exchanges(program: str) -> dict[str, list[int]]:
     return found
 
 
-@pytest.mark.parametrize("attention", ["groups", "sequences"])
-def test_step_on_four_gpus(attention):
+@pytest.mark.parametrize(("attention", "L"), [("groups", 2), ("sequences", 1)])
+def test_step_on_four_gpus(attention, L):
     """Two all-reduces a layer and one of the embeddings, by sequences two all-to-alls more, and of logits, only sums and
     each device's largest, for draws and log-probabilities; the cache is donated, and memory is what `costs` says."""
     mesh = Mesh(np.array(aot.h200s(DEVICES)).reshape(1, DEVICES), ("data", "model"))
-    layout = pj.Layout(mesh, attention=attention)
+    layout, config = pj.Layout(mesh, attention=attention), dataclasses.replace(CONFIG, num_layers=L)
 
     def step(model, token, cache, sparsity, state, rules):
         logits, cache = pj.decode_step(model, token, cache, sparsity=sparsity, implementation="mosaic")
         with vocab_divided(layout):
             return rules.draw(logits, state), cache
 
-    arguments = (*laid_out(layout), *drawing(layout))
+    arguments = (*laid_out(layout, config), *drawing(layout))
     traced = jax.jit(step, donate_argnums=2).trace(*arguments)
     compiled = traced.lower(lowering_platforms=("cuda",)).compile()
     program = compiled.as_text()
@@ -111,11 +115,11 @@ def test_step_on_four_gpus(attention):
     assert not found
     assert "mosaic_gpu" in program
     memory, each = compiled.memory_analysis(), MeshShape(model=DEVICES, attention=attention)
-    cache = B * S * pj.costs.cache_bytes_per_token(CONFIG, "bfloat16") // DEVICES
+    cache = B * S * pj.costs.cache_bytes_per_token(config, "bfloat16") // DEVICES
     routers = sum(
         int(np.prod(leaf.sharding.shard_shape(leaf.shape))) * 2 for leaf in jax.tree.leaves(arguments[3])
     )
-    expected = pj.costs.weights_bytes(CONFIG, "bfloat16", mesh=each) + cache + routers
+    expected = pj.costs.weights_bytes(config, "bfloat16", mesh=each) + cache + routers
     assert abs(memory.argument_size_in_bytes / expected - 1) < 0.1
     assert memory.alias_size_in_bytes >= cache
     assert memory.temp_size_in_bytes < 0.1 * expected
