@@ -36,9 +36,7 @@ def plans_for(config: pj.ModelConfig) -> pj.PlanTable:
 
 
 def bundle_of(name: str = "opt", dtype=jnp.float32, **parts) -> pj.Bundle:
-    model = zoo.model(name)
-    model = jax.tree.map(lambda array: array.astype(dtype), model)
-    return pj.Bundle(model, model_type="opt", **parts)
+    return pj.Bundle(zoo.model(name, jnp.dtype(dtype).name), model_type="opt", **parts)
 
 
 def full_bundle() -> pj.Bundle:
