@@ -14,7 +14,7 @@ def _check(ok: bool, name: str, got: Any, expected: str) -> None:
             where="model config",
             got=repr(got),
             expected=expected,
-            hint="fix the value in the source config",
+            hint="correct it in config.json, or in the arguments of ModelConfig",
         )
 
 

@@ -122,7 +122,7 @@ class MeshShape:
                 where=where,
                 got=f"{batch_size} sequences over {parts} devices",
                 expected=f"a multiple of {parts}",
-                hint=f"use a batch of {-(-batch_size // parts) * parts}",
+                hint=f"use {-(-batch_size // parts) * parts}",
             )
         return batch_size // self.data
 

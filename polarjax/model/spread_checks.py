@@ -50,10 +50,11 @@ def check_around(model: Any) -> None:
 
 def _refuse(name: str, shards: int, parts: int, layout: Layout) -> None:
     attention = " --attention sequences" if layout.attention == "sequences" else ""
+    plans = "make plans for this mesh: polarjax sparsify MODEL --text FILE --shards"
     hints = {
         "batch": f"use bundle.sparsity(batch_size), or SparsityPlan(..., batch_shards={parts})",
-        "neurons": f"calibrate for this mesh: polarjax calibrate --shards {parts}{attention}",
-        "groups": f"calibrate for this mesh: polarjax calibrate --shards {layout.sizes.model}{attention}",
+        "neurons": f"{plans} {parts}{attention}",
+        "groups": f"{plans} {layout.sizes.model}{attention}",
     }
     of = {"batch": "the mesh axis data", "neurons": "the mesh axis model", "groups": "the mesh axis model"}
     if name == "groups":
@@ -78,5 +79,5 @@ def check_batch(model: Any, sparsity: Any, batch_size: int, *, where: str = "dec
             where=where,
             got=f"{batch_size} sequences, {parts} parts",
             expected=f"a multiple of {parts}",
-            hint=f"use a batch of {-(-batch_size // parts) * parts}",
+            hint=f"use {-(-batch_size // parts) * parts}",
         )

@@ -13,8 +13,8 @@ def check_shards(name: str, counts: tuple[int | None, ...], shards: int, *, wher
                 f"{count:,} {name} can't be divided over {shards:,} shards",
                 where=where,
                 expected=f"a multiple of {shards:,}",
-                hint="calibrate for a number of shards that divides the model's groups and neurons: polarjax "
-                "calibrate --shards",
+                hint="make plans for a number of shards that divides the model's groups and neurons: polarjax "
+                "sparsify MODEL --text FILE --shards",
             )
 
 

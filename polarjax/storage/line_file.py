@@ -214,7 +214,7 @@ def check_record(path: Path, record: Mapping[str, Any], *, may_be_unknown: Colle
         unknown = name in may_be_unknown and None in (ours, theirs)
         if ours != theirs and not unknown:
             raise CheckpointError(
-                f"the output was begun with another {name}",
+                f"the output was begun with another value of {name}",
                 where=path,
                 got=_shown(theirs),
                 expected=_shown(ours),

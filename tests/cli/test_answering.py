@@ -207,7 +207,7 @@ def test_where_neurons_are_chosen_for_all_rows_unfinished_groups_run_again(run, 
         assert run(*words, tmp_path / "out", "--resume", model=model)[0] == 0
         assert (tmp_path / "out").read_bytes() == content, f"from line {kept} on"
     more = refused(run(*words, tmp_path / "out", "--resume", "--slots", "3", model=model))
-    assert "begun with another slots; got 2, expected 3" in more
+    assert "begun with another value of slots; got 2, expected 3" in more
 
 
 def test_resume_starts_where_there_is_nothing(run, whole, source, tmp_path):
@@ -264,11 +264,11 @@ def test_ctrl_c_leaves_what_was_done(run, whole, source, tmp_path, monkeypatch):
 
 
 OTHERS = {
-    "tokens": (("--max-new-tokens", "11"), "begun with another max_new_tokens; got 12, expected 11"),
-    "capacity": (("--capacity", "48"), "begun with another capacity; got 40, expected 48"),
-    "seed": (("--seed", "1"), "begun with another seed; got 0, expected 1"),
-    "dtype": (("--dtype", "bfloat16"), "begun with another dtype; got float32, expected bfloat16"),
-    "prompt": (("--prompt", "a"), r"begun with another prompt; got \[\], expected \['a'\]"),
+    "tokens": (("--max-new-tokens", "11"), "begun with another value of max_new_tokens; got 12, expected 11"),
+    "capacity": (("--capacity", "48"), "begun with another value of capacity; got 40, expected 48"),
+    "seed": (("--seed", "1"), "begun with another value of seed; got 0, expected 1"),
+    "dtype": (("--dtype", "bfloat16"), "begun with another value of dtype; got float32, expected bfloat16"),
+    "prompt": (("--prompt", "a"), r"begun with another value of prompt; got \[\], expected \['a'\]"),
 }
 
 
@@ -288,7 +288,7 @@ def test_the_output_of_other_prompts_is_not_continued(run, whole, source, tmp_pa
         shutil.copy(f"{whole}{suffix}", f"{out}{suffix}")
     again = lambda prompts=source: refused(run("--prompts", prompts, "--output", out, *SIZES, "--resume"))
     source.write_text(source.read_text() + '{"prompt": "more"}\n')
-    assert "begun with another prompts file" in again()
+    assert "begun with another value of prompts file" in again()
     content = source.read_text().replace('"x = "', '"x == "', 1)
     reader, writer = os.pipe()
     os.write(writer, content.encode())

@@ -114,10 +114,12 @@ def test_the_record_names_what_differs(tmp_path: Path):
     check()
     check(file=None)
     for name, other in {"file": "abd", "seed": 1, "stop": [], "system": "x", "new": 1}.items():
-        with refuses(CheckpointError, f"out: the output was begun with another {name}; got .*, expected "):
+        with refuses(
+            CheckpointError, f"out: the output was begun with another value of {name}; got .*, expected "
+        ):
             check(**{name: other})
     write_record(path, record | {"old": 1})
-    with refuses(CheckpointError, "another old; got 1, expected None"):
+    with refuses(CheckpointError, "another value of old; got 1, expected None"):
         check()
     record_path(path).write_text("{")
     with refuses(CheckpointError, "out.run: not readable as JSON"):
