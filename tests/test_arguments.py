@@ -297,11 +297,14 @@ def test_arguments_as_people_give_them(given, expected):
 
 
 def test_lists_are_prompts_of_the_model_functions():
-    logits, _ = prefill(tokens=TOKENS.tolist(), lengths=LENGTHS.tolist())
-    whole, _ = forward(tokens=TOKENS.tolist(), lengths=LENGTHS.tolist())
+    given = {"tokens": TOKENS.tolist(), "lengths": LENGTHS.tolist()}
+    (logits, _), (whole, _) = zoo.jit(lambda: (prefill(**given), forward(**given)))()
     last = whole[np.arange(3), np.asarray(LENGTHS) - 1]
     np.testing.assert_allclose(logits, last, rtol=1e-4, atol=1e-4)
-    assert decode_step(token=[1, 2, 3], live=[True, False, True])[0].shape == (3, zoo.VOCAB)
+    assert zoo.jit(lambda: decode_step(token=[1, 2, 3], live=[True, False, True]))()[0].shape == (
+        3,
+        zoo.VOCAB,
+    )
 
 
 @pytest.mark.parametrize("kind", [list, np.array, lambda counts: tuple(map(np.int64, counts))], ids=names)
@@ -345,7 +348,7 @@ def test_ids_outside_the_vocabulary_fail_their_rows(value):
 
 
 def test_comparing_never_raises():
-    taps = pj.forward(MODEL, TOKENS, LENGTHS, taps=TapSpec())[1]
+    taps = zoo.forward(MODEL, TOKENS, LENGTHS)[1]
     made = Generation(TOKENS, LENGTHS, LENGTHS > 0, LENGTHS < 0)
     for each in (zoo.routers("opt"), SPARSE, zoo.empty_cache(MODEL, 3), made, taps, PLAN, TABLE, CONFIG):
         leaves, tree = jax.tree.flatten(each)

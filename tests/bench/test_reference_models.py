@@ -84,7 +84,7 @@ def test_same_logits_as_torch_and_learnt(name: str, tmp_path: Path):
     convert_checkpoint(ASSETS / name, tmp_path / "model")
     model = pj.load(tmp_path / "model", dtype="float32").model
     lengths = jnp.full(len(rows), rows.shape[1], jnp.int32)
-    ours = np.asarray(pj.forward(model, jnp.asarray(rows), lengths)[0])
+    ours = np.asarray(jax.jit(pj.forward)(model, jnp.asarray(rows), lengths)[0])
 
     # logits reach 30, where float32 itself errs by about 1e-4, differently on each processor: torch's own error is
     # the measure, and the mean of its square is steadier than the largest of four million

@@ -47,9 +47,10 @@ def test_one_compilation_for_all_prompts_of_a_bucket(kind):
         for batch in others:
             jax.block_until_ready(write(model, *batch))
     assert names == []
-    with compilations() as names:
-        jax.block_until_ready(write(model, *prompts(2, 17, [17, 4])))
-    assert names, "another bucket is another program, so the listener must have heard it"
+    if kind == "dense":
+        with compilations() as names:
+            jax.block_until_ready(write(model, *prompts(2, 17, [17, 4])))
+        assert names, "another bucket is another program, so the listener must have heard it"
 
 
 def test_new_weights_of_the_same_shapes_reuse_the_program():
