@@ -56,7 +56,9 @@ def test_two_processes_go_on_where_one_was_stopped(home, run, tmp_path):
     assert output.read_text() == alone.read_text()
     assert json.loads(done[0].stdout)["resumed"] == 1
     assert done[1].stdout == ""
-    assert all(line.startswith("[Gloo]") for line in done[1].stderr.splitlines())
+    ours = ("polarjax", "answering", "prompts")  # Gloo's threads write there too, into each other's lines
+    assert all(word in done[0].stderr for word in ours)
+    assert not any(word in done[1].stderr for word in ours), done[1].stderr
 
 
 def test_what_one_process_lacks_ends_all_with_its_line(home, tmp_path):
