@@ -12,7 +12,7 @@ from polarjax.errors import InputError
 from polarjax.model.decoder import Decoder
 from polarjax.model.layout import RULES, Layout, axes_of
 from polarjax.model.layout_checks import check_mesh
-from polarjax.model.mesh_shape import Attention, MeshShape
+from polarjax.model.mesh_shape import DIVIDED, Attention, MeshShape
 from polarjax.model.parameters import parameters, with_parameters
 from polarjax.selection.plans import PlanTable
 from polarjax.selection.routers import LayerRouter, Routers
@@ -101,8 +101,12 @@ def _usable(mesh: jax.sharding.Mesh) -> jax.sharding.Mesh:
     return automatic(mesh)
 
 
-def device_mesh(text: str, *, where: str) -> jax.sharding.Mesh:
-    """The mesh that "data=2,model=4" describes, of the first devices; raises `InputError` if there are too few."""
+def described_mesh(text: str, *, where: str) -> dict[str, Any]:
+    """The `mesh` and `rules` of `load` that "data=2,model=4,vocab=whole" describes, of the first devices.
+
+    Raises:
+      InputError: it describes no mesh, or there are too few devices.
+    """
     shape, devices = MeshShape.parse(text, where=where), jax.devices()
     if shape.devices > len(devices):
         raise InputError(
@@ -113,6 +117,7 @@ def device_mesh(text: str, *, where: str) -> jax.sharding.Mesh:
             hint="make the mesh smaller; on a CPU, XLA_FLAGS=--xla_force_host_platform_device_count=8 makes 8 devices",
         )
     axes = (jax.sharding.AxisType.Auto,) * 2
-    return jax.make_mesh(
+    mesh = jax.make_mesh(
         (shape.data, shape.model), ("data", "model"), axis_types=axes, devices=devices[: shape.devices]
     )
+    return {"mesh": mesh, "rules": {axis: None for axis in DIVIDED if axis not in shape.divided} or None}

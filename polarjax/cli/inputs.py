@@ -39,9 +39,6 @@ def placement(mesh: str | None, attention: str | None) -> dict[str, Any]:
         if attention is not None:
             raise InputError("--attention is for --mesh", hint="give --mesh too, or leave it out")
         return {}
-    from polarjax.model.mesh_shape import DIVIDED, MeshShape
-    from polarjax.sharding import device_mesh
+    from polarjax.sharding import described_mesh
 
-    divided = MeshShape.parse(mesh, where="--mesh").divided
-    rules = {axis: None for axis in DIVIDED if axis not in divided}
-    return {"mesh": device_mesh(mesh, where="--mesh"), "attention": attention, "rules": rules or None}
+    return {**described_mesh(mesh, where="--mesh"), "attention": attention}

@@ -24,7 +24,7 @@ from polarjax.jobs.line_requests import LineRequests, most_characters, tasks_apa
 from polarjax.jobs.line_settings import check_value, with_options, with_stops
 from polarjax.jobs.tables import as_table, check_columns, lines_of, with_answers
 from polarjax.model.mesh_shape import Attention
-from polarjax.sharding import device_mesh
+from polarjax.sharding import described_mesh
 from polarjax.types import DTypeLike
 
 
@@ -95,8 +95,8 @@ class CompletePrompts:
             check_value(
                 name, value, where=f"CompletePrompts: {name}", hint="correct the value or leave it out"
             )
-        devices = None if mesh is None else device_mesh(mesh, where="CompletePrompts: mesh")
-        bundle = load(folder, dtype=dtype, mesh=devices, attention=attention)
+        shared = {} if mesh is None else described_mesh(mesh, where="CompletePrompts: mesh")
+        bundle = load(folder, dtype=dtype, attention=attention, **shared)
         tokenizer = needed_tokenizer(bundle, folder)
         for note in bundle.generation.notes:
             print(note, file=sys.stderr)
