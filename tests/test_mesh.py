@@ -3,11 +3,7 @@
 import contextlib
 import dataclasses
 import json
-import os
 import re
-import subprocess
-import sys
-from pathlib import Path
 from typing import Any
 
 import jax
@@ -21,6 +17,7 @@ from polarjax.evaluation import perplexity
 from polarjax.evaluation.sweep_cases import Asked
 from polarjax.model.parameters import parameters, with_parameters
 from tests.model import zoo
+from tests.several_devices import printed
 from tests.tolerances import assert_close
 
 DEVICES = 8
@@ -237,14 +234,5 @@ def refusals() -> dict[str, str]:
 
 @pytest.mark.skipif(jax.default_backend() != "cpu", reason="devices are simulated on CPUs")
 def test_tokens_are_the_same_on_several_devices():
-    flags = f"{os.environ['XLA_FLAGS']} --xla_force_host_platform_device_count={DEVICES}"
-    done = subprocess.run(
-        [sys.executable, "-c", "from tests import test_mesh; test_mesh.on_mesh()"],
-        capture_output=True,
-        text=True,
-        check=False,
-        cwd=Path(__file__).parents[1],
-        env=os.environ | {"XLA_FLAGS": flags},
-    )
-    assert done.returncode == 0, done.stderr
-    assert json.loads(done.stdout.splitlines()[-1]) == {}
+    text = printed("from tests import test_mesh; test_mesh.on_mesh()", DEVICES)
+    assert json.loads(text.splitlines()[-1]) == {}

@@ -3,10 +3,7 @@
 import functools
 import itertools
 import json
-import os
 import pickle
-import subprocess
-import sys
 import tempfile
 from pathlib import Path
 from typing import NamedTuple
@@ -22,6 +19,7 @@ import polarjax as pj
 from polarjax import evaluation, sparsity
 from polarjax.sparsity.options import TrainOptions
 from tests.model import zoo
+from tests.several_devices import printed
 from tests.sparsity import planted
 from tests.tolerances import assert_close
 
@@ -239,15 +237,5 @@ def test_explicit_mesh(tmp_path):
     want = {name: expected(name) for name in FUNCTIONS}
     (tmp_path / "expected").write_bytes(pickle.dumps(want))
     pj.save(tmp_path / "model", pj.Bundle(inputs().model))
-    flags = f"{os.environ['XLA_FLAGS']} --xla_force_host_platform_device_count={DEVICES}"
-    code = f"from tests import test_switches; test_switches.on_mesh({str(tmp_path)!r})"
-    done = subprocess.run(
-        [sys.executable, "-c", code],
-        capture_output=True,
-        text=True,
-        check=False,
-        cwd=Path(__file__).parents[1],
-        env=os.environ | {"XLA_FLAGS": flags},
-    )
-    assert done.returncode == 0, done.stderr
-    assert json.loads(done.stdout.splitlines()[-1]) == {"faults": {}, "elsewhere": 0}
+    text = printed(f"from tests import test_switches; test_switches.on_mesh({str(tmp_path)!r})", DEVICES)
+    assert json.loads(text.splitlines()[-1]) == {"faults": {}, "elsewhere": 0}

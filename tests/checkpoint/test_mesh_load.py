@@ -2,11 +2,7 @@
 
 import dataclasses
 import json
-import os
 import shutil
-import subprocess
-import sys
-from pathlib import Path
 
 import jax
 import numpy as np
@@ -20,6 +16,7 @@ from polarjax.model.mesh_shape import MeshShape
 from polarjax.model.parameters import fingerprint, parameters
 from polarjax.selection.routers import init_routers
 from tests.model import zoo
+from tests.several_devices import printed
 
 DEVICES = 8
 CONFIG = dataclasses.replace(zoo.CONFIGS["opt"], vocab_size=64, d_ff=64)
@@ -86,20 +83,8 @@ def refusals_of(folder: str) -> list[str]:
 
 
 def in_child(code: str) -> dict:
-    environment = os.environ | {
-        "XLA_FLAGS": f"{os.environ['XLA_FLAGS']} --xla_force_host_platform_device_count={DEVICES}"
-    }
     code = f"import json; from tests.checkpoint import test_mesh_load as test; print(json.dumps({code}))"
-    done = subprocess.run(
-        [sys.executable, "-c", code],
-        capture_output=True,
-        text=True,
-        check=False,
-        cwd=Path(__file__).parents[2],
-        env=environment,
-    )
-    assert done.returncode == 0, done.stderr[-3000:]
-    return json.loads(done.stdout.splitlines()[-1])
+    return json.loads(printed(code, DEVICES).splitlines()[-1])
 
 
 @pytest.fixture(scope="module")

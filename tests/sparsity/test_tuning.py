@@ -2,11 +2,7 @@
 
 import contextlib
 import dataclasses
-import os
 import resource
-import subprocess
-import sys
-from pathlib import Path
 
 import jax
 import jax.numpy as jnp
@@ -27,6 +23,7 @@ from polarjax.sparsity.tuning_setup import setup, trained_names
 from polarjax.sparsity.tuning_state import is_state
 from tests.model import zoo
 from tests.one_line import refuses
+from tests.several_devices import printed
 from tests.tolerances import assert_close
 
 NAME = "llama-mha"
@@ -290,9 +287,4 @@ def on_four_devices() -> None:
 
 
 def test_several_devices_share_a_batch():
-    flags = f"{os.environ['XLA_FLAGS']} --xla_force_host_platform_device_count=4"
-    code = "from tests.sparsity import test_tuning; test_tuning.on_four_devices()"
-    command, root = [sys.executable, "-c", code], Path(__file__).parents[2]
-    environment = os.environ | {"XLA_FLAGS": flags}
-    done = subprocess.run(command, capture_output=True, text=True, check=False, cwd=root, env=environment)
-    assert done.returncode == 0, done.stderr[-2000:]
+    printed("from tests.sparsity import test_tuning; test_tuning.on_four_devices()", 4)
