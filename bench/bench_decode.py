@@ -222,7 +222,7 @@ def fitting(shape: DecodeShape, batches: Sequence[int] | None) -> list[int]:
     return found
 
 
-def _compiled(loop: Any) -> tuple[Any, float]:
+def compiled(loop: Any) -> tuple[Any, float]:
     """The program, and the seconds that the compiler took."""
     started = time.perf_counter()
     made = loop.compile()
@@ -242,7 +242,7 @@ def table(args: argparse.Namespace, peak: float | None) -> Iterator[dict[str, An
         with ThreadPoolExecutor(1) as pool:  # one at a time, because XLA autotunes its products
             how = {**pj.OVERLAP, **dict(args.option)}
             traced = (lowered(shape, batch, sparsity, more, how) for batch, _, sparsity, more in todo)
-            jobs = [pool.submit(_compiled, loop) for loop in traced]
+            jobs = [pool.submit(compiled, loop) for loop in traced]
         model = random_model(shape.config) if todo else None
         for batch, of in itertools.groupby(zip(todo, jobs, strict=True), key=lambda each: each[0][0]):
             cache, dense = filled_cache(shape.config, batch, shape.cache), None

@@ -9,6 +9,7 @@ import functools
 import itertools
 import time
 from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import jax
@@ -105,13 +106,20 @@ class Placed:
         made = random_model(shape.config, layout), random_routers(shape.config, layout)
         return cls(shape, mesh, layout, *made)
 
+    @property
+    def _where(self) -> dict[str, Any]:
+        """Shardings of a cache's values and lengths."""
+        if self.layout is None:
+            return {"where": None, "rows": None}
+        layout = self.layout
+        return {
+            "where": layout.sharding(layout.cache_spec()),
+            "rows": layout.sharding(jax.P(layout.data)),
+        }
+
     def filled_cache(self, batch: int) -> pj.KVCache:
         """A cache of random values with room left for the timed steps, where the model writes it."""
-        if self.layout is None:
-            return bench_decode.filled_cache(self.shape.config, batch, self.shape.cache)
-        where = self.layout.sharding(self.layout.cache_spec())
-        rows = self.layout.sharding(jax.P(self.layout.data))
-        return bench_decode.filled_cache(self.shape.config, batch, self.shape.cache, where=where, rows=rows)
+        return bench_decode.filled_cache(self.shape.config, batch, self.shape.cache, **self._where)
 
     def kinds(self, batch: int) -> Iterator[tuple[str, Sparsity | None]]:
         """(name, sparsity) of each kind of step compared at one batch size, without plans that skip nothing."""
@@ -125,9 +133,14 @@ class Placed:
             else:
                 print(f"{self.shape.name} on {self.mesh}: {name} leaves nothing to skip", flush=True)
 
-    def lowered(self, cache: pj.KVCache, sparsity: Sparsity | None) -> Any:
-        """The loop of steps for these arguments, lowered."""
-        return bench_decode.steps_jit({}).lower(self.model, cache.length, cache, sparsity, cache.length)
+    def lowered(self, batch: int, sparsity: Sparsity | None, options: dict[str, Any]) -> Any:
+        """The loop of steps for this batch and these compiler options, lowered."""
+        config, where = self.shape.config, self._where
+        side = (batch, config.num_kv_heads, self.shape.cache, config.head_dim)
+        values = (jax.ShapeDtypeStruct(side, jnp.bfloat16, sharding=where["where"]),) * config.num_layers
+        rows = jax.ShapeDtypeStruct((batch,), jnp.int32, sharding=where["rows"])
+        cache = pj.KVCache(values, values, rows)
+        return bench_decode.steps_jit({}, options).lower(self.model, rows, cache, sparsity, rows)
 
 
 def run_checks(args: argparse.Namespace) -> bool:
@@ -173,7 +186,7 @@ def table(args: argparse.Namespace, peak: float | None) -> Iterator[dict[str, An
     for shape in map(shape_of, args.models):
         alone: dict[tuple[int, str], float] = {}
         for mesh in ways(args, shape):
-            for batch, row in _rows(shape, mesh, args.batches, peak):
+            for batch, row in _rows(shape, mesh, args.batches, peak, dict(args.option)):
                 if mesh.devices == 1:
                     alone[batch, row["kind"]] = row["tokens_per_s"]
                 one = alone.get((batch, row["kind"]))
@@ -184,19 +197,25 @@ def table(args: argparse.Namespace, peak: float | None) -> Iterator[dict[str, An
 
 
 def _rows(
-    shape: DecodeShape, mesh: MeshShape, batches: Sequence[int] | None, peak: float | None
+    shape: DecodeShape,
+    mesh: MeshShape,
+    batches: Sequence[int] | None,
+    peak: float | None,
+    tried: dict[str, Any],
 ) -> Iterator[tuple[int, dict[str, Any]]]:
-    """The batch of one index of `data`, and a row, for each batch and kind on one mesh."""
+    """The batch of one index of `data`, and a row, for each batch and kind on one mesh; `tried`: compiler options."""
     fits = fitting(shape, mesh, batches)
     if not fits:
         return
-    placed = Placed.of(shape, mesh)
-    for batch in fits:
+    placed, how = Placed.of(shape, mesh), {**pj.OVERLAP, **tried}
+    todo = [(batch, *kind) for batch in fits for kind in placed.kinds(batch * mesh.data)]
+    with ThreadPoolExecutor(1) as pool:  # one at a time, because XLA autotunes its products
+        traced = (placed.lowered(batch * mesh.data, sparsity, how) for batch, _, sparsity in todo)
+        jobs = [pool.submit(bench_decode.compiled, loop) for loop in traced]
+    for batch, of in itertools.groupby(zip(todo, jobs, strict=True), key=lambda each: each[0][0]):
         cache, dense = placed.filled_cache(batch * mesh.data), None
-        for kind, sparsity in placed.kinds(batch * mesh.data):
-            started = time.perf_counter()
-            loop = placed.lowered(cache, sparsity).compile()
-            compiling = time.perf_counter() - started
+        for (_, kind, sparsity), job in of:
+            loop, compiling = job.result()
             median, spread, cache = bench_decode.seconds_per_step(loop, placed.model, cache, sparsity)
             share, cache = exchange_share(loop, placed.model, cache, sparsity)
             dense = dense or median
@@ -205,7 +224,7 @@ def _rows(
                 batch,
                 {
                     "case": f"{shape.name} B{batch * mesh.data} S{shape.cache}",
-                    "kind": kind,
+                    "kind": kind + "".join(f", {name}={value}" for name, value in tried.items()),
                     "mesh": f"data={mesh.data} model={mesh.model} {mesh.attention if mesh.model > 1 else ''}".strip(),
                     "devices": mesh.devices,
                     "data": mesh.data,
