@@ -6,12 +6,16 @@ from typing import Any
 import jax
 from jax.core import Tracer
 
-OVERLAP = {"xla_gpu_command_buffer_scheduling_mode": "CONCURRENT", "xla_gpu_dot_merger_threshold_mb": "160"}
+OVERLAP = {
+    "xla_gpu_command_buffer_scheduling_mode": "CONCURRENT",
+    "xla_gpu_dot_merger_threshold_mb": "160",
+    "xla_gpu_experimental_use_collective_kernels": "",
+}
 """Compiler options for your own decoding loop: `jax.jit(loop, compiler_options=polarjax.OVERLAP)`.
 
 On a GPU, kernels of a CUDA graph then wait only for kernels whose results they read: routers and selection, which
-only need a layer's input, run alongside attention. Products of the same input become one. `generate` and `stream` use
-it if theirs is the outermost jit. Don't use it for programs with independent `sparse_mlp` calls: their thread blocks
+only need a layer's input, run alongside attention. Products of the same input become one. On several GPUs NCCL reduces,
+which is faster here than XLA's own kernels. `generate` and `stream` use it if theirs is the outermost jit. Don't use it for programs with independent `sparse_mlp` calls: their thread blocks
 wait for each other and must all be resident at once.
 """
 
