@@ -38,35 +38,36 @@ def routers(config: pj.ModelConfig):
     return jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, jnp.bfloat16), made)
 
 
-def operands(shape: DecodeShape):
+def operands(shape: DecodeShape, batch: int = BATCH):
     """(model, cache, sparsity) as shapes."""
     config = shape.config
     cache = jax.eval_shape(
-        lambda: pj.init_cache(config, batch_size=BATCH, capacity=shape.cache, dtype=jnp.bfloat16)
+        lambda: pj.init_cache(config, batch_size=batch, capacity=shape.cache, dtype=jnp.bfloat16)
     )
-    plan = shape.plan(BATCH, neurons=config.neuron_sparsity)
+    plan = shape.plan(batch, neurons=config.neuron_sparsity)
     return abstract(config, jnp.bfloat16), cache, pj.Sparsity(routers(config), plan)
 
 
-def resident_bytes(shape: DecodeShape) -> int:
+def resident_bytes(shape: DecodeShape, batch: int) -> int:
     """Weights, routers and cache, by the closed formulae."""
     config = shape.config
     router = sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(routers(config)))
-    cache = BATCH * shape.cache * costs.cache_bytes_per_token(config)
+    cache = batch * shape.cache * costs.cache_bytes_per_token(config)
     return costs.weights_bytes(config) + cache + BFLOAT16 * router
 
 
 def assert_in_place(program: aot.Program, shape: DecodeShape, donated) -> None:
-    """Nothing large is copied, all of the cache is written in place, and memory is what the formulae say."""
+    """Nothing large is computed, all of the cache is written in place, and memory is what the formulae say."""
     text, memory = program.compiled.as_text(), program.compiled.memory_analysis()
-    copied = re.findall(r"= \(?\w+\[([\d,]+)\]\S* (?:copy|copy-start|transpose)\(", text)
-    assert max((math.prod(map(int, dims.split(","))) for dims in copied), default=0) < LARGE
+    made = set(re.findall(r"= \(?\w+\[([\d,]+)\]\S* (?:copy|copy-start|transpose|fusion)\(", text))
+    made -= {",".join(map(str, leaf.shape)) for leaf in donated.k}
+    assert max((math.prod(map(int, dims.split(","))) for dims in made), default=0) < LARGE
     cache = sum(leaf.size * BFLOAT16 for leaf in (*donated.k, *donated.v))
     assert memory.alias_size_in_bytes >= cache
     new = memory.output_size_in_bytes - memory.alias_size_in_bytes + memory.temp_size_in_bytes
     assert new < BFLOAT16 * shape.config.d_model**2, "room for a copy of the smallest matrix"
     total = memory.argument_size_in_bytes + new
-    assert total == pytest.approx(resident_bytes(shape), rel=0.1)
+    assert total == pytest.approx(resident_bytes(shape, donated.k[0].shape[0]), rel=0.1)
 
 
 @pytest.fixture
@@ -87,11 +88,11 @@ def assert_kernels(program: aot.Program, choices, shape: DecodeShape) -> None:
     assert {"sparse_decode_attention"} | ({"sparse_mlp"} if shape.config.neuron_sparsity else set()) <= named
 
 
-def test_a_sparse_step_reads_in_place(hopper):
-    """Of the other family than the token loop's."""
-    shape = SHAPES["llama-2-7b"]
-    model, cache, sparsity = operands(shape)
-    token = jax.ShapeDtypeStruct((BATCH,), jnp.int32)
+def test_a_sparse_step_of_one_sequence_reads_in_place(hopper):
+    """With few groups of several heads, whose projections XLA would transpose, or multiply element by element."""
+    shape = SHAPES["mistral-7b"]
+    model, cache, sparsity = operands(shape, 1)
+    token = jax.ShapeDtypeStruct((1,), jnp.int32)
     with record_backends() as choices:
         program = aot.compile_for_h200(
             lambda model, token, cache, sparsity: pj.decode_step(model, token, cache, sparsity=sparsity),
