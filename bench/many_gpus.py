@@ -2,9 +2,9 @@
 
     python3 -m bench.many_gpus                writes bench/many_gpus.md
 
-A step is predicted as its floor (the bytes of one device at copy bandwidth, and what the devices exchange) plus a time
-per layer that steps on one GPU take on top of their bytes. That time is a mean over the rows of
-bench/results/decode.jsonl; rows of several GPUs are those of bench/results/decode_mesh.jsonl.
+A step is predicted as its floor (the bytes of one device at copy bandwidth, and what the devices exchange), plus a time
+per layer that steps on one GPU take on top of their bytes, plus a time per exchange that steps on two GPUs take on top
+of both. These times are means over the rows of bench/results/decode.jsonl and bench/results/decode_mesh.jsonl.
 """
 
 import argparse
@@ -18,8 +18,9 @@ from typing import Any, NamedTuple
 
 from bench import report
 from bench.models import LARGE_SHAPES, ROOM, DecodeShape, shape_of
+from bench.readme_tables import NAMES
 from polarjax import costs
-from polarjax.model.exchanges import NVLINK
+from polarjax.model.exchanges import NVLINK, exchanges
 from polarjax.model.mesh_shape import MeshShape
 from polarjax.selection.plans import SparsityPlan
 
@@ -29,12 +30,15 @@ USABLE = 0.95  # of a GPU's memory
 NETWORK = 40e-6  # seconds in which all hosts agree whether to go on; an assumption
 TEXT = """# Many GPUs: predicted steps
 
-Made by `python -m bench.many_gpus`. **Everything on this page is predicted, unless a column says measured.**
+Made by `python -m bench.many_gpus`. **Everything on this page is predicted, unless a column says measured.** The last
+table compares steps that were measured on two GPUs with what is predicted for them.
 
 A step is predicted as one device's bytes (`costs.decode_bytes` of a mesh) at {bandwidth:,.0f} GB/s, the copy bandwidth
-of an H200; plus what the devices exchange (`costs.step_floor`); plus the time per layer that steps on one H200 take on
-top of their bytes, a mean over our measured rows: {overheads}.
-The first two are the floor.
+of an H200; plus what the devices exchange (`costs.step_floor`); these two are the floor. On top of them it takes, by
+our measured rows,
+
+- for each layer, as on one H200: {overheads};
+- for each exchange, as on two H200s: {waiting:.0f} µs.
 
 What is assumed, not measured:
 
@@ -78,7 +82,7 @@ def overheads() -> Overheads:
     found: dict[tuple[str, str], list[float]] = {}
     for (case, kind), row in rows.items():
         shape, batch = shape_of(case.split()[0]), int(case.split()[1][1:])
-        if batch >= 16 and (kind == "dense" or kind == shape.kind(batch)):
+        if shape.config.num_layers > 1 and batch >= 16 and (kind == "dense" or kind == shape.kind(batch)):
             spare = row["ms_per_step"] / 1e3 - row["bytes"] / row["copy_gbps"] / 1e9
             key = shape.name.partition("-")[0], "dense" if kind == "dense" else "sparse"
             found.setdefault(key, []).append(spare / shape.config.num_layers)
@@ -113,10 +117,20 @@ class Step:
         call: dict[str, Any] = {"batch_size": self.batch, "cache_length": self.shape.cache, "plan": self.plan}
         return costs.step_floor(self.shape.config, mesh=self.mesh, bandwidth=bandwidth, **call)
 
-    def predicted(self, bandwidth: float) -> float:
-        """Seconds that the step will take."""
+    @property
+    def exchanges(self) -> int:
+        """How many collectives a step has."""
+        found = exchanges(self.shape.config, self.mesh, batch_size=self.batch)
+        return sum(each.count for each in found)
+
+    def without_waiting(self, bandwidth: float) -> float:
+        """Seconds that the step would take if exchanges took no longer than alone."""
         layers = self.shape.config.num_layers * overheads().of(self.shape, self.plan)
         return sum(self.floor(bandwidth)) + layers
+
+    def predicted(self, bandwidth: float) -> float:
+        """Seconds that the step will take."""
+        return self.without_waiting(bandwidth) + self.exchanges * waiting()
 
 
 def largest(shape: DecodeShape, mesh: MeshShape, gpu: Gpu) -> int:
@@ -177,22 +191,35 @@ HOSTS = (
 )
 
 
-def compared() -> Iterator[list[str]]:
-    """Measured rows of several GPUs beside their predictions, the last row of each."""
+def measured() -> Iterator[tuple[dict[str, Any], Step]]:
+    """Rows of several GPUs, the last of each call, and their steps."""
     rows = report.read_jsonl(MANY) if MANY.is_file() else []
     last = {
         (r["case"], r["kind"], r["data"], r["model"], r["attention"]): r for r in rows if r["devices"] > 1
     }
     for row in last.values():
         shape, batch = shape_of(row["case"].split()[0]), int(row["case"].split()[1][1:])
-        if row["kind"] not in ("dense", shape.kind(batch)):
-            continue
         mesh = MeshShape(row["data"], row["model"], row["attention"])
-        step = Step(shape, batch, mesh, sparse=row["kind"] != "dense")
-        predicted, measured = step.predicted(row["copy_gbps"] * 1e9) * 1e3, row["ms_per_step"]
-        how = f"data={mesh.data}, model={mesh.model}, by {mesh.attention}"
-        cells = [row["case"], row["kind"], row["device"], how, f"{predicted:.2f}", f"{measured:.2f}"]
-        yield [*cells, f"{100 * (predicted / measured - 1):+.0f} %"]
+        if row["kind"] in ("dense", shape.kind(mesh.rows(batch))):
+            yield row, Step(shape, batch, mesh, sparse=row["kind"] != "dense")
+
+
+@functools.cache
+def waiting() -> float:
+    """Seconds that each exchange takes in a step on top of what it takes alone; 0 without rows."""
+    rows = [(row, step) for row, step in measured() if step.exchanges]
+    spare = lambda row, step: row["ms_per_step"] / 1e3 - step.without_waiting(row["copy_gbps"] * 1e9)
+    return mean(spare(row, step) / step.exchanges for row, step in rows) if rows else 0.0
+
+
+def compared() -> Iterator[list[str]]:
+    """Measured rows of several GPUs beside their predictions."""
+    for row, step in measured():
+        mesh, found = step.mesh, row["ms_per_step"]
+        predicted = step.predicted(row["copy_gbps"] * 1e9) * 1e3
+        how = f"data={mesh.data}, model={mesh.model}" + (f", by {mesh.attention}" if mesh.model > 1 else "")
+        cells = [row["case"], row["kind"], row["device"], how, f"{predicted:.2f}", f"{found:.2f}"]
+        yield [*cells, f"{100 * (predicted / found - 1):+.0f} %"]
 
 
 COMPARED = ("case", "kind", "GPU", "mesh", "predicted, ms", "measured, ms", "predicted over measured")
@@ -208,10 +235,16 @@ def page() -> str:
     """The page's text."""
     known = overheads()
     gpus = (Gpu("H200", 141e9, known.bandwidth), Gpu("H100", 80e9, known.bandwidth * 3.35 / 4.8))
-    spent = [f"{family.upper()} {kind} {1e6 * each:.0f} µs" for (family, kind), each in known.seconds.items()]
+    families = {name.partition("-")[0]: NAMES[name].partition("-")[0] for name in LARGE_SHAPES}
+    spent = [
+        f"{families[family]} {kind} {1e6 * each:.0f} µs"
+        for (family, kind), each in known.seconds.items()
+        if family in families
+    ]
     points = ", ".join(f"{1e6 * seconds:g} µs for {size // 1024:g} KB" for size, seconds in NVLINK.points)
     values = {"bandwidth": known.bandwidth / 1e9, "h100": gpus[1].bandwidth / 1e9, "room": ROOM / 1e9}
     values |= {"overheads": ", ".join(spent), "points": points, "hop": 1e6 * NVLINK.hop, "usable": USABLE}
+    values |= {"waiting": 1e6 * waiting()}
     parts = [TEXT.format(**values, network=1e6 * NETWORK)]
     for gpu in gpus:
         for shape in LARGE_SHAPES.values():
@@ -225,11 +258,9 @@ def page() -> str:
         "## Hosts of eight H200s\n\nPredicted, not measured. Every host has the whole model and its own sequences.\n"
     ]
     parts += [table(HOSTS, list(many_hosts(gpus[0]))) + "\n", "## Predictions against measured steps\n"]
-    measured = list(compared())
+    rows = list(compared())
     parts += [
-        table(COMPARED, measured) + "\n"
-        if measured
-        else "Not measured: there are no rows of several GPUs yet.\n"
+        table(COMPARED, rows) + "\n" if rows else "Not measured: there are no rows of several GPUs yet.\n"
     ]
     return "\n".join(parts)
 

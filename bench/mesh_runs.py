@@ -137,8 +137,9 @@ class Placed:
         """The loop of steps for this batch and these compiler options, lowered."""
         config, where = self.shape.config, self._where
         side = (batch, config.num_kv_heads, self.shape.cache, config.head_dim)
-        values = (jax.ShapeDtypeStruct(side, jnp.bfloat16, sharding=where["where"]),) * config.num_layers
-        rows = jax.ShapeDtypeStruct((batch,), jnp.int32, sharding=where["rows"])
+        value: Any = jax.ShapeDtypeStruct(side, jnp.bfloat16, sharding=where["where"])
+        rows: Any = jax.ShapeDtypeStruct((batch,), jnp.int32, sharding=where["rows"])
+        values = (value,) * config.num_layers
         cache = pj.KVCache(values, values, rows)
         return bench_decode.steps_jit({}, options).lower(self.model, rows, cache, sparsity, rows)
 
@@ -243,7 +244,10 @@ def _rows(
 def exchange_share(
     loop: Any, model: pj.Decoder, cache: pj.KVCache, sparsity: Sparsity | None
 ) -> tuple[float | None, pj.KVCache]:
-    """Percent of the first GPU's busy time in collectives, waiting included; None on one device or without a GPU. Also the cache."""
+    """Percent of the first GPU's busy time in collectives, waiting included, and the cache.
+
+    None instead on one device or without a GPU.
+    """
     start = cache.length
     if len(start.devices()) == 1 or next(iter(start.devices())).platform != "gpu":
         return None, cache

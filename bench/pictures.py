@@ -16,8 +16,9 @@ from typing import Any, NamedTuple
 
 from bench import report
 from bench.models import SHAPES, DecodeShape
-from bench.readme_tables import NAMES, RESULTS, Results
+from bench.readme_tables import NAMES, RESULTS
 from bench.step_parts import PARTS
+from bench.table_cells import Results
 
 BATCH, STEP = "decode_batch.png", "step_parts.png"
 COLORS = dict(
@@ -72,7 +73,7 @@ def bars(rows: Sequence[dict[str, Any]], ours: Results) -> list[Bar]:
 
 def draw_batches(folder: Path) -> bool:
     """Writes the picture of speeds; False if there is nothing to draw."""
-    ours, torch = Results.read("decode", folder), Results.read("torch", folder)
+    ours, torch = Results.read("decode", folder), Results.read("torch", folder, alone=True)
     found = {NAMES[s.name]: lines for s in SHAPES.values() if (lines := speeds(s, ours, torch))}
     if not found:
         return False

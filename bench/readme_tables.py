@@ -9,19 +9,16 @@ relative to the bandwidth of a copy in the same run.
 import argparse
 import itertools
 import sys
-import textwrap
-from collections.abc import Iterable, Sequence
 from pathlib import Path
-from typing import Any
 
 from bench import report
-from bench.models import SHAPES, DecodeShape
+from bench.models import SHAPES, DecodeShape, shape_of
+from bench.table_cells import MISSING, Results, Row, number, ratio, section, speedup, table
 from bench.workloads import MODELS, AttentionCase
 
 RESULTS = Path(__file__).parent / "results"
 README = report.ROOT / "README.md"
 BEGIN, END = "<!-- made by bench.readme_tables -->", "<!-- end of what bench.readme_tables makes -->"
-MISSING = "not measured"
 NAMES = {
     "opt-6.7b": "OPT-6.7B",
     "opt-30b": "OPT-30B",
@@ -31,6 +28,7 @@ NAMES = {
     "llama-2-13b": "LLaMA-2-13B",
     "llama-3.1-8b": "LLaMA-3.1-8B",
     "llama-3.1-70b": "LLaMA-3.1-70B",
+    "llama-3.1-405b": "LLaMA-3.1-405B",
     "llama-3.1-70b-layer": "LLaMA-3.1-70B, one layer",
     "mistral-7b": "Mistral-7B",
     "qwen2.5-14b": "Qwen2.5-14B",
@@ -43,96 +41,6 @@ ATTENTION = (
     ("llama-3.1-70b", 8192),
 )
 MLP = ("opt-6.7b", "opt-66b", "llama-2-7b")
-OTHERS = ("dense", "take+dot", "xla", "cudnn", "pooling only")  # kernels that are not ours
-TIMES = ("time_us", "ms_per_step", "seconds", "first_token_ms")
-
-Row = dict[str, Any]
-
-
-class Results:
-    """Rows of one results file by case and kernel.
-
-    If rows come from several devices, only the device with the most rows counts; if a case was measured more than once,
-    only its last commit.
-    """
-
-    def __init__(self, rows: Iterable[Row]) -> None:
-        timed = [row for row in rows if any(column in row for column in TIMES)]
-        cases: dict[str, list[Row]] = {}
-        for row in report.of_one_device(timed):
-            model, _, rest = row["case"].partition(" ")
-            for name in dict.fromkeys((model, *row.get("same", ()))):
-                cases.setdefault(f"{name} {rest}", []).append(row)
-        self.cases = {
-            case: [row for row in found if row.get("commit") == found[-1].get("commit")]
-            for case, found in cases.items()
-        }
-        self.used: list[Row] = []
-
-    @classmethod
-    def read(cls, name: str, folder: Path) -> "Results":
-        path = folder / f"{name}.jsonl"
-        return cls(report.read_jsonl(path) if path.is_file() else ())
-
-    def get(self, case: str, kernel: str | None) -> Row | None:
-        """The row of a kernel. None means ours with the heuristic's tiles: the first row not in `OTHERS`."""
-        for row in self.cases.get(case, ()):
-            name = row.get("kernel", row.get("kind"))
-            if name == kernel or (kernel is None and name not in OTHERS):
-                self.used.append(row)
-                return row
-        return None
-
-    def source(self) -> str:
-        """Device, versions, commits and copy bandwidths of the rows used so far."""
-        if not self.used:
-            return f"{MISSING} on a GPU"
-        device = _several(row["device"] for row in self.used)
-        commit = _several(row["commit"][:7] for row in self.used)
-        made = _several(
-            f"{name} {row[name]}" for row in self.used for name in ("jax", "torch") if name in row
-        )
-        copies = sorted(row["copy_gbps"] for row in self.used if "copy_gbps" in row)
-        reads = sorted(row["read_gbps"] for row in self.used if "read_gbps" in row)
-        speeds = "".join(
-            f", {name} at {_range(of)} GB/s"
-            for name, of in (("copies", copies), ("reading alone", reads))
-            if of
-        )
-        return f"{device}, {made}, commit {commit}{speeds}"
-
-
-def _several(values: Iterable[str]) -> str:
-    return " and ".join(dict.fromkeys(values))
-
-
-def _range(ordered: Sequence[float]) -> str:
-    low, high = (f"{value:,.0f}" for value in (ordered[0], ordered[-1]))
-    return low if low == high else f"{low} to {high}"
-
-
-def _number(row: Row | None, key: str, form: str) -> str:
-    return MISSING if row is None or row.get(key) is None else form.format(row[key])
-
-
-def _ratio(slow: Row | None, fast: Row | None, key: str = "time_us") -> str:
-    return MISSING if slow is None or fast is None else f"{slow[key] / fast[key]:.2f} ×"
-
-
-def _speedup(dense: Row | None, row: Row) -> str:
-    """Speedup over the dense call of the same run if the row has it, else over `dense`."""
-    measured = row.get("speedup_vs_dense")
-    return _ratio(dense, row) if measured is None else f"{measured:.2f} ×"
-
-
-def _section(title: str, note: str, source: str, table: str) -> str:
-    """A heading, a paragraph that explains what the table shows and where it was measured, and the table."""
-    paragraph = textwrap.fill(f"{note} ({source})", 120, break_long_words=False, break_on_hyphens=False)
-    return f"#### {title}\n\n{paragraph}\n\n{table}"
-
-
-def _table(header: Sequence[str], lines: Iterable[Sequence[str]]) -> str:
-    return "\n".join("| " + " | ".join(cells) + " |" for cells in (header, ["---"] * len(header), *lines))
 
 
 def attention(folder: Path) -> str:
@@ -142,15 +50,15 @@ def attention(folder: Path) -> str:
         for batch in (16, 64):
             of = f"{model} B{batch} S{cache} d"
             dense, cudnn = results.get(of + "1", "mosaic"), results.get(of + "1", "cudnn")
-            cells = [_number(dense, "time_us", "{:,.0f} µs"), _number(dense, "pct_peak", "{:.0f} %")]
+            cells = [number(dense, "time_us", "{:,.0f} µs"), number(dense, "pct_peak", "{:.0f} %")]
             for density in (0.3, 0.5):
                 row = results.get(f"{of}{density}", "mosaic")
                 kept = AttentionCase(shape, batch, cache, density).selected
-                share = _number(row, "pct_peak", "{:.0f} %")
+                share = number(row, "pct_peak", "{:.0f} %")
                 cells.append(
-                    f"{kept} of {shape.kv_heads}: {share}, {_speedup(dense, row)}" if row else MISSING
+                    f"{kept} of {shape.kv_heads}: {share}, {speedup(dense, row)}" if row else MISSING
                 )
-            lines.append((f"{NAMES[model]}, {batch}, {cache:,}", *cells, _ratio(cudnn, dense)))
+            lines.append((f"{NAMES[model]}, {batch}, {cache:,}", *cells, ratio(cudnn, dense)))
     header = (
         "shapes, batch, cache",
         "dense",
@@ -163,7 +71,7 @@ def attention(folder: Path) -> str:
         "Time of our dense kernel, and what our sparse kernel gains when it reads only some groups: groups kept "
         "(rounded down), percent of the copy bandwidth, and speedup over our dense kernel."
     )
-    return _section("Attention kernel", note, f"{results.source()}, bfloat16", _table(header, lines))
+    return section("Attention kernel", note, f"{results.source()}, bfloat16", table(header, lines))
 
 
 def mlp(folder: Path) -> str:
@@ -172,11 +80,11 @@ def mlp(folder: Path) -> str:
         for batch in (1, 16, 64):
             of = f"{model} B{batch} d"
             dense = results.get(of + "1", "dense")
-            cells = [_number(dense, "time_us", "{:,.0f} µs")]
+            cells = [number(dense, "time_us", "{:,.0f} µs")]
             for density in ("0.1", "0.3"):
                 row = results.get(of + density, None)
-                cells += [_number(row, "pct_peak", "{:.0f} %"), _ratio(dense, row)]
-            gathered = _ratio(results.get(of + "0.1", "take+dot"), results.get(of + "0.1", None))
+                cells += [number(row, "pct_peak", "{:.0f} %"), ratio(dense, row)]
+            gathered = ratio(results.get(of + "0.1", "take+dot"), results.get(of + "0.1", None))
             if {*cells, gathered} != {MISSING}:
                 lines.append((f"{NAMES[model]}, {batch}", *cells, gathered))
     header = (
@@ -193,7 +101,7 @@ def mlp(folder: Path) -> str:
         "Time of the dense MLP in XLA, and what our kernel gains when it reads only some neurons: percent of the copy "
         "bandwidth, and speedup over the dense MLP."
     )
-    return _section("Selective MLP", note, f"{results.source()}, bfloat16", _table(header, lines))
+    return section("Selective MLP", note, f"{results.source()}, bfloat16", table(header, lines))
 
 
 def selection(folder: Path) -> str:
@@ -205,19 +113,19 @@ def selection(folder: Path) -> str:
         for model, batch in cases
     }
     for (model, batch), found in rows.items():
-        cells = [_number(row, "time_us", "{:,.1f} µs") for row in found]
+        cells = [number(row, "time_us", "{:,.1f} µs") for row in found]
         lines.append((f"{NAMES[model]}, {batch}", *cells))
     header = ("shapes, batch", "density .1", "density .3", "XLA, density .3")
     note = "Device time of picking the top neurons from the router's scores, compared with XLA's own top-k."
-    return _section("Selection of neurons", note, results.source(), _table(header, lines))
+    return section("Selection of neurons", note, results.source(), table(header, lines))
 
 
 def steps(folder: Path) -> str:
-    results, torch = Results.read("decode", folder), Results.read("torch", folder)
+    results, torch = Results.read("decode", folder), Results.read("torch", folder, alone=True)
     lines = []
     for shape in SHAPES.values():
         found = [_cell(shape, batch, results, torch) for batch in shape.batches]
-        if any(set(cells[1:]) != {MISSING} for _, *cells in found):
+        if any(set(cells[1:]) != {MISSING, ""} for _, *cells in found):
             lines += [(f"{NAMES[shape.name]}, {name}", *cells) for name, *cells in found]
         else:
             batches = " and ".join(map(str, shape.batches))
@@ -241,7 +149,7 @@ def steps(folder: Path) -> str:
         "the bytes that the step has to read, at the copy bandwidth."
     )
     source = "; ".join(each.source() for each in (results, torch) if each.used or each is results)
-    return _section("Whole models", note, source, _table(header, lines))
+    return section("Whole models", note, source, table(header, lines))
 
 
 def _cell(shape: DecodeShape, batch: int, results: Results, torch: Results) -> tuple[str, ...]:
@@ -249,24 +157,63 @@ def _cell(shape: DecodeShape, batch: int, results: Results, torch: Results) -> t
     case = f"{shape.name} B{batch} S{shape.cache}"
     dense, sparse = results.get(case, "dense"), results.get(case, shape.kind(batch))
     compiled, theirs = (_same_device(torch.get(case, kind), dense) for kind in ("torch", "transformers"))
-    return (
-        f"{batch}, {shape.cache:,}",
-        shape.kind(batch),
-        _number(dense, "ms_per_step", "{:.2f}"),
-        _number(dense, "pct_of_floor", "{:.0f} %"),
-        _number(sparse, "ms_per_step", "{:.2f}"),
-        _number(sparse, "pct_of_floor", "{:.0f} %"),
-        _number(sparse, "tokens_per_s", "{:,.0f}"),
-        _ratio(dense, sparse, "ms_per_step"),
-        _number(compiled, "ms_per_step", "{:.2f}"),
-        _ratio(compiled, dense, "ms_per_step"),
-        _number(theirs, "ms_per_step", "{:.2f}"),
+    name = (f"{batch}, {shape.cache:,}", shape.kind(batch))
+    found = (
+        number(dense, "ms_per_step", "{:.2f}"),
+        number(dense, "pct_of_floor", "{:.0f} %"),
+        number(sparse, "ms_per_step", "{:.2f}"),
+        number(sparse, "pct_of_floor", "{:.0f} %"),
+        number(sparse, "tokens_per_s", "{:,.0f}"),
+        ratio(dense, sparse, "ms_per_step"),
+        number(compiled, "ms_per_step", "{:.2f}"),
+        ratio(compiled, dense, "ms_per_step"),
+        number(theirs, "ms_per_step", "{:.2f}"),
     )
+    return (*name, *found) if set(found) != {MISSING} else (*name, MISSING, *[""] * (len(found) - 1))
 
 
 def _same_device(row: Row | None, ours: Row | None) -> Row | None:
     """The row, unless it was measured on another device."""
     return row if row and (ours is None or ours["device"] == row["device"]) else None
+
+
+def meshes(folder: Path) -> str:
+    path = folder / "decode_mesh.jsonl"
+    rows = [row for row in report.read_jsonl(path) if row["devices"] == 2] if path.is_file() else []
+    found = {(row["case"], row["mesh"], row["kind"]): row for row in rows}
+    lines = []
+    for case, mesh in sorted({key[:2] for key in found}, key=lambda key: _order(*key)):
+        dense = found.get((case, mesh, "dense"))
+        name, batch, cache = case.split()
+        sparse = found.get(
+            (case, mesh, shape_of(name).kind(int(batch[1:]) // (2 if "data=2" in mesh else 1)))
+        )
+        cells = [NAMES[name], f"{batch[1:]}, {int(cache[1:]):,}", _divided(mesh)]
+        for row in (dense, sparse):
+            cells += [number(row, "ms_per_step", "{:.2f}"), number(row, "pct_of_floor", "{:.0f} %")]
+            cells += [number(row, "speedup_vs_one", "{:.2f} ×")]
+        lines.append((*cells, ratio(dense, sparse, "ms_per_step")))
+    times = ("ms", "of floor", "over one GPU")
+    columns = [f"{kind}, {each}" for kind in ("dense", "sparse") for each in times]
+    header = ("shapes", "batch, cache", "what they divide", *columns, "sparse over dense")
+    note = (
+        "A whole decoding step on two GPUs, and tokens/s over those of one in the same run, which has half the batch "
+        "where sequences are divided. The floor counts a device's bytes and what the two exchange."
+    )
+    source = Results(rows).whole_source()
+    return section("Two GPUs", note, source, table(header, lines or [[MISSING] * 10]))
+
+
+def _divided(mesh: str) -> str:
+    """What the devices divide, in words."""
+    if "data=2" in mesh:
+        return "sequences"
+    return "model" if "groups" in mesh else "model, attention by sequences"
+
+
+def _order(case: str, mesh: str) -> tuple[int, str, int]:
+    name, batch, _ = case.split()
+    return list(NAMES).index(name), _divided(mesh), int(batch[1:])
 
 
 def jobs(folder: Path) -> str:
@@ -281,15 +228,15 @@ def jobs(folder: Path) -> str:
                 (
                     f"{NAMES[name]}, {slots[1:]}, {int(requests[1:]):,}",
                     kind,
-                    _number(engine, "tokens_per_s", "{:,.0f}"),
-                    _number(engine, "prompts_per_s", "{:.1f}"),
-                    _number(engine, "rows_in_use_pct", "{:.0f} %"),
-                    _number(engine, "pct_of_steps", "{:.0f} %"),
-                    _number(engine, "longest_gap_chunks", "{:.1f}"),
-                    _number(static, "tokens_per_s", "{:,.0f}"),
-                    _ratio(engine, static, "tokens_per_s"),
-                    _ratio(serve, engine, "tokens_per_s"),
-                    ", ".join(dict.fromkeys(_number(row, "over_prefill", "{:.2f} ×") for row in lone)),
+                    number(engine, "tokens_per_s", "{:,.0f}"),
+                    number(engine, "prompts_per_s", "{:.1f}"),
+                    number(engine, "rows_in_use_pct", "{:.0f} %"),
+                    number(engine, "pct_of_steps", "{:.0f} %"),
+                    number(engine, "longest_gap_chunks", "{:.1f}"),
+                    number(static, "tokens_per_s", "{:,.0f}"),
+                    ratio(engine, static, "tokens_per_s"),
+                    ratio(serve, engine, "tokens_per_s"),
+                    ", ".join(dict.fromkeys(number(row, "over_prefill", "{:.2f} ×") for row in lone)),
                 )
             )
     header = (
@@ -311,13 +258,13 @@ def jobs(folder: Path) -> str:
         "slot-steps that drew a token while requests waited, tokens/s as a share of what the decoding steps alone "
         "would give, and the longest time between two events of a request, in chunks of 8 steps."
     )
-    return _section("Whole jobs", note, results.source(), _table(header, lines))
+    return section("Whole jobs", note, results.source(), table(header, lines))
 
 
 def markdown(folder: Path = RESULTS) -> str:
     """All tables, as they appear between the markers."""
-    sections = (attention, mlp, selection, steps, jobs)
-    return "\n\n".join(section(folder) for section in sections)
+    made = (attention, mlp, selection, steps, meshes, jobs)
+    return "\n\n".join(each(folder) for each in made)
 
 
 def spliced(readme: str, tables: str) -> str:

@@ -12,7 +12,8 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from bench import report
-from bench.readme_tables import OTHERS, RESULTS
+from bench.readme_tables import RESULTS
+from bench.table_cells import OTHERS
 
 PICTURE = RESULTS / "roofline.png"
 IDLE = 5e-6  # seconds

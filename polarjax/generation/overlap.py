@@ -14,9 +14,10 @@ OVERLAP = {
 """Compiler options for your own decoding loop: `jax.jit(loop, compiler_options=polarjax.OVERLAP)`.
 
 On a GPU, kernels of a CUDA graph then wait only for kernels whose results they read: routers and selection, which
-only need a layer's input, run alongside attention. Products of the same input become one. On several GPUs NCCL reduces,
-which is faster here than XLA's own kernels. `generate` and `stream` use it if theirs is the outermost jit. Don't use it for programs with independent `sparse_mlp` calls: their thread blocks
-wait for each other and must all be resident at once.
+only need a layer's input, run alongside attention. Products of the same input become one. Over several GPUs, NCCL sums
+instead of XLA's own kernels, which are slower here. `generate` and `stream` use these options if theirs is the
+outermost jit. Don't use them for programs with independent `sparse_mlp` calls: their thread blocks wait for each other
+and must all be resident at once.
 """
 
 
