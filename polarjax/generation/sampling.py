@@ -16,8 +16,6 @@ from polarjax.numeric import plain
 from polarjax.types import Array, Bool, Float, Int, Key
 
 type Cut = Callable[[Float[Array, "B V"]], Float[Array, "B V"]]
-type Enough = Callable[[Bool[Array, "B V"]], Bool[Array, "B 1"]]
-"""Whether these logits of each row, its largest ones, are enough of them."""
 
 _TINY = float(np.finfo(np.float32).tiny)
 _LARGEST = 2**31 - 1  # of an int32
@@ -207,36 +205,45 @@ def _keep(logits: Float[Array, "B V"], floor: Float[Array, "B 1"]) -> Float[Arra
     return jnp.where(logits >= floor, logits, -jnp.inf)
 
 
-def _floor(logits: Float[Array, "B V"], enough: Enough) -> Float[Array, "B 1"]:
-    """The largest logit of each row that enough logits reach, the smallest logit if there is none.
+def _floor(logits: Float[Array, "B V"], weights: Array, needed: Array) -> Float[Array, "B 1"]:
+    """The largest logit of each row such that the `weights` [B V] of the logits that reach it sum to at least `needed`
+    [*B 1] and more than 0; the smallest logit if there is none.
 
-    Finds it bit by bit: nothing is sorted.
+    Finds it two bits at a time, by sums over the row: nothing is sorted.
     """
-    bits = jax.lax.bitcast_convert_type(logits, jnp.uint32)
+    bits = 2
+    as_bits = jax.lax.bitcast_convert_type(logits, jnp.uint32)
     high = jnp.uint32(1 << 31)
-    ranks = jnp.where(bits >= high, ~bits, bits | high)  # unsigned integers, ordered like the floats
+    ranks = jnp.where(as_bits >= high, ~as_bits, as_bits | high)  # unsigned integers, ordered like the floats
+    digits = jnp.arange(1, 1 << bits, dtype=jnp.uint32)[None]
 
-    def lower(i, found):
-        candidate = found | (high >> i.astype(jnp.uint32))
-        return jnp.where(enough(ranks >= candidate), candidate, found)
+    def lower(i, found, ranks, weights, needed):
+        shift = jnp.uint32(32 - bits) - jnp.uint32(bits) * jnp.asarray(i, jnp.uint32)
+        candidates = found | (digits << shift)
+        reached = ranks[:, None, :] >= candidates[:, :, None]
+        sums = jnp.sum(jnp.where(reached, weights[:, None, :], 0), -1)
+        digit = jnp.sum((sums >= needed) & (sums > 0), -1, keepdims=True, dtype=jnp.uint32)
+        return found | (digit << shift)
 
-    found = jax.lax.fori_loop(0, 32, lower, jnp.zeros((logits.shape[0], 1), jnp.uint32))
+    def search(unroll: bool) -> Callable[..., Array]:
+        none, steps = jnp.zeros((logits.shape[0], 1), jnp.uint32), 32 // bits
+        return lambda *operands: jax.lax.fori_loop(
+            0, steps, lambda i, found: lower(i, found, *operands), none, unroll=steps if unroll else 1
+        )
+
+    # With a loop in it, a step on a GPU is no longer one CUDA graph; without one, a CPU's compiler takes twice as long.
+    found = jax.lax.platform_dependent(ranks, weights, needed, cuda=search(True), default=search(False))
     found = jnp.maximum(found, jnp.min(ranks, -1, keepdims=True))
     return jax.lax.bitcast_convert_type(jnp.where(found >= high, found ^ high, ~found), jnp.float32)
 
 
 def _largest(logits: Float[Array, "B V"], k: Int[Array, "*B 1"]) -> Float[Array, "B 1"]:
     """The k-th largest logit of each row, the smallest if k exceeds V; k may be traced."""
-    return _floor(logits, lambda reach: jnp.sum(reach, -1, keepdims=True, dtype=jnp.int32) >= k)
+    return _floor(logits, jnp.ones(logits.shape, jnp.int32), k)
 
 
 def _nucleus_floor(logits: Float[Array, "B V"], top_p: Float[Array, "*B 1"]) -> Float[Array, "B 1"]:
     """The smallest logit inside the nucleus of each row; the largest logit is 0."""
-    weights = jnp.exp(logits)
+    weights = jnp.exp(logits)  # a sum above 0 is asked for because float32 rounds the smallest top_p to 0
     needed = jnp.where(top_p < 1, top_p * jnp.sum(weights, -1, keepdims=True), jnp.inf)
-
-    def enough(reach):
-        mass = jnp.sum(jnp.where(reach, weights, 0), -1, keepdims=True)
-        return (mass >= needed) & (mass > 0)  # float32 rounds the smallest top_p to 0
-
-    return _floor(logits, enough)
+    return _floor(logits, weights, needed)

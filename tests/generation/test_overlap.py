@@ -63,3 +63,18 @@ def test_the_compiler_for_gpus_knows_the_options():
         traced.lower(lowering_platforms=("cuda",)).compile(
             compiler_options={**pj.OVERLAP, "xla_gpu_command_buffer_scheduling_mode": "NONE_SUCH"}
         )
+
+
+def test_a_draw_has_no_loop_on_a_gpu():
+    """XLA makes a step with conditions one CUDA graph, but not one with a loop, which would wait for the host."""
+    rows = lambda dtype: jax.ShapeDtypeStruct((2,), dtype)
+    draw = lambda logits, *of_rows: pj.Categorical.of_rows(*of_rows)(logits, jax.random.key(0))
+    operands = (
+        jax.ShapeDtypeStruct((2, 64), jnp.float32),
+        rows(jnp.float32),
+        rows(jnp.int32),
+        rows(jnp.float32),
+    )
+    text = jax.jit(draw).trace(*operands).lower(lowering_platforms=("cuda",)).as_text()
+    assert "stablehlo.case" in text
+    assert "stablehlo.while" not in text
