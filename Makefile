@@ -24,7 +24,7 @@ demo: $(VENV)/.ready-to-run
 
 test: $(VENV)/.ready-to-test
 	@echo "polarjax: running the tests"
-	@$(PYTHON) -m pytest --numprocesses 2 --dist loadfile $(ARGS)
+	@$(PYTHON) -m pytest --numprocesses 2 --dist loadfile --no-loadscope-reorder $(ARGS)
 	@echo "polarjax: all tests passed"
 
 lint: $(VENV)/.ready-to-test

@@ -39,6 +39,21 @@ hypothesis.settings.register_profile("polarjax", deadline=None, derandomize=True
 hypothesis.settings.load_profile("polarjax")
 
 
+# Begun first, so that one worker doesn't end long after the other: the files that take longest, the longest first.
+LONGEST = """
+    demo/test_demo jobs/test_ray test_mesh test_switches sparsity/test_sparsify kernels/test_decode_attention
+    sparsity/test_tuning test_readme kernels/test_sparse_mlp_aot engine/test_engine evaluation/test_sweep
+    model/test_hf_parity kernels/test_sparse_mlp model/test_forward kernels/test_decoder generation/test_generate
+    kernels/test_mesh_program cli/test_generate kernels/test_selection cli/test_answering checkpoint/test_checkpoint
+""".split()
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Puts the tests of the longest files first."""
+    places = {Path(__file__).parent / f"{name}.py": place for place, name in enumerate(LONGEST)}
+    items.sort(key=lambda item: places.get(item.path, len(places)))
+
+
 MOST_MAPS = 20_000  # of the 65530 memory maps that Linux gives a process; XLA crashes when it gets no more
 
 
