@@ -74,7 +74,8 @@ def place_routers(routers: Routers, layout: Layout) -> Routers:
 def attention_for(plans: PlanTable | None, devices: int) -> str:
     """How attention is divided if nobody says: as the plans were made, otherwise by groups.
 
-    By groups, a step has no exchange but its sums, and sequences needn't be a multiple of the devices.
+    By groups, a step has no exchange but its sums, and sequences needn't be a multiple of the devices; on two H200s it
+    was faster for every shape, batch and plan that was measured (bench/results/decode_mesh.jsonl).
     """
     made_for_sequences = plans is not None and plans.neuron_shards == devices > 1 == plans.group_shards
     return "sequences" if made_for_sequences else "groups"
