@@ -8,7 +8,7 @@ from pallas_kernels import sparse_decode_attention
 from polarjax.configs import ModelConfig
 from polarjax.model import shapes
 from polarjax.model.cache import write_token
-from polarjax.model.layers import Maker, Norm, Rotation, add_bias, apply_rope
+from polarjax.model.layers import Maker, Norm, Rotation, add_bias, apply_rope, product
 from polarjax.model.parallel import at_own_sequences, summed, to_groups, to_sequences
 from polarjax.types import Array, Bool, Float, Implementation, Int
 
@@ -34,25 +34,14 @@ class Attention(nnx.Module):
             self.k_norm = Norm(config, make, width=H, axis="head", kind="rms")
 
 
-def at_least_two_rows(x: Float[Array, "B T D"]) -> Float[Array, "B T D"]:
-    """`x`, twice if it is a single token.
-
-    XLA turns the product of one row and a narrow matrix into a sum over its rows, which keeps eight of a GPU's
-    multiprocessors busy: keys and values of LLaMA-3.1-8B took half of a step at batch 1.
-    """
-    return jnp.repeat(x, 2, 0) if x.shape[:2] == (1, 1) else x
-
-
 @jax.named_scope("projections")
 def project_qkv(
     layer: Attention, x: Float[Array, "B T D"], rotation: Rotation | None
 ) -> tuple[Float[Array, "B T K G H"], Float[Array, "B T K H"], Float[Array, "B T K H"]]:
     """Queries, keys and values of `x`, normalized and rotated if the model does so."""
-    x, rows = at_least_two_rows(x), x.shape[0]
-    q = add_bias(jnp.einsum("btd,dkgh->btkgh", x, layer.wq[...]), layer.bq)
-    k = add_bias(jnp.einsum("btd,dkh->btkh", x, layer.wk[...]), layer.bk)
-    v = add_bias(jnp.einsum("btd,dkh->btkh", x, layer.wv[...]), layer.bv)
-    q, k, v = (each[:rows] for each in (q, k, v))
+    q = add_bias(product(x, layer.wq[...]), layer.bq)
+    k = add_bias(product(x, layer.wk[...]), layer.bk)
+    v = add_bias(product(x, layer.wv[...]), layer.bv)
     if layer.q_norm is not None and layer.k_norm is not None:
         q, k = layer.q_norm(q), layer.k_norm(k)
     if rotation is not None:

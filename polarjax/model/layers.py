@@ -98,6 +98,19 @@ class Head(nnx.Module):
         self.w = make.normal(shapes.head(config)["w"], fan_in=config.embed_dim or config.d_model)
 
 
+def product(x: Float[Array, "..."], weights: Float[Array, "..."], over: int = 1) -> Float[Array, "..."]:
+    """The sums of x · weights over the last `over` axes of `x` and the first ones of `weights`.
+
+    `einsum` sorts the axes that it sums over, and XLA transposes weights for that in every call. A single row is
+    computed twice: XLA makes a sum over a matrix's rows of its product with one row, on as few as five of a GPU's
+    multiprocessors, which took half of a step of LLaMA-3.1-8B at batch 1.
+    """
+    rows = x.shape[:-over]
+    alone = bool(rows) and all(size == 1 for size in rows)
+    found = jnp.tensordot(jnp.repeat(x, 2, 0) if alone else x, weights, over)
+    return found[:1] if alone else found
+
+
 def add_bias(x: Float[Array, "..."], bias: nnx.Param | None) -> Float[Array, "..."]:
     """Adds a bias over the trailing axes of `x`, or nothing."""
     if bias is None:

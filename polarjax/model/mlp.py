@@ -7,7 +7,7 @@ from flax import nnx
 from pallas_kernels import sparse_mlp
 from polarjax.configs import ModelConfig
 from polarjax.model import shapes
-from polarjax.model.layers import Maker, add_bias
+from polarjax.model.layers import Maker, add_bias, product
 from polarjax.model.parallel import summed
 from polarjax.types import Array, Bool, Float, Implementation, Int
 
@@ -45,10 +45,10 @@ def neurons(
     layer: Mlp, x: Float[Array, "... D"], config: ModelConfig
 ) -> tuple[Float[Array, "... F"], Float[Array, "... F"]]:
     """Pre-activation and output of every neuron; the pre-activation is the gate's in a gated MLP."""
-    up = add_bias(x @ layer.w_up[...].T, layer.b_up)
+    up = add_bias(product(x, layer.w_up[...].T), layer.b_up)
     if layer.w_gate is None:
         return up, activate(up, config)
-    gate = add_bias(x @ layer.w_gate[...].T, layer.b_gate)
+    gate = add_bias(product(x, layer.w_gate[...].T), layer.b_gate)
     return gate, activate(gate, config) * up
 
 
@@ -70,7 +70,7 @@ def combine(
 ) -> Float[Array, "... D"]:
     """The down-projection of the (selected) neurons' outputs."""
     hidden = hidden if mask is None else jnp.where(mask, hidden, 0)
-    return add_bias(summed(hidden @ layer.w_down[...], "neurons"), layer.b_down)
+    return add_bias(summed(product(hidden, layer.w_down[...]), "neurons"), layer.b_down)
 
 
 @jax.named_scope("mlp")
