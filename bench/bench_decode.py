@@ -17,7 +17,7 @@ import itertools
 import sys
 import tempfile
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -222,11 +222,23 @@ def fitting(shape: DecodeShape, batches: Sequence[int] | None) -> list[int]:
     return found
 
 
-def compiled(loop: Any) -> tuple[Any, float]:
+def _compiled(loop: Any) -> tuple[Any, float]:
     """The program, and the seconds that the compiler took."""
     started = time.perf_counter()
     made = loop.compile()
     return made, time.perf_counter() - started
+
+
+def compiled(traced: Iterable[Any]) -> list[tuple[Any, float]]:
+    """The programs of lowered loops, each with its compiler's seconds; the next is traced while one is compiled."""
+    with ThreadPoolExecutor(1) as pool:  # one at a time, because XLA autotunes its products
+        jobs = [pool.submit(_compiled, loop) for loop in traced]
+    return [job.result() for job in jobs]
+
+
+def with_options(kind: str, tried: dict[str, Any]) -> str:
+    """A row's kind, and the compiler options that were tried."""
+    return kind + "".join(f", {name}={value}" for name, value in tried.items())
 
 
 def table(args: argparse.Namespace, peak: float | None) -> Iterator[dict[str, Any]]:
@@ -239,23 +251,21 @@ def table(args: argparse.Namespace, peak: float | None) -> Iterator[dict[str, An
             for batch in fitting(shape, args.batches)
             for kind in kinds(shape, batch, made, xla=args.xla)
         ]
-        with ThreadPoolExecutor(1) as pool:  # one at a time, because XLA autotunes its products
-            how = {**pj.OVERLAP, **dict(args.option)}
-            traced = (lowered(shape, batch, sparsity, more, how) for batch, _, sparsity, more in todo)
-            jobs = [pool.submit(compiled, loop) for loop in traced]
+        tried = dict(args.option)
+        how = {**pj.OVERLAP, **tried}
+        loops = compiled(lowered(shape, batch, sparsity, more, how) for batch, _, sparsity, more in todo)
         model = random_model(shape.config) if todo else None
-        for batch, of in itertools.groupby(zip(todo, jobs, strict=True), key=lambda each: each[0][0]):
+        for batch, of in itertools.groupby(zip(todo, loops, strict=True), key=lambda each: each[0][0]):
             cache, dense = filled_cache(shape.config, batch, shape.cache), None
-            for (_, kind, sparsity, _), job in of:
+            for (_, kind, sparsity, _), (loop, compiling) in of:
                 if time.monotonic() > deadline:
                     print("out of time", flush=True)
                     return
-                loop, compiling = job.result()
                 median, spread, cache = seconds_per_step(loop, model, cache, sparsity)
                 dense = dense or median
                 yield {
                     "case": f"{shape.name} B{batch} S{shape.cache}",
-                    "kind": kind + "".join(f", {name}={value}" for name, value in args.option),
+                    "kind": with_options(kind, tried),
                     **shape.times(
                         batch,
                         shape.cache - STEPS // 2,

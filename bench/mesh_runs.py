@@ -9,7 +9,6 @@ import functools
 import itertools
 import time
 from collections.abc import Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import jax
@@ -210,13 +209,12 @@ def _rows(
         return
     placed, how = Placed.of(shape, mesh), {**pj.OVERLAP, **tried}
     todo = [(batch, *kind) for batch in fits for kind in placed.kinds(batch * mesh.data)]
-    with ThreadPoolExecutor(1) as pool:  # one at a time, because XLA autotunes its products
-        traced = (placed.lowered(batch * mesh.data, sparsity, how) for batch, _, sparsity in todo)
-        jobs = [pool.submit(bench_decode.compiled, loop) for loop in traced]
-    for batch, of in itertools.groupby(zip(todo, jobs, strict=True), key=lambda each: each[0][0]):
+    loops = bench_decode.compiled(
+        placed.lowered(batch * mesh.data, sparsity, how) for batch, _, sparsity in todo
+    )
+    for batch, of in itertools.groupby(zip(todo, loops, strict=True), key=lambda each: each[0][0]):
         cache, dense = placed.filled_cache(batch * mesh.data), None
-        for (_, kind, sparsity), job in of:
-            loop, compiling = job.result()
+        for (_, kind, sparsity), (loop, compiling) in of:
             median, spread, cache = bench_decode.seconds_per_step(loop, placed.model, cache, sparsity)
             share, cache = exchange_share(loop, placed.model, cache, sparsity)
             dense = dense or median
@@ -225,7 +223,7 @@ def _rows(
                 batch,
                 {
                     "case": f"{shape.name} B{batch * mesh.data} S{shape.cache}",
-                    "kind": kind + "".join(f", {name}={value}" for name, value in tried.items()),
+                    "kind": bench_decode.with_options(kind, tried),
                     "mesh": f"data={mesh.data} model={mesh.model} {mesh.attention if mesh.model > 1 else ''}".strip(),
                     "devices": mesh.devices,
                     "data": mesh.data,
