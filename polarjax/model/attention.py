@@ -54,9 +54,7 @@ def project_out(
     layer: Attention, heads: Float[Array, "B T K G H"], fill: Float[Array, "B T D"] | None = None
 ) -> Float[Array, "B T D"]:
     """The output projection, with what replaces groups that were skipped, and its bias."""
-    update = jnp.tensordot(
-        heads, layer.wo[...], 3
-    )  # einsum would sum over g, h, k: XLA transposes wo for that
+    update = product(heads, layer.wo[...], over=3)
     return add_bias(summed(update if fill is None else update + fill, "groups"), layer.bo)
 
 
