@@ -260,5 +260,5 @@ def exchange_share(
         return last
 
     seen = timing.events(run, _REPEATS)
-    exchanging = [event for event in seen if "nccl" in event.name.lower()]
+    exchanging = [e for e in seen if any(name in e.name.lower() for name in ("nccl", "all_reduce_norm"))]
     return 100 * timing.busy(exchanging) / timing.busy(seen), kept.pop()

@@ -52,6 +52,9 @@ def _check_keys(cls: type, data: dict[str, Any]) -> None:
     _check(not missing, "keys", f"no {', '.join(missing)}", "every required key")
 
 
+type NormKind = Literal["rms", "layer"]
+
+
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class RopeConfig:
     """Rotary position embedding.
@@ -130,7 +133,7 @@ class ModelConfig:
     num_kv_heads: int
     head_dim: int
     max_positions: int
-    norm: Literal["rms", "layer"] = "rms"
+    norm: NormKind = "rms"
     norm_eps: float = 1e-5
     norm_bias: bool = False
     norm_position: Literal["pre", "post"] = "pre"

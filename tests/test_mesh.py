@@ -7,14 +7,17 @@ import re
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 from jax.sharding import AxisType
 
 import polarjax as pj
+from pallas_kernels.all_reduce_norm.reference import reference
 from polarjax.engine import programs
 from polarjax.evaluation import perplexity
 from polarjax.evaluation.sweep_cases import Asked
+from polarjax.model import joining
 from polarjax.model.parameters import parameters, with_parameters
 from tests.model import zoo
 from tests.several_devices import printed
@@ -180,7 +183,41 @@ def on_mesh() -> None:
     if far.sharding.spec[-1] != "model":
         faults["forward"] = str(far.sharding)
     assert_close(far[0], zoo.jit(pj.forward)(model, tokens, lengths)[0][0], "rounding")
-    print(json.dumps(faults | refusals()))
+    print(json.dumps(faults | kernel_faults() | refusals()))
+
+
+def kernel_faults() -> dict[str, str]:
+    """Steps of bfloat16 models whose sums the kernel would make, replaced by its oracle: other logits, or other sums."""
+    numbers, faults = [], {}
+
+    def summed(update, x, scale, link, number, **more):
+        numbers.append(number)
+        return reference(jax.lax.psum(update, "model")[None], x, scale, **more)
+
+    for name in ("opt", "llama-mha"):
+        flat = {path: value.astype(jnp.bfloat16) for path, value in parameters(divisible(name)).items()}
+        config = dataclasses.replace(zoo.CONFIGS[name], vocab_size=zoo.VOCAB - 1)
+        model = pj.shard(with_parameters(config, flat), mesh_of("groups of two batches"))
+        run = lambda model=model: np.asarray(jax.jit(dense_step)(model, *zoo.batch(4)))
+        expected = run()
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(joining, "all_reduce_norm", summed)
+            patch.setattr(joining, "linked", lambda *_: object())
+            jax.clear_caches()
+            found = run()
+        if numbers != list(range(1, 2 * config.num_layers + 1)):
+            faults[name] = f"sums {numbers}"
+        numbers.clear()
+        assert_close(found, expected, "rounding", jnp.bfloat16)
+    return faults
+
+
+def dense_step(model: pj.Decoder, tokens: jax.Array, lengths: jax.Array) -> jax.Array:
+    """Logits of one step after a prompt."""
+    sizes = {"batch_size": tokens.shape[0], "capacity": tokens.shape[1] + 1}
+    cache = pj.init_cache(model.config, dtype=model.dtype, **sizes)
+    _, cache = pj.prefill(model, tokens, lengths, cache)
+    return pj.decode_step(model, tokens[:, 0], cache)[0]
 
 
 def within(mesh, run):

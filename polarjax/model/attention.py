@@ -8,8 +8,9 @@ from pallas_kernels import sparse_decode_attention
 from polarjax.configs import ModelConfig
 from polarjax.model import shapes
 from polarjax.model.cache import write_token
+from polarjax.model.joining import Update
 from polarjax.model.layers import Maker, Norm, Rotation, add_bias, apply_rope, product
-from polarjax.model.parallel import at_own_sequences, summed, to_groups, to_sequences
+from polarjax.model.parallel import at_own_sequences, to_groups, to_sequences
 from polarjax.types import Array, Bool, Float, Implementation, Int
 
 
@@ -54,8 +55,16 @@ def project_out(
     layer: Attention, heads: Float[Array, "B T K G H"], fill: Float[Array, "B T D"] | None = None
 ) -> Float[Array, "B T D"]:
     """The output projection, with what replaces groups that were skipped, and its bias."""
+    return _project_out(layer, heads, fill).whole()
+
+
+@jax.named_scope("projections")
+def _project_out(
+    layer: Attention, heads: Float[Array, "B T K G H"], fill: Float[Array, "B T D"] | None
+) -> Update:
+    """`project_out` of this device's groups."""
     update = product(heads, layer.wo[...], over=3)
-    return add_bias(summed(update if fill is None else update + fill, "groups"), layer.bo)
+    return Update(update if fill is None else update + fill, "groups", layer.bo)
 
 
 def group_norms(heads: Float[Array, "... K G H"]) -> Float[Array, "... K"]:
@@ -123,7 +132,7 @@ def attend_cached(
     config: ModelConfig,
     window: int | None,
     implementation: Implementation,
-) -> tuple[Float[Array, "B D"], tuple[Float[Array, "B K S H"], Float[Array, "B K S H"]]]:
+) -> tuple[Update, tuple[Float[Array, "B K S H"], Float[Array, "B K S H"]]]:
     """One new token per sequence: appends its key and value at `length`, attends with the selected groups only.
 
     `fill` replaces the other groups' part of the output; None for zeros. Rows that are not `live` append and attend to
@@ -146,5 +155,5 @@ def attend_cached(
         implementation=implementation,
     )
     fill = at_own_sequences(fill)
-    update = project_out(layer, to_groups(heads)[:, None], None if fill is None else fill[:, None])
-    return update[:, 0], (k_cache, v_cache)
+    update = _project_out(layer, to_groups(heads)[:, None], None if fill is None else fill[:, None])
+    return update._replace(part=update.part[:, 0]), (k_cache, v_cache)

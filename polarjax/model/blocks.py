@@ -14,11 +14,14 @@ type Block = Callable[[Float[Array, "... D"]], tuple[Float[Array, "... D"], Any]
 """Half a layer: its input -> its update of the residual stream, and anything else needed later."""
 
 
-@jax.named_scope("head")
 def logits(model: Any, x: Float[Array, "... D"]) -> Float[Array, "... V"]:
     """Final norm and head of a `Decoder` or `StackedDecoder`; float32."""
-    if model.final_norm is not None:
-        x = model.final_norm(x)
+    return head(model, x if model.final_norm is None else model.final_norm(x))
+
+
+@jax.named_scope("head")
+def head(model: Any, x: Float[Array, "... D"]) -> Float[Array, "... V"]:
+    """`logits` of a hidden state that needs no norm any more."""
     if model.embed.project_out is not None:
         x = x @ model.embed.project_out[...]
     table = (model.embed.tokens if model.head is None else model.head.w)[...]

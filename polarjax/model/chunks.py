@@ -94,7 +94,7 @@ def _read(
 
         with jax.named_scope(f"layer_{i}"):
             x, pair = residual(layer.attn_norm, x, attend, config)
-            feed = lambda y, layer=layer: (mlp.dense(layer.mlp, y, config), None)
+            feed = lambda y, layer=layer: (mlp.dense(layer.mlp, y, config).whole(), None)
             x, _ = residual(layer.mlp_norm, x, feed, config)
         # Without it, the keys and values of all layers are kept until the last one, and then written.
         x, pair = jax.lax.optimization_barrier((x, pair))

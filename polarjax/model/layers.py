@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from polarjax.configs import ModelConfig, RopeConfig
+from polarjax.configs import ModelConfig, NormKind, RopeConfig
 from polarjax.model import shapes
 from polarjax.model.parallel import table_rows
 from polarjax.types import Array, Float, Int
@@ -44,9 +44,15 @@ class Norm(nnx.Module):
     """RMS or layer norm over the last axis, computed in float32."""
 
     def __init__(
-        self, config: ModelConfig, make: Maker, *, width: int, axis: str = "embed", kind: str | None = None
+        self,
+        config: ModelConfig,
+        make: Maker,
+        *,
+        width: int,
+        axis: str = "embed",
+        kind: NormKind | None = None,
     ):
-        self.kind = kind or config.norm
+        self.kind: NormKind = kind or config.norm
         self.eps = config.norm_eps
         axes = shapes.norm(config, width, axis=axis, kind=kind)
         self.scale = make.constant(axes["scale"], value=1.0)

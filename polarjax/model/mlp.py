@@ -7,8 +7,8 @@ from flax import nnx
 from pallas_kernels import sparse_mlp
 from polarjax.configs import ModelConfig
 from polarjax.model import shapes
+from polarjax.model.joining import Update
 from polarjax.model.layers import Maker, add_bias, product
-from polarjax.model.parallel import summed
 from polarjax.types import Array, Bool, Float, Implementation, Int
 
 _ACTIVATIONS = {"relu": jax.nn.relu, "silu": jax.nn.silu, "gelu": lambda x: jax.nn.gelu(x, approximate=False)}
@@ -70,13 +70,13 @@ def combine(
 ) -> Float[Array, "... D"]:
     """The down-projection of the (selected) neurons' outputs."""
     hidden = hidden if mask is None else jnp.where(mask, hidden, 0)
-    return add_bias(summed(product(hidden, layer.w_down[...]), "neurons"), layer.b_down)
+    return Update(product(hidden, layer.w_down[...]), "neurons", layer.b_down).whole()
 
 
 @jax.named_scope("mlp")
-def dense(layer: Mlp, x: Float[Array, "... D"], config: ModelConfig) -> Float[Array, "... D"]:
+def dense(layer: Mlp, x: Float[Array, "... D"], config: ModelConfig) -> Update:
     """The MLP with all its neurons."""
-    return combine(layer, neurons(layer, x, config)[1], None)
+    return Update(product(neurons(layer, x, config)[1], layer.w_down[...]), "neurons", layer.b_down)
 
 
 @jax.named_scope("mlp")
@@ -87,7 +87,7 @@ def selected(
     *,
     config: ModelConfig,
     implementation: Implementation,
-) -> Float[Array, "B D"]:
+) -> Update:
     """The MLP computed from the selected neurons' rows only."""
     value = lambda parameter: None if parameter is None else parameter[...]
     y = sparse_mlp(
@@ -102,4 +102,4 @@ def selected(
         threshold=config.activation_threshold,
         implementation=implementation,
     )
-    return add_bias(summed(y, "neurons"), layer.b_down)
+    return Update(y, "neurons", layer.b_down)

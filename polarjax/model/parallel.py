@@ -9,8 +9,9 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import PartitionSpec
 
+from pallas_kernels import Link, connect
 from polarjax.model.layout import Layout
-from polarjax.types import Array, Float, Int
+from polarjax.types import Array, Float, Implementation, Int
 
 _LAYOUT: ContextVar[Layout | None] = ContextVar("layout", default=None)
 
@@ -59,6 +60,11 @@ def _divided(axis: str) -> Layout | None:
     return layout if layout is not None and layout.parts(axis) > 1 else None
 
 
+def is_divided(axis: str) -> bool:
+    """Whether each device has a part of arrays with this logical axis."""
+    return _divided(axis) is not None
+
+
 def _by_sequences() -> Layout | None:
     layout = _divided("groups")
     return layout if layout is not None and layout.attention == "sequences" else None
@@ -67,6 +73,18 @@ def _by_sequences() -> Layout | None:
 def summed(x: Float[Array, "..."], axis: str) -> Float[Array, "..."]:
     """The sum over all devices of what each computed with its part of the logical `axis`."""
     return x if _divided(axis) is None else jax.lax.psum(x, "model")
+
+
+def linked(token: Int[Array, "B"], width: int, implementation: Implementation) -> Link | None:
+    """What the devices need to sum [B width] in a kernel, after `token` is known; None where XLA must sum."""
+    layout = _LAYOUT.get()
+    if layout is None or not (is_divided("groups") or is_divided("neurons")):
+        return None
+    try:
+        sizes = {"rows": token.shape[0], "width": width}
+        return connect(token, layout.mesh, "model", implementation=implementation, **sizes)
+    except NotImplementedError:
+        return None
 
 
 def over_data(layout: Layout | None, x: Array) -> Array:

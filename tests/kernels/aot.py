@@ -60,13 +60,17 @@ def compile_for_h200(function: Callable[..., Any], *arguments: Any, **jit_option
 
     Raises what JAX, Mosaic or ptxas raise. A kernel that equals one compiled before is not reported again.
     """
-    for report in Path(_reports.name).iterdir():
-        report.unlink()
     sharding = h200_sharding()
     structs = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding), arguments)
-    traced = jax.jit(function, out_shardings=sharding, **jit_options).trace(*structs)
-    compiled = traced.lower(lowering_platforms=("cuda",)).compile()
-    return Program(compiled, tuple(_read(report) for report in sorted(Path(_reports.name).glob("*.ptxas"))))
+    return compiled(jax.jit(function, out_shardings=sharding, **jit_options).trace(*structs))
+
+
+def compiled(traced: Any) -> Program:
+    """Lowers a traced function, whose arguments lie on devices of `h200s`, and compiles it like `compile_for_h200`."""
+    for report in Path(_reports.name).iterdir():
+        report.unlink()
+    program = traced.lower(lowering_platforms=("cuda",)).compile()
+    return Program(program, tuple(_read(report) for report in sorted(Path(_reports.name).glob("*.ptxas"))))
 
 
 def _read(report: Path) -> Kernel:

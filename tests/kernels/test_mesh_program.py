@@ -90,11 +90,15 @@ def exchanges(program: str) -> dict[str, list[int]]:
     return found
 
 
-@pytest.mark.parametrize(("attention", "L"), [("groups", 2), ("sequences", 1)])
-def test_step_on_four_gpus(attention, L):
-    """Two all-reduces a layer and one of the embeddings, by sequences two all-to-alls more, and of logits, only sums and
-    each device's largest, for draws and log-probabilities; the cache is donated, and memory is what `costs` says."""
-    mesh = Mesh(np.array(aot.h200s(DEVICES)).reshape(1, DEVICES), ("data", "model"))
+@pytest.mark.parametrize(
+    ("attention", "L", "kernel"), [("groups", 2, True), ("sequences", 1, True), ("sequences", 1, False)]
+)
+def test_step_on_four_gpus(attention, L, kernel):
+    """Two sums a layer and one of the embeddings, by sequences two all-to-alls more, and of logits, only sums and each
+    device's largest, for draws and log-probabilities; the cache is donated, and memory is what `costs` says. A kernel
+    makes the sums of the layers, unless the devices aren't in the order that it needs."""
+    devices = aot.h200s(DEVICES)[:: 1 if kernel else -1]
+    mesh = Mesh(np.array(devices).reshape(1, DEVICES), ("data", "model"))
     layout, config = pj.Layout(mesh, attention=attention), dataclasses.replace(CONFIG, num_layers=L)
 
     def step(model, token, cache, sparsity, state, rules):
@@ -108,8 +112,11 @@ def test_step_on_four_gpus(attention, L):
     program = compiled.as_text()
     found = exchanges(program)
     sizes = found.pop("all-reduce")
-    assert sorted(sizes)[-2 * L - 1 :] == [B * CONFIG.d_model] * (2 * L + 1)
-    assert sorted(sizes)[-2 * L - 2] <= 4 * B  # three sums of each row, the first beside their total
+    count = 1 if kernel else 2 * L + 1
+    calls = re.findall(r"custom-call\(.*op_name=\"[^\"]*all_reduce_norm\.mosaic", program)
+    assert len(calls) == (2 * L + 1 if kernel else 0)  # and one that connects
+    assert sorted(sizes)[-count:] == [B * CONFIG.d_model] * count
+    assert sorted(sizes)[-count - 1] <= 4 * B  # three sums of each row, the first beside their total
     assert len(found.pop("all-to-all", [])) == (2 * L if attention == "sequences" else 0)
     assert max(found.pop("all-gather")) <= B * DEVICES * BEST
     assert not found
