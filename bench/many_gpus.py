@@ -43,9 +43,10 @@ our measured rows,
 What is assumed, not measured:
 
 - An H100 copies at {h100:,.0f} GB/s: the H200's bandwidth times the ratio of the nominal ones (3.35 and 4.8 TB/s).
-- All-reduces were measured over two H200s, by NCCL without NVLink multicast:
-  {points}. A ring of n devices sends 2(n - 1)/n times the operand,
-  in 2(n - 1) steps; each step beyond two adds {hop:.2f} µs. An all-to-all is half an all-reduce.
+- Sums were measured over two H200s, without NVLink multicast. In our kernel: {sums}.
+  Each of n devices sends its operand to the n - 1 others. By NCCL: {points}.
+  A ring of n devices sends 2(n - 1)/n times the operand, in 2(n - 1) steps; each step beyond two adds {hop:.2f} µs.
+  An all-to-all is half an all-reduce.
 - Nothing is exchanged while something else is computed.
 - Between hosts only sequences are divided. All they exchange is whether to go on, {network:.0f} µs a step.
 
@@ -241,9 +242,18 @@ def page() -> str:
         for (family, kind), each in known.seconds.items()
         if family in families
     ]
-    points = ", ".join(f"{1e6 * seconds:g} µs for {size // 1024:g} KB" for size, seconds in NVLINK.points)
+    points, sums = (
+        ", ".join(f"{1e6 * seconds:g} µs for {size // 1024:g} KB" for size, seconds in each)
+        for each in (NVLINK.points, NVLINK.sums)
+    )
     values = {"bandwidth": known.bandwidth / 1e9, "h100": gpus[1].bandwidth / 1e9, "room": ROOM / 1e9}
-    values |= {"overheads": ", ".join(spent), "points": points, "hop": 1e6 * NVLINK.hop, "usable": USABLE}
+    values |= {
+        "overheads": ", ".join(spent),
+        "points": points,
+        "sums": sums,
+        "hop": 1e6 * NVLINK.hop,
+        "usable": USABLE,
+    }
     values |= {"waiting": 1e6 * waiting()}
     parts = [TEXT.format(**values, network=1e6 * NETWORK)]
     for gpu in gpus:

@@ -7,9 +7,17 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from pallas_kernels.all_reduce_norm import problem
 from polarjax import costs
 from polarjax.errors import InputError, SparsityError
-from polarjax.model.exchanges import Exchange, Link, exchanges
+from polarjax.model.exchanges import (
+    KERNEL_DEVICES,
+    KERNEL_ELEMENTS,
+    KERNEL_UNIT,
+    Exchange,
+    Link,
+    exchanges,
+)
 from polarjax.model.mesh_shape import MeshShape
 from polarjax.selection.plans import SparsityPlan, dense_plan
 from tests.model import zoo
@@ -149,14 +157,26 @@ def test_largest_batch_and_exchanges_of_a_mesh():
         assert costs.largest_batch(config, memory=memory, cache_length=9, mesh=mesh) == 3 * rows
         found = exchanges(config, mesh, batch_size=12)
         operand = 2 * 4 * config.d_model
-        assert found[0] == Exchange("all-reduce", 2 * config.num_layers + 1, operand)
-        heads = [exchange.num_bytes for exchange in found[1:]]
+        layers = Exchange("all-reduce", 2 * config.num_layers, operand)
+        assert found[:2] == (layers, Exchange("all-reduce", 1, operand))
+        heads = [exchange.num_bytes for exchange in found[2:]]
         assert heads == ([] if attention == "groups" else [2 * 4 * 2 * (1 + 2 + 1), 2 * 4 * 2 * 2])
     assert exchanges(config, MeshShape(data=3), batch_size=12) == ()
+    wide = dataclasses.replace(config, d_model=2048)
+    kind = lambda batch, devices=2, **more: (
+        exchanges(wide, MeshShape(model=devices), batch_size=batch, **more)[0].kind
+    )
+    assert [kind(512), kind(513), kind(12, item=4)] == ["sum", "all-reduce", "all-reduce"]
+    assert (KERNEL_UNIT, KERNEL_DEVICES, KERNEL_ELEMENTS) == (
+        problem.UNIT,
+        problem.MAX_DEVICES,
+        problem.MAX_RECEIVED,
+    )
 
 
 def test_step_floor_is_bytes_over_bandwidth_and_the_exchanges_over_the_link():
-    link = Link(((100.0, 1.0), (200.0, 2.0)), hop=0.5)
+    link = Link(((100.0, 1.0), (200.0, 2.0)), hop=0.5, sums=((100.0, 0.5), (300.0, 1.5)))
+    assert [link.seconds(Exchange("sum", 1, 100), n) for n in (1, 2, 3)] == [0.0, 0.5, 1.0]
     reduce = Exchange("all-reduce", 1, 150)
     assert [link.seconds(reduce, n) for n in (1, 2)] == [0.0, 1.5]
     assert link.seconds(reduce, 4) == 2.25 + 4 * 0.5  # 1.5 times the bytes, four more steps

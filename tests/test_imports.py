@@ -50,7 +50,7 @@ FLOORS = {
     "pallas_kernels": (
         "_inline _device _tuned",
         "_dispatch",
-        "decode_attention selection sparse_mlp",
+        "all_reduce_norm decode_attention selection sparse_mlp",
         "autotune",
         "__init__",
     ),

@@ -71,7 +71,10 @@ PUBLIC = {
     ],
     "polarjax.distributed": ["initialize"],
     "polarjax.jobs": ["CompletePrompts"],
-    "pallas_kernels": ["Choice", "record_backends", "select_top_k", "sparse_decode_attention", "sparse_mlp"],
+    "pallas_kernels": [
+        *("Choice", "Link", "all_reduce_norm", "connect"),
+        *("record_backends", "select_top_k", "sparse_decode_attention", "sparse_mlp"),
+    ],
     "checkpoints_convert": [
         "Conversion",
         "Description",

@@ -24,6 +24,7 @@ GPU = (
     "bench_decode",
     "bench_prefill",
     "bench_generate",
+    "bench_all_reduce_norm",
 )
 TORCH = ("bench_torch",)
 VERBLESS = ("read_floor", "step_parts")  # on a GPU, too
