@@ -5,7 +5,7 @@ import jax.numpy as jnp
 from jax.sharding import Mesh
 from jaxtyping import Array, Float
 
-from pallas_kernels._device import Device, require_hopper
+from pallas_kernels._device import Device, require_hopper, require_static_shapes
 from pallas_kernels._dispatch import dispatch
 from pallas_kernels.all_reduce_norm.problem import Kind, Link, Problem, check_mesh, check_sizes, stride
 
@@ -31,6 +31,7 @@ def connect(
 
     def hopper(device: Device) -> Link:
         require_hopper(device)
+        require_static_shapes(after)
         check_sizes(rows, width, devices)
         check_mesh(mesh)
         from pallas_kernels.all_reduce_norm import mosaic  # takes half a second; CPUs don't need it
