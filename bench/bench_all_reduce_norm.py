@@ -1,13 +1,14 @@
 """Sums over GPUs, with what surrounds them: checks results first, then measures time beside XLA's with NCCL.
 
-    python3 -m bench.bench_all_reduce_norm check   both norms, biases, widths, 2,000 sums in a row, repeated
+    python3 -m bench.bench_all_reduce_norm check   both norms, biases, widths, summands, 2,000 sums in a row, repeated
     python3 -m bench.bench_all_reduce_norm table   time of one of many dependent sums, by batch and width
 
-Uses all GPUs of the host, up to 8. If the variable OUT is set, JSON lines are written to that folder.
+Uses one GPU, and all of the host, up to 8. If the variable OUT is set, JSON lines are written to that folder.
 """
 
 import argparse
 import functools
+import itertools
 import sys
 import time
 from collections.abc import Callable, Iterator
@@ -31,15 +32,19 @@ CHECKS: tuple[tuple[int, int, Kind, bool, bool], ...] = (
 )
 TIMED = ((1, 4096), (16, 4096), (48, 4096), (64, 4096), (128, 4096), (64, 8192))
 SUMS, LOOPS, REPEATS = 16, 160, 5
+SHARES = (0.5, 0.25, 0.125, 0.125)  # of a device's part, of its summands
 EPS = 1e-5
 
 
-def mesh_of_all() -> Mesh:
-    """All GPUs, along the axis `model`."""
-    return Mesh(np.array(jax.devices()[:8]), ("model",))
+def meshes() -> list[Mesh]:
+    """One GPU, and all of the host, along the axis `model`."""
+    counts = sorted({1, min(8, len(jax.devices()))})
+    return [Mesh(np.array(jax.devices()[:count]), ("model",)) for count in counts]
 
 
-def chain(mesh: Mesh, kind: Kind, sums: int, loops: int, *, kernel: bool) -> Callable[..., Any]:
+def chain(
+    mesh: Mesh, kind: Kind, sums: int, loops: int, *, kernel: bool, summands: bool = False
+) -> Callable[..., Any]:
     """Jitted (updates [N B D], x [B D], scale, bias, shift) -> stream and normed of each device, [N B D], after `loops`
     times as many dependent sums; each device's part of the next is its last one times its normed result."""
 
@@ -53,6 +58,8 @@ def chain(mesh: Mesh, kind: Kind, sums: int, loops: int, *, kernel: bool) -> Cal
             for i in range(sums):
                 given = part * normed
                 if link is not None:
+                    if summands:
+                        given = jnp.stack([share * given.astype(jnp.float32) for share in SHARES])
                     stream, normed = all_reduce_norm(given, stream, scale, link, i + 1, **more)
                 else:
                     total = jax.lax.psum(given, "model")[None]
@@ -92,11 +99,11 @@ def expected(update, x, scale, bias, shift, kind: Kind, sums: int) -> tuple[Any,
 
 def run_checks() -> bool:
     """Prints one line per case."""
-    mesh, fine = mesh_of_all(), True
-    for rows, width, kind, biased, shifted in CHECKS:
+    fine = True
+    for mesh, (rows, width, kind, biased, shifted) in itertools.product(meshes(), CHECKS):
         given = operands(mesh, rows, width, biased=biased, shifted=shifted)
-        for sums in (2, 5):
-            made = chain(mesh, kind, sums, 1, kernel=True)(*given)
+        for sums, summands in ((5, False), (2, True)):
+            made = chain(mesh, kind, sums, 1, kernel=True, summands=summands)(*given)
             alone = [each if each is None else jnp.asarray(np.asarray(each)) for each in given]
             want = jax.jit(functools.partial(expected, kind=kind, sums=sums))(*alone)
             same = all(bool((np.asarray(each) == np.asarray(each)[:1]).all()) for each in made)
@@ -122,9 +129,8 @@ def _error(found: np.ndarray, right: np.ndarray) -> float:
 
 
 def table() -> Iterator[dict[str, Any]]:
-    """One row per size, for the kernel and for XLA with NCCL."""
-    mesh = mesh_of_all()
-    for rows, width in TIMED:
+    """One row per number of devices and size, for the kernel and for XLA with NCCL."""
+    for mesh, (rows, width) in itertools.product(meshes()[::-1], TIMED):
         given = operands(mesh, rows, width, biased=False, shifted=False)
         for kernel in (True, False):
             loop, times = chain(mesh, "rms", SUMS, LOOPS, kernel=kernel), []
@@ -149,8 +155,6 @@ def main() -> int:
     parser.add_argument("verbs", nargs="+", choices=("check", "table"))
     args = parser.parse_args()
     timing.require_gpu()
-    if len(jax.devices()) < 2:
-        raise SystemExit("bench: needs two GPUs of one host")
     if not run_checks():
         print("wrong results, so no speed is reported", file=sys.stderr)
         return 1

@@ -13,6 +13,7 @@ import pytest
 from jax.sharding import AxisType
 
 import polarjax as pj
+from pallas_kernels import Link
 from pallas_kernels.all_reduce_norm.reference import reference
 from polarjax.engine import programs
 from polarjax.evaluation import perplexity
@@ -202,7 +203,7 @@ def kernel_faults() -> dict[str, str]:
         expected = run()
         with pytest.MonkeyPatch.context() as patch:
             patch.setattr(joining, "all_reduce_norm", summed)
-            patch.setattr(joining, "linked", lambda *_: object())
+            patch.setattr(joining, "linked", lambda *_: Link(jnp.zeros((1,)), jnp.zeros((3, 2))))
             jax.clear_caches()
             found = run()
         if numbers != list(range(1, 2 * config.num_layers + 1)):

@@ -13,13 +13,15 @@ OP = "all_reduce_norm"
 
 
 def connect(
-    after: Array, mesh: Mesh, axis: str, *, rows: int, width: int, implementation: str | None = None
+    after: Array, mesh: Mesh | None, axis: str, *, rows: int, width: int, implementation: str | None = None
 ) -> Link:
     """What `all_reduce_norm` needs to sum [rows width] over a mesh axis; once a step, inside `jax.shard_map`.
 
+    On one device, or over an axis of one, it does nothing but see whether the kernel can do this.
+
     Args:
       after: an array that is ready only when this device has made all sums with earlier links, such as a step's token.
-      mesh: GPUs of one process, all of its mesh axes manual.
+      mesh: GPUs of one process, all of its axes manual; None on one device.
       axis: the mesh axis that sums go over.
       rows, width: of what is summed.
       implementation: "mosaic" (Pallas, Hopper GPUs), the only one there is, or None for the same.
@@ -27,12 +29,14 @@ def connect(
     Raises:
       NotImplementedError: the kernel can't sum this here; `jax.lax.psum` can.
     """
-    devices = mesh.shape[axis]
+    devices = 1 if mesh is None else mesh.shape[axis]
 
     def hopper(device: Device) -> Link:
         require_hopper(device)
         require_static_shapes(after)
         check_sizes(rows, width, devices)
+        if mesh is None or devices == 1:
+            return Link()
         check_mesh(mesh)
         from pallas_kernels.all_reduce_norm import mosaic  # takes half a second; CPUs don't need it
 
@@ -43,7 +47,7 @@ def connect(
 
 
 def all_reduce_norm(
-    update: Float[Array, "B D"],
+    update: Float[Array, "*S B D"],
     x: Float[Array, "B D"],
     scale: Float[Array, "D"],
     link: Link,
@@ -60,7 +64,7 @@ def all_reduce_norm(
     to bfloat16 before it is normalized. All devices of the link must call it equally often, in the same order.
 
     Args:
-      update: this device's part of the sum, bfloat16.
+      update: this device's part of the sum, bfloat16 [B D], or float32 [S R D] whose first B rows add up to it.
       x: the residual stream, bfloat16.
       scale, shift: of the norm, bfloat16.
       link: of `connect`, for as many rows of this width.
@@ -72,29 +76,33 @@ def all_reduce_norm(
     Raises:
       ValueError: a shape or dtype is another, or the link is too small.
     """
-    devices = link.addresses.shape[0] - 1
     vectors = [each for each in (scale, bias, shift) if each is not None]
     _validate(update, x, vectors, link)
     from pallas_kernels.all_reduce_norm import mosaic
 
     rows, width = x.shape
-    problem = Problem(rows, width, devices, kind, eps, bias is not None, shift is not None)
+    summands, padded = update.shape[:2] if update.ndim == 3 else (0, rows)
+    given = bias is not None, shift is not None
+    problem = Problem(rows, width, link.devices, kind, eps, *given, summands, padded)
     with jax.named_scope(f"{OP}.mosaic"):
         mark = jnp.full((1,), number, jnp.int32)
         return mosaic.all_reduce_norm(update, x, *vectors, link=link, number=mark, problem=problem)
 
 
 def _validate(update: Array, x: Array, vectors: list[Array], link: Link) -> None:
-    if x.ndim != 2 or update.shape != x.shape:
+    summed = (update.shape[-1], update.shape[-2] >= x.shape[0]) if update.ndim == 3 else update.shape
+    if x.ndim != 2 or summed != ((x.shape[1], True) if update.ndim == 3 else x.shape):
         raise ValueError(f"{OP}: update and x must be [B D]; got {list(update.shape)} and {list(x.shape)}")
-    for each in (update, x, *vectors):
+    if update.dtype != (jnp.float32 if update.ndim == 3 else jnp.bfloat16):
+        raise ValueError(f"{OP}: update must be bfloat16, or float32 with summands; got {update.dtype}")
+    for each in (x, *vectors):
         if each.dtype != jnp.bfloat16:
-            raise ValueError(f"{OP}: needs bfloat16; got {each.dtype}")
+            raise ValueError(f"{OP}: x, scale, bias and shift must be bfloat16; got {each.dtype}")
     for each in vectors:
         if each.shape != x.shape[1:]:
             raise ValueError(
                 f"{OP}: scale, bias and shift must be [D]; got {list(each.shape)}, D {x.shape[1]}"
             )
-    needed = 2 * (link.addresses.shape[0] - 1) * x.size
-    if link.memory.size < needed:
+    needed = 2 * link.devices * x.size
+    if link.memory is not None and link.memory.size < needed:
         raise ValueError(f"{OP}: the link has {link.memory.size} words of memory; this sum needs {needed}")

@@ -9,7 +9,7 @@ from polarjax.configs import ModelConfig
 from polarjax.model import shapes
 from polarjax.model.cache import write_token
 from polarjax.model.joining import Update
-from polarjax.model.layers import Maker, Norm, Rotation, add_bias, apply_rope, product
+from polarjax.model.layers import Maker, Norm, Rotation, add_bias, apply_rope, product, product_parts
 from polarjax.model.parallel import at_own_sequences, to_groups, to_sequences
 from polarjax.types import Array, Bool, Float, Implementation, Int
 
@@ -132,12 +132,13 @@ def attend_cached(
     config: ModelConfig,
     window: int | None,
     implementation: Implementation,
+    summands: int = 0,
 ) -> tuple[Update, tuple[Float[Array, "B K S H"], Float[Array, "B K S H"]]]:
     """One new token per sequence: appends its key and value at `length`, attends with the selected groups only.
 
     `fill` replaces the other groups' part of the output; None for zeros. Rows that are not `live` append and attend to
     nothing. On a mesh whose devices divide the sequences, all arguments but `layer`, `x` and `rotation` are those of
-    this device's sequences.
+    this device's sequences. The update comes in so many `summands`, unless `fill` is added to it.
     """
     q, k, v = to_sequences(*(a[:, 0] for a in project_qkv(layer, x[:, None], rotation)))
     capacity = cache[0].shape[2]
@@ -155,5 +156,10 @@ def attend_cached(
         implementation=implementation,
     )
     fill = at_own_sequences(fill)
-    update = _project_out(layer, to_groups(heads)[:, None], None if fill is None else fill[:, None])
-    return update._replace(part=update.part[:, 0]), (k_cache, v_cache)
+    heads = to_groups(heads)
+    if summands and fill is None:
+        update = Update(product_parts(heads, layer.wo[...], summands, over=3), "groups", layer.bo)
+    else:
+        update = _project_out(layer, heads[:, None], None if fill is None else fill[:, None])
+        update = update._replace(part=update.part[:, 0])
+    return update, (k_cache, v_cache)

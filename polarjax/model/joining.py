@@ -11,12 +11,15 @@ from polarjax.model.layers import Norm, add_bias
 from polarjax.model.parallel import is_divided, linked, summed
 from polarjax.types import Array, Float, Implementation, Int
 
+SUMMANDS = (8, 4, 2)
+"""Parts that a product comes in, the best first."""
+
 
 class Update(NamedTuple):
     """What half a layer adds to the residual stream.
 
     Attributes:
-      part: this device's part of it, [... D].
+      part: this device's part of it, [... D], or float32 summands [S R D] for a kernel that adds them up.
       axis: the logical axis that the devices divide in it.
       bias: added once, to the sum of all parts.
     """
@@ -31,9 +34,10 @@ class Update(NamedTuple):
 
 
 class Joining:
-    """Joins the updates of a step, one after the other, in a kernel of its own where devices must sum them.
+    """Joins the updates of a step, one after the other, by a kernel on Hopper GPUs.
 
-    On one GPU, XLA makes a kernel of addition and norm that is as fast.
+    XLA makes one kernel that adds up a product's parts and adds them to the stream, and another one that normalizes;
+    over several devices, a sum between them.
 
     Args:
       token: of this step.
@@ -50,6 +54,16 @@ class Joining:
         self._link: Link | None = linked(token, config.d_model, implementation) if fits else None
         self._sums = 0
 
+    def summands(self, axis: str, count: int, norm: Norm | None) -> int:
+        """How many summands `__call__` wants of an update that adds up `count` products; 0 for the update itself."""
+        if self._link_for(axis) is None or norm is None:
+            return 0
+        return next((parts for parts in SUMMANDS if count % (16 * parts) == 0 and count >= 256 * parts), 0)
+
+    def _link_for(self, axis: str) -> Link | None:
+        """What the kernel needs to sum this device's part with those of the devices that divide the axis."""
+        return self._link if self._link is None or self._link.devices == 1 or is_divided(axis) else None
+
     def __call__(
         self, x: Float[Array, "B D"], update: Update, norm: Norm | None
     ) -> tuple[Float[Array, "B D"], Float[Array, "B D"]]:
@@ -57,7 +71,8 @@ class Joining:
 
         `norm` is that of what follows, or, in a model that normalizes after the sum, that of the half that ends.
         """
-        if self._link is None or norm is None or not is_divided(update.axis):
+        link = self._link_for(update.axis)
+        if link is None or norm is None:
             x = x + update.whole()
             normed = x if norm is None else norm(x)
             return (x if self._before else normed), normed
@@ -67,7 +82,7 @@ class Joining:
             update.part,
             x,
             norm.scale[...],
-            self._link,
+            link,
             self._sums,
             bias=value(update.bias),
             shift=value(norm.bias),

@@ -8,7 +8,7 @@ from pallas_kernels import sparse_mlp
 from polarjax.configs import ModelConfig
 from polarjax.model import shapes
 from polarjax.model.joining import Update
-from polarjax.model.layers import Maker, add_bias, product
+from polarjax.model.layers import Maker, add_bias, product, product_parts
 from polarjax.types import Array, Bool, Float, Implementation, Int
 
 _ACTIVATIONS = {"relu": jax.nn.relu, "silu": jax.nn.silu, "gelu": lambda x: jax.nn.gelu(x, approximate=False)}
@@ -74,9 +74,11 @@ def combine(
 
 
 @jax.named_scope("mlp")
-def dense(layer: Mlp, x: Float[Array, "... D"], config: ModelConfig) -> Update:
-    """The MLP with all its neurons."""
-    return Update(product(neurons(layer, x, config)[1], layer.w_down[...]), "neurons", layer.b_down)
+def dense(layer: Mlp, x: Float[Array, "... D"], config: ModelConfig, summands: int = 0) -> Update:
+    """The MLP with all its neurons; the update in so many summands, if any."""
+    hidden, down = neurons(layer, x, config)[1], layer.w_down[...]
+    part = product_parts(hidden, down, summands) if summands else product(hidden, down)
+    return Update(part, "neurons", layer.b_down)
 
 
 @jax.named_scope("mlp")

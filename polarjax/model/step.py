@@ -1,5 +1,6 @@
 """A decoding step: on one device, or one device's part of it."""
 
+import math
 from typing import Any
 
 import jax
@@ -25,11 +26,16 @@ def step(
     h, pairs = model.layers[0].attn_norm(x) if before else x, []
     following = [layer.attn_norm for layer in model.layers[1:]] + [model.final_norm]
     for i, layer in enumerate(model.layers):
+        norms = (layer.mlp_norm, following[i]) if before else (layer.attn_norm, layer.mlp_norm)
         with jax.named_scope(f"layer_{i}"):
-            update, pair = _attend(layer, i, h, cache, rotation, config, sparsity, live, implementation)
-            x, y = join(x, update, layer.mlp_norm if before else layer.attn_norm)
-            update = _feed(layer, i, y, h, config, sparsity, live, implementation)
-            x, h = join(x, update, following[i] if before else layer.mlp_norm)
+            parts = join.summands("groups", math.prod(layer.attn.wo.shape[:3]), norms[0])
+            update, pair = _attend(
+                layer, i, h, cache, rotation, config, sparsity, live, implementation, parts
+            )
+            x, y = join(x, update, norms[0])
+            parts = join.summands("neurons", layer.mlp.w_down.shape[0], norms[1])
+            update = _feed(layer, i, y, h, config, sparsity, live, implementation, parts)
+            x, h = join(x, update, norms[1])
         pairs.append(pair)
     k, v = zip(*pairs, strict=True)
     grown = cache.length + (1 if live is None else live.astype(jnp.int32))
@@ -37,7 +43,16 @@ def step(
 
 
 def _attend(
-    layer: Any, i: int, h, cache: KVCache, rotation, config: ModelConfig, sparsity, live, implementation
+    layer: Any,
+    i: int,
+    h,
+    cache: KVCache,
+    rotation,
+    config: ModelConfig,
+    sparsity,
+    live,
+    implementation,
+    summands,
 ):
     """The attention of layer `i` for one new token per sequence: its update, and the cache's keys and values."""
     index = None if sparsity is None else sparsity.group_index(i, own_sequences(h), config)
@@ -53,13 +68,14 @@ def _attend(
         config=config,
         window=config.window(i),
         implementation=implementation,
+        summands=summands,
     )
 
 
-def _feed(layer: Any, i: int, y, h, config: ModelConfig, sparsity, live, implementation) -> Update:
+def _feed(layer: Any, i: int, y, h, config: ModelConfig, sparsity, live, implementation, summands) -> Update:
     """The MLP of layer `i`; routers read `h`, the attention's input."""
     if sparsity is None or sparsity.plan.neurons[i] is None:
-        return mlp.dense(layer.mlp, y, config)
+        return mlp.dense(layer.mlp, y, config, summands)
     parts = sparsity.plan.batch_shards
     rows = lambda x: [None] * parts if x is None else jnp.split(x, parts)
     done = []
