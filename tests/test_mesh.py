@@ -189,10 +189,12 @@ def on_mesh() -> None:
 
 def kernel_faults() -> dict[str, str]:
     """Steps of bfloat16 models whose sums the kernel would make, replaced by its oracle: other logits, or other sums."""
-    numbers, faults = [], {}
+    numbers, parts, faults = [], [], {}
 
     def summed(update, x, scale, link, number, **more):
         numbers.append(number)
+        parts.append(update.ndim == 3)
+        update = update.sum(0).astype(x.dtype) if update.ndim == 3 else update
         return reference(jax.lax.psum(update, "model")[None], x, scale, **more)
 
     for name in ("opt", "llama-mha"):
@@ -203,12 +205,15 @@ def kernel_faults() -> dict[str, str]:
         expected = run()
         with pytest.MonkeyPatch.context() as patch:
             patch.setattr(joining, "all_reduce_norm", summed)
+            patch.setattr(joining.Joining, "summands", lambda _, axis, *more: 2 * (axis == "neurons"))
             patch.setattr(joining, "linked", lambda *_: Link(jnp.zeros((1,)), jnp.zeros((3, 2))))
             jax.clear_caches()
             found = run()
         if numbers != list(range(1, 2 * config.num_layers + 1)):
             faults[name] = f"sums {numbers}"
-        numbers.clear()
+        if parts != [False, True] * config.num_layers:
+            faults[f"{name}, parts"] = str(parts)
+        numbers.clear(), parts.clear()
         assert_close(found, expected, "rounding", jnp.bfloat16)
     return faults
 

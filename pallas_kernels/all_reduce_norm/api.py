@@ -13,15 +13,13 @@ OP = "all_reduce_norm"
 
 
 def connect(
-    after: Array, mesh: Mesh | None, axis: str, *, rows: int, width: int, implementation: str | None = None
+    after: Array, mesh: Mesh, axis: str, *, rows: int, width: int, implementation: str | None = None
 ) -> Link:
     """What `all_reduce_norm` needs to sum [rows width] over a mesh axis; once a step, inside `jax.shard_map`.
 
-    On one device, or over an axis of one, it does nothing but see whether the kernel can do this.
-
     Args:
       after: an array that is ready only when this device has made all sums with earlier links, such as a step's token.
-      mesh: GPUs of one process, all of its axes manual; None on one device.
+      mesh: GPUs of one process, all of its axes manual.
       axis: the mesh axis that sums go over.
       rows, width: of what is summed.
       implementation: "mosaic" (Pallas, Hopper GPUs), the only one there is, or None for the same.
@@ -29,14 +27,12 @@ def connect(
     Raises:
       NotImplementedError: the kernel can't sum this here; `jax.lax.psum` can.
     """
-    devices = 1 if mesh is None else mesh.shape[axis]
+    devices = mesh.shape[axis]
 
     def hopper(device: Device) -> Link:
         require_hopper(device)
         require_static_shapes(after)
         check_sizes(rows, width, devices)
-        if mesh is None or devices == 1:
-            return Link()
         check_mesh(mesh)
         from pallas_kernels.all_reduce_norm import mosaic  # takes half a second; CPUs don't need it
 
@@ -64,7 +60,7 @@ def all_reduce_norm(
     to bfloat16 before it is normalized. All devices of the link must call it equally often, in the same order.
 
     Args:
-      update: this device's part of the sum, bfloat16 [B D], or float32 [S R D] whose first B rows add up to it.
+      update: this device's part of the sum, bfloat16 [B D], or float32 [S B D] that add up to it.
       x: the residual stream, bfloat16.
       scale, shift: of the norm, bfloat16.
       link: of `connect`, for as many rows of this width.
@@ -81,17 +77,16 @@ def all_reduce_norm(
     from pallas_kernels.all_reduce_norm import mosaic
 
     rows, width = x.shape
-    summands, padded = update.shape[:2] if update.ndim == 3 else (0, rows)
+    summands = update.shape[0] if update.ndim == 3 else 0
     given = bias is not None, shift is not None
-    problem = Problem(rows, width, link.devices, kind, eps, *given, summands, padded)
+    problem = Problem(rows, width, link.devices, kind, eps, *given, summands)
     with jax.named_scope(f"{OP}.mosaic"):
         mark = jnp.full((1,), number, jnp.int32)
         return mosaic.all_reduce_norm(update, x, *vectors, link=link, number=mark, problem=problem)
 
 
 def _validate(update: Array, x: Array, vectors: list[Array], link: Link) -> None:
-    summed = (update.shape[-1], update.shape[-2] >= x.shape[0]) if update.ndim == 3 else update.shape
-    if x.ndim != 2 or summed != ((x.shape[1], True) if update.ndim == 3 else x.shape):
+    if x.ndim != 2 or update.shape[-2:] != x.shape or update.ndim > 3:
         raise ValueError(f"{OP}: update and x must be [B D]; got {list(update.shape)} and {list(x.shape)}")
     if update.dtype != (jnp.float32 if update.ndim == 3 else jnp.bfloat16):
         raise ValueError(f"{OP}: update must be bfloat16, or float32 with summands; got {update.dtype}")
@@ -104,5 +99,5 @@ def _validate(update: Array, x: Array, vectors: list[Array], link: Link) -> None
                 f"{OP}: scale, bias and shift must be [D]; got {list(each.shape)}, D {x.shape[1]}"
             )
     needed = 2 * link.devices * x.size
-    if link.memory is not None and link.memory.size < needed:
+    if link.memory.size < needed:
         raise ValueError(f"{OP}: the link has {link.memory.size} words of memory; this sum needs {needed}")

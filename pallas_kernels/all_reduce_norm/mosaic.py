@@ -1,12 +1,11 @@
 """Sums over the GPUs of a host, adds to a residual stream and normalizes, in one kernel (Pallas Mosaic GPU).
 
-A thread block has a row. A device that sums alone adds up its summands. To sum with others, each writes its part into
-their memory, beside a mark. `connect` makes the memory that a device receives in, and finds out where the others' lies:
-JAX tells a kernel that once a program, so the kernels that sum get addresses as an array. Data travels in words of 8
-bytes, 4 of them a mark that differs from sum to sum, which a GPU writes at once: whoever sees the mark has the data,
-without fences or signals. Two sums in a row use different halves of the memory. A device that begins a sum has all that
-the others sent for the last one, so they have read what it sent for the one before, and that half is free.
-Not interpretable.
+A thread block has a row. Each device writes its part into the others' memory, beside a mark. `connect` makes the memory
+that a device receives in, and finds out where the others' lies: JAX tells a kernel that once a program, so the kernels
+that sum get addresses as an array. Data travels in words of 8 bytes, 4 of them a mark that differs from sum to sum,
+which a GPU writes at once: whoever sees the mark has the data, without fences or signals. Two sums in a row use
+different halves of the memory. A device that begins a sum has all that the others sent for the last one, so they have
+read what it sent for the one before, and that half is free. Not interpretable.
 """
 
 import functools
@@ -138,8 +137,7 @@ def all_reduce_norm(
 
     Jitted, so that all layers of a model share one trace, one lowering and one binary.
     """
-    given = [update, x, *vectors]
-    given += [] if link.memory is None else [link.memory, link.addresses, number]
+    given = [update, x, *vectors, *link, number]
 
     def body(*refs):
         _row(problem, len(given))(*refs, lax.axis_index("row"))
@@ -169,18 +167,16 @@ def _row(problem: Problem, given: int) -> Callable:
         places = [arith.addi(thread, c(i * problem.threads)) for i in range(problem.vectors)]  # in the row
         first = arith.muli(row.registers.item(), c(problem.width // VECTOR))
         vectors = [arith.addi(first, place) for place in places]
-        parts = [_own_part(problem, update, vector) for vector in vectors]
-        exchange = None if problem.devices == 1 else _Exchange(problem, *more)
-        if exchange is not None:
-            for vector, part in zip(vectors, parts, strict=True):
-                exchange.send(vector, _packed(part))
+        exchange = _Exchange(problem, *more)
+        for vector in vectors:
+            exchange.send(vector, _own_part(problem, update, vector))
         old = [_load_numbers(x, vector) for vector in vectors]
         factors = [_load_numbers(scale, place) for place in places]
         biases = None if bias is None else [_load_numbers(bias, place) for place in places]
         shifts = None if shift is None else [_load_numbers(shift, place) for place in places]
         values = []
         for i, vector in enumerate(vectors):
-            total = parts[i] if exchange is None else exchange.receive(vector)
+            total = exchange.receive(vector)
             total = total if biases is None else _add(total, biases[i])
             words = _packed(_add(old[i], total))
             _store_vector(stream, vector, words)
@@ -192,15 +188,15 @@ def _row(problem: Problem, given: int) -> Callable:
 
 
 def _own_part(problem: Problem, update, vector: ir.Value) -> list[ir.Value]:
-    """A vector of this device's part, float32."""
+    """The words of a vector of this device's part."""
     if not problem.summands:
-        return _load_numbers(update, vector)
-    apart, parts = problem.padded * problem.width // 4, []  # 4 float32 are 16 bytes
+        return _load_vector(update, vector)
+    apart, parts = problem.rows * problem.width // 4, []  # 4 float32 are 16 bytes
     for i in range(problem.summands):
         first = arith.addi(arith.muli(vector, c(2)), c(i * apart))
         quads = [_load_vector(update, arith.addi(first, c(half))) for half in range(2)]
         parts.append([arith.bitcast(f32(), word) for quad in quads for word in quad])
-    return functools.reduce(_add, parts)
+    return _packed(functools.reduce(_add, parts))
 
 
 def _normalized(values, factors, problem: Problem, sums, thread) -> list[list[ir.Value]]:

@@ -20,20 +20,20 @@ type Kind = Literal["rms", "layer"]
 
 
 class Link(NamedTuple):
-    """What devices need to send each other parts of sums; without arrays for a device that sums alone.
+    """What devices need to send each other parts of sums.
 
     Attributes:
       memory: this device receives in it, uint32 [words].
       addresses: of all devices' memory, the low half first, and last this device's number, uint32 [devices + 1, 2].
     """
 
-    memory: Array | None = None
-    addresses: Array | None = None
+    memory: Array
+    addresses: Array
 
     @property
     def devices(self) -> int:
         """How many devices sum."""
-        return 1 if self.addresses is None else self.addresses.shape[0] - 1
+        return self.addresses.shape[0] - 1
 
 
 class Problem(NamedTuple):
@@ -41,11 +41,10 @@ class Problem(NamedTuple):
 
     Attributes:
       rows, width: of the residual stream.
-      devices: that sum; 1 if this one does alone.
+      devices: that sum.
       kind, eps: of the norm, and what it adds to the mean square.
       biased, shifted: whether the update has a bias, and the norm.
       summands: float32 arrays that a device's part comes in; 0 if it is one of bfloat16.
-      padded: rows of those.
     """
 
     rows: int
@@ -56,7 +55,6 @@ class Problem(NamedTuple):
     biased: bool
     shifted: bool
     summands: int
-    padded: int
 
     @property
     def warpgroups(self) -> int:
@@ -79,9 +77,9 @@ def check_sizes(rows: int, width: int, devices: int) -> None:
     """Raises NotImplementedError if the kernel can't sum [rows width] over so many devices."""
     if width % UNIT:
         raise NotImplementedError(f"needs rows of a multiple of {UNIT} elements; got {width}")
-    if devices > MAX_DEVICES:
-        raise NotImplementedError(f"sums over up to {MAX_DEVICES} devices; got {devices}")
-    if devices > 1 and rows * width * devices > MAX_RECEIVED:
+    if not 1 < devices <= MAX_DEVICES:
+        raise NotImplementedError(f"sums over 2 to {MAX_DEVICES} devices; got {devices}")
+    if rows * width * devices > MAX_RECEIVED:
         raise NotImplementedError(f"sums up to {MAX_RECEIVED // devices} elements; got {rows * width}")
 
 

@@ -12,14 +12,14 @@ from polarjax.model.parallel import is_divided, linked, summed
 from polarjax.types import Array, Float, Implementation, Int
 
 SUMMANDS = (8, 4, 2)
-"""Parts that a product comes in, the best first."""
+"""In how many parts the kernel takes a product, the best first. XLA makes products of few rows in such parts, too."""
 
 
 class Update(NamedTuple):
     """What half a layer adds to the residual stream.
 
     Attributes:
-      part: this device's part of it, [... D], or float32 summands [S R D] for a kernel that adds them up.
+      part: this device's part of it, [... D], or float32 summands [S B D] for a kernel that adds them up.
       axis: the logical axis that the devices divide in it.
       bias: added once, to the sum of all parts.
     """
@@ -34,10 +34,10 @@ class Update(NamedTuple):
 
 
 class Joining:
-    """Joins the updates of a step, one after the other, by a kernel on Hopper GPUs.
+    """Joins the updates of a step, one after the other, by a kernel where Hopper GPUs must sum them.
 
-    XLA makes one kernel that adds up a product's parts and adds them to the stream, and another one that normalizes;
-    over several devices, a sum between them.
+    XLA adds up a product's parts, sums over the devices and normalizes, each in a kernel. On one GPU it needs two, which
+    are as fast as one of ours.
 
     Args:
       token: of this step.
@@ -54,15 +54,15 @@ class Joining:
         self._link: Link | None = linked(token, config.d_model, implementation) if fits else None
         self._sums = 0
 
-    def summands(self, axis: str, count: int, norm: Norm | None) -> int:
-        """How many summands `__call__` wants of an update that adds up `count` products; 0 for the update itself."""
-        if self._link_for(axis) is None or norm is None:
+    def summands(self, axis: str, rows: int, count: int, norm: Norm | None) -> int:
+        """How many summands `__call__` wants of an update [rows D] that adds up `count` products; 0 for the update."""
+        if rows == 1 or norm is None or self._link_for(axis) is None:
             return 0
         return next((parts for parts in SUMMANDS if count % (16 * parts) == 0 and count >= 256 * parts), 0)
 
     def _link_for(self, axis: str) -> Link | None:
-        """What the kernel needs to sum this device's part with those of the devices that divide the axis."""
-        return self._link if self._link is None or self._link.devices == 1 or is_divided(axis) else None
+        """What the kernel needs to sum what the devices that divide the axis have; None where XLA must."""
+        return self._link if is_divided(axis) else None
 
     def __call__(
         self, x: Float[Array, "B D"], update: Update, norm: Norm | None

@@ -120,11 +120,11 @@ def product(x: Float[Array, "..."], weights: Float[Array, "..."], over: int = 1)
 def product_parts(
     x: Float[Array, "B ..."], weights: Float[Array, "... D"], parts: int, over: int = 1
 ) -> Float[Array, "S B D"]:
-    """`product` of [B ...] as float32 summands, each over an equal part of what is summed; B is 2 at least.
+    """`product` of [B ...] as float32 summands, each over an equal part of what is summed.
 
     XLA makes a long sum for few rows in such parts anyway, and adds them in a kernel of its own.
     """
-    rows = (jnp.repeat(x, 2, 0) if x.shape[0] == 1 else x).reshape(max(2, x.shape[0]), parts, -1)
+    rows = x.reshape(x.shape[0], parts, -1)
     columns = weights.reshape(parts, -1, *weights.shape[over:])
     return jax.lax.dot_general(
         rows, columns, (((2,), (1,)), ((1,), (0,))), preferred_element_type=jnp.float32

@@ -76,14 +76,13 @@ def summed(x: Float[Array, "..."], axis: str) -> Float[Array, "..."]:
 
 
 def linked(token: Int[Array, "B"], width: int, implementation: Implementation) -> Link | None:
-    """What the devices that share a layer need to sum [B width] in a kernel, after `token` is known; one device alone
-    needs it, too. None where XLA must sum."""
+    """What the devices need to sum [B width] in a kernel, after `token` is known; None where XLA must sum."""
     layout = _LAYOUT.get()
-    shared = layout is not None and (is_divided("groups") or is_divided("neurons"))
+    if layout is None or not (is_divided("groups") or is_divided("neurons")):
+        return None
     try:
         sizes = {"rows": token.shape[0], "width": width}
-        mesh = layout.mesh if layout is not None and shared else None
-        return connect(token, mesh, "model", implementation=implementation, **sizes)
+        return connect(token, layout.mesh, "model", implementation=implementation, **sizes)
     except NotImplementedError:
         return None
 

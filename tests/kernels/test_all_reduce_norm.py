@@ -10,7 +10,7 @@ import pytest
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from pallas_kernels import Link, all_reduce_norm, connect
-from pallas_kernels.all_reduce_norm.problem import MAX_RECEIVED, Problem, check_sizes
+from pallas_kernels.all_reduce_norm.problem import MAX_RECEIVED, Problem
 from pallas_kernels.all_reduce_norm.reference import reference
 from tests.kernels import aot
 from tests.tolerances import assert_close
@@ -29,7 +29,7 @@ def linked(mesh: Mesh, rows: int = 16, width: int = 4096, implementation: str | 
     ("width", "warpgroups", "vectors"), [(1024, 1, 1), (5120, 5, 1), (9216, 3, 3), (12288, 6, 2)]
 )
 def test_threads_share_a_row(width, warpgroups, vectors):
-    problem = Problem(1, width, 2, "rms", 1e-5, False, False, summands=0, padded=1)
+    problem = Problem(1, width, 2, "rms", 1e-5, False, False, summands=0)
     assert (problem.warpgroups, problem.vectors) == (warpgroups, vectors)
     assert problem.threads * problem.vectors * 8 == width
 
@@ -38,7 +38,7 @@ def test_what_the_kernel_cannot_do():
     two, three = aot.h200s(2), aot.h200s(3)
     cases = {
         "multiple of 1024 elements; got 4000": lambda: linked(mesh_of(two), width=4000),
-        "up to 8 devices; got 9": lambda: check_sizes(16, 4096, 9),
+        "2 to 8 devices; got 1": lambda: linked(mesh_of(two, data=2)),
         f"up to {MAX_RECEIVED // 2} elements; got {MAX_RECEIVED}": lambda: linked(
             mesh_of(two), MAX_RECEIVED // 4096
         ),
@@ -88,12 +88,11 @@ def test_oracle_is_the_layer_norm_of_the_sum():
 
 @pytest.mark.parametrize(
     ("devices", "data", "rows", "width", "kind", "summands"),
-    [(2, 1, 130, 4096, "rms", 0), (4, 2, 7, 9216, "layer", 8), (2, 2, 1, 5120, "layer", 4)],
+    [(2, 1, 130, 4096, "rms", 0), (4, 2, 7, 9216, "layer", 8)],
 )
 def test_compiles_for_h200s(devices, data, rows, width, kind, summands):
-    """One kernel for all sums, in registers, that needs no metadata from XLA; only the one that connects does, and a
-    device that sums alone has none."""
-    mesh, alone = mesh_of(aot.h200s(devices), data), devices == data
+    """One kernel for all sums, in registers, that needs no metadata from XLA; only the one that connects does."""
+    mesh = mesh_of(aot.h200s(devices), data)
 
     def run(x, scale):
         link = connect(x, mesh, "model", rows=rows, width=width, implementation="mosaic")
@@ -113,7 +112,7 @@ def test_compiles_for_h200s(devices, data, rows, width, kind, summands):
     program = aot.compiled(jax.jit(spread).trace(at(rows, width), at(width)))
     aot.assert_fit(program)
     names = sorted(kernel.name.rpartition("_")[0] for kernel in program.kernels)
-    assert names == ["all_reduce_norm", *([] if alone else ["connect"])]
+    assert names == ["all_reduce_norm", "connect"]
     text = program.compiled.as_text()
-    assert text.count("uses_xla_collective_metadata = true") == (not alone)
+    assert text.count("uses_xla_collective_metadata = true") == 1
     assert text.count("uses_xla_collective_metadata = false") == 3
