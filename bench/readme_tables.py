@@ -13,7 +13,7 @@ from pathlib import Path
 
 from bench import report
 from bench.models import SHAPES, DecodeShape, shape_of
-from bench.table_cells import MISSING, Results, Row, number, ratio, section, speedup, table
+from bench.table_cells import MISSING, Results, Row, number, ratio, section, source_of, speedup, table
 from bench.workloads import MODELS, AttentionCase
 
 RESULTS = Path(__file__).parent / "results"
@@ -200,8 +200,7 @@ def meshes(folder: Path) -> str:
         "A whole decoding step on two GPUs, and tokens/s over those of one in the same run, which has half the batch "
         "where sequences are divided. The floor counts a device's bytes and what the two exchange."
     )
-    source = Results(rows).whole_source()
-    return section("Two GPUs", note, source, table(header, lines or [[MISSING] * 10]))
+    return section("Two GPUs", note, source_of(rows), table(header, lines or [[MISSING] * 10]))
 
 
 def _divided(mesh: str) -> str:

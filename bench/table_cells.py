@@ -45,34 +45,30 @@ class Results:
                 return row
         return None
 
-    def whole_source(self) -> str:
-        """The source of all rows."""
-        self.used = [row for rows in self.cases.values() for row in rows]
-        return self.source()
-
     def source(self) -> str:
         """Device, versions, commits and copy bandwidths of the rows used so far."""
-        if not self.used:
-            return f"{MISSING} on a GPU"
-        device = _several(row["device"] for row in self.used)
-        commit = _several(row["commit"][:7] for row in self.used)
-        made = _several(
-            f"{name} {row[name]}" for row in self.used for name in ("jax", "torch") if name in row
-        )
-        copies = sorted(row["copy_gbps"] for row in self.used if "copy_gbps" in row)
-        reads = sorted(row["read_gbps"] for row in self.used if "read_gbps" in row)
-        speeds = "".join(
-            f", {name} at {_range(of)} GB/s"
-            for name, of in (("copies", copies), ("reading alone", reads))
-            if of
-        )
-        return f"{device}, {made}, commit {commit}{speeds}"
+        return source_of(self.used)
 
 
 def _last(rows: list[Row], *, alone: bool) -> list[Row]:
     """Those of the last commit; with `alone`, of each kind's last commit."""
     commits = {row["kind"] if alone else None: row.get("commit") for row in rows}
     return [row for row in rows if row.get("commit") == commits[row["kind"] if alone else None]]
+
+
+def source_of(rows: Sequence[Row]) -> str:
+    """Device, versions, commits and copy bandwidths of rows."""
+    if not rows:
+        return f"{MISSING} on a GPU"
+    device = _several(row["device"] for row in rows)
+    commit = _several(row["commit"][:7] for row in rows)
+    made = _several(f"{name} {row[name]}" for row in rows for name in ("jax", "torch") if name in row)
+    copies = sorted(row["copy_gbps"] for row in rows if "copy_gbps" in row)
+    reads = sorted(row["read_gbps"] for row in rows if "read_gbps" in row)
+    speeds = "".join(
+        f", {name} at {_range(of)} GB/s" for name, of in (("copies", copies), ("reading alone", reads)) if of
+    )
+    return f"{device}, {made}, commit {commit}{speeds}"
 
 
 def _several(values: Iterable[str]) -> str:
