@@ -2,6 +2,8 @@
 
 from dataclasses import dataclass
 
+from polarjax.selection.plans import groups_kept
+
 
 @dataclass(frozen=True)
 class ModelShape:
@@ -65,8 +67,8 @@ class AttentionCase:
 
     @property
     def selected(self) -> int | None:
-        """Groups per sequence: floor(density · K), at least 1; None means all."""
-        return None if self.density == 1 else max(1, int(self.density * self.model.kv_heads + 1e-9))
+        """Groups per sequence, as in plans; None means all."""
+        return None if self.density == 1 else groups_kept(self.density, self.model.kv_heads)
 
     @property
     def cache_bytes(self) -> int:

@@ -31,6 +31,8 @@ _LEAST, _MOST = _DEFAULTS.densities
 _HELD_OUT = 64  # most windows of a text that are held out
 _OWN = 8192  # most windows that the model writes
 
+Least = Annotated[float, typer.Option(help="Lowest fraction of heads to heal for.", show_default="1/3")]
+Most = Annotated[float, typer.Option(help="Highest fraction of heads to heal for.", show_default="2/3")]
 OwnText = Annotated[
     float, typer.Option(help="Fraction of the training on text that the model writes itself first.")
 ]
@@ -48,8 +50,8 @@ def tune(
             help="What changes besides the routers: all, attention, out, bias or routers (nothing)."
         ),
     ] = _DEFAULTS.train,
-    least: Annotated[float, typer.Option(help="Lowest fraction of heads to heal for.")] = round(_LEAST, 3),
-    most: Annotated[float, typer.Option(help="Highest fraction of heads to heal for.")] = round(_MOST, 3),
+    least: Least = _LEAST,
+    most: Most = _MOST,
     dense_share: Annotated[
         float, typer.Option(help="Fraction of the training that keeps all heads.")
     ] = _DEFAULTS.dense_share,

@@ -19,7 +19,8 @@ class TuneOptions:
       minutes: stop after this many minutes of training; None means no such limit.
       batch_size: windows per forward pass.
       accumulate: forward passes per step of the optimizer.
-      densities: range of the fraction of groups kept; each window draws one number of groups from it.
+      densities: range of the fraction of groups kept; each window draws a number of groups from those that plans keep at
+        these densities (rounded down, at least 1).
       dense_share: fraction of the windows that keep all groups, which preserves the dense model.
       train: what changes besides the routers: "all" parameters, "attention", the "out" projections of attention,
         "bias" (biases and the scales of norms), or only the "routers".

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 import numpy as np
 
 from polarjax.configs import ModelConfig
+from polarjax.selection.plans import groups_kept
 from polarjax.sparsity.tune_options import TuneOptions
 from polarjax.types import Int, Int32
 
@@ -34,9 +35,8 @@ class Batches:
 
     @property
     def kept(self) -> tuple[int, int]:
-        """The least and the most groups that a sparse window keeps."""
-        K = self.config.num_kv_heads
-        least, most = (min(K, max(1, round(density * K))) for density in self.options.densities)
+        """The least and the most groups that a sparse window keeps: what plans keep at these densities."""
+        least, most = (groups_kept(density, self.config.num_kv_heads) for density in self.options.densities)
         return least, most
 
     @property

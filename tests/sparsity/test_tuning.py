@@ -2,6 +2,7 @@
 
 import contextlib
 import dataclasses
+import inspect
 import resource
 
 import jax
@@ -11,10 +12,12 @@ import pytest
 
 import polarjax as pj
 from polarjax import memory
+from polarjax.cli import tune as cli_tune
 from polarjax.memory import held_bytes, tree_bytes
 from polarjax.model.parameters import parameters
 from polarjax.model.stacked import StackedDecoder, hidden_states, stack_parameters
 from polarjax.progress import show_lines
+from polarjax.selection.plans import uniform_groups
 from polarjax.selection.routers import Routers
 from polarjax.sparsity import TuneOptions, tune, tuning, tuning_checks, tuning_setup
 from polarjax.sparsity.own_text import own_windows
@@ -207,6 +210,22 @@ def test_what_does_not_fit_is_refused_with_what_does(windows, monkeypatch, share
         monkeypatch.setenv("XLA_PYTHON_CLIENT_MEM_FRACTION", ".9")
     with pytest.raises(pj.InputError, match=rf"does not fit the device's memory.*{hint}"):
         run(windows)
+
+
+@pytest.mark.parametrize("groups", [3, 8, 9, 12])
+@pytest.mark.parametrize("density", [0.3, 1 / 3, 0.45, 0.56, 2 / 3, 1.0])
+def test_tuning_trains_what_plans_keep(windows, groups, density):
+    config = dataclasses.replace(zoo.CONFIGS[NAME], num_heads=groups, num_kv_heads=groups)
+    options = dataclasses.replace(OPTIONS, densities=(density, density))
+    batches = Batches([windows], (1.0,), config, options, (0,), 0)
+    (planned,) = set(uniform_groups(config, density, dense_layers=()))
+    assert batches.kept == (planned, planned)
+
+
+def test_the_command_trains_the_default_range():
+    """Numbers that were rounded for people to read would round down to other groups."""
+    defaults = inspect.signature(cli_tune.tune).parameters
+    assert (defaults["least"].default, defaults["most"].default) == TuneOptions(tokens=1).densities
 
 
 @contextlib.contextmanager
