@@ -113,7 +113,7 @@ def _bundle(folder: Path, dtype: Any, routers: bool, plans: bool, layout: Layout
 
 
 def load_with_tokenizer(
-    folder: Path, dtype: str | None = None, *, to_learn: bool = False, **placement: Any
+    folder: str | os.PathLike[str], dtype: str | None = None, *, to_learn: bool = False, **placement: Any
 ) -> tuple[Bundle, Tokenizer]:
     """Reads a model directory and its tokenizer; `to_learn` skips routers and plans, which will be replaced.
 
@@ -126,4 +126,4 @@ def load_with_tokenizer(
     if dtype is not None:
         check_dtype(dtype, where="--dtype")
     bundle = (load_to_learn if to_learn else load)(folder, dtype=dtype, **placement)
-    return bundle, needed_tokenizer(bundle, folder / "tokenizer")
+    return bundle, needed_tokenizer(bundle, absolute(folder) / "tokenizer")

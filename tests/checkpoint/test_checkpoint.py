@@ -13,11 +13,13 @@ from flax import nnx
 
 import polarjax as pj
 from polarjax.checkpoint.learned import write_plans, write_routers
+from polarjax.checkpoint.loading import load_with_tokenizer
 from polarjax.checkpoint.manifest import FORMAT, describe_routers
 from polarjax.checkpoint.writer import new_model
 from polarjax.model.parameters import parameters
 from polarjax.selection.routers import Routers, init_routers
 from polarjax.text.tokenizer import Tokenizer
+from tests.cli.homes import random_model
 from tests.model import zoo
 
 ASSETS = Path(pj.__file__).parent / "assets"
@@ -83,6 +85,15 @@ def test_routers_and_plans_come_back(saved):
     bundle, loaded = full_bundle(), pj.load(saved)
     assert_same(loaded.routers, bundle.routers)
     assert loaded.plans == bundle.plans
+
+
+def test_a_string_names_a_directory_with_its_tokenizer_too(saved):
+    with pytest.raises(pj.CheckpointError, match="model/tokenizer: the model directory has no tokenizer"):
+        load_with_tokenizer(str(saved))
+    tokenizer = Tokenizer.load(ASSETS / "opt-6m")
+    pj.save(saved.parent / "speaks", pj.Bundle(random_model(np.random.default_rng(0)), tokenizer))
+    bundle, found = load_with_tokenizer(str(saved.parent / "speaks"))
+    assert found is bundle.tokenizer and found.eos_id == tokenizer.eos_id
 
 
 @pytest.mark.parametrize("dtype", [None, "bfloat16"])
