@@ -30,11 +30,17 @@ _DEFAULTS = TuneOptions(tokens=1)
 _LEAST, _MOST = _DEFAULTS.densities
 _HELD_OUT = 64  # most windows of a text that are held out
 _OWN = 8192  # most windows that the model writes
+_OWN_LEAST = 64  # for a run that is limited by minutes: fewer would be repeated too often
+_OWN_PER_MINUTE = 1600  # an H200 writes so many of 512 tokens in 10 s, with a model of 135M parameters
 
 Least = Annotated[float, typer.Option(help="Lowest fraction of heads to heal for.", show_default="1/3")]
 Most = Annotated[float, typer.Option(help="Highest fraction of heads to heal for.", show_default="2/3")]
 OwnText = Annotated[
-    float, typer.Option(help="Fraction of the training on text that the model writes itself first.")
+    float,
+    typer.Option(
+        help="Fraction of the training on text that the model writes itself first: as many windows as --tokens need, "
+        f"at most {_OWN_PER_MINUTE:,} for each of --minutes (at least {_OWN_LEAST}), and at most {_OWN:,}."
+    ),
 ]
 
 
@@ -173,7 +179,10 @@ def _heal(asked: Request) -> dict[str, Any]:
     written = domains
     if asked.own_text:
         length = domains[0].shape[1]
-        count = _OWN if asked.tokens is None else min(_OWN, math.ceil(asked.tokens * asked.own_text / length))
+        count = own_count(asked, length)
+        print(
+            f"The model writes {count:,} windows of {length} tokens first, for --own-text {asked.own_text:g}."
+        )
         written = [*domains, _written(bundle, tokenizer, count, length, key)]
         shares = [*shares, asked.own_text]
     model, routers, report = tune_model(
@@ -262,6 +271,16 @@ def _windows(
         domains.append(rows[~out])
         held_out.append(rows[out])
     return domains, np.concatenate(held_out)
+
+
+def own_count(asked: Request, length: int) -> int:
+    """Windows of this length that the model writes: what tokens and minutes of training have a use and time for."""
+    most = [_OWN]
+    if asked.tokens is not None:
+        most.append(math.ceil(asked.tokens * asked.own_text / length))
+    if asked.minutes is not None:
+        most.append(max(_OWN_LEAST, math.ceil(asked.minutes * _OWN_PER_MINUTE)))
+    return min(most)
 
 
 def _written(

@@ -269,8 +269,10 @@ def test_tune_makes_a_whole_model_directory(text, tmp_path, capsys):
     code, _, error = run(capsys, *wanted[:-2])
     assert code == 2 and "nothing says when to stop" in error and "--tokens" in error
     assert not list(tmp_path.glob("healed*"))
-    code, printed, _ = run(capsys, *wanted, "--train", "out", "--learning-rate", "1e-3")
+    options = ("--train", "out", "--learning-rate", "1e-3", "--own-text", "0.5")
+    code, printed, _ = run(capsys, *wanted, *options)
     assert code == 0 and "2 steps, 256 tokens" in printed
+    assert "The model writes 2 windows of 64 tokens first, for --own-text 0.5." in printed
     healed = pj.load(out)
     assert healed.tokenizer is not None and healed.routers is not None and not list(tmp_path.glob("*.tuning"))
     before, after = parameters(source.model), parameters(healed.model)

@@ -4,6 +4,8 @@ import contextlib
 import dataclasses
 import inspect
 import resource
+import types
+from typing import Any, cast
 
 import jax
 import jax.numpy as jnp
@@ -226,6 +228,23 @@ def test_the_command_trains_the_default_range():
     """Numbers that were rounded for people to read would round down to other groups."""
     defaults = inspect.signature(cli_tune.tune).parameters
     assert (defaults["least"].default, defaults["most"].default) == TuneOptions(tokens=1).densities
+
+
+@pytest.mark.parametrize(
+    ("limits", "count"),
+    [
+        ({"minutes": 0.01}, 64),
+        ({"minutes": 1}, 1600),
+        ({"minutes": 60}, 8192),
+        ({"tokens": 10_000}, 12),
+        ({"tokens": 10_000, "minutes": 60}, 12),
+        ({"tokens": 10**9, "minutes": 2}, 3200),
+        ({"tokens": 10**9}, 8192),
+    ],
+)
+def test_a_short_run_writes_little_of_its_own_text(limits, count):
+    asked = types.SimpleNamespace(**{"tokens": None, "minutes": None, "own_text": 0.6} | limits)
+    assert cli_tune.own_count(cast(Any, asked), 512) == count
 
 
 @contextlib.contextmanager
