@@ -9,7 +9,7 @@ import functools
 import itertools
 import time
 from collections.abc import Iterator, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -23,6 +23,7 @@ from bench.random_models import routers as random_routers
 from polarjax import costs, memory
 from polarjax.demo.run import PROMPTS
 from polarjax.model.mesh_shape import MeshShape
+from polarjax.model.parameters import parameters, with_parameters
 from polarjax.selection.routers import Routers
 from polarjax.selection.selectors import Sparsity
 
@@ -143,37 +144,69 @@ class Placed:
         return bench_decode.steps_jit({}, options).lower(self.model, rows, cache, sparsity, rows)
 
 
-def run_checks(args: argparse.Namespace) -> bool:
-    """Prints one line per case: whether bundled models on several devices predict the same tokens as on one.
+class Checked(NamedTuple):
+    """A model to check: as it is on one device and in float32, and prompts."""
 
-    Errors are those against float32 on one device; see `bench_decode.verdict`.
+    name: str
+    model: pj.Decoder
+    exact: pj.Decoder
+    prompts: tuple[jax.Array, jax.Array]
+
+
+def _wide() -> Iterator[Checked]:
+    """Random models wide enough for the kernel that sums, and of a dtype that it takes."""
+    sizes = {
+        "num_layers": 2,
+        "d_model": 1024,
+        "d_ff": 2048,
+        "num_heads": 8,
+        "num_kv_heads": 8,
+        "vocab_size": 4096,
+    }
+    for shape in map(shape_of, ("opt-6.7b", "llama-2-7b")):
+        model = random_model(dataclasses.replace(shape.config, **sizes))
+        flat = {name: value.astype(jnp.float32) for name, value in parameters(model).items()}
+        rng, lengths = np.random.default_rng(0), np.arange(_CHECKED, dtype=np.int32) % 7 + 2
+        tokens = rng.integers(4, sizes["vocab_size"], (_CHECKED, 8)).astype(np.int32)
+        prompts = jnp.asarray(tokens), jnp.asarray(lengths)
+        yield Checked(f"{shape.name} 2 x 1024 bfloat16", model, with_parameters(model.config, flat), prompts)
+
+
+def _bundled() -> Iterator[Checked]:
+    for name, dtype in itertools.product(("opt-6m", "llama-6m"), ("float16", "bfloat16")):
+        bundle, exact = bench_decode.bundled(name, dtype), bench_decode.bundled(name, "float32")
+        assert bundle.tokenizer is not None
+        prompts = tuple(map(jnp.asarray, bundle.tokenizer.encode((PROMPTS * _CHECKED)[:_CHECKED])))
+        yield Checked(f"{name} {dtype}", bundle.model, exact.model, (prompts[0], prompts[1]))
+
+
+def run_checks(args: argparse.Namespace) -> bool:
+    """Prints one line per case: whether models on several devices predict the same tokens as on one.
+
+    Errors are those against float32 on one device; see `bench_decode.verdict`. Up to 8 sequences, so as many devices.
     """
     fine = True
-    for name in ("opt-6m", "llama-6m"):
-        config = bench_decode.bundled(name, "float32").model.config
+    for checked in itertools.chain(_wide(), _bundled()):
         for mesh in dict.fromkeys(_meshes(args)):
-            if mesh.devices > 1 and config.num_kv_heads % mesh.model == 0:
-                for dtype, kind in itertools.product(("float16", "bfloat16"), ("dense", "sparse")):
-                    fine &= _check(name, dtype, kind, mesh)
+            if mesh.devices > 1 and checked.model.config.num_kv_heads % mesh.model == 0:
+                for kind in ("dense", "sparse"):
+                    fine &= _check(checked, kind, mesh)
     return fine
 
 
-def _check(name: str, dtype: str, kind: str, mesh: MeshShape) -> bool:
-    bundle, exact = bench_decode.bundled(name, dtype), bench_decode.bundled(name, "float32")
-    assert bundle.tokenizer is not None
-    texts = (PROMPTS * _CHECKED)[: max(_CHECKED, mesh.devices)]
-    prompts = tuple(map(jnp.asarray, bundle.tokenizer.encode(texts)))
-    sparsity = None if kind == "dense" else bench_decode.fixed(bundle.model.config, mesh)
+def _check(checked: Checked, kind: str, mesh: MeshShape) -> bool:
+    model, prompts = checked.model, checked.prompts
+    sparsity = None if kind == "dense" else bench_decode.fixed(model.config, mesh)
     write = functools.partial(pj.generate, max_new_tokens=bench_decode.NEW, sparsity=sparsity)
-    tokens = jnp.asarray(np.asarray(write(bundle.model, *prompts).tokens))
+    tokens = jnp.asarray(np.asarray(write(model, *prompts).tokens))
     follow = functools.partial(bench_decode.logits, prompts=prompts, follow=tokens, sparsity=sparsity)
-    many = pj.shard(bundle.model, device_mesh(mesh), attention=mesh.attention)
+    many = pj.shard(model, device_mesh(mesh), attention=mesh.attention)
     made = write(many, *prompts).tokens
-    found = follow(exact.model), follow(many), follow(bundle.model)
+    found = follow(checked.exact), follow(many), follow(model)
     fine, text = bench_decode.verdict(*found, most=1.5)  # devices round their parts before these are summed
     equal = (np.asarray(made) == np.asarray(tokens)).mean()
     print(
-        f"{'ok  ' if fine else 'FAIL'} {name} {dtype} {kind} on {mesh}: {equal:.1%} of the tokens equal; "
+        f"{'ok  ' if fine else 'FAIL'} {checked.name} {kind} on {mesh}: {equal:.1%} of the tokens equal; "
         f"{text.format('one device')}",
         flush=True,
     )
