@@ -7,7 +7,7 @@ from jaxtyping import Array, Float
 
 from pallas_kernels._device import Device, require_hopper, require_static_shapes
 from pallas_kernels._dispatch import dispatch
-from pallas_kernels.all_reduce_norm.problem import Kind, Link, Problem, check_mesh, check_sizes, stride
+from pallas_kernels.all_reduce_norm.problem import Kind, Link, Problem, check_mesh, check_sizes, stride, words
 
 OP = "all_reduce_norm"
 
@@ -98,6 +98,6 @@ def _validate(update: Array, x: Array, vectors: list[Array], link: Link) -> None
             raise ValueError(
                 f"{OP}: scale, bias and shift must be [D]; got {list(each.shape)}, D {x.shape[1]}"
             )
-    needed = 2 * link.devices * x.size
+    needed = words(x.size, link.devices)
     if link.memory.size < needed:
         raise ValueError(f"{OP}: the link has {link.memory.size} words of memory; this sum needs {needed}")

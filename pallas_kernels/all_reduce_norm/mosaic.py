@@ -21,7 +21,7 @@ from jaxtyping import Array, Float, Int
 
 from pallas_kernels._inline import REF, SPLAT, WARPGROUP, as_index, asm, f32, i32, i64, inline, real, utils
 from pallas_kernels._inline import constant as c
-from pallas_kernels.all_reduce_norm.problem import VECTOR, Link, Problem
+from pallas_kernels.all_reduce_norm.problem import VECTOR, Link, Problem, words
 
 CONNECTING = 16  # thread blocks of `connect`
 _PARAMS = plgpu.CompilerParams(
@@ -43,9 +43,7 @@ def connect(after: Array, *, elements: int, devices: int, stride: int) -> Link:
       devices: devices that sum, along one axis of the mesh.
       stride: by how much the number of a device in the mesh grows along that axis.
     """
-    vectors = -(
-        -2 * devices * elements // (4 * CONNECTING * WARPGROUP)
-    )  # of a thread: 2 halves, half of it marks
+    vectors = -(-words(elements, devices) // (4 * CONNECTING * WARPGROUP))  # of a thread
 
     def body(after_ref, memory_ref, addresses_ref, flags_ref):
         del after_ref

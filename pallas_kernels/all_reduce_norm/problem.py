@@ -73,6 +73,11 @@ class Problem(NamedTuple):
         return self.width // (self.threads * VECTOR)
 
 
+def words(elements: int, devices: int) -> int:
+    """uint32 words in which a device receives sums of so many bfloat16: two halves, each as much of marks as of data."""
+    return 2 * devices * elements
+
+
 def check_sizes(rows: int, width: int, devices: int) -> None:
     """Raises NotImplementedError if the kernel can't sum [rows width] over so many devices."""
     if width % UNIT:
@@ -93,7 +98,7 @@ def check_mesh(mesh: Mesh) -> None:
         raise NotImplementedError("needs devices of one process")
     if [device.id for device in devices] != list(range(len(devices))):
         raise NotImplementedError(f"needs devices 0 to {len(devices) - 1}, in this order")
-    if not _reach_each_other(tuple(getattr(device, "local_hardware_id", None) for device in devices)):
+    if not _reach_each_other(tuple(device.local_hardware_id for device in devices)):
         raise NotImplementedError("needs GPUs that reach each other's memory")
 
 

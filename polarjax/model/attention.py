@@ -50,21 +50,26 @@ def project_qkv(
     return q, k, v
 
 
-@jax.named_scope("projections")
 def project_out(
     layer: Attention, heads: Float[Array, "B T K G H"], fill: Float[Array, "B T D"] | None = None
 ) -> Float[Array, "B T D"]:
     """The output projection, with what replaces groups that were skipped, and its bias."""
-    return _project_out(layer, heads, fill).whole()
+    return _update(layer, heads, fill).whole()
 
 
 @jax.named_scope("projections")
-def _project_out(
-    layer: Attention, heads: Float[Array, "B T K G H"], fill: Float[Array, "B T D"] | None
+def _update(
+    layer: Attention,
+    heads: Float[Array, "*rows K G H"],
+    fill: Float[Array, "*rows D"] | None,
+    summands: int = 0,
 ) -> Update:
-    """`project_out` of this device's groups."""
-    update = product(heads, layer.wo[...], over=3)
-    return Update(update if fill is None else update + fill, "groups", layer.bo)
+    """`project_out` of this device's groups; in so many summands, if any, unless `fill` is added."""
+    if summands and fill is None:
+        part = product_parts(heads, layer.wo[...], summands, over=3)
+    else:
+        part = product(heads, layer.wo[...], over=3)
+    return Update(part if fill is None else part + fill, "groups", layer.bo)
 
 
 def group_norms(heads: Float[Array, "... K G H"]) -> Float[Array, "... K"]:
@@ -155,11 +160,5 @@ def attend_cached(
         window=window,
         implementation=implementation,
     )
-    fill = at_own_sequences(fill)
-    heads = to_groups(heads)
-    if summands and fill is None:
-        update = Update(product_parts(heads, layer.wo[...], summands, over=3), "groups", layer.bo)
-    else:
-        update = _project_out(layer, heads[:, None], None if fill is None else fill[:, None])
-        update = update._replace(part=update.part[:, 0])
+    update = _update(layer, to_groups(heads), at_own_sequences(fill), summands)
     return update, (k_cache, v_cache)

@@ -52,11 +52,11 @@ class Joining:
         self._before = config.norm_position == "pre"
         fits = self._before and dtype == jnp.bfloat16 and implementation != "xla"
         self._link: Link | None = linked(token, config.d_model, implementation) if fits else None
-        self._sums = 0
+        self._rows, self._sums = token.shape[0], 0
 
-    def summands(self, axis: str, rows: int, count: int, norm: Norm | None) -> int:
-        """How many summands `__call__` wants of an update [rows D] that adds up `count` products; 0 for the update."""
-        if rows == 1 or norm is None or self._link_for(axis) is None:
+    def summands(self, axis: str, count: int, norm: Norm | None) -> int:
+        """How many summands `__call__` wants of an update that adds up `count` products; 0 for the update itself."""
+        if self._rows == 1 or norm is None or self._link_for(axis) is None:
             return 0
         return next((parts for parts in SUMMANDS if count % (16 * parts) == 0 and count >= 256 * parts), 0)
 

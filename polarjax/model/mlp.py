@@ -70,15 +70,20 @@ def combine(
 ) -> Float[Array, "... D"]:
     """The down-projection of the (selected) neurons' outputs."""
     hidden = hidden if mask is None else jnp.where(mask, hidden, 0)
-    return Update(product(hidden, layer.w_down[...]), "neurons", layer.b_down).whole()
+    return _update(layer, hidden).whole()
+
+
+def _update(layer: Mlp, hidden: Float[Array, "... F"], summands: int = 0) -> Update:
+    """The down-projection of this device's neurons, in so many summands, if any."""
+    down = layer.w_down[...]
+    part = product_parts(hidden, down, summands) if summands else product(hidden, down)
+    return Update(part, "neurons", layer.b_down)
 
 
 @jax.named_scope("mlp")
 def dense(layer: Mlp, x: Float[Array, "... D"], config: ModelConfig, summands: int = 0) -> Update:
     """The MLP with all its neurons; the update in so many summands, if any."""
-    hidden, down = neurons(layer, x, config)[1], layer.w_down[...]
-    part = product_parts(hidden, down, summands) if summands else product(hidden, down)
-    return Update(part, "neurons", layer.b_down)
+    return _update(layer, neurons(layer, x, config)[1], summands)
 
 
 @jax.named_scope("mlp")

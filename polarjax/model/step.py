@@ -28,12 +28,12 @@ def step(
     for i, layer in enumerate(model.layers):
         norms = (layer.mlp_norm, following[i]) if before else (layer.attn_norm, layer.mlp_norm)
         with jax.named_scope(f"layer_{i}"):
-            parts = join.summands("groups", x.shape[0], math.prod(layer.attn.wo.shape[:3]), norms[0])
+            parts = join.summands("groups", math.prod(layer.attn.wo.shape[:3]), norms[0])
             update, pair = _attend(
                 layer, i, h, cache, rotation, config, sparsity, live, implementation, parts
             )
             x, y = join(x, update, norms[0])
-            parts = join.summands("neurons", x.shape[0], layer.mlp.w_down.shape[0], norms[1])
+            parts = join.summands("neurons", layer.mlp.w_down.shape[0], norms[1])
             update = _feed(layer, i, y, h, config, sparsity, live, implementation, parts)
             x, h = join(x, update, norms[1])
         pairs.append(pair)
