@@ -60,6 +60,7 @@ def decode_bytes(
     dtype: DTypeLike = "bfloat16",
     router_rank: int | None = None,
     mean_outputs: bool = False,
+    router_width: int = 0,
     mesh: MeshShape = ONE_DEVICE,
 ) -> Cost:
     """The fewest bytes that a decoding step can move on one device: each weight is read once for the whole batch.
@@ -70,7 +71,8 @@ def decode_bytes(
       mlp        e·2·k_f·D, or e·3·k_f·D if gated
       head       e·(V·E + B·E), plus e·B·D with learned positions, plus e·2·D·E with projected embeddings
       cache      e·2·B·H·(k_g·s + K): reads the kept groups, appends to all
-      routers    e·(D·K + K) where groups are selected, and e·K·D more with mean outputs; e·R·(D + F) where neurons are
+      routers    e·(D·K + K) where groups are selected, and e·K·D more with mean outputs, and e·W·(D + K) more with a
+                 hidden layer; e·R·(D + F) where neurons are
     Activations do not count: they stay in on-chip caches. On a mesh, these are the formulas with one device's groups,
     neurons, vocabulary and sequences.
 
@@ -82,6 +84,7 @@ def decode_bytes(
       dtype: dtype of weights, routers and cache.
       router_rank: R of the neuron routers; None for the default of `init_routers`.
       mean_outputs: whether the routers hold mean outputs of skipped groups, as `sparsify` learns by default.
+      router_width: W of the group routers' hidden layer, as `tune --router-width` adds; 0 for none.
       mesh: the devices that share the step.
 
     Returns:
@@ -94,20 +97,17 @@ def decode_bytes(
     batch_size, cache_length = _check(config, batch_size, cache_length, plan)
     whole, all_kept, plan = config, plan, _local_plan(plan, mesh)
     config, batch_size = mesh.local(config), mesh.rows(batch_size)
-    width = config.embed_dim or config.d_model
-    norm = config.d_model * (2 if config.norm_bias else 1)
-    head = config.vocab_size * width + (norm if config.final_norm else 0) + batch_size * width
-    head += batch_size * config.d_model if config.positions == "learned" else 0
-    head += 2 * config.embed_dim * config.d_model if config.embed_dim else 0
+    norm = _norm(config)
     neurons = [neurons for neurons, _, _ in _kept(config, cache_length, plan)]
     alone = mesh.attention == "groups"
     attending = (config, plan, batch_size) if alone else (whole, all_kept, batch_size // mesh.model)
+    sizes = _rank(config, router_rank), router_width
     parts = {
         "attention": config.num_layers * (_attention_weights(config) + norm),
         "mlp": sum(kept * _neuron_weights(config) + _down_bias(config) + norm for kept in neurons),
-        "head": head,
+        "head": _head(config, batch_size),
         "cache": _cache(*attending, cache_length),
-        "routers": _router_weights(config, plan, _rank(config, router_rank), bias=True, means=mean_outputs),
+        "routers": _router_weights(config, plan, sizes, bias=True, means=mean_outputs),
     }
     size = _bytes_each(dtype)
     return Cost(batch_size, **{name: size * count for name, count in parts.items()})
@@ -121,6 +121,7 @@ def decode_flops(
     plan: SparsityPlan | None = None,
     router_rank: int | None = None,
     mean_outputs: bool = False,
+    router_width: int = 0,
 ) -> Cost:
     """Floating-point operations in the matrix products of a decoding step; each multiply-add counts as 2.
 
@@ -129,14 +130,15 @@ def decode_flops(
       mlp        2·B·2·k_f·D, or 2·B·3·k_f·D if gated
       head       2·B·V·E, plus 4·B·D·E with projected embeddings
       cache      4·B·k_g·G·s·H: scores and weighted sum
-      routers    2·B·D·K where groups are selected, twice that with mean outputs; 2·B·R·(D + F) where neurons are
+      routers    2·B·D·K where groups are selected, twice that with mean outputs, and 2·B·W·(D + K) with a hidden layer;
+                 2·B·R·(D + F) where neurons are
 
     Raises:
       InputError: `batch_size` or `cache_length` is not positive.
       SparsityError: the plan is for another model.
     """
     batch_size, cache_length = _check(config, batch_size, cache_length, plan)
-    rank = _rank(config, router_rank)
+    sizes = _rank(config, router_rank), router_width
     D, H = config.d_model, config.head_dim
     width = config.embed_dim or D
     kept = list(_kept(config, cache_length, plan))
@@ -147,7 +149,7 @@ def decode_flops(
         "mlp": sum(neurons for neurons, _, _ in kept) * _matrices(config) * D,
         "head": head,
         "cache": 2 * pairs * H,
-        "routers": _router_weights(config, plan, rank, bias=False, means=mean_outputs),
+        "routers": _router_weights(config, plan, sizes, bias=False, means=mean_outputs),
     }
     return Cost(batch_size, **{name: 2 * batch_size * count for name, count in parts.items()})
 
@@ -296,6 +298,18 @@ def _matrices(config: ModelConfig) -> int:
     return 3 if config.gated_mlp else 2
 
 
+def _norm(config: ModelConfig) -> int:
+    return config.d_model * (2 if config.norm_bias else 1)
+
+
+def _head(config: ModelConfig, batch_size: int) -> int:
+    """Elements of the final norm, the output projection and what the embedding of B tokens reads."""
+    width = config.embed_dim or config.d_model
+    head = config.vocab_size * width + (_norm(config) if config.final_norm else 0) + batch_size * width
+    head += batch_size * config.d_model if config.positions == "learned" else 0
+    return head + (2 * config.embed_dim * config.d_model if config.embed_dim else 0)
+
+
 def _neuron_weights(config: ModelConfig) -> int:
     """Elements of one neuron: its rows and its biases. The down-projection has no bias per neuron."""
     biases = _matrices(config) - 1 if config.mlp_bias else 0
@@ -313,13 +327,15 @@ def _default_rank(config: ModelConfig) -> int:
 
 
 def _router_weights(
-    config: ModelConfig, plan: SparsityPlan | None, rank: int, *, bias: bool, means: Any
+    config: ModelConfig, plan: SparsityPlan | None, sizes: tuple[int, Any], *, bias: bool, means: Any
 ) -> int:
-    """Elements of the routers that the plan uses."""
+    """Elements of the routers that the plan uses; `sizes` are R and W."""
     check_type(means, bool, where="costs: mean_outputs", hint="pass True or False")
+    rank, width = sizes[0], whole_number(sizes[1], "router_width", where="costs", least=0)
     if plan is None:
         return 0
     D, K = config.d_model, config.num_kv_heads
     groups = sum(count is not None for count in plan.groups)
     neurons = sum(count is not None for count in plan.neurons)
-    return groups * (D * K * (2 if means else 1) + (K if bias else 0)) + neurons * rank * (D + config.d_ff)
+    each = D * K * (2 if means else 1) + (K if bias else 0) + width * (D + K)
+    return groups * each + neurons * rank * (D + config.d_ff)

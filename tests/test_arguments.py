@@ -155,8 +155,8 @@ WRONG = {
     },
     perplexity: SCORE | {"sparsity": SPARSITIES},
     agreement: SCORE | {"selected": SPARSITIES},
-    decode_bytes: COUNTED | {"dtype": DTYPE[:3], "mean_outputs": (None, 3, "x")},
-    decode_flops: COUNTED | {"mean_outputs": (None, 3, "x")},
+    decode_bytes: COUNTED | {"dtype": DTYPE[:3], "mean_outputs": (None, 3, "x"), "router_width": (-1, 0.5)},
+    decode_flops: COUNTED | {"mean_outputs": (None, 3, "x"), "router_width": (-1, 0.5)},
     largest_batch: {
         "config": (None, *JUNK),
         "memory": (None, "a", float("nan")),

@@ -69,6 +69,8 @@ def test_sparse_bytes_by_hand():
     with_means = costs.decode_bytes(OPT, dtype=jnp.float32, **call)
     assert dataclasses.replace(with_means, routers=cost.routers) == cost
     assert with_means.routers - cost.routers == 4 * 4 * 2  # K·D in the one layer that selects groups
+    wide = costs.decode_bytes(OPT, dtype=jnp.float32, router_width=3, **call)
+    assert wide.routers - with_means.routers == 4 * 3 * (4 + 2)  # W·(D + K)
 
 
 def test_flops_by_hand():
@@ -81,6 +83,7 @@ def test_flops_by_hand():
     assert cost.routers == 2 * 3 * 4 * 2
     call = {"batch_size": 3, "cache_length": 5, "plan": plan, "mean_outputs": True}
     assert costs.decode_flops(LLAMA, **call).routers == 2 * cost.routers
+    assert costs.decode_flops(LLAMA, router_width=3, **call).routers == 2 * cost.routers + 2 * 3 * 3 * (4 + 2)
 
 
 @pytest.mark.parametrize("name", FAMILIES)

@@ -89,7 +89,8 @@ def _fields(names: Iterable[str], file: Path) -> dict[str, tuple[int, str]]:
     fields = {name: (int(match[1]), match[2]) for name, match in found.items() if match}
     layers = {layer: {field for i, field in fields.values() if i == layer} for layer, _ in fields.values()}
     whole = all(_ALWAYS <= each <= ROUTER_AXES.keys() for each in layers.values())
-    whole = whole and all(("w_in" in each) == ("w_out" in each) for each in layers.values())
+    pairs = (("w_in", "w_out"), ("group_in", "group_out"))
+    whole = whole and all((a in each) == (b in each) for each in layers.values() for a, b in pairs)
     if not whole or len(fields) != len(found) or sorted(layers) != list(range(len(layers))):
         raise CheckpointError("the routers' list of arrays is damaged", where=file, hint=SPARSIFY)
     return fields

@@ -42,6 +42,14 @@ OwnText = Annotated[
         f"at most {_OWN_PER_MINUTE:,} for each of --minutes (at least {_OWN_LEAST}), and at most {_OWN:,}."
     ),
 ]
+Train = Annotated[
+    str,
+    typer.Option(help="What changes besides the routers: all, attention, out, bias or routers (nothing)."),
+]
+RouterWidth = Annotated[
+    int,
+    typer.Option(help="Give head routers that are linear a hidden layer of this many units, such as 128."),
+]
 
 
 def tune(
@@ -50,12 +58,7 @@ def tune(
     text: learning.Texts,
     tokens: Annotated[int | None, typer.Option(help="Stop after this many tokens of training.")] = None,
     minutes: Annotated[float | None, typer.Option(help="Stop after this many minutes of training.")] = None,
-    train: Annotated[
-        str,
-        typer.Option(
-            help="What changes besides the routers: all, attention, out, bias or routers (nothing)."
-        ),
-    ] = _DEFAULTS.train,
+    train: Train = _DEFAULTS.train,
     least: Least = _LEAST,
     most: Most = _MOST,
     dense_share: Annotated[
@@ -71,6 +74,7 @@ def tune(
     router_learning_rate: Annotated[
         float, typer.Option(help="Adam's learning rate for the routers.")
     ] = _DEFAULTS.router_learning_rate,
+    router_width: RouterWidth = _DEFAULTS.router_width,
     activation: Annotated[
         str | None, typer.Option(help="relu: turn the activation into ReLU, so that neurons become sparse.")
     ] = None,
@@ -125,6 +129,7 @@ class Request:
     accumulate: int
     learning_rate: float
     router_learning_rate: float
+    router_width: int
     activation: str | None
     l1: float
     blend: float
@@ -148,6 +153,7 @@ class Request:
             train=cast(tune_options.Subset, self.train),
             learning_rate=self.learning_rate,
             router_learning_rate=self.router_learning_rate,
+            router_width=self.router_width,
             activation=cast(Any, self.activation),
             l1=self.l1,
             blend=self.blend,

@@ -21,6 +21,8 @@ ROUTER_AXES = MappingProxyType(
         "w_group": ("embed", "groups"),
         "b_group": ("groups",),
         "mean": ("groups", "embed"),
+        "group_in": ("embed", "width"),
+        "group_out": ("width", "groups"),
     }
 )
 """Logical axes of the arrays of a `LayerRouter`."""

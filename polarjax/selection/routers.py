@@ -13,12 +13,23 @@ from polarjax.types import Array, Float
 
 
 def score_groups(
-    x: Float[Array, "... D"], w_group: Float[Array, "D K"], b_group: Float[Array, "K"]
+    x: Float[Array, "... D"],
+    w_group: Float[Array, "D K"],
+    b_group: Float[Array, "K"],
+    group_in: Float[Array, "D W"] | None = None,
+    group_out: Float[Array, "W K"] | None = None,
 ) -> Float[Array, "... K"]:
-    """Logits that a group is among the important ones, float32; computed in the dtype of `x`."""
+    """Logits that a group is among the important ones, float32; computed in the dtype of `x`.
+
+    A linear map as published; with `group_in` and `group_out`, plus what a hidden layer of W units makes of `x`:
+    silu(x · group_in) · group_out.
+    """
     if _is_one_row(x):
-        return score_groups(_repeated(x), w_group, b_group)[:1]
+        return score_groups(_repeated(x), w_group, b_group, group_in, group_out)[:1]
     scores = jnp.dot(x, w_group.astype(x.dtype), preferred_element_type=jnp.float32)
+    if group_in is not None and group_out is not None:
+        hidden = jax.nn.silu(jnp.dot(x, group_in.astype(x.dtype)))
+        scores = scores + jnp.dot(hidden, group_out.astype(x.dtype), preferred_element_type=jnp.float32)
     return scores + jnp.expand_dims(b_group.astype(jnp.float32), range(x.ndim - 1))
 
 
@@ -53,6 +64,8 @@ class LayerRouter:
       b_group: its bias [K].
       mean: the mean of each group's part of the attention block's output [K D], which replaces that part where the
         group is skipped; None for zeros, as published.
+      group_in, group_out: the group router's hidden layer [D W] and [W K], added to the linear map; None for none, as
+        published.
     """
 
     w_in: Float[Array, "D R"] | None
@@ -60,6 +73,12 @@ class LayerRouter:
     w_group: Float[Array, "D K"]
     b_group: Float[Array, "K"]
     mean: Float[Array, "K D"] | None = None
+    group_in: Float[Array, "D W"] | None = None
+    group_out: Float[Array, "W K"] | None = None
+
+    def group_scores(self, x: Float[Array, "... D"]) -> Float[Array, "... K"]:
+        """As `score_groups`."""
+        return score_groups(x, self.w_group, self.b_group, self.group_in, self.group_out)
 
 
 @jax.tree_util.register_dataclass
@@ -96,7 +115,7 @@ class Routers:
     ) -> Float[Array, "... K"]:
         """Logits that a group is among the important ones, float32."""
         del norms
-        return score_groups(x, self.layers[layer].w_group, self.layers[layer].b_group)
+        return self.layers[layer].group_scores(x)
 
     def neuron_scores(
         self, layer: int, x: Float[Array, "... D"], *, activity: Float[Array, "... F"] | None = None
@@ -138,6 +157,10 @@ class Routers:
                 rank = router.w_in.shape[-1]
                 got |= {"w_in": router.w_in.shape, "w_out": router.w_out.shape}
                 expected |= {"w_in": (config.d_model, rank), "w_out": (rank, config.d_ff)}
+            if router.group_in is not None and router.group_out is not None:
+                width = router.group_in.shape[-1]
+                got |= {"group_in": router.group_in.shape, "group_out": router.group_out.shape}
+                expected |= {"group_in": (config.d_model, width), "group_out": (width, config.num_kv_heads)}
             if router.mean is not None:
                 got["mean"] = router.mean.shape
                 expected["mean"] = (config.num_kv_heads, config.d_model)
@@ -156,16 +179,24 @@ def router_rank(config: ModelConfig) -> int:
     return min(1024, config.d_model)
 
 
+def hidden_layer(key: Array, width: int, shape: tuple[int, ...]) -> dict[str, Array]:
+    """The arrays of a hidden layer that adds nothing yet to group routers with `w_group` [... D K] of this shape."""
+    *layers, D, K = shape
+    group_in = jax.random.normal(key, (*layers, D, width), jnp.float32) * D**-0.5
+    return {"group_in": group_in, "group_out": jnp.zeros((*layers, width, K))}
+
+
 def init_routers(
-    config: ModelConfig, key: Array, *, rank: int | None = None, neurons: bool | None = None
+    config: ModelConfig, key: Array, *, rank: int | None = None, neurons: bool | None = None, width: int = 0
 ) -> Routers:
-    """Untrained routers, float32. Group routers start at zero: a single linear map has no symmetry to break.
+    """Untrained routers, float32. The scores of groups start at zero: a single linear map has no symmetry to break.
 
     Args:
       config: the model's configuration.
       key: random key.
       rank: R of the neuron routers; `router_rank(config)` when None.
       neurons: whether to make neuron routers; None makes them for ReLU models.
+      width: W, units of the group routers' hidden layer; 0 makes none.
     """
     rank = rank or router_rank(config)
     neurons = config.neuron_sparsity if neurons is None else neurons
@@ -175,6 +206,7 @@ def init_routers(
         keys = jax.random.split(key)
         normal = lambda key, *shape: jax.random.normal(key, shape, jnp.float32) * shape[0] ** -0.5
         w_in, w_out = (normal(keys[0], D, rank), normal(keys[1], rank, F)) if neurons else (None, None)
-        return LayerRouter(w_in, w_out, jnp.zeros((D, K)), jnp.zeros((K,)))
+        hidden = hidden_layer(key, width, (D, K)) if width else {}
+        return LayerRouter(w_in, w_out, jnp.zeros((D, K)), jnp.zeros((K,)), **hidden)
 
     return Routers(tuple(layer(k) for k in jax.random.split(key, config.num_layers)))

@@ -54,7 +54,7 @@ class TuneState:
 
     Attributes:
       model: trained parameters, as `stack_parameters` names them.
-      routers: the group routers' arrays [L ...]: w_group, b_group and mean.
+      routers: the group routers' arrays [L ...], as `LayerRouter` names them.
       moments: the optimizer's state for the model and for the routers.
       step: steps done, int32.
     """
@@ -124,7 +124,8 @@ def router_loss(
 ) -> Float[Array, ""]:
     """`share_loss` of the scores, the mean over all layers."""
     inputs, importance = jax.lax.stop_gradient((inputs, importance))
-    scores = jax.vmap(score_groups)(inputs, routers["w_group"], routers["b_group"])
+    hidden = routers.get("group_in"), routers.get("group_out")
+    scores = jax.vmap(score_groups)(inputs, routers["w_group"], routers["b_group"], *hidden)
     return share_loss(scores, importance)
 
 

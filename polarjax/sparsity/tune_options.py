@@ -27,6 +27,7 @@ class TuneOptions:
       learning_rate, router_learning_rate: Adam's, at their highest.
       mean_learning_rate: that of the mean outputs; None means `router_learning_rate`.
       router_weight: weight of the routers' own loss, `share_loss`.
+      router_width: units of a hidden layer that group routers without one get; 0 leaves them as they are.
       warmup: steps until the learning rates are at their highest; they then fall as a cosine.
       clip: largest norm of the gradient of the model, and of that of the routers.
       dtype: dtype of the passes; None is bfloat16 on a GPU and float32 on a CPU. Trained values are float32.
@@ -50,6 +51,7 @@ class TuneOptions:
     router_learning_rate: float = 5e-4
     mean_learning_rate: float | None = None
     router_weight: float = 1.0
+    router_width: int = 0
     warmup: int = 30
     clip: float = 1.0
     dtype: str | None = None
@@ -71,12 +73,14 @@ class TuneOptions:
             "minutes",
             "dense_share",
             "router_weight",
+            "router_width",
             "remat",
             "l1",
             "blend",
         )
         for name in (*whole, *(["tokens"] if self.tokens is not None else [])):
             whole_number(getattr(self, name), name, where="TuneOptions")
+        whole_number(self.router_width, "router_width", where="TuneOptions", least=0)
         for name in (*positive, *(["minutes"] if self.minutes is not None else [])):
             _check_range(name, getattr(self, name), 0, math.inf, "above 0")
         for name in ("router_weight", "l1"):

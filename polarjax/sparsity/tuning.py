@@ -37,7 +37,7 @@ from polarjax.sparsity.tuning_checks import (
     check_shares,
     check_teacher,
 )
-from polarjax.sparsity.tuning_setup import Setup, blended, setup
+from polarjax.sparsity.tuning_setup import Setup, blended, router_shardings, setup
 from polarjax.sparsity.tuning_state import read_state, save_state
 from polarjax.storage.fingerprint import fingerprint_of
 from polarjax.types import Array, Float, Int, Int32, Key
@@ -320,8 +320,8 @@ class _Run:
 
         def layer_of(i: int, old: LayerRouter) -> LayerRouter:
             own = {name: value[i].astype(dtype) for name, value in stacked}
-            put = {name: jax.device_put(value, getattr(old, name).sharding) for name, value in own.items()}
-            return dataclasses.replace(old, **put)
+            at = router_shardings(model, old)
+            return dataclasses.replace(old, **{name: jax.device_put(own[name], at[name]) for name in own})
 
         layers = tuple(layer_of(i, old) for i, old in enumerate(routers.layers))
         return tuned, dataclasses.replace(routers, layers=layers, weights=fingerprint(tuned))

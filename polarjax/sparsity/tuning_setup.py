@@ -15,11 +15,11 @@ from polarjax.model.decoder import Decoder
 from polarjax.model.parameters import parameters
 from polarjax.model.stacked import stacked_parameters
 from polarjax.selection.masking import StackedRouters
-from polarjax.selection.routers import LayerRouter, Routers
+from polarjax.selection.routers import LayerRouter, Routers, hidden_layer
 from polarjax.sparsity.distillation import Arrays, Distillation, TuneState, start, step
 from polarjax.sparsity.tune_options import Subset, TuneOptions
 
-_GROUP_FIELDS = ("w_group", "b_group", "mean")
+_GROUP_FIELDS = ("w_group", "b_group", "mean", "group_in", "group_out")
 _SMALLER: tuple[Subset, ...] = ("attention", "out", "bias", "routers")
 
 
@@ -84,12 +84,23 @@ def trained_names(names: Sequence[str], subset: Subset) -> list[str]:
     return [name for name in names if chosen(name)]
 
 
-def group_arrays(routers: Routers) -> Arrays:
-    """The group routers' arrays [L ...], float32."""
+def group_arrays(routers: Routers, width: int = 0) -> Arrays:
+    """The group routers' arrays [L ...], float32; with a hidden layer of `width` units, which adds nothing yet, where
+    they have none."""
     only = tuple(dataclasses.replace(layer, w_in=None, w_out=None) for layer in routers.layers)
     stacked: LayerRouter = StackedRouters.of(Routers(only)).layers
     found = {name: getattr(stacked, name) for name in _GROUP_FIELDS}
-    return {name: jnp.array(value, jnp.float32) for name, value in found.items() if value is not None}
+    arrays = {name: jnp.array(value, jnp.float32) for name, value in found.items() if value is not None}
+    if width and "group_in" not in arrays:
+        arrays |= hidden_layer(jax.random.key(0), width, arrays["w_group"].shape)
+    return arrays
+
+
+def router_shardings(model: Decoder, router: LayerRouter) -> dict[str, Sharding]:
+    """Where each array of a layer's group router lies, or would."""
+    if model.layout is None:
+        return dict.fromkeys(_GROUP_FIELDS, router.w_group.sharding)
+    return {name: model.layout.sharding(model.layout.router_spec(name)) for name in _GROUP_FIELDS}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -180,7 +191,9 @@ def setup(model: Decoder, routers: Routers, options: TuneOptions, length: int, d
     others = [device for device in jax.local_devices() if device not in mine]
     placement = Placement(tuple([*mine, *others][:devices]))
     spec = distillation(model, routers, options)
-    return Setup(spec, options, parameters(model), group_arrays(routers), length, placement)
+    return Setup(
+        spec, options, parameters(model), group_arrays(routers, options.router_width), length, placement
+    )
 
 
 def blended(trained: Arrays, model: Decoder, share: float) -> Arrays:

@@ -63,6 +63,7 @@ CONFIGS: dict[str, pj.ModelConfig] = {
     "window": dataclasses.replace(_LLAMA, num_kv_heads=2, sliding_window=(3, None), activation="gelu"),
 }
 DTYPES = ("float32", "bfloat16")
+WIDE_ROUTERS = ("llama-gqa", "opt-350m", "fatrelu-gated")
 RELU = tuple(name for name, config in CONFIGS.items() if config.neuron_sparsity)
 
 # Most of the tests' time is compilation, and each program runs a few times only.
@@ -141,10 +142,10 @@ def everything(config: pj.ModelConfig) -> pj.SparsityPlan:
 
 @functools.cache
 def routers(name: str, dtype: str = "float32") -> Routers:
-    """Untrained routers that tell neurons and groups apart by chance."""
+    """Untrained routers that tell neurons and groups apart by chance; with a hidden layer for a model of each kind."""
     random = np.random.default_rng(2)
     draw = lambda leaf: on_device(random.normal(size=leaf.shape) * leaf.shape[0] ** -0.5, dtype)
-    make = functools.partial(init_routers, CONFIGS[name], neurons=True)
+    make = functools.partial(init_routers, CONFIGS[name], neurons=True, width=3 * (name in WIDE_ROUTERS))
     return jax.tree.map(draw, jax.eval_shape(make, jax.random.key(0)))
 
 

@@ -16,16 +16,17 @@ from tests.tolerances import assert_close
 L, D, F, K = CONFIG.num_layers, CONFIG.d_model, CONFIG.d_ff, CONFIG.num_kv_heads
 
 
-def drawn(dtype: str = "float32"):
+def drawn(dtype: str = "float32", width: int = 0):
     random = np.random.default_rng(3)
-    made = init_routers(CONFIG, jax.random.key(0))
+    made = init_routers(CONFIG, jax.random.key(0), width=width)
     return jax.tree.map(lambda leaf: jnp.asarray(random.normal(size=leaf.shape) / 4, dtype), made)
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-@pytest.mark.parametrize("shape", [(D,), (5, D), (2, 3, D)])
-def test_scores_are_those_of_numpy(shape, dtype):
-    routers = drawn(dtype)
+@pytest.mark.parametrize("shape", [(D,), (1, D), (5, D), (2, 3, D)])
+@pytest.mark.parametrize("width", [0, 6])
+def test_scores_are_those_of_numpy(shape, width, dtype):
+    routers = drawn(dtype, width)
     x = jnp.asarray(np.random.default_rng(4).normal(size=shape), dtype)
     layer, wide = routers.layers[1], np.asarray(x, np.float64)
     groups, neurons = routers.group_scores(1, x), routers.neuron_scores(1, x)
@@ -33,7 +34,11 @@ def test_scores_are_those_of_numpy(shape, dtype):
     w_in, w_out, w_group, b_group = (
         np.asarray(leaf, np.float64) for leaf in (layer.w_in, layer.w_out, layer.w_group, layer.b_group)
     )
-    assert_close(groups, wide @ w_group + b_group, "rounding", dtype)
+    expected = wide @ w_group + b_group
+    if width:
+        hidden = wide @ np.asarray(layer.group_in, np.float64)
+        expected += hidden / (1 + np.exp(-hidden)) @ np.asarray(layer.group_out, np.float64)
+    assert_close(groups, expected, "rounding", dtype)
     assert_close(neurons, np.log1p(np.exp(wide @ w_in @ w_out)), "rounding", dtype)
 
 
@@ -46,13 +51,14 @@ def test_neuron_scores_are_positive_and_ranked_as_the_logits():
     np.testing.assert_array_equal(np.argsort(scores), np.argsort(np.asarray(x @ layer.w_in @ layer.w_out)[0]))
 
 
-def test_untrained_routers():
-    routers = init_routers(CONFIG, jax.random.key(0))
+@pytest.mark.parametrize("width", [0, 6])
+def test_untrained_routers(width):
+    routers = init_routers(CONFIG, jax.random.key(0), width=width)
     routers.check(CONFIG)
     for router in routers.layers:
         assert router.w_in is not None and router.w_out is not None
         assert (router.w_in.shape, router.w_out.shape) == ((D, router_rank(CONFIG)), (router_rank(CONFIG), F))
-        assert not router.w_group.any() and not router.b_group.any()
+        assert not router.group_scores(jnp.ones(D)).any()
     first, second = (router.w_in for router in routers.layers[:2])
     assert (np.asarray(first) != np.asarray(second)).all()
 

@@ -39,6 +39,7 @@ OPTIONS = TuneOptions(
     learning_rate=1e-3,
     router_learning_rate=1e-2,
     densities=(0.5, 0.5),
+    router_width=3,
 )
 
 
@@ -79,6 +80,8 @@ def test_masked_perplexity_falls_and_the_result_belongs_together(whole):
     assert bundle.weights == routers.weights
     assert not np.array_equal(routers.layers[0].w_group, zoo.routers(NAME).layers[0].w_group)
     assert routers.layers[0].w_in is zoo.routers(NAME).layers[0].w_in
+    assert routers.layers[0].group_in.shape == (24, OPTIONS.router_width)
+    assert np.any(routers.layers[0].group_out)
 
 
 def test_a_blend_lies_between_the_first_weights_and_the_trained_ones(whole, windows):
@@ -312,11 +315,13 @@ def on_four_devices() -> None:
     model, routers, report = run(windows, options)
     for value in jax.tree.leaves((model, routers)):
         assert value.devices() == {jax.devices()[0]}
-    spread = pj.shard(start(), jax.make_mesh((2, 2), ("data", "model")), rules={"vocab": None})
+    mesh = jax.make_mesh((2, 2), ("data", "model"))
+    spread = pj.shard(start(), mesh, rules={"vocab": None})
+    shape = pj.shard(pj.Bundle(model, routers=routers), mesh, rules={"vocab": None})
     model, routers, other = run(windows, options, spread, devices=1)
     assert_close(list(report.before.values()), list(other.before.values()), "rounding")
     places = lambda *trees: [leaf.sharding for leaf in jax.tree.leaves(trees)]
-    assert places(model, routers) == places(spread.model, spread.routers)
+    assert places(model, routers) == places(shape.model, shape.routers)
     assert model.layout == spread.model.layout
     for devices, message in ((3, "8 windows, 3 devices. Hint: .*multiple of 3"), (5, "expected at most 4")):
         with refuses(pj.InputError, message):
