@@ -1,14 +1,18 @@
-"""Pictures made from bench/results/*.jsonl: tokens per second against batch, and the time of a decoding step by part.
+"""Pictures made from bench/results/*.jsonl: tokens per second against batch, the time of a decoding step by part, and
+what skipping heads costs before and after healing.
 
-    python3 -m bench.pictures             draws decode_batch.png and step_parts.png in bench/results (needs matplotlib)
+    python3 -m bench.pictures     draws decode_batch.png, step_parts.png and quality.png in bench/results
 
-A step's parts are sums of kernel times (bench.step_parts); the mark is the time of the whole step (bench.bench_decode),
-which is longer where kernels wait for each other, and shorter where they overlap. A picture without rows isn't drawn.
+
+It needs matplotlib. A step's parts are sums of kernel times (bench.step_parts); the mark is the time of the whole step
+(bench.bench_decode), which is longer where kernels wait for each other, and shorter where they overlap. A picture
+without rows isn't drawn.
 """
 
 import argparse
 import bisect
 import math
+import re
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -20,7 +24,7 @@ from bench.readme_tables import NAMES, RESULTS
 from bench.step_parts import PARTS
 from bench.table_cells import Results
 
-BATCH, STEP = "decode_batch.png", "step_parts.png"
+BATCH, STEP, QUALITY = "decode_batch.png", "step_parts.png", "quality.png"
 COLORS = dict(
     zip(PARTS, ("tab:blue", "tab:cyan", "tab:red", "tab:orange", "tab:pink", "tab:purple"), strict=False)
 )
@@ -30,6 +34,13 @@ LINES = (
     ("torch", "tab:gray", "x--"),
     ("transformers", "tab:olive", "+:"),
 )
+TEXTS = {"novels_valid": "held-out novels", "wikitext2_raw_test": "WikiText-2"}
+STAGES = {  # and what the stage of its rows looks like
+    "published ranking": "published ranking",
+    "sparsify": "sparsify with refinement.*code$",
+    "tune, linear routers": "polarjax tune .*--text glossaries.txt.xz:",
+    "tune": "polarjax tune .*--router-width 128:",
+}
 
 
 class Bar(NamedTuple):
@@ -141,6 +152,42 @@ def draw_parts(folder: Path) -> bool:
     return True
 
 
+def costs(rows: Sequence[dict[str, Any]], text: str) -> dict[str, list[tuple[int, float]]]:
+    """(heads kept, increase of perplexity in percent) of each of `STAGES` on a text, masked, the router choosing."""
+    found: dict[str, dict[int, float]] = {}
+    for row in rows:
+        alike = row.get("what") == "router" and row.get("protocol") == "masked" and row.get("windows") == 96
+        for label, stage in STAGES.items() if alike and row["text"] == text else ():
+            if re.match(stage, row["stage"]):
+                found.setdefault(label, {})[row["kept"]] = 100 * row["increase"]
+    return {label: sorted(found[label].items()) for label in STAGES if label in found}
+
+
+def draw_quality(folder: Path) -> bool:
+    """Writes the picture of what skipping heads of SmolLM2-135M costs; False if there is nothing to draw."""
+    path = folder / "quality.jsonl"
+    rows = [row for row in report.read_jsonl(path) if "widened" in row["model"]] if path.is_file() else []
+    found = {name: lines for text, name in TEXTS.items() if (lines := costs(rows, text))}
+    if not found:
+        return False
+    plt = _pyplot()
+    figure, axes = plt.subplots(1, len(found), figsize=(8, 3.4), dpi=110, layout="constrained", squeeze=False)
+    for each, (name, lines) in zip(axes.flat, found.items(), strict=True):
+        for label, points in lines.items():
+            each.plot(*zip(*points, strict=True), "o-", markersize=5, label=label)
+        kept = sorted({count for points in lines.values() for count, _ in points})
+        each.set(yscale="log", title=name, xlabel="heads kept of 9", ylabel="increase of perplexity, %")
+        each.set_xticks(kept)
+        ticks = _round_numbers([value for points in lines.values() for _, value in points])
+        each.set_yticks(ticks, map(str, ticks))
+        each.minorticks_off()
+        each.grid(alpha=0.3)
+    axes.flat[0].legend(fontsize=8)
+    figure.savefig(folder / QUALITY)
+    plt.close(figure)
+    return True
+
+
 def _pyplot() -> Any:
     import matplotlib
 
@@ -155,7 +202,7 @@ def main() -> int:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.parse_args()
-    for name, draw in ((BATCH, draw_batches), (STEP, draw_parts)):
+    for name, draw in ((BATCH, draw_batches), (STEP, draw_parts), (QUALITY, draw_quality)):
         print(f"{name}: {'drawn' if draw(RESULTS) else 'not measured'}")
     return 0
 

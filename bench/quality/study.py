@@ -1,7 +1,7 @@
 """The quality study, one command a question; each runs the polarjax verbs that answer it, in processes of their own.
 
     python -m bench.quality.study make --work study --gguf SmolLM2-135M-Instruct.Q4_1.gguf
-    python -m bench.quality.study heal --work study --texts texts -- --minutes 6
+    python -m bench.quality.study heal --work study --texts texts
     python -m bench.quality.study heal --work study --texts texts --name no_own_text -- --own-text 0
     python -m bench.quality.study cost --work study --texts texts --jobs 2 --limit 500
     python -m bench.quality.study rows --work study --out bench/results/quality.jsonl
@@ -31,7 +31,7 @@ from bench.quality.steps import Step, run_chains
 
 HERE = Path(__file__).parent
 POLARJAX = "polarjax.cli.main"
-TRAINING = ("novels", "docs", "code")
+TRAINING = ("novels", "docs", "glossaries", "code")
 HELD_OUT = ("novels_valid", "wikitext2_raw_test", "code_evaluation")
 STATIC = {"novels_valid": "novels", "wikitext2_raw_test": "docs"}  # chooses the heads of static selection
 BATCHES = {1: ("masked,decode", 8_192), 16: ("masked,decode", 32_768), 64: ("decode", 32_768)}
@@ -41,8 +41,8 @@ SPARSIFY = {
     "own_groups": "--max-tokens 65536 --epochs 8 --head-density 0.667",
 }
 TUNE = (
-    "--own-text 0.6 --minutes 6 --devices 1 --learning-rate 1.5e-4 --router-learning-rate 1e-3 "
-    "--dense-share 0.5 --blend 0.8"
+    "--own-text 0.6 --minutes 7 --devices 1 --learning-rate 1.5e-4 --router-learning-rate 1e-3 "
+    "--dense-share 0.3 --blend 0.8"
 )
 DECODED = "--densities 0.56,0.45 --selectors router"
 COST = "--protocols masked --max-tokens 49152 --densities 0.56,0.45,0.34 --selectors router,oracle"

@@ -48,7 +48,7 @@ Train = Annotated[
 ]
 RouterWidth = Annotated[
     int,
-    typer.Option(help="Give head routers that are linear a hidden layer of this many units, such as 128."),
+    typer.Option(help="Units of the hidden layer that linear head routers get; 0: they stay linear."),
 ]
 
 

@@ -111,6 +111,7 @@ def tune_options(
         densities=(least, min(head_density + options.spread, 1.0)),
         dense_share=0.0,
         train="routers",
+        router_width=0,
         router_learning_rate=options.router_rate / routers.layers[0].w_group.shape[0],
         mean_learning_rate=max(options.mean_rate * _size_of_means(routers), 1e-6),
         warmup=options.warmup,

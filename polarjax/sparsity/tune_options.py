@@ -51,7 +51,7 @@ class TuneOptions:
     router_learning_rate: float = 5e-4
     mean_learning_rate: float | None = None
     router_weight: float = 1.0
-    router_width: int = 0
+    router_width: int = 128
     warmup: int = 30
     clip: float = 1.0
     dtype: str | None = None

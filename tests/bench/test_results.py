@@ -138,7 +138,8 @@ def test_jobs_compare_with_static_batches(tmp_path):
 
 
 def test_pictures_of_steps(tmp_path):
-    assert not pictures.draw_batches(tmp_path) and not pictures.draw_parts(tmp_path)
+    draw = (pictures.draw_batches, pictures.draw_parts, pictures.draw_quality)
+    assert not any(each(tmp_path) for each in draw)
     case = {"case": "llama-2-7b B16 S3968", "kind": "dense"}
     write(tmp_path, "decode", case | {"ms_per_step": 9.0, "tokens_per_s": 1777.0})
     write(tmp_path, "step_parts", case | {"total_ms": 3.0, "attention": 2.0, "head": 1.0})
@@ -146,6 +147,14 @@ def test_pictures_of_steps(tmp_path):
         report.read_jsonl(tmp_path / "step_parts.jsonl"), pictures.Results.read("decode", tmp_path)
     )
     assert (bar.parts, bar.whole) == ({"attention": 2.0, "head": 1.0}, 9.0)
-    assert pictures.draw_batches(tmp_path) and pictures.draw_parts(tmp_path)
-    for name in (pictures.BATCH, pictures.STEP):
+    cost = {"model": "widened", "windows": 96, "what": "router", "protocol": "masked", "text": "novels_valid"}
+    ours = {"stage": "polarjax tune --router-width 128: 7 min", "kept": 5, "increase": 0.02}
+    write(
+        tmp_path, "quality", *({**cost, **ours, **change} for change in ({}, {"kept": 4, "increase": 0.04}))
+    )
+    assert pictures.costs(report.read_jsonl(tmp_path / "quality.jsonl"), "novels_valid") == {
+        "tune": [(4, 4.0), (5, 2.0)]
+    }
+    assert all(each(tmp_path) for each in draw)
+    for name in (pictures.BATCH, pictures.STEP, pictures.QUALITY):
         assert (tmp_path / name).read_bytes().startswith(b"\x89PNG")
