@@ -38,7 +38,8 @@ of an H200; plus what the devices exchange (`costs.step_floor`); these two are t
 our measured rows,
 
 - for each layer, as on one H200: {overheads};
-- for each exchange, as on two H200s: {waiting:.0f} µs.
+- for each exchange, as on two H200s: {waiting}. It is what a step takes longer than all of the above; where heads are
+  skipped it is less, because the kernel that sums also does what small kernels do on one GPU.
 
 What is assumed, not measured:
 
@@ -131,7 +132,8 @@ class Step:
 
     def predicted(self, bandwidth: float) -> float:
         """Seconds that the step will take."""
-        return self.without_waiting(bandwidth) + self.exchanges * waiting()
+        each = waiting().get((self.mesh.attention, self.plan is not None), 0.0)
+        return self.without_waiting(bandwidth) + self.exchanges * each
 
 
 def largest(shape: DecodeShape, mesh: MeshShape, gpu: Gpu) -> int:
@@ -206,11 +208,16 @@ def measured() -> Iterator[tuple[dict[str, Any], Step]]:
 
 
 @functools.cache
-def waiting() -> float:
-    """Seconds that each exchange takes in a step on top of what it takes alone; 0 without rows."""
-    rows = [(row, step) for row, step in measured() if step.exchanges]
-    spare = lambda row, step: row["ms_per_step"] / 1e3 - step.without_waiting(row["copy_gbps"] * 1e9)
-    return mean(spare(row, step) / step.exchanges for row, step in rows) if rows else 0.0
+def waiting() -> dict[tuple[str, bool], float]:
+    """Seconds that each exchange takes in a step on top of what it takes alone, by what attention divides and whether
+    the step is sparse; empty without rows."""
+    found: dict[tuple[str, bool], list[float]] = {}
+    for row, step in measured():
+        if step.exchanges:
+            spare = row["ms_per_step"] / 1e3 - step.without_waiting(row["copy_gbps"] * 1e9)
+            kind = step.mesh.attention, step.plan is not None
+            found.setdefault(kind, []).append(spare / step.exchanges)
+    return {kind: mean(each) for kind, each in found.items()}
 
 
 def compared() -> Iterator[list[str]]:
@@ -254,7 +261,11 @@ def page() -> str:
         "hop": 1e6 * NVLINK.hop,
         "usable": USABLE,
     }
-    values |= {"waiting": 1e6 * waiting()}
+    spent = [
+        f"{'sparse' if sparse else 'dense'} by {attention} {1e6 * each:.0f} µs"
+        for (attention, sparse), each in waiting().items()
+    ]
+    values |= {"waiting": ", ".join(spent) or "not measured"}
     parts = [TEXT.format(**values, network=1e6 * NETWORK)]
     for gpu in gpus:
         for shape in LARGE_SHAPES.values():
