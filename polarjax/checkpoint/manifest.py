@@ -95,14 +95,19 @@ def importance_of_routers(data: dict[str, Any], file: Path) -> Importance:
 
 
 def describe_routers(folder: Path) -> dict[str, Any] | None:
-    """What the routers in a folder rank groups by, and whether mean outputs replace skipped groups; None if absent."""
+    """What the routers in a folder rank groups by, whether mean outputs replace skipped groups, and the units of the
+    group routers' hidden layer; None if absent."""
     file = folder / "manifest.json"
     if not file.is_file():
         return None
     data = read_part(file, ("format", "arrays"), SPARSIFY)
     check_record(data["arrays"], where=file, hint=SPARSIFY)
-    means = any(name.endswith(".mean") for name in data["arrays"]["arrays"])
-    return {"importance": importance_of_routers(data, file), "mean_outputs": means}
+    arrays = data["arrays"]["arrays"]
+    means = any(name.endswith(".mean") for name in arrays)
+    width = max(
+        (value["shape"][-1] for name, value in arrays.items() if name.endswith(".group_in")), default=0
+    )
+    return {"importance": importance_of_routers(data, file), "mean_outputs": means, "router_width": width}
 
 
 def _is_hf(folder: Path) -> bool:

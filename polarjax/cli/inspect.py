@@ -245,7 +245,8 @@ def _learned(result: dict[str, Any]) -> str:
 
 def _of_heads(heads: dict[str, Any]) -> str:
     skipped = "their mean outputs" if heads["mean_outputs"] else "zeros"
-    return f"; heads are ranked by {heads['importance']}, skipped ones replaced by {skipped}"
+    layer = f" through a hidden layer of {heads['router_width']}" if heads["router_width"] else ""
+    return f"; heads are ranked by {heads['importance']}{layer}, skipped ones replaced by {skipped}"
 
 
 def _shape(config: ModelConfig) -> str:

@@ -102,11 +102,12 @@ def test_mean_outputs_and_importance_come_back(saved, dtype):
     config = full_bundle().model.config
     layers = tuple(
         dataclasses.replace(layer, mean=jnp.full((config.num_kv_heads, config.d_model), 0.3))
-        for layer in init_routers(config, jax.random.key(0), neurons=False).layers
+        for layer in init_routers(config, jax.random.key(0), neurons=False, width=3).layers
     )
     routers = Routers(layers, importance="contributions")
     write_routers(saved, routers)
-    assert describe_routers(saved / "routers") == {"importance": "contributions", "mean_outputs": True}
+    expected = {"importance": "contributions", "mean_outputs": True, "router_width": 3}
+    assert describe_routers(saved / "routers") == expected
     assert routers.fingerprint != init_routers(config, jax.random.key(0), neurons=False).fingerprint
     loaded = pj.load(saved, dtype=dtype)
     assert_same(loaded.routers, routers)
