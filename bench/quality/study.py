@@ -9,6 +9,7 @@
 make         the models: WORK/model (nine groups of one head) and WORK/own_groups (its own three) from the GGUF file
 sparsify     routers and plans of both
 heal         sparsify WORK/model, if that wasn't done, and tune it: WORK/NAME
+relu         tune it to ReLU, WORK/relu, and see which neurons a batch then needs
 cost         perplexity at 5, 4 and 3 of 9, router and oracle, on three texts, before and after healing
 batch        the same as generate decodes, at batch 1, 16 and 64
 tasks        HellaSwag, ARC-easy and LAMBADA: as it comes, healed, at 5 and 4 of 9, and at 5 decoding
@@ -43,6 +44,10 @@ SPARSIFY = {
 TUNE = (
     "--own-text 0.6 --minutes 7 --devices 1 --learning-rate 1.5e-4 --router-learning-rate 1e-3 "
     "--dense-share 0.3 --blend 0.8"
+)
+RELU = (
+    "--activation relu --l1 1.0 --own-text 0.6 --minutes 2.5 --devices 1 --learning-rate 1.5e-4 "
+    "--router-learning-rate 1e-3 --dense-share 0.5"
 )
 DECODED = "--densities 0.56,0.45 --selectors router"
 COST = "--protocols masked --max-tokens 49152 --densities 0.56,0.45,0.34 --selectors router,oracle"
@@ -131,20 +136,32 @@ def _sparsified(asked: argparse.Namespace, name: str, *more: str) -> Step:
 
 def heal(asked: argparse.Namespace) -> Chains:
     """Sparsify, if that wasn't done, and tune."""
-    model, out = asked.work / "model", asked.work / asked.name
+    return [_healed(asked, asked.name, _with(TUNE, asked.options))]
+
+
+def relu(asked: argparse.Namespace) -> Chains:
+    """Tune with ReLU in place of SiLU, and see which neurons a batch then needs."""
+    model, file = asked.work / "relu", _text(asked.texts, HELD_OUT[0])
+    report = asked.work / "reports" / "relu" / "neurons.jsonl"
+    words = ("bench.quality.neurons", str(model), "--text", str(file), "--out", str(report))
+    neurons = Step("relu/neurons", words, report, (_made(model), (file, "plain or .xz")))
+    return [[*_healed(asked, "relu", _with(RELU, asked.options)), neurons]]
+
+
+def _healed(asked: argparse.Namespace, name: str, options: tuple[str, ...]) -> list[Step]:
+    model, out = asked.work / "model", asked.work / name
     texts, needs = _training(asked)
-    options = _with(TUNE, asked.options)
     words = (POLARJAX, "tune", str(model), str(out), *texts, *options, "--json")
     tune = Step(
-        f"tune/{asked.name}",
+        f"tune/{name}",
         words,
-        asked.work / "reports" / "tune" / f"{asked.name}.json",
+        asked.work / "reports" / "tune" / f"{name}.json",
         ((model / "plans.json", "run sparsify first"), *needs),
         options,
         prints=True,
-        state=asked.work / f"{asked.name}.tuning",
+        state=asked.work / f"{name}.tuning",
     )
-    return [[_sparsified(asked, "model"), tune]]
+    return [_sparsified(asked, "model"), tune]
 
 
 def cost(asked: argparse.Namespace) -> Chains:
@@ -266,6 +283,7 @@ QUESTIONS: dict[str, Callable[[argparse.Namespace], Chains]] = {
     "make": make,
     "sparsify": sparsify,
     "heal": heal,
+    "relu": relu,
     "cost": cost,
     "batch": batch,
     "tasks": tasks,

@@ -65,7 +65,16 @@ def plan(question: str, *words: str) -> list[steps.Step]:
 
 @pytest.mark.parametrize(
     ("question", "count"),
-    [("make", 4), ("sparsify", 2), ("heal", 2), ("cost", 6), ("batch", 6), ("tasks", 15), ("own_groups", 3)],
+    [
+        ("make", 4),
+        ("sparsify", 2),
+        ("heal", 2),
+        ("relu", 3),
+        ("cost", 6),
+        ("batch", 6),
+        ("tasks", 15),
+        ("own_groups", 3),
+    ],
 )
 def test_verbs_know_the_planned_options(question, count):
     planned = plan(question)
