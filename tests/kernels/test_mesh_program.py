@@ -95,8 +95,9 @@ def exchanges(program: str) -> dict[str, list[int]]:
 )
 def test_step_on_four_gpus(attention, L, kernel):
     """Two sums a layer and one of the embeddings, by sequences two all-to-alls more, and of logits, only sums and each
-    device's largest, for draws and log-probabilities (compiled in one case: most of the time); the cache is donated, and memory is what `costs` says. A kernel
-    makes the sums of the layers, unless the devices aren't in the order that it needs."""
+    device's largest, for draws and log-probabilities (compiled in one case: they take most of the time); the cache is
+    donated, and memory is what `costs` says. A kernel makes the sums of the layers, unless the devices aren't in the
+    order that it needs."""
     devices = aot.h200s(DEVICES)[:: 1 if kernel else -1]
     mesh = Mesh(np.array(devices).reshape(1, DEVICES), ("data", "model"))
     layout, config = pj.Layout(mesh, attention=attention), dataclasses.replace(CONFIG, num_layers=L)
