@@ -261,11 +261,11 @@ def page() -> str:
         "hop": 1e6 * NVLINK.hop,
         "usable": USABLE,
     }
-    spent = [
+    waits = [
         f"{'sparse' if sparse else 'dense'} by {attention} {1e6 * each:.0f} µs"
         for (attention, sparse), each in waiting().items()
     ]
-    values |= {"waiting": ", ".join(spent) or "not measured"}
+    values |= {"waiting": ", ".join(waits) or "not measured"}
     parts = [TEXT.format(**values, network=1e6 * NETWORK)]
     for gpu in gpus:
         for shape in LARGE_SHAPES.values():

@@ -3,7 +3,6 @@ what skipping heads costs before and after healing.
 
     python3 -m bench.pictures     draws decode_batch.png, step_parts.png and quality.png in bench/results
 
-
 It needs matplotlib. A step's parts are sums of kernel times (bench.step_parts); the mark is the time of the whole step
 (bench.bench_decode), which is longer where kernels wait for each other, and shorter where they overlap. A picture
 without rows isn't drawn.
@@ -14,7 +13,7 @@ import bisect
 import math
 import re
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -98,13 +97,8 @@ def draw_batches(folder: Path) -> bool:
             if line in lines:
                 x, y = zip(*lines[line], strict=True)
                 each.plot(x, y, style, color=color, markersize=5, label=line)
-        batches = sorted({batch for points in lines.values() for batch, _ in points})
         each.set(xscale="log", yscale="log", title=name, xlabel="sequences", ylabel="tokens/s")
-        each.set_xticks(batches, map(str, batches))
-        ticks = _round_numbers([speed for points in lines.values() for _, speed in points])
-        each.set_yticks(ticks, [f"{tick:,}" for tick in ticks])
-        each.minorticks_off()
-        each.grid(alpha=0.3)
+        _mark(each, lines)
     for each in axes.flat[len(found) :]:
         each.axis("off")
     drawn = {line.get_label(): line for each in axes.flat for line in each.get_lines()}
@@ -113,6 +107,16 @@ def draw_batches(folder: Path) -> bool:
     figure.savefig(folder / BATCH)
     plt.close(figure)
     return True
+
+
+def _mark(axes: Any, lines: Mapping[str, Sequence[tuple[int, float]]]) -> None:
+    """Ticks at every x of the lines and at round numbers of y, and a grid."""
+    points = [point for line in lines.values() for point in line]
+    places, ticks = sorted({x for x, _ in points}), _round_numbers([y for _, y in points])
+    axes.set_xticks(places, map(str, places))
+    axes.set_yticks(ticks, [f"{tick:,}" for tick in ticks])
+    axes.minorticks_off()
+    axes.grid(alpha=0.3)
 
 
 def _round_numbers(values: Sequence[float]) -> list[int]:
@@ -175,13 +179,8 @@ def draw_quality(folder: Path) -> bool:
     for each, (name, lines) in zip(axes.flat, found.items(), strict=True):
         for label, points in lines.items():
             each.plot(*zip(*points, strict=True), "o-", markersize=5, label=label)
-        kept = sorted({count for points in lines.values() for count, _ in points})
         each.set(yscale="log", title=name, xlabel="heads kept of 9", ylabel="increase of perplexity, %")
-        each.set_xticks(kept)
-        ticks = _round_numbers([value for points in lines.values() for _, value in points])
-        each.set_yticks(ticks, map(str, ticks))
-        each.minorticks_off()
-        each.grid(alpha=0.3)
+        _mark(each, lines)
     axes.flat[0].legend(fontsize=8)
     figure.savefig(folder / QUALITY)
     plt.close(figure)

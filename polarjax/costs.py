@@ -101,13 +101,13 @@ def decode_bytes(
     neurons = [neurons for neurons, _, _ in _kept(config, cache_length, plan)]
     alone = mesh.attention == "groups"
     attending = (config, plan, batch_size) if alone else (whole, all_kept, batch_size // mesh.model)
-    sizes = _rank(config, router_rank), router_width
+    rank = _rank(config, router_rank)
     parts = {
         "attention": config.num_layers * (_attention_weights(config) + norm),
         "mlp": sum(kept * _neuron_weights(config) + _down_bias(config) + norm for kept in neurons),
         "head": _head(config, batch_size),
         "cache": _cache(*attending, cache_length),
-        "routers": _router_weights(config, plan, sizes, bias=True, means=mean_outputs),
+        "routers": _router_weights(config, plan, rank, router_width, bias=True, means=mean_outputs),
     }
     size = _bytes_each(dtype)
     return Cost(batch_size, **{name: size * count for name, count in parts.items()})
@@ -138,7 +138,7 @@ def decode_flops(
       SparsityError: the plan is for another model.
     """
     batch_size, cache_length = _check(config, batch_size, cache_length, plan)
-    sizes = _rank(config, router_rank), router_width
+    rank = _rank(config, router_rank)
     D, H = config.d_model, config.head_dim
     width = config.embed_dim or D
     kept = list(_kept(config, cache_length, plan))
@@ -149,7 +149,7 @@ def decode_flops(
         "mlp": sum(neurons for neurons, _, _ in kept) * _matrices(config) * D,
         "head": head,
         "cache": 2 * pairs * H,
-        "routers": _router_weights(config, plan, sizes, bias=False, means=mean_outputs),
+        "routers": _router_weights(config, plan, rank, router_width, bias=False, means=mean_outputs),
     }
     return Cost(batch_size, **{name: 2 * batch_size * count for name, count in parts.items()})
 
@@ -327,11 +327,11 @@ def _default_rank(config: ModelConfig) -> int:
 
 
 def _router_weights(
-    config: ModelConfig, plan: SparsityPlan | None, sizes: tuple[int, Any], *, bias: bool, means: Any
+    config: ModelConfig, plan: SparsityPlan | None, rank: int, width: Any, *, bias: bool, means: Any
 ) -> int:
-    """Elements of the routers that the plan uses; `sizes` are R and W."""
+    """Elements of the routers that the plan uses."""
     check_type(means, bool, where="costs: mean_outputs", hint="pass True or False")
-    rank, width = sizes[0], whole_number(sizes[1], "router_width", where="costs", least=0)
+    width = whole_number(width, "router_width", where="costs", least=0)
     if plan is None:
         return 0
     D, K = config.d_model, config.num_kv_heads

@@ -41,14 +41,9 @@ SPARSIFY = {
     "model": "--max-tokens 65536 --epochs 8 --refine-tokens 0",
     "own_groups": "--max-tokens 65536 --epochs 8 --head-density 0.667",
 }
-TUNE = (
-    "--own-text 0.6 --minutes 7 --devices 1 --learning-rate 1.5e-4 --router-learning-rate 1e-3 "
-    "--dense-share 0.3 --blend 0.8"
-)
-RELU = (
-    "--activation relu --l1 1.0 --own-text 0.6 --minutes 2.5 --devices 1 --learning-rate 1.5e-4 "
-    "--router-learning-rate 1e-3 --dense-share 0.5"
-)
+LEARN = "--own-text 0.6 --devices 1 --learning-rate 1.5e-4 --router-learning-rate 1e-3"
+TUNE = f"{LEARN} --minutes 7 --dense-share 0.3 --blend 0.8"
+RELU = f"{LEARN} --minutes 2.5 --dense-share 0.5 --activation relu --l1 1.0"
 DECODED = "--densities 0.56,0.45 --selectors router"
 COST = "--protocols masked --max-tokens 49152 --densities 0.56,0.45,0.34 --selectors router,oracle"
 OWN = "--protocols masked --max-tokens 49152 --densities 0.667,0.334 --selectors router,oracle,random,static"

@@ -13,7 +13,7 @@ from polarjax.model.blocks import logits
 from polarjax.model.stacked import StackedDecoder, hidden_states
 from polarjax.selection.masking import Masking, StackedRouters
 from polarjax.selection.means import Importance
-from polarjax.selection.routers import LayerRouter, score_groups
+from polarjax.selection.routers import LayerRouter
 from polarjax.sparsity.objectives import share_loss
 from polarjax.types import Array, Bool, Float, Int, Num
 
@@ -84,7 +84,12 @@ def student(spec: Distillation, trained: Arrays, teacher: Arrays) -> StackedDeco
 
 def selector(spec: Distillation, routers: Arrays) -> StackedRouters:
     """The group routers being trained."""
-    return StackedRouters(LayerRouter(w_in=None, w_out=None, **routers), spec.importance)
+    return StackedRouters(_layers(routers), spec.importance)
+
+
+def _layers(routers: Arrays) -> LayerRouter:
+    """The group routers of all layers, arrays [L ...]."""
+    return LayerRouter(w_in=None, w_out=None, **routers)
 
 
 def divergence(
@@ -124,8 +129,7 @@ def router_loss(
 ) -> Float[Array, ""]:
     """`share_loss` of the scores, the mean over all layers."""
     inputs, importance = jax.lax.stop_gradient((inputs, importance))
-    hidden = routers.get("group_in"), routers.get("group_out")
-    scores = jax.vmap(score_groups)(inputs, routers["w_group"], routers["b_group"], *hidden)
+    scores = jax.vmap(LayerRouter.group_scores)(_layers(routers), inputs)
     return share_loss(scores, importance)
 
 
