@@ -118,10 +118,12 @@ def _root(x: Float[Array, "..."]) -> Float[Array, "..."]:
 
 
 def mask_groups(
-    heads: Float[Array, "... K G H"], mask: Bool[Array, "... K"] | None
+    heads: Float[Array, "... K G H"], mask: Bool[Array, "... K"] | Float[Array, "... K"] | None
 ) -> Float[Array, "... K G H"]:
-    """Zeroes the heads of unselected groups."""
-    return heads if mask is None else jnp.where(mask[..., None, None], heads, 0)
+    """Zeroes the heads of unselected groups; a mask of floats, 0 or 1, has a gradient."""
+    if mask is None or mask.dtype == bool:
+        return heads if mask is None else jnp.where(mask[..., None, None], heads, 0)
+    return heads * mask[..., None, None].astype(heads.dtype)
 
 
 def attend_cached(

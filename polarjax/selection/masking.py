@@ -44,6 +44,38 @@ class Masking:
         return filled(mean_output(self.routers, layer), kept, dtype)
 
 
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True, eq=False)
+class Gating(Masking):
+    """A `Masking` from whose choices routers learn: its masks are 0 or 1, float32, and pass gradients to the scores.
+
+    The gradient of a mask is that of sigmoid(score - threshold) (a straight-through estimator, Bengio et al. 2013). The
+    threshold lies between the last group kept and the first one skipped, and moves with the scores so that as much is
+    kept as before. So a group whose part would have helped gains score, and another loses as much. The states that the
+    routers read get no gradient.
+    """
+
+    def group_mask(self, layer, x, norms):
+        """As `Masking.group_mask`, float32."""
+        x = jax.lax.stop_gradient(x)
+        kept = super().group_mask(layer, x, norms)
+        return kept + _change(self.routers.group_scores(layer, x, norms=norms), kept)
+
+
+def _change(scores: Float[Array, "... K"], kept: Bool[Array, "... K"]) -> Float[Array, "... K"]:
+    """0; its gradient is that of the soft mask which `Gating` describes, and 0 where nothing is skipped."""
+    fixed = jax.lax.stop_gradient(scores)
+    last = jnp.min(jnp.where(kept, fixed, jnp.inf), -1, keepdims=True)
+    first = jnp.max(jnp.where(kept, -jnp.inf, fixed), -1, keepdims=True)
+    soft = jax.nn.sigmoid(fixed - (last + first) / 2)
+    slope = soft * (1 - soft)
+    change = scores - fixed
+    of_threshold = jnp.sum(slope * change, -1, keepdims=True) / jnp.maximum(
+        jnp.sum(slope, -1, keepdims=True), 1e-20
+    )
+    return slope * (change - of_threshold)
+
+
 def _rank(scores: Float[Array, "... K"]) -> Int[Array, "... K"]:
     """The place of each score in descending order; ties go to the lower index, as in `select_top_k`."""
     return jnp.argsort(jnp.argsort(-scores, axis=-1, stable=True), axis=-1, stable=True)

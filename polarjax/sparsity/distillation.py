@@ -11,7 +11,7 @@ import optax
 from polarjax.configs import ModelConfig
 from polarjax.model.blocks import logits
 from polarjax.model.stacked import StackedDecoder, hidden_states
-from polarjax.selection.masking import Masking, StackedRouters
+from polarjax.selection.masking import Gating, StackedRouters
 from polarjax.selection.means import Importance
 from polarjax.selection.routers import LayerRouter
 from polarjax.sparsity.objectives import share_loss
@@ -31,7 +31,7 @@ class Distillation:
       teacher: the teacher's; they differ at most in the activation.
       importance: what routers learn to rank.
       dtype: dtype of the forward and backward passes.
-      router_weight: weight of the routers' own loss.
+      router_weight: weight of the routers' own loss, beside what they learn from the divergence.
       l1: weight of the penalty on active neurons.
       remat: compute each layer again in the backward pass.
       clip: largest norm of the gradients of the model, and of those of the routers.
@@ -41,7 +41,7 @@ class Distillation:
     teacher: ModelConfig
     importance: Importance = "contributions"
     dtype: Any = jnp.bfloat16
-    router_weight: float = 1.0
+    router_weight: float = 0.1
     l1: float = 0.0
     remat: bool = False
     clip: float = 1.0
@@ -153,7 +153,7 @@ def losses(
     model, routers = trained
     guide = StackedDecoder.of(spec.teacher, teacher)
     learner = student(spec, model, teacher)
-    masking = Masking(selector(spec, routers), counts)
+    masking = Gating(selector(spec, routers), counts)
     x, records = hidden_states(learner, tokens, masking=masking, remat=spec.remat)
     target = jax.lax.stop_gradient(hidden_states(guide, tokens)[0])
     each = jnp.mean(divergence(guide, target, learner, x), -1)

@@ -26,7 +26,7 @@ class TuneOptions:
         "bias" (biases and the scales of norms), or only the "routers".
       learning_rate, router_learning_rate: Adam's, at their highest.
       mean_learning_rate: that of the mean outputs; None means `router_learning_rate`.
-      router_weight: weight of the routers' own loss, `share_loss`.
+      router_weight: weight of the routers' own loss, `share_loss`, beside what they learn from the divergence.
       router_width: units of a hidden layer that group routers without one get; 0 leaves them as they are.
       warmup: steps until the learning rates are at their highest; they then fall as a cosine.
       clip: largest norm of the gradient of the model, and of that of the routers.
@@ -50,7 +50,7 @@ class TuneOptions:
     learning_rate: float = 1e-4
     router_learning_rate: float = 5e-4
     mean_learning_rate: float | None = None
-    router_weight: float = 1.0
+    router_weight: float = 0.1
     router_width: int = 128
     warmup: int = 30
     clip: float = 1.0

@@ -94,7 +94,7 @@ def tune(
 
     In each window some number of groups is kept, drawn from `options.densities`, or all. The loss is the mean
     KL(dense model ‖ trained model) of the next token, plus the routers' own loss (`share_loss`). The routers choose
-    the groups from their own scores; no gradient passes through the choice. Neuron routers and plans stay the old ones.
+    the groups and learn from what their choices cost (`Gating`), too. Neuron routers and plans stay the old ones.
 
     Args:
       model: the dense model, which is the teacher and the start.

@@ -84,6 +84,20 @@ def test_masked_perplexity_falls_and_the_result_belongs_together(whole):
     assert np.any(routers.layers[0].group_out)
 
 
+def test_routers_learn_from_what_their_choices_cost(windows):
+    """Without a loss of their own, too: the cost alone must lower it."""
+    options = dataclasses.replace(OPTIONS, train="routers", router_weight=0.0, tokens=2 * OPTIONS.tokens)
+    first = start()
+    zeros = tuple(
+        dataclasses.replace(layer, w_group=jnp.zeros_like(layer.w_group), mean=None)
+        for layer in first.routers.layers
+    )
+    bundle = pj.Bundle(first.model, routers=Routers(zeros, importance="contributions"))
+    _, routers, report = run(windows, options, bundle)
+    assert report.after[2] < 0.99 * report.before[2], report
+    assert np.any(routers.layers[1].w_group)
+
+
 def test_a_blend_lies_between_the_first_weights_and_the_trained_ones(whole, windows):
     model, routers, report = run(windows, dataclasses.replace(OPTIONS, blend=0.25))
     first, trained = parameters(zoo.model(NAME)), parameters(whole[0])
