@@ -20,7 +20,7 @@ JAX is imported only when `Array` is, so that the command's help and `inspect` s
 import os
 from typing import TYPE_CHECKING, Any, Literal
 
-from jaxtyping import Bool, Float, Int, Int32, Key, Num, UInt8
+from jaxtyping import Bool, Float, Int, Int32, Key, Num, UInt8, UInt32
 
 if TYPE_CHECKING:
     import jax.typing
@@ -52,6 +52,7 @@ __all__ = [
     "Num",
     "Path",
     "UInt8",
+    "UInt32",
 ]
 
 

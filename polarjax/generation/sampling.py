@@ -11,7 +11,7 @@ import numpy as np
 from jax.core import Tracer
 
 from polarjax.errors import InputError
-from polarjax.model.vocab_parts import over_vocab
+from polarjax.model.vocab_parts import ordered, over_vocab
 from polarjax.numeric import plain
 from polarjax.types import Array, Bool, Float, Int, Key
 
@@ -212,9 +212,8 @@ def _floor(logits: Float[Array, "B V"], weights: Array, needed: Array) -> Float[
     Finds it two bits at a time, by sums over the row: nothing is sorted.
     """
     bits = 2
-    as_bits = jax.lax.bitcast_convert_type(logits, jnp.uint32)
     high = jnp.uint32(1 << 31)
-    ranks = jnp.where(as_bits >= high, ~as_bits, as_bits | high)  # unsigned integers, ordered like the floats
+    ranks = ordered(logits)
     digits = jnp.arange(1, 1 << bits, dtype=jnp.uint32)[None]
 
     def lower(i, found, ranks, weights, needed):

@@ -6,12 +6,14 @@ from contextvars import ContextVar
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax.sharding import PartitionSpec
 
 from polarjax.model.layout import Layout
 from polarjax.model.parallel import constrained, on_each_device
-from polarjax.types import Array, Float, Int
+from polarjax.types import Array, Float, Int, UInt32
 
+_SIGN = np.uint32(1 << 31)
 _LAYOUT: ContextVar[tuple[Layout | None, bool]] = ContextVar("layout of logits", default=(None, False))
 
 
@@ -38,18 +40,44 @@ def largest(logits: Float[Array, "B V"], n: int) -> tuple[Float[Array, "B n"], I
     """
     layout, _ = _LAYOUT.get()
     if layout is None or layout.parts("vocab") == 1:
-        return jax.lax.top_k(logits, n)
+        return _best(logits, n)
 
     def run(own: Float[Array, "b v"]) -> tuple[Float[Array, "b n"], Int[Array, "b n"]]:
-        best, ids = jax.lax.top_k(own, min(n, own.shape[1]))
+        best, ids = _best(own, min(n, own.shape[1]))
         ids = ids + own.shape[1] * jax.lax.axis_index("model").astype(ids.dtype)
         best, ids = (jax.lax.all_gather(each, "model", axis=1, tiled=True) for each in (best, ids))
-        best, among = jax.lax.top_k(best, n)
+        best, among = _best(best, n)
         return best, jnp.take_along_axis(ids, among, 1)
 
     spec = _spec(layout, logits)
     rows = PartitionSpec(spec[0])
     return on_each_device(layout, run, (logits,), specs=(spec,), out=(rows, rows))
+
+
+def ordered(values: Float[Array, "..."]) -> UInt32[Array, "..."]:
+    """Unsigned integers above 0, ordered like the float32 `values`."""
+    bits = jax.lax.bitcast_convert_type(values, jnp.uint32)
+    return jnp.where(bits >= _SIGN, ~bits, bits | _SIGN)
+
+
+def _best(rows: Float[Array, "B v"], n: int) -> tuple[Float[Array, "B n"], Int[Array, "B n"]]:
+    """`jax.lax.top_k` of float32."""
+    by_sorting = lambda rows: tuple(jax.lax.top_k(rows, n))
+    return jax.lax.platform_dependent(rows, cuda=lambda rows: one_by_one(rows, n), default=by_sorting)
+
+
+def one_by_one(rows: Float[Array, "B v"], n: int) -> tuple[Float[Array, "B n"], Int[Array, "B n"]]:
+    """`jax.lax.top_k` of float32, without sorting.
+
+    On a GPU, XLA lets CUB sort, which can't be in a CUDA graph. A conditional with a sort in a branch, taken or not, is
+    then decided by the host, which waits for the device at every step.
+    """
+    left, ids = ordered(rows), []
+    for _ in range(n):
+        ids.append(jnp.argmax(left, -1, keepdims=True).astype(jnp.int32))
+        left = jnp.where(jnp.arange(rows.shape[1], dtype=jnp.int32)[None] == ids[-1], 0, left)
+    found = jnp.concatenate(ids, -1)
+    return jnp.take_along_axis(rows, found, 1), found
 
 
 def _spec(layout: Layout, logits: Float[Array, "B *T V"]) -> PartitionSpec:
