@@ -40,7 +40,7 @@ def refine(
 
     Routers that were trained on the dense model have never seen the inputs that skipping groups leads to. Here they
     make the choices, at densities within `options.spread` of `head_density`, and learn the importance of each group
-    under them; the means learn to minimize KL(dense model ‖ sparse model). The model does not change.
+    under them; they and the means learn to minimize KL(dense model ‖ sparse model). The model does not change.
 
     Args:
       model: the dense model.
@@ -111,6 +111,7 @@ def tune_options(
         densities=(least, min(head_density + options.spread, 1.0)),
         dense_share=0.0,
         train="routers",
+        router_weight=1.0,  # little text: their own loss keeps routers from learning this text alone
         router_width=0,
         router_learning_rate=options.router_rate / routers.layers[0].w_group.shape[0],
         mean_learning_rate=max(options.mean_rate * _size_of_means(routers), 1e-6),
