@@ -38,7 +38,7 @@ STAGES = {  # and what the stage of its rows looks like
     "published ranking": "published ranking",
     "sparsify": "sparsify with refinement.*code$",
     "tune, linear routers": "polarjax tune .*--text glossaries.txt.xz:",
-    "tune": "polarjax tune .*--router-width 128:",
+    "tune": "polarjax tune .*--minutes 7 --dense-share 0.3 --blend 0.8: ",
 }
 
 

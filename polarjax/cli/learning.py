@@ -1,5 +1,6 @@
 """Shared by `collect`, `train-routers`, `calibrate` and `sparsify`: options, reading text, printed tables."""
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, cast
 
@@ -261,6 +262,20 @@ def print_perplexities(report: "TuneReport", part: str) -> None:
         print(f"{kept:4}{before:10.3f}{report.after[kept]:10.3f}")
 
 
+def print_neurons(table: PlanTable) -> None:
+    """Prints at which batch sizes skipping neurons can pay."""
+    means = [_mean_kept(table, counts) for counts in table.neurons]
+    found = zip(table.batch_sizes, means, strict=True)
+    skipped = [f"{mean:.0%} at batch size {size}" for size, mean in found if mean < 1]
+    kept = ", ".join(skipped) if skipped else "all at every batch size"
+    rest = ", and all at larger ones, which gain nothing from it" if skipped and means[-1] == 1 else ""
+    print(f"Neurons that the plans keep: {kept}{rest}.")
+
+
+def _mean_kept(table: PlanTable, counts: Sequence[int | None]) -> float:
+    return float(np.mean([(count or table.num_neurons) / table.num_neurons for count in counts]))
+
+
 def print_gated(table: PlanTable, target_share: float) -> None:
     """Prints whether skipping neurons of a model without ReLU can pay."""
     sizes = [size for size, row in zip(table.batch_sizes, table.neurons, strict=True) if any(row)]
@@ -286,7 +301,7 @@ def print_plans(table: PlanTable, recall: tuple[tuple[float, ...], ...], *, meas
     rows = zip(table.batch_sizes, table.neurons, recall, strict=True)
     for size, counts, found in rows:
         kept = " ".join(f"{'all' if count is None else count:>6}" for count in counts)
-        mean = np.mean([(count or table.num_neurons) / table.num_neurons for count in counts])
+        mean = _mean_kept(table, counts)
         print(
             f"batch {size:5}: {kept}   mean {mean:4.0%}, {measure} {np.mean(found):.3f}, least {min(found):.3f}"
         )

@@ -207,7 +207,10 @@ def _heal(asked: Request) -> dict[str, Any]:
     )
     _print(report)
     with _kept(state):
-        save(target, _with_neurons(bundle, model, routers, domains, key), overwrite=asked.overwrite)
+        healed = _with_neurons(bundle, model, routers, domains, key)
+        save(target, healed, overwrite=asked.overwrite)
+    if model.config.neuron_sparsity and healed.plans is not None:
+        learning.print_neurons(healed.plans)
     shutil.rmtree(state, ignore_errors=True)
     print(f"The healed model is in {target}. Next: polarjax eval perplexity {target} --text FILE")
     return report.to_json()

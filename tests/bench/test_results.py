@@ -148,7 +148,11 @@ def test_pictures_of_steps(tmp_path):
     )
     assert (bar.parts, bar.whole) == ({"attention": 2.0, "head": 1.0}, 9.0)
     cost = {"model": "widened", "windows": 96, "what": "router", "protocol": "masked", "text": "novels_valid"}
-    ours = {"stage": "polarjax tune --router-width 128: 7 min", "kept": 5, "increase": 0.02}
+    ours = {
+        "stage": "polarjax tune --minutes 7 --dense-share 0.3 --blend 0.8: 7.0 min",
+        "kept": 5,
+        "increase": 0.02,
+    }
     write(
         tmp_path, "quality", *({**cost, **ours, **change} for change in ({}, {"kept": 4, "increase": 0.04}))
     )
