@@ -69,8 +69,8 @@ def _best(rows: Float[Array, "B v"], n: int) -> tuple[Float[Array, "B n"], Int[A
 def one_by_one(rows: Float[Array, "B v"], n: int) -> tuple[Float[Array, "B n"], Int[Array, "B n"]]:
     """`jax.lax.top_k` of float32, without sorting.
 
-    On a GPU, a step whose conditional has a sort in a branch, taken or not, is no longer one CUDA graph (as far as we can
-    tell, because CUB sorts): the host decides, and waits for the device at every step.
+    On a GPU, a step whose conditional has a sort in a branch, taken or not, is no longer one CUDA graph (as far as we
+    can tell, because CUB sorts): the host decides, and waits for the device at every step.
     """
     left, ids = ordered(rows), []
     for _ in range(n):
