@@ -11,7 +11,8 @@ import numpy as np
 from jax.core import Tracer
 
 from polarjax.errors import InputError
-from polarjax.model.vocab_parts import ordered, over_vocab
+from polarjax.model.ranks import ranks, values_of
+from polarjax.model.vocab_parts import over_vocab
 from polarjax.numeric import plain
 from polarjax.types import Array, Bool, Float, Int, Key
 
@@ -211,15 +212,13 @@ def _floor(logits: Float[Array, "B V"], weights: Array, needed: Array) -> Float[
 
     Finds it two bits at a time, by sums over the row: nothing is sorted.
     """
-    bits = 2
-    high = jnp.uint32(1 << 31)
-    ranks = ordered(logits)
+    bits, ranked = 2, ranks(logits)
     digits = jnp.arange(1, 1 << bits, dtype=jnp.uint32)[None]
 
-    def lower(i, found, ranks, weights, needed):
+    def lower(i, found, ranked, weights, needed):
         shift = jnp.uint32(32 - bits) - jnp.uint32(bits) * jnp.asarray(i, jnp.uint32)
         candidates = found | (digits << shift)
-        reached = ranks[:, None, :] >= candidates[:, :, None]
+        reached = ranked[:, None, :] >= candidates[:, :, None]
         sums = jnp.sum(jnp.where(reached, weights[:, None, :], 0), -1)
         digit = jnp.sum((sums >= needed) & (sums > 0), -1, keepdims=True, dtype=jnp.uint32)
         return found | (digit << shift)
@@ -231,9 +230,8 @@ def _floor(logits: Float[Array, "B V"], weights: Array, needed: Array) -> Float[
         )
 
     # With a loop in it, a step on a GPU is no longer one CUDA graph; without one, a CPU's compiler takes twice as long.
-    found = jax.lax.platform_dependent(ranks, weights, needed, cuda=search(True), default=search(False))
-    found = jnp.maximum(found, jnp.min(ranks, -1, keepdims=True))
-    return jax.lax.bitcast_convert_type(jnp.where(found >= high, found ^ high, ~found), jnp.float32)
+    found = jax.lax.platform_dependent(ranked, weights, needed, cuda=search(True), default=search(False))
+    return values_of(jnp.maximum(found, jnp.min(ranked, -1, keepdims=True)))
 
 
 def _largest(logits: Float[Array, "B V"], k: Int[Array, "*B 1"]) -> Float[Array, "B 1"]:

@@ -121,9 +121,10 @@ def mask_groups(
     heads: Float[Array, "... K G H"], mask: Bool[Array, "... K"] | Float[Array, "... K"] | None
 ) -> Float[Array, "... K G H"]:
     """Zeroes the heads of unselected groups; a mask of floats, 0 or 1, has a gradient."""
-    if mask is None or mask.dtype == bool:
-        return heads if mask is None else jnp.where(mask[..., None, None], heads, 0)
-    return heads * mask[..., None, None].astype(heads.dtype)
+    if mask is None:
+        return heads
+    kept = mask[..., None, None]
+    return jnp.where(kept, heads, 0) if kept.dtype == bool else heads * kept.astype(heads.dtype)
 
 
 def attend_cached(

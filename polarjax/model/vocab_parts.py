@@ -6,14 +6,13 @@ from contextvars import ContextVar
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from jax.sharding import PartitionSpec
 
 from polarjax.model.layout import Layout
 from polarjax.model.parallel import constrained, on_each_device
-from polarjax.types import Array, Float, Int, UInt32
+from polarjax.model.ranks import largest_of
+from polarjax.types import Array, Float, Int
 
-_SIGN = np.uint32(1 << 31)
 _LAYOUT: ContextVar[tuple[Layout | None, bool]] = ContextVar("layout of logits", default=(None, False))
 
 
@@ -40,44 +39,18 @@ def largest(logits: Float[Array, "B V"], n: int) -> tuple[Float[Array, "B n"], I
     """
     layout, _ = _LAYOUT.get()
     if layout is None or layout.parts("vocab") == 1:
-        return _best(logits, n)
+        return largest_of(logits, n)
 
     def run(own: Float[Array, "b v"]) -> tuple[Float[Array, "b n"], Int[Array, "b n"]]:
-        best, ids = _best(own, min(n, own.shape[1]))
+        best, ids = largest_of(own, min(n, own.shape[1]))
         ids = ids + own.shape[1] * jax.lax.axis_index("model").astype(ids.dtype)
         best, ids = (jax.lax.all_gather(each, "model", axis=1, tiled=True) for each in (best, ids))
-        best, among = _best(best, n)
+        best, among = largest_of(best, n)
         return best, jnp.take_along_axis(ids, among, 1)
 
     spec = _spec(layout, logits)
     rows = PartitionSpec(spec[0])
     return on_each_device(layout, run, (logits,), specs=(spec,), out=(rows, rows))
-
-
-def ordered(values: Float[Array, "..."]) -> UInt32[Array, "..."]:
-    """Unsigned integers above 0, ordered like the float32 `values`."""
-    bits = jax.lax.bitcast_convert_type(values, jnp.uint32)
-    return jnp.where(bits >= _SIGN, ~bits, bits | _SIGN)
-
-
-def _best(rows: Float[Array, "B v"], n: int) -> tuple[Float[Array, "B n"], Int[Array, "B n"]]:
-    """`jax.lax.top_k` of float32."""
-    by_sorting = lambda rows: tuple(jax.lax.top_k(rows, n))
-    return jax.lax.platform_dependent(rows, cuda=lambda rows: one_by_one(rows, n), default=by_sorting)
-
-
-def one_by_one(rows: Float[Array, "B v"], n: int) -> tuple[Float[Array, "B n"], Int[Array, "B n"]]:
-    """`jax.lax.top_k` of float32, without sorting.
-
-    On a GPU, a step whose conditional has a sort in a branch, taken or not, is no longer one CUDA graph (as far as we
-    can tell, because CUB sorts): the host decides, and waits for the device at every step.
-    """
-    left, ids = ordered(rows), []
-    for _ in range(n):
-        ids.append(jnp.argmax(left, -1, keepdims=True).astype(jnp.int32))
-        left = jnp.where(jnp.arange(rows.shape[1], dtype=jnp.int32)[None] == ids[-1], 0, left)
-    found = jnp.concatenate(ids, -1)
-    return jnp.take_along_axis(rows, found, 1), found
 
 
 def _spec(layout: Layout, logits: Float[Array, "B *T V"]) -> PartitionSpec:

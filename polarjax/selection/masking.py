@@ -33,7 +33,14 @@ class Masking:
         self, layer: Any, x: Float[Array, "B T D"], norms: Float[Array, "B T K"]
     ) -> Bool[Array, "B T K"]:
         """The groups kept at each token."""
-        scores = check_scores("groups", self.routers.group_scores(layer, x, norms=norms), norms.shape)
+        return self._kept(layer, self._scores(layer, x, norms))
+
+    def _scores(
+        self, layer: Any, x: Float[Array, "B T D"], norms: Float[Array, "B T K"]
+    ) -> Float[Array, "B T K"]:
+        return check_scores("groups", self.routers.group_scores(layer, x, norms=norms), norms.shape)
+
+    def _kept(self, layer: Any, scores: Float[Array, "B T K"]) -> Bool[Array, "B T K"]:
         return _rank(scores) < self.counts[layer][:, None, None]
 
     def neuron_mask(self, layer: Any, x: Any, activity: Any) -> None:
@@ -57,9 +64,9 @@ class Gating(Masking):
 
     def group_mask(self, layer, x, norms):
         """As `Masking.group_mask`, float32."""
-        x = jax.lax.stop_gradient(x)
-        kept = super().group_mask(layer, x, norms)
-        return kept + _change(self.routers.group_scores(layer, x, norms=norms), kept)
+        scores = self._scores(layer, jax.lax.stop_gradient(x), norms)
+        kept = self._kept(layer, scores)
+        return kept + _change(scores, kept)
 
 
 def _change(scores: Float[Array, "... K"], kept: Bool[Array, "... K"]) -> Float[Array, "... K"]:
@@ -70,9 +77,8 @@ def _change(scores: Float[Array, "... K"], kept: Bool[Array, "... K"]) -> Float[
     soft = jax.nn.sigmoid(fixed - (last + first) / 2)
     slope = soft * (1 - soft)
     change = scores - fixed
-    of_threshold = jnp.sum(slope * change, -1, keepdims=True) / jnp.maximum(
-        jnp.sum(slope, -1, keepdims=True), 1e-20
-    )
+    total = lambda values: jnp.sum(values, -1, keepdims=True)
+    of_threshold = total(slope * change) / jnp.maximum(total(slope), 1e-20)
     return slope * (change - of_threshold)
 
 

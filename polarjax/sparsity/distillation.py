@@ -39,12 +39,12 @@ class Distillation:
 
     config: ModelConfig
     teacher: ModelConfig
-    importance: Importance = "contributions"
-    dtype: Any = jnp.bfloat16
-    router_weight: float = 0.1
-    l1: float = 0.0
-    remat: bool = False
-    clip: float = 1.0
+    importance: Importance
+    dtype: Any
+    router_weight: float
+    l1: float
+    remat: bool
+    clip: float
 
 
 @jax.tree_util.register_dataclass

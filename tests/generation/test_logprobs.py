@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from polarjax.model.vocab_parts import one_by_one
+from polarjax.model.ranks import one_by_one
 
 
 @pytest.mark.parametrize("n", [1, 5, 12])

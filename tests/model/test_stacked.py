@@ -124,11 +124,11 @@ def test_the_gradient_of_a_gating_moves_score_from_group_to_group():
         layers = dataclasses.replace(router, b_group=bias[None])
         return Gating(StackedRouters(layers), jnp.full((1, 1), count)).group_mask(0, x, norms)[0, 0]
 
-    got = np.asarray(jax.grad(lambda bias: kept(bias) @ help_of)(scores), np.float64)
-    ordered = np.sort(np.asarray(scores, np.float64))[::-1]
+    s = np.asarray(scores, np.float64)
+    ordered = np.sort(s)[::-1]
     threshold = (ordered[count - 1] + ordered[count]) / 2
     soft = lambda s, at: 1 / (1 + np.exp(at - s))
-    total = soft(np.asarray(scores, np.float64), threshold).sum()
+    total = soft(s, threshold).sum()
 
     def balanced(s):
         low, high = -50.0, 50.0
@@ -137,8 +137,8 @@ def test_the_gradient_of_a_gating_moves_score_from_group_to_group():
             low, high = (at, high) if soft(s, at).sum() > total else (low, at)
         return soft(s, low) @ np.asarray(help_of, np.float64)
 
+    got = jax.grad(lambda bias: kept(bias) @ help_of)(scores)
     steps = 1e-4 * np.eye(K)
-    s = np.asarray(scores, np.float64)
     expected = [(balanced(s + step) - balanced(s - step)) / 2e-4 for step in steps]
     np.testing.assert_allclose(got, expected, atol=1e-5)
     assert sorted(np.flatnonzero(kept(scores))) == sorted(np.argsort(-s)[:count])
