@@ -160,7 +160,7 @@ def _steps(model, token, cache, sparsity, start, *, implementation=None):
     return jax.lax.scan(one, (token, cache), None, length=STEPS)[0]
 
 
-def steps_jit(options: dict[str, Any], compiler_options: dict[str, Any] = pj.OVERLAP) -> Any:
+def steps_jit(options: dict[str, Any], compiler_options: dict[str, Any]) -> Any:
     """The loop of STEPS steps, jitted; it takes its cache's memory."""
     steps = functools.partial(_steps, **options)
     return jax.jit(steps, donate_argnames=("cache",), compiler_options=compiler_options)
@@ -171,14 +171,14 @@ def lowered(
     batch: int,
     sparsity: Sparsity | None,
     options: dict[str, Any],
-    compiler_options: dict[str, Any] = pj.OVERLAP,
+    tried: dict[str, Any] | None = None,
 ) -> Any:
-    """The loop of STEPS steps, lowered from shapes alone; `generate` has the same compiler options."""
+    """The loop of STEPS steps, lowered from shapes alone, with `generate`'s compiler options and those to try."""
     config, tokens = shape.config, jax.ShapeDtypeStruct((batch,), jnp.int32)
     cache = jax.eval_shape(
         lambda: pj.init_cache(config, batch_size=batch, capacity=shape.cache, dtype=jnp.bfloat16)
     )
-    loop = steps_jit(options, compiler_options)
+    loop = steps_jit(options, {**pj.loop_options(batch), **(tried or {})})
     sparsity = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype), sparsity)
     return loop.lower(abstract(config, jnp.bfloat16), tokens, cache, sparsity, tokens)
 
@@ -252,8 +252,7 @@ def table(args: argparse.Namespace, peak: float | None) -> Iterator[dict[str, An
             for kind in kinds(shape, batch, made, xla=args.xla)
         ]
         tried = dict(args.option)
-        how = {**pj.OVERLAP, **tried}
-        loops = compiled(lowered(shape, batch, sparsity, more, how) for batch, _, sparsity, more in todo)
+        loops = compiled(lowered(shape, batch, sparsity, more, tried) for batch, _, sparsity, more in todo)
         model = random_model(shape.config) if todo else None
         for batch, of in itertools.groupby(zip(todo, loops, strict=True), key=lambda each: each[0][0]):
             cache, dense = filled_cache(shape.config, batch, shape.cache), None

@@ -240,10 +240,11 @@ def _rows(
     fits = fitting(shape, mesh, batches)
     if not fits:
         return
-    placed, how = Placed.of(shape, mesh), {**pj.OVERLAP, **tried}
+    placed, alone = Placed.of(shape, mesh), mesh.devices == 1
+    options = lambda batch: {**(pj.loop_options(batch) if alone else pj.OVERLAP), **tried}
     todo = [(batch, *kind) for batch in fits for kind in placed.kinds(batch * mesh.data)]
     loops = bench_decode.compiled(
-        placed.lowered(batch * mesh.data, sparsity, how) for batch, _, sparsity in todo
+        placed.lowered(batch * mesh.data, sparsity, options(batch)) for batch, _, sparsity in todo
     )
     for batch, of in itertools.groupby(zip(todo, loops, strict=True), key=lambda each: each[0][0]):
         cache, dense = placed.filled_cache(batch * mesh.data), None

@@ -26,7 +26,7 @@ if TYPE_CHECKING:
         UnsupportedConfigError,
     )
     from polarjax.generation.generate import generate
-    from polarjax.generation.overlap import OVERLAP
+    from polarjax.generation.overlap import OVERLAP, loop_options
     from polarjax.generation.sampling import Categorical, Greedy
     from polarjax.generation.settings import GenerationSettings
     from polarjax.generation.stream import TokenStream, stream
@@ -56,7 +56,7 @@ else:
                 "CheckpointError InputError PolarjaxError SparsityError UnsupportedConfigError"
             ),
             "polarjax.generation.generate": "generate",
-            "polarjax.generation.overlap": "OVERLAP",
+            "polarjax.generation.overlap": "OVERLAP loop_options",
             "polarjax.generation.sampling": "Categorical Greedy",
             "polarjax.generation.settings": "GenerationSettings",
             "polarjax.generation.stream": "TokenStream stream",
@@ -106,6 +106,7 @@ __all__ = [
     "init_cache",
     "jobs",
     "load",
+    "loop_options",
     "prefill",
     "save",
     "shard",

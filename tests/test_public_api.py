@@ -46,6 +46,7 @@ PUBLIC = {
         "init_cache",
         "jobs",
         "load",
+        "loop_options",
         "prefill",
         "save",
         "shard",

@@ -66,7 +66,10 @@ make = jax.jit(_of_flat(slots.make_slots), static_argnums=(1, 2), keep_unused=Tr
 read = jax.jit(_of_flat(slots.read), donate_argnames=("slots",))
 share = jax.jit(slots.share, donate_argnames=("slots",), static_argnames=("layout",))
 decode = overlapping_jit(
-    _of_flat(slots.decode), static_argnames=("steps", "implementation"), donate_argnames=("slots",)
+    _of_flat(slots.decode),
+    rows=lambda model, slots, *others, **options: slots.state.token,
+    static_argnames=("steps", "implementation"),
+    donate_argnames=("slots",),
 )
 
 

@@ -41,7 +41,12 @@ def read_prompts(model: Decoder, tokens, lengths, *, capacity: int) -> tuple[Flo
     return auto_axes(read, tokens, model, tokens, lengths, layout=model.layout, out=out)
 
 
-@functools.partial(overlapping_jit, static_argnames=("room", "implementation"), donate_argnames=("cache",))
+@functools.partial(
+    overlapping_jit,
+    rows=lambda model, logits, *others, **options: logits,
+    static_argnames=("room", "implementation"),
+    donate_argnames=("cache",),
+)
 def write(model: Decoder, logits, cache: KVCache, prompts, rules: Rules, sparsity, *, room, implementation):
     """Continues prompts that were read: the `Generation` and the final cache, which reuses the buffers of `cache`."""
 

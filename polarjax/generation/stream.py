@@ -134,7 +134,12 @@ def _begin(logits, cache, prompts, rules: Rules, *, layout: Layout | None) -> Lo
     return auto_axes(begin, logits, logits, cache, prompts, rules, layout=layout, out=state_places)
 
 
-@functools.partial(overlapping_jit, static_argnames=("implementation",), donate_argnames=("state",))
+@functools.partial(
+    overlapping_jit,
+    rows=lambda model, state, **others: state.token,
+    static_argnames=("implementation",),
+    donate_argnames=("state",),
+)
 def _advance(model, state: LoopState, *, halted, rules: Rules, sparsity, implementation):
     def advance(model, state, halted, rules, sparsity):
         step = functools.partial(model_step, model, sparsity=sparsity, implementation=implementation)

@@ -90,7 +90,9 @@ def _rank(scores: Float[Array, "... K"]) -> Int[Array, "... K"]:
     scores = jnp.where(jnp.isnan(scores), -jnp.inf, scores)
     own, other = scores[..., :, None], scores[..., None, :]
     equal = other == own
-    lower = jnp.broadcast_to(np.tri(scores.shape[-1], k=-1, dtype=bool), equal.shape)  # whether other has a lower index
+    lower = jnp.broadcast_to(
+        np.tri(scores.shape[-1], k=-1, dtype=bool), equal.shape
+    )  # whether other has a lower index
     return jnp.sum((other > own) | (equal & lower), -1, dtype=jnp.int32)
 
 
