@@ -21,6 +21,8 @@ from polarjax.sparsity.options import CalibrateOptions
 from polarjax.sparsity.shards import ranked_by_block, with_group_order
 from polarjax.types import Array, Bool, Float, Int, Key, UInt8
 
+_TOKENS = 1024
+
 
 def calibrate(
     activations: Activations,
@@ -210,8 +212,19 @@ def random_batches(
 def _scored(
     router: LayerRouter, inputs: Float[Array, "n D"], packed: UInt8[Array, "n bytes"], num_neurons: int
 ) -> tuple[Float[Array, "n F"], Bool[Array, "n F"]]:
-    scores = Routers((router,)).neuron_scores(0, inputs)
-    return jnp.maximum(scores, 0), unpack(packed, num_neurons)
+    """A few tokens at a time: XLA tries its algorithms for a product on results of their own, beside what is kept."""
+    n = inputs.shape[0]
+    count = min(_TOKENS, n)
+
+    def some(i: Array, found: tuple[Array, Array]) -> tuple[Array, Array]:
+        first = i * count  # the last slice is moved to the end, and overlaps the one before
+        x, bits = (jax.lax.dynamic_slice_in_dim(rows, first, count) for rows in (inputs, packed))
+        new = jnp.maximum(Routers((router,)).neuron_scores(0, x), 0), unpack(bits, num_neurons)
+        put = jax.lax.dynamic_update_slice_in_dim
+        return put(found[0], new[0], first, 0), put(found[1], new[1], first, 0)
+
+    empty = jnp.zeros((n, num_neurons), jnp.float32), jnp.zeros((n, num_neurons), bool)
+    return jax.lax.fori_loop(0, -(-n // count), some, empty)
 
 
 @jax.jit

@@ -13,7 +13,7 @@ import pytest
 import polarjax as pj
 from pallas_kernels import select_top_k
 from polarjax.selection.routers import LayerRouter, Routers
-from polarjax.sparsity import calibrate
+from polarjax.sparsity import calibrate, calibration
 from polarjax.sparsity.activations import Activations
 from polarjax.sparsity.calibration import HeldOut, choose, measure_recall, random_batches
 from polarjax.sparsity.options import CalibrateOptions
@@ -22,6 +22,12 @@ from tests.sparsity import planted
 
 OPTIONS = CalibrateOptions(batch_sizes=(1, 2, 5, 16), target_recall=0.9, multiple=2, num_batches=40)
 KEY = jax.random.key(7)
+
+
+@pytest.fixture(autouse=True)
+def in_pieces(monkeypatch):
+    """300 tokens are scored in three pieces, of which the last two overlap."""
+    monkeypatch.setattr(calibration, "_TOKENS", 128)
 
 
 def problem(seed: int, *, whole_numbers: bool, width: int = 21) -> tuple[Activations, Routers]:
