@@ -51,7 +51,7 @@ class Bar(NamedTuple):
 
 
 def speeds(shape: DecodeShape, ours: Results, torch: Results) -> dict[str, list[tuple[int, float]]]:
-    """(batch, tokens/s) of each line that has rows."""
+    """(batch, tokens/s) of each line that has rows; none without ours."""
     found: dict[str, list[tuple[int, float]]] = {}
     for batch in shape.batches:
         case = f"{shape.name} B{batch} S{shape.cache}"
@@ -64,7 +64,7 @@ def speeds(shape: DecodeShape, ours: Results, torch: Results) -> dict[str, list[
         for name, row in rows.items():
             if row is not None:
                 found.setdefault(name, []).append((batch, row["tokens_per_s"]))
-    return found
+    return found if "dense" in found else {}
 
 
 def bars(rows: Sequence[dict[str, Any]], ours: Results) -> list[Bar]:

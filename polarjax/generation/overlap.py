@@ -22,7 +22,7 @@ the outermost jit. Don't use them for programs with independent `sparse_mlp` cal
 other and must all be resident at once.
 """
 
-MANY_ROWS = 32
+MANY_ROWS = 48
 _WHOLE_PRODUCTS = {"xla_gpu_dot_merger_threshold_mb": "0", "xla_gpu_experimental_force_split_k": "1"}
 
 
@@ -30,7 +30,7 @@ def loop_options(batch_size: int) -> dict[str, str]:
     """Compiler options for your own decoding loop of so many sequences on one GPU.
 
     Pass them to the outermost jit: `jax.jit(loop, compiler_options=polarjax.loop_options(batch_size))`. They are
-    `OVERLAP`; from 32 sequences on, each product is a kernel of its own and whole: adding up the parts that XLA
+    `OVERLAP`; from 48 sequences on, each product is a kernel of its own and whole: adding up the parts that XLA
     would split it into, a kernel after it, takes longer the more rows there are.
 
     Args:
