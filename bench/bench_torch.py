@@ -6,11 +6,13 @@
 PyTorch's own choice of attention and cuDNN's counts. "transformers" is the family's own class with a `StaticCache`,
 compiled with mode "reduce-overhead", as its `generate` does. A cell's byte floor is that of bench_decode, at the
 bandwidth of a copy measured here. Cells that don't fit, or packages that are missing, are said in a line and have no
-row. `--models tiny` runs without a GPU, uncompiled. If the variable OUT is set, JSON lines are written to that folder.
+row. `--jobs 5` compiles up to 5 cells at a time, as the memory allows, and times one after the other. `--models tiny`
+runs without a GPU, uncompiled. If the variable OUT is set, JSON lines are written to that folder.
 """
 
 import argparse
 import contextlib
+import functools
 import gc
 import importlib.util
 import statistics
@@ -18,9 +20,10 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 from importlib.metadata import version
+from pathlib import Path
 from typing import Any
 
-from bench import report
+from bench import report, turns
 from bench.models import SHAPES, TINY_SHAPE, DecodeShape, shape_of
 
 STEPS, REPEATS = 16, 5
@@ -29,6 +32,7 @@ COLUMNS = ("case", "kind", "ms_per_step", "tokens_per_s", "pct_of_floor", "atten
 FAMILIES = {"opt": "OPT", "llama": "Llama", "mistral": "Mistral", "qwen2.5": "Qwen2", "tiny": "Llama"}
 
 Row = dict[str, Any]
+type Turn = Callable[[Callable[[], float]], float]
 
 
 def main() -> int:
@@ -39,6 +43,9 @@ def main() -> int:
     parser.add_argument("--models", nargs="+", default=list(SHAPES), choices=(*SHAPES, TINY_SHAPE.name))
     parser.add_argument("--batches", nargs="+", type=int, help="instead of those of the shape")
     parser.add_argument("--seconds", type=float, default=540, help="no cell is begun after so long")
+    parser.add_argument("--jobs", type=int, default=1, help="cells to compile at a time")
+    parser.add_argument("--turns", nargs=3, help=argparse.SUPPRESS)
+    parser.add_argument("--peak", type=float, help=argparse.SUPPRESS)
     args = parser.parse_args()
     if importlib.util.find_spec("torch") is None:
         raise SystemExit("bench: PyTorch is not installed. Hint: pip install torch")
@@ -50,7 +57,10 @@ def main() -> int:
             "bench: needs a GPU that PyTorch can use; got none. Hint: try --models tiny without one"
         )
     torch.set_grad_enabled(False)
-    peak = _copy_bandwidth() if gpu else None
+    peak = args.peak or (_copy_bandwidth() if gpu else None)
+    if args.jobs > 1:
+        _side_by_side(args, peak)
+        return 0
     head = {
         "device": torch.cuda.get_device_name() if gpu else "cpu",
         "platform": "gpu" if gpu else "cpu",
@@ -62,23 +72,54 @@ def main() -> int:
     return 0
 
 
+def _side_by_side(args: argparse.Namespace, peak: float | None) -> None:
+    """Each cell and kind in a process of its own."""
+    import torch
+
+    gpu = torch.cuda.is_available()
+    if gpu:
+        torch.cuda.empty_cache()
+    room = torch.cuda.mem_get_info()[0] if gpu else float("inf")
+    shared = ("--seconds", str(args.seconds), *(() if peak is None else ("--peak", str(peak))))
+    jobs = [
+        turns.Job(
+            f"{shape.name}-{batch}-{kind}",
+            ("-m", "bench.bench_torch", kind, "--models", shape.name, "--batches", str(batch), *shared),
+            shape.memory(batch),
+        )
+        for shape in map(shape_of, args.models)
+        for batch in args.batches or shape.batches
+        for kind in args.kinds
+    ]
+    deadline = time.monotonic() + args.seconds
+    for group in turns.groups(jobs, room, args.jobs):
+        if time.monotonic() > deadline:
+            print("out of time", flush=True)
+            return
+        turns.run(group)
+
+
 def table(args: argparse.Namespace, peak: float | None) -> Iterator[Row]:
     """One row per cell and kind that runs."""
     deadline = time.monotonic() + args.seconds
+    turn: Turn = lambda measure: measure()
+    if args.turns:
+        folder, name, members = args.turns
+        turn = turns.member(Path(folder), name, int(members))
     for shape in map(shape_of, args.models):
         for batch in args.batches or shape.batches:
             for kind in args.kinds:
                 if time.monotonic() > deadline:
                     print("out of time", flush=True)
                     return
-                found = cell(kind, shape, batch)
+                found = cell(kind, shape, batch, turn)
                 if found is not None:
                     seconds = found.pop("seconds")
                     case = {"case": f"{shape.name} B{batch} S{shape.cache}", "kind": kind}
                     yield {**case, **shape.times(batch, shape.cache, seconds, peak), **found}
 
 
-def cell(kind: str, shape: DecodeShape, batch: int) -> Row | None:
+def cell(kind: str, shape: DecodeShape, batch: int, turn: Turn) -> Row | None:
     """A cell's seconds per step; None, and a line that says why, if it can't be measured."""
     import torch
 
@@ -87,7 +128,7 @@ def cell(kind: str, shape: DecodeShape, batch: int) -> Row | None:
         print(f"{shape.name} B{batch} does not fit: needs {needed / 1e9:.0f} GB", flush=True)
         return None
     try:
-        return (_torch if kind == "torch" else _transformers)(shape, batch)
+        return (_torch if kind == "torch" else _transformers)(shape, batch, turn)
     except Exception as error:  # whatever a compiler, a kernel or the memory says: the next cell may run
         print(f"{shape.name} B{batch} {kind}: {type(error).__name__}: {str(error)[:300]}", flush=True)
         return None
@@ -98,7 +139,7 @@ def cell(kind: str, shape: DecodeShape, batch: int) -> Row | None:
             torch.cuda.empty_cache()
 
 
-def _torch(shape: DecodeShape, batch: int) -> Row:
+def _torch(shape: DecodeShape, batch: int, turn: Turn) -> Row:
     """The hand-written step; on a CPU as it is."""
     import torch
 
@@ -112,7 +153,7 @@ def _torch(shape: DecodeShape, batch: int) -> Row:
         torch.full((1,), shape.cache - 1, device=device),
     )
     if not gpu:
-        return {"seconds": _seconds(lambda: step(*given))}
+        return {"seconds": turn(lambda: _seconds(lambda: step(*given)))}
     found: list[tuple[float, str, float]] = []
     for attention in ("default", "cudnn"):
         started = time.perf_counter()
@@ -122,7 +163,7 @@ def _torch(shape: DecodeShape, batch: int) -> Row:
             print(f"{shape.name} B{batch} {attention}: {str(error)[:200]}", flush=True)
             continue
         compiling = time.perf_counter() - started
-        found.append((_seconds(replay), attention, compiling))
+        found.append((turn(functools.partial(_seconds, replay)), attention, compiling))
     seconds, attention, compiling = min(found)
     return {"seconds": seconds, "attention": attention, "compile_s": compiling}
 
@@ -146,7 +187,7 @@ def _captured(step: Callable[..., Any], given: tuple[Any, ...], attention: str) 
     return graph.replay
 
 
-def _transformers(shape: DecodeShape, batch: int) -> Row:
+def _transformers(shape: DecodeShape, batch: int, turn: Turn) -> Row:
     """The family's own class with random weights; on a CPU uncompiled."""
     import torch
     from transformers.cache_utils import StaticCache
@@ -183,7 +224,7 @@ def _transformers(shape: DecodeShape, batch: int) -> Row:
     if gpu:
         torch.cuda.synchronize()
     compiling = time.perf_counter() - started
-    seconds = _seconds(step, before=back)
+    seconds = turn(lambda: _seconds(step, before=back))
     return {"seconds": seconds, "compile_s": compiling, "transformers": version("transformers")}
 
 
