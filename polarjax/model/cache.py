@@ -94,6 +94,9 @@ def write_chunk(
     """The cache of one layer with these positions of `rows` replaced by `new`; those outside of it are dropped.
 
     No position inside may be given twice: writes that can't meet need no atomic operations, which take 4 % of a prompt.
+    Groups are numbered, too: the XLA of jax 0.12 would else transpose the whole cache, so that what is numbered comes
+    first, and back.
     """
-    where = cache.at[rows[:, None], :, positions]
+    groups = jnp.arange(cache.shape[1], dtype=jnp.int32)[None, None]
+    where = cache.at[rows[:, None, None], groups, positions[:, :, None]]
     return where.set(new.astype(cache.dtype), mode="drop", unique_indices=True)
