@@ -7,6 +7,7 @@ import subprocess
 import sys
 import tomllib
 from collections.abc import Iterator
+from graphlib import TopologicalSorter
 from importlib.metadata import packages_distributions
 from pathlib import Path
 from typing import NamedTuple
@@ -156,6 +157,20 @@ def test_every_folder_has_its_floor(package):
 def test_no_import_runs_up(package):
     inside = [each for each in imports_of(package) if each.root == package]
     assert_none([each for each in inside if runs_up(each, package)])
+
+
+def test_no_file_imports_itself_through_others():
+    """Inside functions, too."""
+    needs: dict[str, set[str]] = {}
+    files = {module_of(file) for package in PACKAGES for file in ROOT.joinpath(package).rglob("*.py")}
+    for each in (found for package in PACKAGES for found in imports_of(package)):
+        reached = {f"{each.module}.{name}" for name in each.names} & files or {each.module} & files
+        needs.setdefault(module_of(each.file), set()).update(reached)
+    TopologicalSorter(needs).prepare()  # raises a CycleError that names them
+
+
+def module_of(file: Path) -> str:
+    return ".".join(file.relative_to(ROOT).with_suffix("").parts)
 
 
 def test_few_files_stand_beside_the_folders():

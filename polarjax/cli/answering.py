@@ -13,7 +13,7 @@ from typing import Any
 from polarjax.checkpoint.bundle import Bundle
 from polarjax.checkpoint.loading import load_with_tokenizer
 from polarjax.cli import generating, job_output
-from polarjax.cli.generate import GenerateOptions
+from polarjax.cli.generate_options import GenerateOptions
 from polarjax.cli.inputs import placement
 from polarjax.cli.many_hosts import agree_on_prompts
 from polarjax.distributed.group import Group

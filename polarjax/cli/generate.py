@@ -1,12 +1,12 @@
 """`polarjax generate`: continue prompts with a model directory, dense or sparse."""
 
-import dataclasses
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 
 from polarjax.cli.decoding_options import Attention, Dense, Dtype, HeadDensity, Mesh
+from polarjax.cli.generate_options import GenerateOptions
 from polarjax.cli.many_hosts import agreed
 
 PromptTexts = Annotated[list[str] | None, typer.Option(help="A prompt; may be given several times.")]
@@ -62,46 +62,6 @@ Timed = Annotated[
     bool,
     typer.Option("--timed", help="Time without compilation: run twice, or, with --prompts, compile first."),
 ]
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class GenerateOptions:
-    """The parameters of `generate`, with the same names."""
-
-    folder: Path
-    prompt: list[str] | None
-    prompts: Path | None
-    output: Path | None
-    overwrite: bool
-    resume: bool
-    slots: int | None
-    capacity: int | None
-    max_new_tokens: int | None
-    temperature: float | None
-    top_k: int | None
-    top_p: float | None
-    repetition_penalty: float | None
-    greedy: bool
-    stop: list[str] | None
-    stop_id: list[int] | None
-    num_return_sequences: int
-    logprobs: int | None
-    seed: int
-    chat: bool
-    system: str | None
-    stream: bool
-    dense: bool
-    head_density: float | None
-    dtype: str | None
-    mesh: str | None
-    attention: str | None
-    timed: bool
-
-    @property
-    def drawing(self) -> dict[str, Any]:
-        """The sampling options: arguments of `GenerationSettings.with_flags`."""
-        names = ("temperature", "top_k", "top_p", "repetition_penalty")
-        return {name: getattr(self, name) for name in names}
 
 
 def generate(

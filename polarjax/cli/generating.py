@@ -10,7 +10,7 @@ from typing import Any
 
 from polarjax.checkpoint.bundle import Bundle
 from polarjax.checkpoint.loading import load_with_tokenizer
-from polarjax.cli.generate import GenerateOptions
+from polarjax.cli.generate_options import GenerateOptions
 from polarjax.cli.inputs import placement, random_key
 from polarjax.cli.job_output import standard_output
 from polarjax.cli.sampling_options import check_options, with_stop_options

@@ -12,7 +12,7 @@ from typing import Any
 
 from polarjax.checkpoint.bundle import Bundle, needed_tokenizer
 from polarjax.checkpoint.manifest import read_manifest
-from polarjax.cli.generate import GenerateOptions
+from polarjax.cli.generate_options import GenerateOptions
 from polarjax.engine.engine import Engine
 from polarjax.errors import CheckpointError, InputError
 from polarjax.generation.settings import GENERATION_CONFIG, GenerationSettings
