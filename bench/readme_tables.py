@@ -122,14 +122,16 @@ def selection(folder: Path) -> str:
 
 def steps(folder: Path) -> str:
     results, torch = Results.read("decode", folder), Results.read("torch", folder, alone=True)
-    lines = []
+    lines, absent = [], []
     for shape in SHAPES.values():
-        found = [_cell(shape, batch, results, torch) for batch in shape.batches]
-        if any(set(cells[1:]) != {MISSING, ""} for _, *cells in found):
-            lines += [(f"{NAMES[shape.name]}, {name}", *cells) for name, *cells in found]
-        else:
-            batches = " and ".join(map(str, shape.batches))
-            lines.append((f"{NAMES[shape.name]}, {batches}, {shape.cache:,}", MISSING, *[""] * 9))
+        found = {batch: _cell(shape, batch, results, torch) for batch in shape.batches}
+        none = [str(batch) for batch, (*_, cells) in found.items() if set(cells) == {MISSING}]
+        lines += [
+            (f"{NAMES[shape.name]}, {size}", kept, *cells)
+            for size, kept, cells in found.values()
+            if set(cells) != {MISSING}
+        ]
+        absent += [f"{NAMES[shape.name]} at {' and '.join(none)}"] if none else []
     header = (
         "shapes, batch, cache",
         "kept",
@@ -148,16 +150,18 @@ def steps(folder: Path) -> str:
         "(compiled, in a CUDA graph) and transformers' compiled static cache. The floor is the time it takes to move "
         "the bytes that the step has to read, at the copy bandwidth."
     )
+    note += f" Not measured at all: {', '.join(absent)}." if absent else ""
     source = "; ".join(each.source() for each in (results, torch) if each.used or each is results)
     return section("Whole models", note, source, table(header, lines))
 
 
-def _cell(shape: DecodeShape, batch: int, results: Results, torch: Results) -> tuple[str, ...]:
-    """One line: batch and cache, what is kept, then what was measured."""
+def _cell(
+    shape: DecodeShape, batch: int, results: Results, torch: Results
+) -> tuple[str, str, tuple[str, ...]]:
+    """One line: batch and cache, what is kept, and what was measured."""
     case = f"{shape.name} B{batch} S{shape.cache}"
     dense, sparse = results.get(case, "dense"), results.get(case, shape.kind(batch))
     compiled, theirs = (_same_device(torch.get(case, kind), dense) for kind in ("torch", "transformers"))
-    name = (f"{batch}, {shape.cache:,}", shape.kind(batch))
     found = (
         number(dense, "ms_per_step", "{:.2f}"),
         number(dense, "pct_of_floor", "{:.0f} %"),
@@ -169,7 +173,7 @@ def _cell(shape: DecodeShape, batch: int, results: Results, torch: Results) -> t
         ratio(compiled, dense, "ms_per_step"),
         number(theirs, "ms_per_step", "{:.2f}"),
     )
-    return (*name, *found) if set(found) != {MISSING} else (*name, MISSING, *[""] * (len(found) - 1))
+    return f"{batch}, {shape.cache:,}", shape.kind(batch), found
 
 
 def _same_device(row: Row | None, ours: Row | None) -> Row | None:

@@ -60,6 +60,12 @@ def _one_line(what: str, where: object, got: object, expected: object, hint: str
     return " ".join(text.split())
 
 
+def not_finite(where: object, got: str | None = None) -> InputError:
+    """The error for a model whose logits are NaN or infinite; `got` says how many of what."""
+    hint = "compute in float32 (--dtype float32), or convert an undamaged checkpoint"
+    return InputError("the model computes NaN or infinity", where=where, got=got, hint=hint)
+
+
 def read_hint(error: OSError, otherwise: str) -> str:
     """How to fix a file or folder that can't be read."""
     denied = isinstance(error, PermissionError)

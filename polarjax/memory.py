@@ -113,8 +113,8 @@ def planned_memory(compiled: Any, *, made: int) -> dict[str, int]:
     """
     plan = compiled.memory_analysis()
     parts = {
-        "held before": held_bytes(),
-        "made for it": made,
+        "already in use": held_bytes(),
+        "arrays": made,
         "temporaries": plan.temp_size_in_bytes,
         "results": max(0, plan.output_size_in_bytes - plan.alias_size_in_bytes),
     }

@@ -64,7 +64,7 @@ def _usable() -> Path | None:
         return None
     if new:
         print(
-            f"polarjax: compiled programs are kept in {folder} for the next start ({OFF}: don't)",
+            f"polarjax: compiled programs are kept in {folder} for the next start; {OFF} keeps none",
             file=sys.stderr,
         )
     return folder

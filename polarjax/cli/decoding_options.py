@@ -10,8 +10,8 @@ Dtype = Annotated[str | None, typer.Option(help="Dtype of the computation; defau
 Mesh = Annotated[
     str | None,
     typer.Option(
-        help="Devices to share the model: data=2,model=4 divides sequences over 2, each layer over 4; vocab=whole: "
-        "but for the vocabulary."
+        help="Devices to share the model: data=2,model=4 divides sequences over 2 and each layer over 4. With "
+        "vocab=whole, every device has the whole vocabulary."
     ),
 ]
 Attention = Annotated[

@@ -7,7 +7,7 @@ from typing import Annotated, Any, cast
 import typer
 
 from polarjax.cli.decoding_options import Attention, HeadDensity, Mesh
-from polarjax.cli.inputs import placement
+from polarjax.cli.inputs import check_dense, placement
 from polarjax.errors import InputError
 
 FewShot = Annotated[int | None, typer.Option(help="Examples in each prompt; default: the task's.")]
@@ -47,8 +47,7 @@ def harness(
     from polarjax.evaluation.harness import HarnessLM
     from polarjax.evaluation.harness_tasks import load_tasks, run_tasks, summary
 
-    if dense and head_density is not None:
-        raise InputError("--dense and --head-density contradict each other", hint="pass only one of them")
+    check_dense(dense, head_density)
     check_mode(protocol, where="--protocol")
     _check_counts(limit, few_shot)
     if samples is not None:

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from polarjax.cli.inputs import placement, window_length
+from polarjax.cli.inputs import check_dense, placement, window_length
 from polarjax.cli.many_hosts import agree_on_texts, agreed
 from polarjax.errors import InputError
 
@@ -114,8 +114,7 @@ def run(options: EvalOptions, columns: "Columns", greedy: "GreedyOptions | None"
 
 def _numbers(options: EvalOptions) -> dict[str, Any]:
     """The options that are lists, as arguments of `sweep`."""
-    if options.dense and options.densities is not None:
-        raise InputError("--dense and --densities contradict each other", hint="pass only one of them")
+    check_dense(options.dense, options.densities, option="--densities")
     wanted: dict[str, Any] = {
         "selectors": () if options.dense else _words(options.selectors),
         "protocols": _words(options.protocols),

@@ -52,7 +52,9 @@ StopId = Annotated[
 Copies = Annotated[int, typer.Option(help="Sequences to draw for each prompt.")]
 LogProbs = Annotated[
     int | None,
-    typer.Option(help="With --prompts: log-probabilities of the tokens and of so many likeliest ones."),
+    typer.Option(
+        help="With --prompts: log-probabilities of the tokens, and of this many of the likeliest ones."
+    ),
 ]
 Seed = Annotated[int, typer.Option(help="Random seed.")]
 Chat = Annotated[bool, typer.Option("--chat", help="Prompts are user messages; use the chat template.")]

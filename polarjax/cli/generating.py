@@ -11,10 +11,10 @@ from typing import Any
 from polarjax.checkpoint.bundle import Bundle
 from polarjax.checkpoint.loading import load_with_tokenizer
 from polarjax.cli.generate_options import GenerateOptions
-from polarjax.cli.inputs import placement, random_key
+from polarjax.cli.inputs import check_dense, placement, random_key
 from polarjax.cli.job_output import standard_output
 from polarjax.cli.sampling_options import check_options, with_stop_options
-from polarjax.errors import CheckpointError, InputError
+from polarjax.errors import InputError, not_finite
 from polarjax.generation.checks import check_copies
 from polarjax.generation.settings import GenerationSettings
 from polarjax.jobs.line_settings import with_options
@@ -86,8 +86,7 @@ def _lines_of_file(options: GenerateOptions) -> Iterator[Callable[[str], None] |
 
 def check(options: GenerateOptions) -> None:
     """Raises `InputError` for options that contradict each other, or values that no model accepts."""
-    if options.dense and options.head_density is not None:
-        raise InputError("--dense and --head-density contradict each other", hint="give one of them")
+    check_dense(options.dense, options.head_density)
     if options.system is not None and not options.chat:
         raise InputError("--system is part of a chat", hint="give --chat too, or leave it out")
     check_batch_size(options.slots, where="--slots")
@@ -213,12 +212,8 @@ def _show(prompt: Prompt, chat: bool) -> Show:
 def _check_finite(made: Sequence[Completion], folder: Path) -> None:
     failed = [i for i, each in enumerate(made) if each.ending == "failed"]
     if failed:
-        raise CheckpointError(
-            f"the model computes NaN or infinity in {len(failed)} of {len(made)} sequences",
-            where=folder,
-            got=f"sequence {failed[0] + 1} after {len(made[failed[0]].tokens)} tokens",
-            hint="compute with --dtype float32, or convert an undamaged checkpoint",
-        )
+        first = f"sequence {failed[0] + 1} after {len(made[failed[0]].tokens)} tokens"
+        raise not_finite(folder, f"{len(failed)} of {len(made)} sequences, {first}")
 
 
 def _result(job: Job, made: Sequence[Completion], seconds: float, *, timed: bool) -> dict[str, Any]:

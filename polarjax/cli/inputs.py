@@ -33,6 +33,12 @@ def bytes_of(gigabytes: float, option: str) -> int:
     return int(gigabytes * 1e9)
 
 
+def check_dense(dense: bool, density: object, *, option: str = "--head-density") -> None:
+    """Raises `InputError` if `--dense` and a density are given."""
+    if dense and density is not None:
+        raise InputError(f"--dense and {option} contradict each other", hint="give one of them")
+
+
 def placement(mesh: str | None, attention: str | None) -> dict[str, Any]:
     """The arguments of `pj.load` that `--mesh` and `--attention` ask for; none without `--mesh`."""
     if mesh is None:

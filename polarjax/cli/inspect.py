@@ -196,13 +196,15 @@ def _rows(result: dict[str, Any]) -> list[tuple[str, str]]:
     if "config" in result:
         config = ModelConfig.from_json(result["config"])
         gb = result["parameter_bytes"] / 1e9
-        batches = [f"{batch:,} of {length:,}" for length, batch in result["largest_batch"].items()]
+        batches = [
+            f"{batch:,} sequences of {length:,} tokens" for length, batch in result["largest_batch"].items()
+        ]
         memory = f"{result['memory_bytes'] / 1e9:g} GB" + " a device" * ("mesh" in result)
         rows += [
             ("shape", _shape(config)),
             ("parameters", f"{result['parameters']:,}, {gb:,.2f} GB as {result['dtype']}"),
             ("cache", f"{result['cache_bytes_per_token']:,} bytes per token"),
-            ("fits", f"in {memory}, sequences of so many positions: {'; '.join(batches)}"),
+            ("fits", f"in {memory}: {', or '.join(batches)}"),
             *_mesh_rows(result.get("mesh")),
             ("supported", ", ".join(name for name, yes in result["supported"].items() if yes)),
         ]

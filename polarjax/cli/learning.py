@@ -98,7 +98,9 @@ Budgets = Annotated[
 ]
 Shards = Annotated[
     int,
-    typer.Option(help="Devices that share each layer: every one keeps as many of its own neurons and heads."),
+    typer.Option(
+        help="Devices that share each layer; all of them keep the same number of neurons and of heads."
+    ),
 ]
 Attention = Annotated[
     str,

@@ -224,7 +224,7 @@ def _explained(error: Exception) -> PolarjaxError | None:
         return PolarjaxError("this file can't be used", where=error.filename, got=error.strerror, hint=hint)
     if not ran_out(error):
         return None
-    hint = "compute less at a time, or use a device with more memory; polarjax inspect tells the sizes"
+    hint = "compute less at a time, or use a device with more memory; polarjax inspect shows the sizes"
     return PolarjaxError("the device ran out of memory", hint=hint)
 
 

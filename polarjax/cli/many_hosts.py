@@ -29,7 +29,9 @@ FLAGS = {
             help="With --coordinator: how many there are; auto: from SLURM, Open MPI, Kubernetes or torchrun."
         ),
     ],
-    "process_id": Annotated[int | None, typer.Option(help="With --coordinator: which this is, from 0.")],
+    "process_id": Annotated[
+        int | None, typer.Option(help="With --coordinator: the number of this process, from 0.")
+    ],
 }
 """Options of verbs that can run as several processes."""
 

@@ -35,7 +35,7 @@ from polarjax.types import Int32
 
 
 def as_bundle(bundle: Any) -> Bundle:
-    """A bundle in the form that the engine takes: on a mesh, with automatic axes; raises `InputError` if it is none."""
+    """A bundle as the engine takes it: on a mesh, with automatic axes; raises `InputError` if it isn't one."""
     check_type(bundle, Bundle, where="Engine", hint="pass pj.load(path), or pj.Bundle(model)")
     layout = bundle.model.layout
     if layout is None or not layout.mesh.explicit_axes:

@@ -24,7 +24,7 @@ _FLOOR = 256  # tokens that a call takes as long as, at least: it reads all weig
 
 
 class Shape(NamedTuple):
-    """Of a call: pieces on each data shard, tokens of each, and whether all of them begin their prompts."""
+    """A call's pieces on each data shard, the tokens of each, and whether all of them begin their prompts."""
 
     rows: int
     width: int
@@ -111,7 +111,7 @@ class Packer:
         return pieces, self.reading(pieces, shape)
 
     def _alone(self, count: int, begin: bool) -> Shape:
-        """Of a piece alone; those that don't begin their prompts are rarer and have fewer shapes."""
+        """The shape for one piece; those that don't begin their prompts are rarer and have fewer shapes."""
         widths = _BEGINNING if begin else _LATER
         fitting = next((width for width in widths if width >= count), self._longest)
         return Shape(1, min(fitting, self._longest), begin)

@@ -4,7 +4,7 @@ from typing import Any, Literal, get_args
 
 import numpy as np
 
-from polarjax.errors import InputError
+from polarjax.errors import InputError, not_finite
 from polarjax.model.checks import host_array
 from polarjax.numeric import plain, shown, whole_number
 from polarjax.types import Bool
@@ -80,9 +80,5 @@ def check_numbers(values: np.ndarray, counted: Bool[np.ndarray, "n after"], *, w
     """Raises `InputError` if the statistic of a scored token is NaN, because the model's logits are."""
     wrong = np.argwhere(np.isnan(values) & counted)
     if len(wrong):
-        raise InputError(
-            "the model computes NaN",
-            where=where,
-            got=f"{len(wrong)} of {int(counted.sum())} scored tokens, the first in window {wrong[0][0]}",
-            hint="compute in float32 (--dtype float32), or convert the checkpoint again",
-        )
+        first = f"the first in window {wrong[0][0]}"
+        raise not_finite(where, f"{len(wrong)} of {int(counted.sum())} scored tokens, {first}")

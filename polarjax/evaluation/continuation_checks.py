@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 
 from polarjax.configs import ModelConfig
-from polarjax.errors import InputError
+from polarjax.errors import InputError, not_finite
 from polarjax.model.checks import check_vocabulary
 from polarjax.numeric import plain, shown, whole_number
 
@@ -57,9 +57,4 @@ def check_scores(log_likelihoods: Sequence[float]) -> None:
     """Raises `InputError` if one is NaN, because the model's logits are."""
     wrong = sum(map(math.isnan, log_likelihoods))
     if wrong:
-        raise InputError(
-            "the model computes NaN",
-            where="log-likelihoods",
-            got=f"{wrong} of {len(log_likelihoods)} requests of a batch",
-            hint="compute in float32 (dtype float32), or convert the checkpoint again",
-        )
+        raise not_finite("log-likelihoods", f"{wrong} of {len(log_likelihoods)} requests of a batch")

@@ -7,7 +7,7 @@ from typing import Any
 
 import jax
 
-from polarjax.errors import InputError
+from polarjax.errors import InputError, not_finite
 from polarjax.numeric import plain, shown, whole_number
 from polarjax.text.assembly import Completion
 
@@ -88,5 +88,4 @@ def encoded(tokenizer: Any, text: str, special: bool | None) -> list[int]:
 def check_finished(completion: Completion, *, where: str) -> None:
     """Raises `InputError` if the model computed NaN or infinity."""
     if completion.ending == "failed":
-        hint = "compute in float32 (dtype float32), or convert the checkpoint again"
-        raise InputError("the model computes NaN", where=where, hint=hint)
+        raise not_finite(where)

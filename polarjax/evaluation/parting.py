@@ -6,7 +6,7 @@ from typing import Any
 import jax
 import numpy as np
 
-from polarjax.errors import InputError
+from polarjax.errors import not_finite
 from polarjax.evaluation.estimates import ratio
 from polarjax.evaluation.paired import batches
 from polarjax.generation.generate import generate
@@ -60,12 +60,7 @@ def greedy_texts(
         )
         tokens, failed = fetched((result.tokens, result.failed))
         if failed.any():
-            raise InputError(
-                "the model computes NaN or infinity",
-                where="greedy texts",
-                got=f"{int(failed.sum())} of {batch_size} sequences",
-                hint="compute in float32 (--dtype float32), or convert the checkpoint again",
-            )
+            raise not_finite("greedy texts", f"{int(failed.sum())} of {batch_size} sequences")
         made[index[:count]] = tokens[:count]
     return made
 

@@ -45,7 +45,7 @@ def check_choices(name: str, given: Any, known: Sequence[str]) -> tuple[str, ...
 
 
 def check_batch_sizes(given: Any, num_windows: int) -> tuple[int, ...]:
-    """Batch sizes as integers; raises `InputError` if one is none, or larger than the number of windows."""
+    """Batch sizes as integers; raises `InputError` if one isn't, or is larger than the number of windows."""
     if given is None:
         return (min(DEFAULT_BATCH, num_windows),)
     sizes = tuple(

@@ -1,4 +1,4 @@
-"""Compiles the token loop for a GPU: what XLA is told about kernels that could run concurrently, and about products."""
+"""Compiles the token loop for a GPU, with kernels that run concurrently and products that suit the number of rows."""
 
 from collections.abc import Callable
 from typing import Any

@@ -10,7 +10,7 @@ import numpy as np
 
 from polarjax.engine.engine import Engine
 from polarjax.engine.in_order import Answer, Task, most_held
-from polarjax.errors import InputError, PolarjaxError
+from polarjax.errors import InputError, PolarjaxError, not_finite
 from polarjax.generation.checks import check_copies, check_seed
 from polarjax.generation.settings import GenerationSettings
 from polarjax.jobs.line_settings import with_line, with_stops
@@ -168,12 +168,7 @@ def error_of(task: Task) -> InputError | None:
     failed = [len(each.tokens) for each in task.answers if each.finished == "failed"]
     if not failed:
         return None
-    return InputError(
-        "the model computes NaN or infinity",
-        where=name,
-        got=f"{len(failed)} of {len(task.answers)} sequences, one after {failed[0]} tokens",
-        hint="compute with --dtype float32, or convert an undamaged checkpoint",
-    )
+    return not_finite(name, f"{len(failed)} of {len(task.answers)} sequences, one after {failed[0]} tokens")
 
 
 def _located(name: str, error: PolarjaxError) -> InputError:

@@ -12,7 +12,7 @@ SCORES_BYTES = 1 << 28
 """Most bytes of the scores of a block, unless 64 positions need more; a few arrays of that size are alive at a time."""
 
 type Sums = tuple[Float[Array, "R K G T"], Float[Array, "R K G T"], Float[Array, "R K G T H"]]
-"""Of the softmax over the positions seen so far: the largest score, the sum of the weights, the weighted values."""
+"""The softmax over the positions seen so far: the largest score, the sum of the weights, the weighted values."""
 
 
 def attend_to_cache(

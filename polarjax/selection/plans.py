@@ -170,7 +170,7 @@ def uniform_groups(
 
 
 def check_budget_rows(budgets: Any, num_layers: int, num_groups: int, *, where: str) -> None:
-    """Raises `SparsityError` unless these are the budgets of a `PlanTable` of this size; () is none."""
+    """Raises `SparsityError` unless these are the budgets of a `PlanTable` of this size; () means no budgets."""
     usable = lambda count: type(count) is int and 1 <= count <= num_groups
     right = isinstance(budgets, tuple) and all(
         isinstance(row, tuple) and len(row) == num_layers and all(map(usable, row)) for row in budgets

@@ -19,7 +19,7 @@ def check_shards(name: str, counts: tuple[int | None, ...], shards: int, *, wher
 
 
 def check_order(order: Any, num_layers: int, num_groups: int, *, where: str) -> None:
-    """Raises `SparsityError` unless this is the `order` of a `PlanTable` of this size; () is none."""
+    """Raises `SparsityError` unless this is the `order` of a `PlanTable` of this size; () means no order."""
     everything = list(range(num_groups))
     right = isinstance(order, tuple) and all(
         isinstance(row, tuple) and all(type(group) is int for group in row) and sorted(row) == everything

@@ -23,6 +23,13 @@ def check_options[T](options: Any, kind: type[T], name: str) -> T:
     )
 
 
+def diverged(where: str, got: str) -> SparsityError:
+    """The error for routers whose loss isn't finite."""
+    hint = "lower the learning rate, or check the model with generate"
+    what = "training diverged or the activations are not finite"
+    return SparsityError(what, where=where, got=got, hint=hint)
+
+
 def check_sources(activations: Any, config: Any, where: str) -> None:
     """Raises `InputError` unless these are activations and a model configuration."""
     hint = "pass what polarjax.sparsity.collect returned"

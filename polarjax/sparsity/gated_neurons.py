@@ -16,7 +16,6 @@ import numpy as np
 import optax
 
 from polarjax.configs import ModelConfig
-from polarjax.errors import SparsityError
 from polarjax.generation.checks import random_key
 from polarjax.model import mlp
 from polarjax.model.decoder import Decoder, attention_half, mlp_half, prompt_start
@@ -25,7 +24,7 @@ from polarjax.selection.plans import PlanTable
 from polarjax.selection.routers import Routers, score_neurons
 from polarjax.sparsity.activations import Activations, Part
 from polarjax.sparsity.calibration import choose, random_batches
-from polarjax.sparsity.checks import check_gated
+from polarjax.sparsity.checks import check_gated, diverged
 from polarjax.sparsity.collection import batches
 from polarjax.sparsity.kept_share import importance, kept_share
 from polarjax.sparsity.objectives import Weights, share_loss
@@ -57,8 +56,7 @@ def with_gated_neurons(
     every larger batch size. If all layers are dense at all batch sizes, the routers have no neurons.
 
     Args:
-      model: the decoder.
-      routers, plans: made for it; their neurons are replaced.
+      model, routers, plans: the decoder, and what was made for it; its neurons are replaced.
       activations: with the text that was recorded.
       key: random key of the initial weights, the order of tokens and the batches.
       calibration: batch sizes, `multiple` and `max_tokens`, and the shards that `plans` were made for.
@@ -174,12 +172,7 @@ def _train(
     rates = options.learning_rate * (0.02 + 0.98 * (1 + jnp.cos(jnp.pi * jnp.arange(steps) / steps)) / 2)
     weights, losses = _steps(layer, weights, h, y, order, rates, config)
     if not np.isfinite(np.asarray(losses)).all():
-        raise SparsityError(
-            "training diverged or the activations are not finite",
-            where="neuron routers",
-            got=f"learning rate {options.learning_rate}",
-            hint="lower the learning rate, or check the model with generate",
-        )
+        raise diverged("neuron routers", f"learning rate {options.learning_rate}")
     return weights
 
 

@@ -17,7 +17,7 @@ from polarjax.progress import task as progress
 from polarjax.selection.plans import check_density, groups_kept
 from polarjax.selection.routers import LayerRouter, Routers, init_routers
 from polarjax.sparsity.activations import Activations
-from polarjax.sparsity.checks import check_flags, check_options, check_sources
+from polarjax.sparsity.checks import check_flags, check_options, check_sources, diverged
 from polarjax.sparsity.early_stopping import Best
 from polarjax.sparsity.minibatches import Feed, read
 from polarjax.sparsity.objectives import (
@@ -232,12 +232,8 @@ def _counts(task: Task, weights: Weights, inputs: Array, records: Array, real: A
 def _check_finite(losses: Array, options: TrainOptions) -> None:
     bad = np.flatnonzero(~np.isfinite(np.asarray(losses)))
     if len(bad):
-        raise SparsityError(
-            "training diverged or the activations are not finite",
-            where=f"the router of layer {bad[0]}",
-            got=f"loss {losses[bad[0]]} at learning rate {options.learning_rate}",
-            hint="lower the learning rate, or check the model with generate",
-        )
+        got = f"loss {losses[bad[0]]} at learning rate {options.learning_rate}"
+        raise diverged(f"the router of layer {bad[0]}", got)
 
 
 def _stack(routers: Routers) -> LayerRouter:

@@ -31,11 +31,11 @@ class Placement:
 
     @property
     def whole(self) -> Sharding:
-        """Of what is on every device."""
+        """Where arrays lie that every device has."""
         return self._sharding()
 
     def rows(self, axis: int) -> Sharding:
-        """Of an array whose `axis` is the batch."""
+        """Where an array lies whose `axis` is the batch."""
         return self._sharding(*[None] * axis, "batch")
 
     def _sharding(self, *axes: str | None) -> Sharding:

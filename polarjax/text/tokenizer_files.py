@@ -88,7 +88,7 @@ def _about_the_source(error: CheckpointError, source: Path, target: Path) -> Che
 
 
 def repair(folder: Path, model_type: str, config: Mapping[str, Any]) -> tuple[str, ...]:
-    """Checks the tokenizer files in `folder`, completes them from the family and config.json, and tells what it did.
+    """Checks the tokenizer files in `folder`, completes them from the family and config.json, and returns what it did.
 
     Raises:
       CheckpointError: the tokenizer cannot be read.

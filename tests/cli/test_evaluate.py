@@ -80,5 +80,5 @@ def test_a_model_that_computes_nan_is_no_result(measure, tmp_path):
         model, "word " * 99, "--dense", "--window", "16", "--report", str(tmp_path / "r.json")
     )
     assert (code, out) == (2, "")
-    assert "the model computes NaN; got 90 of 90 scored tokens" in error.splitlines()[-1]
+    assert "the model computes NaN or infinity; got 90 of 90 scored tokens" in error.splitlines()[-1]
     assert not list(tmp_path.glob("*r.json*"))

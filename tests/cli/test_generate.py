@@ -279,5 +279,5 @@ def test_fault_19_nan_logits_write_nothing(run, tmp_path):
     model = zoo.with_rows(random_model(np.random.default_rng(0)), "final_norm.bias", 0, np.nan)
     pj.save(tmp_path / "m", pj.Bundle(model, Tokenizer.load(ASSET)))
     words = ("--prompt", "a", "--dense", *SHORT, "--output", tmp_path / "out.jsonl")
-    assert "computes NaN or infinity in 1 of 1 sequences" in _line(run(*words, model=tmp_path / "m"))
+    assert "computes NaN or infinity; got 1 of 1 sequences" in _line(run(*words, model=tmp_path / "m"))
     assert [each.name for each in tmp_path.iterdir()] == ["m"]

@@ -206,5 +206,5 @@ def test_a_plan_for_another_model_is_refused():
 def test_a_model_that_computes_nan_is_refused():
     broken = jax.tree.map(lambda value: value * jnp.nan, MODEL)
     for measure in (lambda: perplexity(broken, WINDOWS), lambda: agreement(broken, WINDOWS, HALF)):
-        with pytest.raises(InputError, match="the model computes NaN; got 55 of 55"):
+        with pytest.raises(InputError, match="the model computes NaN or infinity; got 55 of 55"):
             measure()

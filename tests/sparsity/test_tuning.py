@@ -198,7 +198,7 @@ def test_memory_is_planned_before_anything_is_made(train):
     """What the plan counts as made is what the process then holds more; what the model already has isn't made again."""
     options = dataclasses.replace(OPTIONS, train=train)
     plan = setup(zoo.model(NAME), with_means(zoo.routers(NAME)), options, 12, 1)
-    assert plan.memory["held before"] == (before := held_bytes())
+    assert plan.memory["already in use"] == (before := held_bytes())
     state, teacher = plan.arrays()
     assert held_bytes() - before == plan.made
     masters = 3 * tree_bytes(state.model)  # with Adam's two moments
