@@ -17,9 +17,14 @@ if "JAX_COMPILATION_CACHE_DIR" not in os.environ:
     os.environ["JAX_COMPILATION_CACHE_DIR"] = str(ROOT / ".pytest_cache" / "compiled")
     os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0"
     os.environ["JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES"] = "-1"
-# Most of the tests' time is compilation, and each program runs a few times only: LLVM need not optimize them. The
-# demo's test asks for level 1 instead, because it computes a lot.
-os.environ["XLA_FLAGS"] = f"--xla_backend_optimization_level=0 {os.environ.get('XLA_FLAGS', '')}".strip()
+# Most of the tests' time is compilation, and each program runs a few times only: LLVM need not optimize them, a program
+# need not be cut in pieces that are compiled side by side, and XLA's older emitter, which writes LLVM's language at once
+# and not by way of MLIR, needs a third of the time. The demo's test asks for the defaults, because it computes a lot.
+QUICK_TO_COMPILE = (
+    "--xla_backend_optimization_level=0 --xla_cpu_parallel_codegen_split_count=1"
+    " --xla_backend_extra_options=xla_cpu_disable_new_fusion_emitters=true"
+)
+os.environ["XLA_FLAGS"] = f"{QUICK_TO_COMPILE} {os.environ.get('XLA_FLAGS', '')}".strip()
 os.environ |= {"HF_HUB_OFFLINE": "1", "TRANSFORMERS_NO_ADVISORY_WARNINGS": "1", "MPLBACKEND": "agg"}
 
 _aot = str(Path(sys.prefix, "aot"))  # where `make test` puts the GPU compiler
