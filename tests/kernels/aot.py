@@ -1,31 +1,32 @@
 """Compiles for an H200 on a machine without a GPU, and reads what the compiler says about the kernels.
 
-Import this before anything is compiled for a GPU (tests/kernels/conftest.py does): Mosaic GPU reads where to
-write its reports once, when it compiles its first kernel.
+Import this before anything is compiled for a GPU (tests/kernels/conftest.py does): Mosaic GPU reads what to print once,
+when it compiles its first kernel. Told to write files instead, it would write every pass's program, 40 MB a kernel.
 """
 
+import contextlib
 import os
 import re
+import sys
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from functools import cache
 from pathlib import Path
 from typing import Any, NamedTuple
 
-_reports = tempfile.TemporaryDirectory(prefix="polarjax-aot-")
-os.environ["MOSAIC_GPU_DUMP_TO"] = _reports.name
-os.environ["MOSAIC_GPU_DUMP_PTX"] = "1"
-os.environ["MOSAIC_GPU_DUMP_PTXAS"] = "1"
+os.environ |= dict.fromkeys(
+    ("MOSAIC_GPU_DUMP_RESOURCES", "MOSAIC_GPU_DUMP_PTX", "MOSAIC_GPU_DUMP_PTXAS"), "1"
+)
 
-import jax  # noqa: E402
-from jax.experimental import topologies  # noqa: E402
+import jax
+from jax.experimental import topologies
 
 SMEM_LIMIT = 232448  # bytes of shared memory that one thread block may use on Hopper
 REGISTER_LIMIT = 255
 
 
 class Kernel(NamedTuple):
-    """What ptxas and Mosaic say about one kernel; sizes in bytes."""
+    """What ptxas and Mosaic say about one kernel; sizes in bytes. `smem` is the most that any of its program takes."""
 
     name: str
     registers: int
@@ -67,23 +68,40 @@ def compile_for_h200(function: Callable[..., Any], *arguments: Any, **jit_option
 
 def compiled(traced: Any) -> Program:
     """Lowers a traced function, whose arguments lie on devices of `h200s`, and compiles it like `compile_for_h200`."""
-    for report in Path(_reports.name).iterdir():
-        report.unlink()
-    program = traced.lower(lowering_platforms=("cuda",)).compile()
-    return Program(program, tuple(_read(report) for report in sorted(Path(_reports.name).glob("*.ptxas"))))
+    with printed() as said:
+        program = traced.lower(lowering_platforms=("cuda",)).compile()
+    reports = re.split(r"(?m)^ptxas info .*Compile time = .*$", said[0])[:-1]
+    # Lowering and compilation count on their own, so the numbers of one kernel may differ: the most any can be.
+    found = re.findall(r"smem_scratch_bytes=(\d+)", said[0])
+    return Program(program, tuple(_read(report, max(map(int, found))) for report in reports))
 
 
-def _read(report: Path) -> Kernel:
-    said = report.read_text(encoding="utf-8")
-    # Lowering and compilation count on their own, so the numbers of one kernel's reports may differ: the most it can be.
-    name = report.stem.rpartition("_")[0]
-    alike = [path.read_text(encoding="utf-8") for path in report.parent.glob(f"{name}_*.resources.txt")]
+@contextlib.contextmanager
+def printed() -> Iterator[list[str]]:
+    """Gives, once the block has ended, what this process printed meanwhile, from Python and from C++."""
+    said: list[str] = []
+    sys.stdout.flush()
+    kept = os.dup(1)
+    with tempfile.TemporaryFile("w+", encoding="utf-8") as file:
+        os.dup2(file.fileno(), 1)
+        try:
+            with open(1, "w", 1, "utf-8", closefd=False) as plain, contextlib.redirect_stdout(plain):
+                yield said
+        finally:
+            os.dup2(kept, 1)
+            os.close(kept)
+        file.seek(0)
+        said.append(file.read())
+
+
+def _read(report: str, smem: int) -> Kernel:
+    ptx, _, said = report.partition("\nptxas ")
     return Kernel(
-        name=report.stem,
+        name=_only(r"\.visible \.entry (\w+?)_mosaic_gpu_kernel\(", ptx),
         registers=int(_only(r"Used (\d+) registers", said)),
         spilled=sum(map(int, re.findall(r"(\d+) bytes spill", said))),
-        smem=max(int(_only(r"smem_scratch_bytes=(\d+)", resources)) for resources in alike),
-        ptx=report.with_suffix(".ptx").read_text(encoding="utf-8"),
+        smem=smem,
+        ptx=ptx,
     )
 
 
