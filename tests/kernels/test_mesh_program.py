@@ -107,8 +107,7 @@ def test_step_on_four_gpus(attention, L, kernel):
             return rules.draw(logits, state), cache
 
     arguments = (*laid_out(layout, config), *drawing(layout))
-    traced = jax.jit(step, donate_argnums=2).trace(*arguments)
-    compiled = traced.lower(lowering_platforms=("cuda",)).compile()
+    compiled = aot.compiled(jax.jit(step, donate_argnums=2).trace(*arguments)).compiled
     program = compiled.as_text()
     found = exchanges(program)
     sizes = found.pop("all-reduce")
