@@ -63,7 +63,11 @@ def test_the_readmes_example_with_a_killed_actor_loses_and_doubles_nothing(home,
     example = example.replace("256", "5").replace(
         "from polarjax.jobs import CompletePrompts", "from dying import Dying as CompletePrompts"
     )
-    quiet = {"RAY_AUTH_MODE": "disabled", "RAY_USAGE_STATS_ENABLED": "0"}
+    quiet = {
+        "RAY_AUTH_MODE": "disabled",
+        "RAY_USAGE_STATS_ENABLED": "0",
+        "RAY_enable_metrics_collection": "0",
+    }
     done = subprocess.run(
         [sys.executable, "-c", example],
         cwd=tmp_path,

@@ -19,6 +19,7 @@ from tests.covering import covering_pairs
 from tests.kernels import aot
 
 
+@functools.cache
 def chosen(case: MlpCase) -> Tiles:
     model = case.model
     batch = min(case.batch, PADDED[-1])
