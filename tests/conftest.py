@@ -29,8 +29,8 @@ os.environ |= {"HF_HUB_OFFLINE": "1", "TRANSFORMERS_NO_ADVISORY_WARNINGS": "1", 
 
 _aot = str(Path(sys.prefix, "aot"))  # where `make test` puts the GPU compiler
 if importlib.util.find_spec("jax_cuda13_plugin") is None and Path(_aot).is_dir():
-    sys.path.append(_aot)
-    os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, [os.environ.get("PYTHONPATH"), _aot]))
+    sys.path.insert(0, _aot)  # first, because torch brings a part of the same packages, without ptxas
+    os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, [_aot, os.environ.get("PYTHONPATH")]))
 
 import hypothesis  # noqa: E402
 import jax  # noqa: E402
