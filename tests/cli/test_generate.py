@@ -231,6 +231,14 @@ def test_all_positions_can_be_used(run, home):
 
 REFUSED = {
     "stream of two": (("--prompt", "a", "--prompt", "b", "--stream"), "--stream shows one sequence"),
+    "stream of copies": (
+        ("--prompt", "a", "--temperature", "1", "--num-return-sequences", "2", "--stream"),
+        "--stream shows one sequence",
+    ),
+    "dense and sparse": (
+        ("--prompt", "a", "--dense", "--head-density", "0.5"),
+        "--dense and --head-density contradict each other",
+    ),
     "greedy and drawn": (("--prompt", "a", "--greedy", "--top-k", "3"), "contradict each other; got top_k"),
     "greedy copies": (("--prompt", "a", "--num-return-sequences", "2"), "num_return_sequences: greedy"),
     "no copies": (("--prompt", "a", "--num-return-sequences", "0"), "num_return_sequences: no sequences"),
