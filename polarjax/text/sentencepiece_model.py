@@ -2,38 +2,46 @@
 
 import base64
 import json
-from collections.abc import Iterator
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from polarjax.errors import CheckpointError
+from polarjax.text import sentencepiece_pieces as pieces
+from polarjax.text.sentencepiece_charsmap import Charsmap
 
-_UNIGRAM, _BPE = 1, 2  # of TrainerSpec.ModelType
-_NORMAL = 1  # of ModelProto.SentencePiece.Type
 _SPACE = "▁"
+_HINT = "add tokenizer.json, from a copy of this model that has it"
 
 
-def use_sentencepiece_rules(hf: Any, file: Path) -> None:
+def use_sentencepiece_rules(hf: Any, file: Path, settings: Mapping[str, Any]) -> None:
     """Makes a transformers tokenizer of `file` produce SentencePiece's ids, including spaces.
 
-    Keeps its special tokens and post-processor. Word and character models are left unchanged.
+    Keeps its special tokens and post-processor, and whether a space stands before texts, if the settings say so.
 
     Args:
       hf: the transformers tokenizer; modified.
       file: the SentencePiece model.
+      settings: tokenizer_config.json.
 
     Raises:
-      CheckpointError: the file is not a SentencePiece model.
+      CheckpointError: the file is not a SentencePiece model, or one that the tokenizers library can't express.
     """
     proto = _read(file)
-    model = _model(proto)
-    if model is None:
-        return
+    _refuse_unreadable(proto, file)
     backend = hf.backend_tokenizer
     state = json.loads(backend.to_str())
-    prefix = proto.normalizer_spec.add_dummy_prefix
-    state |= {"model": model, "normalizer": _normalizer(proto.normalizer_spec), "decoder": _decoder(prefix)}
-    state["pre_tokenizer"] = _pre_tokenizer(proto.normalizer_spec)
+    spec = proto.normalizer_spec
+    prefix = _prefix(spec, settings)
+    model = pieces.model(proto)
+    steps = [*_space_before(prefix), *pieces.splits(proto, model, type(backend))]
+    state |= {"model": model, "normalizer": _normalizer(proto, prefix), "decoder": _decoder(spec, prefix)}
+    state["pre_tokenizer"] = {"type": "Sequence", "pretokenizers": steps} if steps else None
+    symbols = pieces.of_type(proto, pieces.USER_DEFINED)
+    added = state["added_tokens"]
+    state["added_tokens"] = [each for each in added if each["special"] or each["content"] not in symbols]
+    special = {each["content"] for each in state["added_tokens"]}
+    hf._extra_special_tokens = [each for each in hf._extra_special_tokens if str(each) in special]
     hf._tokenizer = type(backend).from_str(json.dumps(state))
 
 
@@ -48,79 +56,113 @@ def is_tiktoken(file: Path) -> bool:
 
 
 def _read(file: Path) -> Any:
+    import sentencepiece
     from google.protobuf.message import DecodeError
     from sentencepiece import sentencepiece_model_pb2 as schema
 
-    proto = schema.ModelProto()  # pyrefly: ignore[missing-attribute]
+    proto, data = schema.ModelProto(), file.read_bytes()  # pyrefly: ignore[missing-attribute]
     try:
-        proto.ParseFromString(file.read_bytes())
-    except DecodeError as error:
+        proto.ParseFromString(data)
+        sentencepiece.SentencePieceProcessor(model_proto=data)
+    except (DecodeError, RuntimeError) as error:
         hint = "download the file again"
         raise CheckpointError("not a SentencePiece model", where=file, got=str(error), hint=hint) from error
     return proto
 
 
-def _model(proto: Any) -> dict[str, Any] | None:
-    """The model in the tokenizers library's format; None for a kind it doesn't support."""
-    spec = proto.trainer_spec
-    common = {"byte_fallback": spec.byte_fallback}
-    if spec.model_type == _UNIGRAM:
-        vocab = [[each.piece, each.score] for each in proto.pieces]
-        return {"type": "Unigram", "unk_id": spec.unk_id, "vocab": vocab, **common}
-    if spec.model_type == _BPE:
-        vocab = {each.piece: i for i, each in enumerate(proto.pieces)}
-        unknown = proto.pieces[spec.unk_id].piece
-        merges = sorted(_merges(proto), key=lambda each: (-each[0], -len(each[1]), -len(each[2])))
-        pairs = [[left, right] for _, left, right in merges]
-        return {
-            "type": "BPE", "unk_token": unknown, "fuse_unk": True, "vocab": vocab, "merges": pairs, **common
-        }  # fmt: skip
+def _refuse_unreadable(proto: Any, file: Path) -> None:
+    """Raises `CheckpointError` for a kind of model of which the tokenizers library would make other ids or texts."""
+    spec, normalizer = proto.trainer_spec, proto.normalizer_spec
+    unused = pieces.unused_by_merging(proto)
+    changed = _changed_symbol(proto)
+    reasons = {
+        "model_type word": spec.model_type == pieces.WORD,
+        "treat_whitespace_as_suffix true": spec.treat_whitespace_as_suffix,
+        "escape_whitespaces false": not normalizer.escape_whitespaces,
+        "a denormalizer": bool(proto.denormalizer_spec.precompiled_charsmap),
+        "names of bytes whose characters are only in longer pieces": pieces.hides_bytes(proto),
+        f"the piece {unused!r} of type UNUSED": unused is not None,
+        f"the user-defined symbol {changed!r}, which its normalizer changes": changed is not None,
+    }
+    got = next((name for name, found in reasons.items() if found), None)
+    if got is not None:
+        raise CheckpointError(
+            "a kind of SentencePiece model that can't be read exactly",
+            where=file,
+            got=got,
+            expected="BPE, Unigram or char, with ▁ before words",
+            hint=_HINT,
+        )
+
+
+def _changed_symbol(proto: Any) -> str | None:
+    """A user-defined symbol that texts keep in SentencePiece, but not through `_normalizer`."""
+    spec = proto.normalizer_spec
+    charsmap = _charsmap(proto)
+    for symbol in pieces.of_type(proto, pieces.USER_DEFINED):
+        if spec.remove_extra_whitespaces and " " in symbol:
+            return symbol
+        if charsmap and any(charsmap.text_of(each) != each for each in symbol):
+            return symbol
     return None
 
 
-def _merges(proto: Any) -> Iterator[tuple[float, str, str]]:
-    """Score and halves of every merge. SentencePiece merges the best score first; on a tie, the leftmost.
+def _charsmap(proto: Any) -> Charsmap | None:
+    """What characters become; user-defined symbols of one character stay."""
+    if not proto.normalizer_spec.precompiled_charsmap:
+        return None
+    kept = [each for each in pieces.of_type(proto, pieces.USER_DEFINED) if len(each) == 1]
+    return Charsmap(proto.normalizer_spec.precompiled_charsmap, keep=kept)
 
-    The tokenizers library only has an order of merges. Ties are runs of spaces, which grow from the left if longer runs
-    come first.
+
+def _prefix(spec: Any, settings: Mapping[str, Any]) -> str:
+    """Before which texts a space belongs: "never"; only the "first"; "always", after special tokens too.
+
+    The settings go before the model, as in transformers.
     """
-    scores = {each.piece: each.score for each in proto.pieces if each.type == _NORMAL}
-    for piece, score in scores.items():
-        for i in range(1, len(piece)):
-            if piece[:i] in scores and piece[i:] in scores:
-                yield score, piece[:i], piece[i:]
+    said = settings.get("add_prefix_space")
+    if not (spec.add_dummy_prefix if said is None else said):
+        return "never"
+    return "always" if settings.get("legacy") else "first"
 
 
-def _normalizer(spec: Any) -> dict[str, Any]:
+def _normalizer(proto: Any, prefix: str) -> dict[str, Any]:
+    """Leaves a space at the beginning of a text that has one if spaces are trimmed, as `_space_before` looks for it."""
+    spec = proto.normalizer_spec
     steps: list[dict[str, Any]] = []
-    if spec.precompiled_charsmap:
-        charsmap = base64.b64encode(spec.precompiled_charsmap).decode()
-        steps.append({"type": "Precompiled", "precompiled_charsmap": charsmap})
+    charsmap = _charsmap(proto)
+    if charsmap is not None:
+        # `Precompiled` takes a line's end for one character and would drop its second half
+        end, space = {"Regex": r"\r(?=\n)"}, charsmap.text_of("\r")
+        steps.append({"type": "Replace", "pattern": end, "content": space})
+        steps.append({"type": "Precompiled", "precompiled_charsmap": charsmap.encoded()})
     if spec.remove_extra_whitespaces:
-        steps.append({"type": "Replace", "pattern": {"Regex": r"\A +| +\z"}, "content": ""})
+        start = "" if prefix == "never" else " "
+        steps.append({"type": "Replace", "pattern": {"Regex": rf"[ {_SPACE}]+\z"}, "content": ""})
+        steps.append({"type": "Replace", "pattern": {"Regex": r"\A +"}, "content": start})
         steps.append({"type": "Replace", "pattern": {"Regex": " {2,}"}, "content": " "})
-    steps.append({"type": "Replace", "pattern": {"String": " "}, "content": _SPACE})
+    if prefix == "never" or not spec.remove_extra_whitespaces:
+        steps.append({"type": "Replace", "pattern": {"String": " "}, "content": _SPACE})
     return {"type": "Sequence", "normalizers": steps}
 
 
-def _pre_tokenizer(spec: Any) -> dict[str, Any] | None:
-    """Puts a space before a text, even before one that begins with a space; not after a special token.
+def _space_before(prefix: str) -> list[dict[str, Any]]:
+    """Puts a space before the first text, even before one that begins with a space, unless such spaces are trimmed.
 
-    `Metaspace` adds none to a text that begins with its own symbol, so the first step uses another symbol. If leading
-    spaces were removed, it can't tell which text is first, so every one gets a space.
+    `Metaspace` adds none to a text that begins with its own symbol, so the first step uses another symbol. Texts after
+    special tokens, where SentencePiece has no rule, get a space from the second step if they have none.
     """
-    if not spec.add_dummy_prefix:
-        return None
-    scheme = "always" if spec.remove_extra_whitespaces else "first"
+    if prefix == "never":
+        return []
     common = {"type": "Metaspace", "split": False}
-    before = {**common, "replacement": " ", "prepend_scheme": scheme}
-    after = {**common, "replacement": _SPACE, "prepend_scheme": "never"}
-    return {"type": "Sequence", "pretokenizers": [before, after]}
+    before = {**common, "replacement": " ", "prepend_scheme": "first"}
+    after = {**common, "replacement": _SPACE, "prepend_scheme": "always" if prefix == "always" else "never"}
+    return [before, after]
 
 
-def _decoder(prefix: bool) -> dict[str, Any]:
+def _decoder(spec: Any, prefix: str) -> dict[str, Any]:
     replace = {"type": "Replace", "pattern": {"String": _SPACE}, "content": " "}
     steps: list[dict[str, Any]] = [replace, {"type": "ByteFallback"}, {"type": "Fuse"}]
-    if prefix:
+    if prefix != "never" or spec.remove_extra_whitespaces:
         steps.append({"type": "Strip", "content": " ", "start": 1, "stop": 0})
     return {"type": "Sequence", "decoders": steps}

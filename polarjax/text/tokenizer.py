@@ -85,7 +85,12 @@ class Tokenizer:
         with _quiet(), torch_on_use():
             hf = _from_transformers(path, model_type)
         if only_sentencepiece(path):
-            use_sentencepiece_rules(hf, path / SENTENCEPIECE)
+            said = (
+                read_json(path / SETTINGS, hint="download the file again")
+                if (path / SETTINGS).is_file()
+                else {}
+            )
+            use_sentencepiece_rules(hf, path / SENTENCEPIECE, said)
         return cls(path, hf, GenerationSettings.read(path, eos_id=hf.eos_token_id))
 
     @property
