@@ -32,6 +32,8 @@ def one_by_one(rows: Float[Array, "B v"], n: int) -> tuple[Float[Array, "B n"], 
     On a GPU, a step whose conditional has a sort in a branch, taken or not, is no longer one CUDA graph (as far as we
     can tell, because CUB sorts): the host decides, and waits for the device at every step.
     """
+    if not n:  # nothing to concatenate
+        return tuple(jax.lax.top_k(rows, 0))
     left, ids = ranks(rows), []
     column = jnp.arange(rows.shape[1], dtype=jnp.int32)[None]
     for _ in range(n):

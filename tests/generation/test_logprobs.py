@@ -8,7 +8,7 @@ import pytest
 from polarjax.model.ranks import one_by_one
 
 
-@pytest.mark.parametrize("n", [1, 5, 12])
+@pytest.mark.parametrize("n", [0, 1, 5, 12])
 def test_without_sorting_the_largest_are_those_of_top_k(n):
     rng = np.random.default_rng(n)
     rows = rng.integers(-3, 4, (6, 12)).astype(np.float32)  # ties, so ids count
