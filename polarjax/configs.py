@@ -5,6 +5,7 @@ import sys
 from typing import Any, Literal
 
 from polarjax.errors import UnsupportedConfigError
+from polarjax.numeric import items, make_plain
 
 
 def _check(ok: bool, name: str, got: Any, expected: str) -> None:
@@ -78,6 +79,7 @@ class RopeConfig:
     original_max_positions: int | None = None
 
     def __post_init__(self) -> None:
+        make_plain(self, *(field.name for field in dataclasses.fields(self)))
         for name in ("theta", "factor", "low_freq_factor", "high_freq_factor"):
             _check_above_zero(f"rope.{name}", getattr(self, name))
         _check(
@@ -153,6 +155,10 @@ class ModelConfig:
     tie_embeddings: bool = False
 
     def __post_init__(self) -> None:
+        make_plain(self, *(field.name for field in dataclasses.fields(self)))
+        if self.sliding_window is not None:
+            windows = items(self.sliding_window)
+            object.__setattr__(self, "sliding_window", self.sliding_window if windows is None else windows)
         for name in ("vocab_size", "num_layers", "d_model", "d_ff", "num_heads", "num_kv_heads", "head_dim"):
             _check_positive(name, getattr(self, name))
         _check_positive("max_positions", self.max_positions)
@@ -227,8 +233,6 @@ class ModelConfig:
             _check(isinstance(data["rope"], dict), "rope", data["rope"], "an object, or null")
             _check_keys(RopeConfig, data["rope"])
             data["rope"] = RopeConfig(**data["rope"])
-        if isinstance(data.get("sliding_window"), list):
-            data["sliding_window"] = tuple(data["sliding_window"])
         return cls(**data)
 
 

@@ -1,17 +1,35 @@
 """Arguments as callers pass them: Python numbers, or NumPy and JAX scalars; and values of the wrong type."""
 
 import sys
+from collections.abc import Mapping, Set
 from typing import Any
 
 import numpy as np
 
 from polarjax.errors import InputError, PolarjaxError
 
+LARGEST = 2**31 - 1
+"""The largest int32, and with that the largest token id, position or number of rows."""
+
 
 def plain(value: Any) -> Any:
     """Converts a NumPy or JAX scalar to a Python number, static and hashable; returns anything else unchanged."""
     scalar = isinstance(value, np.generic | np.ndarray) or _is_concrete(value)
     return value.item() if scalar and value.ndim == 0 else value
+
+
+def items(value: Any) -> tuple[Any, ...] | None:
+    """The items of a list, a tuple, an array or another iterable, each `plain`; None if there are none to number: of one
+    value, a text, a set or a mapping."""
+    if isinstance(value, np.ndarray) or _is_concrete(value):
+        value = value.tolist()
+    if isinstance(value, str | bytes | Mapping | Set):
+        return None
+    try:
+        given = iter(value)
+    except TypeError:  # one value
+        return None
+    return tuple(map(plain, given))
 
 
 def spread(count: int, most: int | None) -> np.ndarray:
@@ -32,17 +50,18 @@ def whole_number(
     *,
     where: object,
     least: int = 1,
+    most: int | None = None,
     what: str | None = None,
     error: type[PolarjaxError] = InputError,
 ) -> int:
-    """A whole number of at least `least` as an int; raises `error` for anything else, booleans included."""
+    """A whole number from `least` to `most` as an int; raises `error` for anything else, booleans included."""
     number = plain(value)
-    if type(number) is not int or number < least:
+    if type(number) is not int or number < least or (most is not None and number > most):
         raise error(
             what or f"{name} is not usable",
             where=where,
             got=shown(number),
-            expected=f"a whole number, at least {least}",
+            expected=f"a whole number, at least {least}" + ("" if most is None else f" and at most {most}"),
             hint=f"pass for example {name}={max(least, 8)}",
         )
     return number

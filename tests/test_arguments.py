@@ -14,6 +14,7 @@ from polarjax.generation.token_loop import Generation
 from polarjax.model.taps import TapSpec
 from polarjax.sparsity.options import CalibrateOptions, CollectOptions, TrainOptions
 from tests.model import zoo
+from tests.text import hf_tokenizers
 
 MODEL = zoo.model("opt")
 CONFIG = MODEL.config
@@ -30,8 +31,12 @@ TABLE = pj.PlanTable(
     neurons=((8, 8), (16, None)),
     recall=((1.0, 1.0), (1.0, 1.0)),
 )
+SPARSE_BUNDLE = pj.Bundle(MODEL, routers=SPARSE.routers, plans=TABLE)
 JUNK = (3, "a", object(), [1])
 NOT_COUNTS = (-1, 0, 2.5, True, "a", None, [1])
+NOT_SIZES = (*NOT_COUNTS, 10**30)
+NO_TEXTS = (3, "a", b"a", [""], [3], np.array(2), jnp.array(2), object())
+NO_LIST = (3, 2.5, "a", b"a", np.array(2), jnp.array(2), object())
 
 
 def names(value):
@@ -94,6 +99,24 @@ def sparsify(model=MODEL, windows=WINDOWS, key=0, **given):
     return sparsity.sparsify(model, windows, key, **given)
 
 
+def complete(prompts=("a", "b", "c"), **given):
+    bundle = pj.Bundle(MODEL, hf_tokenizers.of_letters(zoo.VOCAB))
+    return bundle.complete(prompts, **{"max_new_tokens": 2} | given)
+
+
+@functools.cache
+def engine():
+    return pj.Engine(pj.Bundle(MODEL), slots=2, capacity=16)
+
+
+def submit(prompt=(1, 2), **given):
+    return engine().submit(prompt, **{"max_new_tokens": 2} | given)
+
+
+def sweep(model=SPARSE_BUNDLE, windows=WINDOWS, **given):
+    return evaluation.sweep(model, windows, **given)
+
+
 def collect(model=MODEL, windows=WINDOWS, out_dir="never-made", **given):
     return sparsity.collect(model, windows, out_dir, **given)
 
@@ -108,8 +131,8 @@ GENERATE = {
     "model": MODELS,
     "tokens": PROMPTS,
     "lengths": LENGTH,
-    "max_new_tokens": NOT_COUNTS,
-    "num_return_sequences": (*NOT_COUNTS, 2),  # greedy
+    "max_new_tokens": NOT_SIZES,
+    "num_return_sequences": (*NOT_SIZES, 2),  # greedy
     "stop_ids": ("a", [[1]], 2.5, True, -1, 2**31, object(), b"a"),
     "sparsity": SPARSITIES,
     "sampler": (None, "greedy", pj.Greedy, 3, lambda: 0, {}),
@@ -149,11 +172,41 @@ WRONG = {
     },
     init_cache: {
         "config": (None, *JUNK),
-        "batch_size": NOT_COUNTS,
-        "capacity": NOT_COUNTS,
+        "batch_size": NOT_SIZES,
+        "capacity": NOT_SIZES,
         "dtype": (jnp.int32, *DTYPE[:3], object()),
     },
     perplexity: SCORE | {"sparsity": SPARSITIES},
+    complete: {
+        "prompts": (None, 3, "", [], [3], {"a": 1}, np.array(2), object()),
+        "max_new_tokens": tuple(each for each in NOT_SIZES if each is not None),
+        "batch_size": tuple(each for each in NOT_COUNTS if each is not None),
+        "stop_strings": NO_TEXTS,
+        "stop_ids": GENERATE["stop_ids"],
+        "key": GENERATE["key"],
+        "sparsity": (*SPARSITIES, "x"),
+    },
+    submit: {
+        "prompt": (None, 3, [], [[1]], [1.5], [-1], object()),
+        "max_new_tokens": tuple(each for each in NOT_SIZES if each is not None),
+        "stop_strings": NO_TEXTS,
+        "stop_ids": GENERATE["stop_ids"],
+        "logprobs": (-1, 2.5, True, "a", 10**30, [1]),
+        "seed": (2.5, "a", True, None, 10**30),
+    },
+    sweep: {
+        "model": (None, *JUNK),
+        "windows": PROMPTS,
+        "selectors": (*NO_LIST, None, ["x"], {"x": 3}),
+        "protocols": (*NO_LIST, None, ["x"], []),
+        "densities": (*NO_LIST, [2], ["a"], []),
+        "batch_sizes": (*NO_LIST, [2.5], [0], [99], [10**30]),
+        "dense_layers": (*NO_LIST, [2], [-1], [0.5]),
+        "context": (-1, 99, 2.5, "a", None, 10**30),
+        "neurons": (3, "x", None),
+        "seed": (2.5, "a", 10**30),
+        "greedy": (3, evaluation.GreedyOptions(prompts=0), evaluation.GreedyOptions(new_tokens=10**30)),
+    },
     agreement: SCORE | {"selected": SPARSITIES},
     decode_bytes: COUNTED | {"dtype": DTYPE[:3], "mean_outputs": (None, 3, "x"), "router_width": (-1, 0.5)},
     decode_flops: COUNTED | {"mean_outputs": (None, 3, "x"), "router_width": (-1, 0.5)},
@@ -199,7 +252,7 @@ WRONG = {
         "group_objective": (None, 3, "x"),
     },
     CalibrateOptions: {
-        "batch_sizes": (None, 3, "a", (), (2, 1), (0,), ("a",), (1.5,)),
+        "batch_sizes": (*NO_LIST, None, (), (2, 1), (0,), ("a",), (1.5,), {1, 2}),
         "target_recall": (0, 2, "a", None, float("nan")),
         "multiple": NOT_COUNTS,
         "dense_attention": (None, 3, "x"),
@@ -240,6 +293,38 @@ def test_configs_of_wrong_types(field):
     for value in ("a", 2.5, (1,), object()):
         if not (field in ("norm_eps", "activation_threshold") and isinstance(value, float)):
             one_line(dataclasses.replace, CONFIG, **{field: value})
+
+
+ROPE = pj.RopeConfig(scaling="llama3", factor=2.0, original_max_positions=8)
+
+
+@pytest.mark.parametrize("config", [CONFIG, ROPE], ids=lambda each: type(each).__name__)
+def test_configs_of_scalars(config):
+    """NumPy's and JAX's are what they hold, so the config is as static as with Python's."""
+    for name, value in vars(config).items():
+        made = [np.array(value), np.array(value)[()]] if isinstance(value, int | float | str) else []
+        made += [jnp.array(value)] if isinstance(value, bool | int) else []
+        for each in made:
+            same = dataclasses.replace(config, **{name: each})
+            assert same == config and hash(same) == hash(config) and type(vars(same)[name]) is type(value)
+    assert pj.RopeConfig(theta=np.float32(2)).theta == 2.0  # pyrefly: ignore[bad-argument-type]
+
+
+@pytest.mark.parametrize("field", ["batch_sizes", "dense_layers", "neurons", "recall"])
+def test_plan_tables_of_wrong_types(field):
+    for value in (*NO_LIST[1:], None, (3, 3), [(1,), 3]):
+        one_line(dataclasses.replace, TABLE, **{field: value})
+
+
+def test_plan_tables_of_other_sequences():
+    given = {"batch_sizes": np.array([1, 2]), "dense_layers": [np.int64(0)], "num_layers": np.int64(2)}
+    made = dataclasses.replace(TABLE, neurons=[[8, 8], (16, None)], recall=np.ones((2, 2)), **given)
+    assert made == TABLE and hash(made) == hash(TABLE)
+
+
+def test_batch_sizes_of_prompts():
+    made = [complete(batch_size=kind(2)) for kind in (int, np.int64, np.array, jnp.array)]
+    assert all(each == made[0] for each in made) and len(made[0]) == 3
 
 
 @pytest.mark.parametrize("part", ["model", "tokenizer", "routers", "plans"])
@@ -307,7 +392,9 @@ def test_lists_are_prompts_of_the_model_functions():
     )
 
 
-@pytest.mark.parametrize("kind", [list, np.array, lambda counts: tuple(map(np.int64, counts))], ids=names)
+@pytest.mark.parametrize(
+    "kind", [list, np.array, jnp.array, lambda counts: tuple(map(np.int64, counts))], ids=names
+)
 def test_plans_of_other_sequences(kind):
     made = pj.SparsityPlan(kind([20, 20]), kind([2, 2]))
     assert made == PLAN and hash(made) == hash(PLAN)

@@ -10,7 +10,7 @@ from polarjax.evaluation.parting import GreedyOptions
 from polarjax.generation.checks import random_key
 from polarjax.model.checks import check_room
 from polarjax.model.decoder import Decoder
-from polarjax.numeric import check_type, plain, whole_number
+from polarjax.numeric import check_type, items, shown, whole_number
 from polarjax.selection.plans import check_density
 from polarjax.selection.selectors import Oracle, Random, Selector, Static
 
@@ -88,7 +88,7 @@ def check_densities(given: Any, bundle: Bundle) -> tuple[float, ...]:
 
 def check_dense_layers(given: Any, config: ModelConfig) -> tuple[int, ...]:
     """Numbers of layers; raises `InputError` for one that the model doesn't have."""
-    layers = tuple(map(plain, _several("dense_layers", given)))
+    layers = tuple(_several("dense_layers", given))
     wrong = [each for each in layers if type(each) is not int or not 0 <= each < config.num_layers]
     if wrong:
         raise InputError(
@@ -132,7 +132,8 @@ def find_selectors(
     if isinstance(given, Mapping):
         found = {str(name): _checked_selector(str(name), each) for name, each in given.items()}
     else:
-        names = list(check_choices("selectors", given, SELECTORS)) if list(given) else []
+        asked = _several("selectors", given)
+        names = list(check_choices("selectors", asked, SELECTORS)) if asked else []
         if "static" in names and static is None:
             what = "static needs scores from a text of its own (--static-text)"
             if len(names) == 1:
@@ -187,8 +188,9 @@ def _checked_selector(name: str, given: Any) -> Selector:
 
 def _several(name: str, given: Any) -> list[Any]:
     """The items of a list, tuple or array; raises `InputError` for a single value or text."""
-    if isinstance(given, str) or not isinstance(given, Iterable):
+    found = items(given)
+    if found is None:
         raise InputError(
-            f"{name} is not a sequence", where="sweep", got=repr(given)[:80], hint=f"pass {name}=[...]"
+            f"{name} is not a sequence", where="sweep", got=shown(given), hint=f"pass {name}=[...]"
         )
-    return list(given)
+    return list(found)

@@ -12,9 +12,9 @@ from jax.core import Tracer
 from polarjax.configs import ModelConfig
 from polarjax.errors import InputError
 from polarjax.generation.sampling import Greedy, Sampler
-from polarjax.generation.token_loop import LARGEST_ID, is_token_id
+from polarjax.generation.token_loop import is_token_id
 from polarjax.model.checks import check_room, check_vocabulary
-from polarjax.numeric import plain
+from polarjax.numeric import LARGEST, plain
 from polarjax.types import Array, Key
 
 
@@ -85,12 +85,13 @@ def _check_values(config: ModelConfig, tokens: np.ndarray, lengths: np.ndarray) 
 def check_new_tokens(count: Any) -> int:
     """`count` if so many tokens can be asked for; raises `InputError` otherwise."""
     count = plain(count)
-    if type(count) is not int or count < 1:
+    if type(count) is not int or not 1 <= count <= LARGEST:
+        few = type(count) is int and count < 1
         raise InputError(
-            "nothing to generate" if type(count) is int else "not a number of tokens",
+            "nothing to generate" if few else "not a number of tokens",
             where="max_new_tokens",
             got=_shown(count),
-            expected="a positive whole number",
+            expected=f"a positive whole number, at most {LARGEST}",
             hint="pass for example max_new_tokens=64",
         )
     return count
@@ -99,9 +100,14 @@ def check_new_tokens(count: Any) -> int:
 def check_copies(count: Any, sampler: Sampler) -> int:
     """`count` if so many sequences of a prompt can be had; raises `InputError` otherwise."""
     count = plain(count)
-    if type(count) is not int or count < 1:
-        hint = "pass 1 or more"
-        raise InputError("no sequences", where="num_return_sequences", got=_shown(count), hint=hint)
+    if type(count) is not int or not 1 <= count <= LARGEST:
+        raise InputError(
+            "no sequences" if type(count) is int and count < 1 else "not a number of sequences",
+            where="num_return_sequences",
+            got=_shown(count),
+            expected=f"1 to {LARGEST}",
+            hint="pass for example 4",
+        )
     if count > 1 and isinstance(sampler, Greedy):
         raise InputError(
             "greedy sequences of one prompt are all the same",
@@ -151,7 +157,7 @@ def _no_stop_ids(got: str) -> InputError:
         "not a token id",
         where="stop_ids",
         got=got,
-        expected=f"whole numbers, 0 to {LARGEST_ID}",
+        expected=f"whole numbers, 0 to {LARGEST}",
         hint="pass ids of the model's tokenizer",
     )
 
@@ -211,7 +217,14 @@ def random_key(key: Key[Array, ""] | int, where: str = "key") -> Key[Array, ""]:
     ):
         _check_key(key)
         return key  # pyrefly: ignore[bad-return]
-    return jax.random.key(check_seed(key, where))
+    return jax.random.key(
+        jax.device_put(np.int64(check_seed(key, where)))
+    )  # explicitly, for jax.transfer_guard
+
+
+def folded(key: Key[Array, ""], number: int) -> Key[Array, ""]:
+    """`jax.random.fold_in`, whose number is moved to the device explicitly, for `jax.transfer_guard`."""
+    return jax.random.fold_in(key, jax.device_put(np.uint32(number)))
 
 
 def check_seed(seed: Any, where: str = "seed") -> int:

@@ -13,13 +13,12 @@ from jax.core import Tracer
 from polarjax.errors import InputError
 from polarjax.model.ranks import ranks, values_of
 from polarjax.model.vocab_parts import over_vocab
-from polarjax.numeric import plain
+from polarjax.numeric import LARGEST, plain
 from polarjax.types import Array, Bool, Float, Int, Key
 
 type Cut = Callable[[Float[Array, "B V"]], Float[Array, "B V"]]
 
 _TINY = float(np.finfo(np.float32).tiny)
-_LARGEST = 2**31 - 1  # of an int32
 
 
 class Sampler(Protocol):
@@ -136,12 +135,12 @@ def _host(value: Any, dtype: type) -> Any:
     """Numbers as a NumPy array in their device dtype, clipped to its range; anything else, such as a shape, as it is."""
     if not isinstance(value, int | float | tuple | np.generic | np.ndarray):
         return value
-    low, high = (_TINY, 1 / _TINY) if dtype is np.float32 else (-_LARGEST, _LARGEST)
+    low, high = (_TINY, 1 / _TINY) if dtype is np.float32 else (-LARGEST, LARGEST)
     return np.asarray(np.clip(np.asarray(value), low, high), dtype)
 
 
 def _flatten(sampler: Categorical) -> tuple[tuple[Any, ...], None]:
-    top_k = _LARGEST if sampler.top_k is None else sampler.top_k
+    top_k = LARGEST if sampler.top_k is None else sampler.top_k
     top_p = 1.0 if sampler.top_p is None else sampler.top_p
     values = _host(sampler.temperature, np.float32), _host(top_k, np.int32), _host(top_p, np.float32)
     return values, None
@@ -157,7 +156,7 @@ def _unflatten(_: None, values: Any) -> Categorical:
 def row_of(sampler: Sampler) -> tuple[float, int, float] | None:
     """Temperature (0 for the most likely token), top_k and top_p of a sampler for one row; None if it has no such."""
     if isinstance(sampler, Greedy):
-        return 0.0, _LARGEST, 1.0
+        return 0.0, LARGEST, 1.0
     if not isinstance(sampler, Categorical):
         return None
     values = _flatten(sampler)[0]

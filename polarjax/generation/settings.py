@@ -8,8 +8,8 @@ from typing import Any
 
 from polarjax.errors import CheckpointError, InputError
 from polarjax.generation.sampling import Categorical, Greedy, Sampler
-from polarjax.generation.token_loop import LARGEST_ID, is_token_id
-from polarjax.numeric import make_plain, plain, shown
+from polarjax.generation.token_loop import is_token_id
+from polarjax.numeric import LARGEST, make_plain, plain, shown
 from polarjax.storage.atomic import read_json
 
 GENERATION_CONFIG = "generation_config.json"
@@ -88,7 +88,7 @@ class GenerationSettings:
         make_plain(self, "temperature", "top_k", "top_p", "repetition_penalty", "max_new_tokens")
         object.__setattr__(self, "stop_ids", tuple(map(plain, self.stop_ids)))
         for each in self.stop_ids:
-            _check(is_token_id(each), "stop_ids", each, f"token ids, 0 to {LARGEST_ID}")
+            _check(is_token_id(each), "stop_ids", each, f"token ids, 0 to {LARGEST}")
         _check(isinstance(self.do_sample, bool), "do_sample", self.do_sample, "true or false")
         for name in ("temperature", "top_p"):
             value = getattr(self, name)

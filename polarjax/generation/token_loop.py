@@ -11,18 +11,16 @@ import numpy as np
 from polarjax.errors import InputError
 from polarjax.generation.logprobs import LogProbs, log_probs, no_log_probs
 from polarjax.generation.sampling import Sampler
+from polarjax.numeric import LARGEST
 from polarjax.types import Array, Bool, Float, Int, Key
 
 CHUNK = 8
 """Decoding steps between checks whether every sequence has stopped."""
 
-LARGEST_ID = 2**31 - 1
-"""The largest token id there can be: ids are int32."""
-
 
 def is_token_id(value: object) -> bool:
     """Whether a Python value can be a token id."""
-    return type(value) is int and 0 <= value <= LARGEST_ID
+    return type(value) is int and 0 <= value <= LARGEST
 
 
 type StopIds = int | Sequence[int] | Int[Array, "*n"] | Int[np.ndarray, "*n"] | None

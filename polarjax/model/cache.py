@@ -1,15 +1,18 @@
 """The key/value cache of a batch of sequences."""
 
 import dataclasses
+import math
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import export
 from jax.sharding import PartitionSpec
 
 from polarjax.configs import ModelConfig
+from polarjax.errors import InputError
 from polarjax.model.layout import Layout
-from polarjax.numeric import check_type, whole_number
+from polarjax.numeric import LARGEST, check_type, whole_number
 from polarjax.storage.dtypes import check_dtype
 from polarjax.types import Array, Float, Int
 
@@ -57,16 +60,25 @@ def init_cache(
     """
     check_type(config, ModelConfig, where="init_cache", hint="pass model.config")
     if not export.is_symbolic_dim(batch_size):
-        batch_size = whole_number(batch_size, "batch_size", where="init_cache")
-    capacity = whole_number(capacity, "capacity", where="init_cache")
+        batch_size = whole_number(batch_size, "batch_size", where="init_cache", most=LARGEST)
+    capacity = whole_number(capacity, "capacity", where="init_cache", most=LARGEST)
     dtype = check_dtype(dtype)
     shape = (batch_size, config.num_kv_heads, capacity, config.head_dim)
+    if not export.is_symbolic_dim(batch_size) and math.prod(shape) * dtype.itemsize >= 2**63:
+        raise InputError(
+            "no device could hold such a cache",
+            where="init_cache",
+            got=f"{list(shape)} in each layer",
+            expected="fewer bytes than an int64 can count",
+            hint="lower batch_size or capacity",
+        )
     if layout is not None:
         layout.sizes.rows(batch_size, where="init_cache")
     specs = () if layout is None else (layout.cache_spec(), PartitionSpec(layout.data))
     place, rows = [layout.sharding(spec) for spec in specs] if layout is not None else (None, None)
-    make = lambda: tuple(jnp.zeros(shape, dtype, device=place) for _ in range(config.num_layers))
-    return KVCache(make(), make(), jnp.zeros((batch_size,), jnp.int32, device=rows))
+    zero, none = jax.device_put((np.zeros((), dtype), np.int32(0)))  # explicitly, for jax.transfer_guard
+    make = lambda: tuple(jnp.full(shape, zero, device=place) for _ in range(config.num_layers))
+    return KVCache(make(), make(), jnp.full((batch_size,), none, device=rows))
 
 
 def write_prompt(cache: Float[Array, "B K S H"], new: Float[Array, "B T K H"]) -> Float[Array, "B K S H"]:

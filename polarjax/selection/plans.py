@@ -9,8 +9,9 @@ import numpy as np
 
 from polarjax.configs import ModelConfig
 from polarjax.errors import SparsityError
-from polarjax.numeric import check_type, plain, whole_number
+from polarjax.numeric import check_type, items, plain, shown, whole_number
 from polarjax.selection.shard_checks import check_order, check_shards
+from polarjax.selection.table_checks import as_calibrated, as_layers, check_budget_rows
 
 
 def dense_above(batch_size: int) -> float:
@@ -39,17 +40,15 @@ def check_density(density: float, *, where: str) -> float:
 
 def _as_counts(name: str, counts: Any) -> tuple[int | None, ...]:
     """A tuple, list or array of counts as a tuple of int or None, so that the plan is static and hashable."""
-    if not isinstance(counts, tuple | list | np.ndarray) or (
-        isinstance(counts, np.ndarray) and counts.ndim != 1
-    ):
+    given, counts = counts, items(counts)
+    if counts is None:
         raise SparsityError(
             f"the numbers of {name} are not a tuple",
             where="sparsity plan",
-            got=repr(counts)[:80],
+            got=shown(given),
             expected="one number, or None, for each layer",
             hint="pass a tuple",
         )
-    counts = tuple(map(plain, counts))
     for layer, count in enumerate(counts):
         if count is not None and not (type(count) is int and count > 0):
             raise SparsityError(
@@ -169,22 +168,6 @@ def uniform_groups(
     return tuple(None if layer in dense_layers else kept for layer in range(config.num_layers))
 
 
-def check_budget_rows(budgets: Any, num_layers: int, num_groups: int, *, where: str) -> None:
-    """Raises `SparsityError` unless these are the budgets of a `PlanTable` of this size; () means no budgets."""
-    usable = lambda count: type(count) is int and 1 <= count <= num_groups
-    right = isinstance(budgets, tuple) and all(
-        isinstance(row, tuple) and len(row) == num_layers and all(map(usable, row)) for row in budgets
-    )
-    if not right or len(budgets) not in (0, num_groups):
-        raise SparsityError(
-            "unusable budgets",
-            where=where,
-            got=str(budgets)[:80],
-            expected=f"{num_groups} tuples of {num_layers} counts from 1 to {num_groups}",
-            hint="take those of the plans, or run polarjax sparsify again",
-        )
-
-
 @dataclasses.dataclass(frozen=True)
 class PlanTable:
     """Calibrated plans by batch size, and the shape of their model.
@@ -221,23 +204,15 @@ class PlanTable:
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "head_density", check_density(self.head_density, where="plan table"))
-        if not all(type(layer) is int and 0 <= layer < self.num_layers for layer in self.dense_layers):
-            raise SparsityError(
-                "dense_layers of a plan table names layers that don't exist",
-                where="plan table",
-                got=str(self.dense_layers),
-                expected=f"numbers from 0 to {self.num_layers - 1}",
-                hint="run polarjax calibrate again",
-            )
-        sizes = self.batch_sizes
-        counting = all(type(size) is int and size > 0 for size in sizes) and list(sizes) == sorted(set(sizes))
-        if not (counting and len(sizes) == len(self.neurons) == len(self.recall)):
-            raise SparsityError(
-                "a plan table needs increasing batch sizes with one plan each",
-                where="plan table",
-                got=str(sizes),
-                hint="run polarjax calibrate again",
-            )
+        for name in ("num_layers", "num_neurons", "num_groups"):
+            number = whole_number(getattr(self, name), name, where="plan table", error=SparsityError)
+            object.__setattr__(self, name, number)
+        checked = {
+            "dense_layers": as_layers(self.dense_layers, self.num_layers),
+            **as_calibrated(self.batch_sizes, self.neurons, self.recall),
+        }
+        for name, value in checked.items():
+            object.__setattr__(self, name, value)
         for counts in self.neurons:
             SparsityPlan(counts, (None,) * self.num_layers, self.neuron_shards, self.group_shards)
         check_shards("neurons", (self.num_neurons,), self.neuron_shards, where="plan table")

@@ -2,12 +2,10 @@
 
 from typing import Any, get_args
 
-import numpy as np
-
 from polarjax.checkpoint.belonging import check_routers_of_plans, check_weights
 from polarjax.configs import ModelConfig
 from polarjax.errors import InputError, SparsityError
-from polarjax.numeric import check_type, plain, shown
+from polarjax.numeric import check_type, items, plain, shown
 from polarjax.selection.plans import PlanTable
 from polarjax.selection.routers import Routers
 from polarjax.sparsity.activations import Activations
@@ -74,7 +72,7 @@ def check_gated(config: ModelConfig) -> None:
 
 def check_held_out(held_out: Any) -> None:
     """Raises `InputError` unless `held_out` is two fractions whose sum is below 1."""
-    fractions = tuple(map(plain, held_out)) if isinstance(held_out, tuple | list | np.ndarray) else ()
+    fractions = items(held_out) or ()
     numbers = len(fractions) == 2 and all(type(each) in (int, float) for each in fractions)
     if not (numbers and min(fractions) >= 0 and sum(fractions) < 1):  # so that NaN fails
         raise InputError(

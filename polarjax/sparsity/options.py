@@ -4,12 +4,10 @@ import dataclasses
 import math
 from typing import Any, Literal, get_args
 
-import numpy as np
-
 from polarjax.configs import ModelConfig
 from polarjax.errors import InputError
 from polarjax.model.mesh_shape import Attention, MeshShape
-from polarjax.numeric import make_plain, plain, shown, whole_number
+from polarjax.numeric import items, make_plain, shown, whole_number
 from polarjax.selection.importance import Importance, check_importance
 from polarjax.types import Path
 
@@ -207,12 +205,14 @@ class CalibrateOptions:
         MeshShape(
             model=whole_number(self.shards, "shards", where="CalibrateOptions"), attention=self.attention
         )
-        sizes = self.batch_sizes
-        sizes = tuple(map(plain, sizes)) if isinstance(sizes, tuple | list | np.ndarray) else ()
+        sizes = items(self.batch_sizes) or ()
         counting = all(type(size) is int and size > 0 for size in sizes)
         if not sizes or not counting or list(sizes) != sorted(set(sizes)):
             got = shown(self.batch_sizes)
-            raise InputError("unusable batch sizes", got=got, expected="increasing whole numbers from 1")
+            expected, hint = "increasing whole numbers from 1", "pass for example batch_sizes=(1, 8)"
+            raise InputError(
+                "unusable batch sizes", where="CalibrateOptions", got=got, expected=expected, hint=hint
+            )
         object.__setattr__(self, "batch_sizes", sizes)
         if type(self.target_recall) not in (int, float) or not 0 < self.target_recall <= 1:
             got = shown(self.target_recall)

@@ -22,8 +22,8 @@ from polarjax.model.parameters import fingerprint, parameters, with_parameters
 from polarjax.model.stacked import hidden_states, unstack_parameters
 from polarjax.progress import task, tell
 from polarjax.selection.masking import Masking
-from polarjax.selection.plans import check_budget_rows
 from polarjax.selection.routers import LayerRouter, Routers
+from polarjax.selection.table_checks import check_budget_rows
 from polarjax.sparsity.checks import check_options
 from polarjax.sparsity.distillation import Arrays, Distillation, TuneState, by_tokens, selector, student
 from polarjax.sparsity.tune_options import TuneOptions

@@ -9,7 +9,8 @@ import numpy as np
 from polarjax.errors import InputError
 from polarjax.generation.stream import TokenStream
 from polarjax.generation.token_loop import Generation
-from polarjax.numeric import check_type
+from polarjax.model.readable import fetched
+from polarjax.numeric import check_type, items, shown
 from polarjax.text.tokenizer import Tokenizer
 
 type Ending = Literal["stop_id", "stop_string", "length", "failed"]
@@ -171,22 +172,29 @@ def complete(
     Raises:
       InputError: a stop string is empty.
     """
-    done = []
-    for i, before in enumerate(context):
-        row = Assembler(tokenizer.decode_ids, context=before, stop_strings=check_stop_strings(stop_strings))
-        row.push(np.asarray(made.tokens)[i, : int(made.lengths[i])].tolist())
+    done, stop_strings = [], check_stop_strings(stop_strings)
+    rows = zip(context, *fetched((made.tokens, made.lengths, made.stopped, made.failed)), strict=True)
+    for before, tokens, length, stopped, failed in rows:
+        row = Assembler(tokenizer.decode_ids, context=before, stop_strings=stop_strings)
+        row.push(tokens[:length].tolist())
         row.finish()
-        ending = _ending(row, bool(made.stopped[i]), bool(made.failed[i])) or "length"
+        ending = _ending(row, stopped, failed) or "length"
         done.append(Completion(row.text, tuple(row.tokens), ending))
     return tuple(done)
 
 
 def check_stop_strings(strings: Sequence[str]) -> tuple[str, ...]:
     """The strings, none of them empty; raises `InputError` otherwise."""
-    if isinstance(strings, str) or not all(isinstance(each, str) and each for each in strings):
-        hint = "pass texts of at least one character"
-        raise InputError("unusable stop strings", where="stop_strings", got=repr(strings), hint=hint)
-    return tuple(strings)
+    found = items(strings)
+    if found is None or not all(isinstance(each, str) and each for each in found):
+        raise InputError(
+            "unusable stop strings",
+            where="stop_strings",
+            got=shown(strings),
+            expected="a list or tuple of texts",
+            hint='pass texts of at least one character, as in stop_strings=["\\n\\n"]',
+        )
+    return found
 
 
 def _shared(left: str, right: str) -> int:

@@ -7,12 +7,11 @@ from contextlib import nullcontext
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 
 from polarjax.errors import InputError
 from polarjax.generation.batch import positions
-from polarjax.generation.checks import check_new_tokens, check_stop_ids
+from polarjax.generation.checks import check_new_tokens, check_stop_ids, folded
 from polarjax.generation.generate import generate
 from polarjax.generation.sampling import Sampler
 from polarjax.generation.settings import GenerationSettings
@@ -21,7 +20,7 @@ from polarjax.memory import explained_out_of_memory
 from polarjax.model.checks import check_room
 from polarjax.model.decoder import Decoder
 from polarjax.model.layout import mesh_of
-from polarjax.numeric import plain
+from polarjax.numeric import plain, shown
 from polarjax.progress import task
 from polarjax.selection.selectors import Sparsity
 from polarjax.text.assembly import Completion, TextStream, check_stop_strings, complete
@@ -69,18 +68,20 @@ class ContinueOptions:
         names = ("sampler", "stop_ids", "stop_strings", "repetition_penalty")
         asked = {name: getattr(settings, name) for name in names}
         made = cls(**asked | {name: value for name, value in given.items() if value is not None})
-        check_batch_size(made.batch_size)
-        stops = {
+        checked = {
+            "batch_size": check_batch_size(made.batch_size),
             "stop_ids": check_stop_ids(made.stop_ids),
             "stop_strings": check_stop_strings(made.stop_strings),
         }
-        return dataclasses.replace(made, **stops)
+        return dataclasses.replace(made, **checked)
 
 
-def check_batch_size(count: int | None, where: str = "batch_size") -> None:
-    """Raises `InputError` unless `count` is None or a positive whole number."""
-    if count is not None and (type(plain(count)) is not int or count < 1):
-        raise InputError("no prompts in a batch", where=where, got=repr(count), hint="give 1 or more")
+def check_batch_size(count: int | None, where: str = "batch_size") -> int | None:
+    """`count` as an int, or None; raises `InputError` unless it is None or a positive whole number."""
+    count = plain(count)
+    if count is not None and (type(count) is not int or count < 1):
+        raise InputError("no prompts in a batch", where=where, got=shown(count), hint="give 1 or more")
+    return count
 
 
 def count_new_tokens(
@@ -170,7 +171,7 @@ def continue_batches(
                 full = _divisible(model, size, options.copies)
             batch += batch[-1:] * (full - count)
             compiled.add(needed)
-            batch_key = jax.random.fold_in(key, i) if i else key
+            batch_key = folded(key, i) if i else key
             done = continue_rows(model, tokenizer, batch, batch_key, options, sparsity=sparsity, show=show)
             advance(count)
             yield done[: count * options.copies]
@@ -237,4 +238,4 @@ def _padded(rows: Sequence[Row]) -> tuple[Array, Array]:
     tokens = np.zeros((len(rows), lengths.max(initial=0)), np.int32)
     for i, row in enumerate(rows):
         tokens[i, : len(row)] = row
-    return jnp.asarray(tokens), jnp.asarray(lengths)
+    return jax.device_put((tokens, lengths))

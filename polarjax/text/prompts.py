@@ -2,11 +2,12 @@
 
 import dataclasses
 import json
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from polarjax.errors import InputError
 from polarjax.generation.token_loop import is_token_id
+from polarjax.numeric import items
 from polarjax.text.assembly import Completion
 from polarjax.text.tokenizer import Tokenizer
 
@@ -86,10 +87,11 @@ def as_prompts(given: Any) -> list[Prompt]:
     """
     hint = "pass texts, or lists of messages with the texts role and content"
     alone = isinstance(given, str) or _is_conversation(given)
-    if not alone and (not isinstance(given, Iterable) or isinstance(given, Mapping | bytes)):
+    prompts = (given,) if alone else items(given)
+    if prompts is None:
         raise InputError("not prompts", where="prompts", got=type(given).__name__, hint=hint)
     made = []
-    for i, each in enumerate([given] if alone else given, 1):
+    for i, each in enumerate(prompts, 1):
         name = f"prompt {i}"
         if not isinstance(each, str | list | tuple):
             raise InputError("not a prompt", where=name, got=type(each).__name__, hint=hint)

@@ -100,7 +100,7 @@ def test_json_gives_back_an_equal_and_hashable_config(config: pj.ModelConfig):
         (OPT, {"sliding_window": 0}, "sliding_window"),
         (OPT, {"sliding_window": (4,)}, "sliding_window.*2 layers"),
         (OPT, {"sliding_window": (4, -1)}, "sliding_window"),
-        (OPT, {"sliding_window": [4, 4]}, "sliding_window"),
+        (OPT, {"sliding_window": [4, 4.5]}, "sliding_window"),
         (OPT, {"embed_dim": 0}, "embed_dim"),
     ],
 )

@@ -8,6 +8,8 @@ from typing import Any
 
 from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
 
+from polarjax.text import tokenizer as text
+
 CORPUS = ["Hello world, this is a test.", "def main(x): return x + 1", "the quick brown fox"] * 20
 OPT_SETTINGS = {
     "errors": "replace",
@@ -98,6 +100,16 @@ def write_json_tokenizer(folder: Path, kind: str, made: Tokenizer) -> Path:
     folder.mkdir(parents=True, exist_ok=True)
     made.save(str(folder / "tokenizer.json"))
     return _finished(folder, kind, None)
+
+
+@functools.cache
+def of_letters(count: int) -> text.Tokenizer:
+    """So many tokens, each a character: "!" and those after it in ASCII."""
+    ids = {chr(33 + i): i for i in range(count)}
+    made = Tokenizer(models.WordLevel(ids, unk_token="!"))
+    made.pre_tokenizer = pre_tokenizers.Split("", "isolated")
+    with tempfile.TemporaryDirectory() as folder:
+        return text.Tokenizer.load(write_json_tokenizer(Path(folder), "llama", made))
 
 
 def _finished(folder: Path, kind: str, settings: dict[str, Any] | None) -> Path:
