@@ -1,5 +1,6 @@
 """JAX's own switches: every public function gives with each of them what it gives without."""
 
+import dataclasses
 import functools
 import itertools
 import json
@@ -21,6 +22,7 @@ from polarjax.sparsity.options import TrainOptions
 from tests.model import zoo
 from tests.several_devices import printed
 from tests.sparsity import planted
+from tests.text import hf_tokenizers
 from tests.tolerances import assert_close
 
 DEVICES = 4
@@ -68,7 +70,20 @@ def generate(given: Inputs):
     options = {"max_new_tokens": 4, "stop_ids": (3,), "repetition_penalty": 1.1, "sparsity": given.selected}
     sampler = pj.Categorical(temperature=0.7, top_k=5, top_p=0.9)
     made = pj.generate(*given[:3], given.key, sampler=sampler, **options)
-    return made.tokens, made.lengths, made.stopped
+    seeded = pj.generate(*given[:3], 0, sampler=sampler, **options)  # the same key
+    return made.tokens, made.lengths, made.stopped, seeded.tokens
+
+
+def complete(given: Inputs):
+    """Drawn tokens of prompts that are texts, two at a time, by a seed."""
+    bundle = pj.Bundle(given.model, hf_tokenizers.of_letters(zoo.VOCAB))
+    made = bundle.complete(["abc", "d", "ef"], max_new_tokens=4, sampler=pj.Categorical(0.7), batch_size=2)
+    return [each.tokens for each in made]
+
+
+def init_cache(given: Inputs):
+    """An empty cache."""
+    return pj.init_cache(given.model.config, batch_size=DEVICES, capacity=8, dtype=given.model.dtype)
 
 
 def stream(given: Inputs):
@@ -113,15 +128,39 @@ def score(given: Inputs):
     return measure().token_nll, measure(sparsity=given.selected).token_nll
 
 
+def agreement(given: Inputs):
+    """Two models side by side, decoding."""
+    windows = jax.device_get(given.tokens)
+    found = evaluation.agreement(given.model, windows, given.selected, mode="decode", context=2)
+    return found.top1, found.kl
+
+
+def sweep(given: Inputs):
+    """Masked, with a selector that draws too."""
+    bundle = pj.Bundle(given.model, routers=given.selected.routers)
+    options = {
+        "densities": (0.5,),
+        "selectors": ("router", "random"),
+        "neurons": "dense",
+        "protocols": ["masked"],
+    }
+    made = evaluation.sweep(bundle, jax.device_get(given.tokens), **options)
+    return [dataclasses.astuple(each) for row in made.rows for each in (row.kl, row.top1)]
+
+
 FUNCTIONS = {
     "forward": zoo.jit(forward),
     "step": zoo.jit(step),
+    "init_cache": init_cache,
     "generate": generate,
+    "complete": complete,
     "stream": stream,
     "engine": run_engine,
     "collect": collect,
     "learn": learn,
     "score": score,
+    "agreement": agreement,
+    "sweep": sweep,
 }
 TRACEABLE = {"forward": forward, "step": step, "generate": generate}
 COMPILED_INSIDE = ("forward", "step")

@@ -10,6 +10,7 @@ from polarjax.evaluation.paired import masked_batch
 from polarjax.model.checks import check_model, check_windows
 from polarjax.model.decoder import Decoder, forward
 from polarjax.model.readable import fetched
+from polarjax.model.spread_checks import check_around
 from polarjax.model.taps import TapSpec, unpack
 from polarjax.progress import task
 from polarjax.selection.selectors import Static
@@ -29,6 +30,7 @@ def static_selector(model: Decoder, windows: Int[np.ndarray, "n T"]) -> Static:
       InputError: the windows are not the model's tokens.
     """
     check_model(model, where="static_selector")
+    check_around(model)
     windows = check_windows(windows, model.config)
     size = masked_batch(windows.shape, model.config.vocab_size)
     totals = None
@@ -42,7 +44,7 @@ def static_selector(model: Decoder, windows: Int[np.ndarray, "n T"]) -> Static:
             weighted = [None if each is None else each.astype(np.float64) * share for each in means]
             totals = weighted if totals is None else jax.tree.map(np.add, totals, weighted)
             advance(len(rows))
-    return Static(*jax.tree.map(lambda each: jnp.asarray(each, jnp.float32), totals))
+    return Static(*jax.device_put(jax.tree.map(np.float32, totals)))
 
 
 @functools.partial(jax.jit)

@@ -29,6 +29,7 @@ from polarjax.evaluation.harness_checks import (
     special_token,
 )
 from polarjax.evaluation.harness_generation import generation_options
+from polarjax.generation.checks import folded, random_key
 from polarjax.numeric import whole_number
 from polarjax.selection.plans import densities
 from polarjax.selection.selectors import Sparsity
@@ -106,7 +107,7 @@ class HarnessLM(_Template):
         self._max_gen_toks = whole_number(max_gen_toks, "max_gen_toks", where="HarnessLM")
         self.add_bos_token = add_bos_token
         self._prefix = special_token(prefix_token_id, self.bundle.model.config.vocab_size)
-        self._key = jax.random.key(seed)
+        self._key = random_key(seed)
         self._chat_template_args = dict(chat_template_args or {})
 
     @property
@@ -239,7 +240,7 @@ class HarnessLM(_Template):
         texts = [""] * len(requests)
         for n, (indices, each) in enumerate(zip(groups.values(), options, strict=True)):
             contexts = [requests[i].args[0] for i in indices]
-            for at, text in self._generate(contexts, each, jax.random.fold_in(self._key, n)):
+            for at, text in self._generate(contexts, each, folded(self._key, n)):
                 texts[indices[at]] = text
                 self.cache_hook.add_partial("generate_until", requests[indices[at]].args, text)
         return texts

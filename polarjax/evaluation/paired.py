@@ -15,6 +15,7 @@ from polarjax.evaluation.estimates import Sums
 from polarjax.evaluation.greedy_agreement import compare
 from polarjax.evaluation.scoring import decoded, first_scored, masked_logits
 from polarjax.evaluation.text_perplexity import token_nll
+from polarjax.generation.checks import folded
 from polarjax.model.decoder import Decoder
 from polarjax.model.readable import fetched
 from polarjax.selection.masking import Counted
@@ -61,7 +62,7 @@ class OneOf:
         """The selector with this number, among those that can share its program."""
         kinds = [_kind(each, config) for each in selectors]
         alike = [number for number, kind in enumerate(kinds) if kind == kinds[which]]
-        chosen = jnp.asarray(alike.index(which), jnp.int32)
+        chosen = jax.device_put(np.int32(alike.index(which)))
         return cls(chosen, tuple(selectors[number] for number in alike))
 
     @property
@@ -196,7 +197,7 @@ def _redrawn(selector: Selector, batch: int) -> Selector:
     """A random selector with a key of its own for this batch, so that batches are independent."""
     if not isinstance(selector, Random):
         return selector
-    return dataclasses.replace(selector, key=jax.random.fold_in(selector.key, batch))
+    return dataclasses.replace(selector, key=folded(selector.key, batch))
 
 
 def decoded_sums(

@@ -115,7 +115,9 @@ class Counted(Sparsity):
         cls, routers: Selector, plan: SparsityPlan, others: Sequence[SparsityPlan], config: ModelConfig
     ) -> "Counted":
         """What `plan` keeps; shares its program with those of the `others` that mask neurons in the same layers."""
-        counts = lambda kept, most: jnp.asarray([most if k is None else k for k in kept], jnp.int32)
+        counts = lambda kept, most: jax.device_put(
+            np.array([most if k is None else k for k in kept], np.int32)
+        )
         dense = [
             all(k is None for k in column) for column in zip(*(each.groups for each in others), strict=True)
         ]

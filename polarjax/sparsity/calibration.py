@@ -185,8 +185,8 @@ class HeldOut:
     def layer(self, layer: int) -> tuple[Float[Array, "n F"], Bool[Array, "n F"]]:
         """Positive parts of the router's scores, which decoding sums over a batch, and which neurons were active."""
         one = slice(layer, layer + 1)
-        inputs = jnp.asarray(self._activations.router_inputs(self.rows, one)[0])
-        packed = jnp.asarray(self._activations.records("activity", self.rows, one)[0])
+        inputs = jax.device_put(self._activations.router_inputs(self.rows, one)[0])
+        packed = jax.device_put(self._activations.records("activity", self.rows, one)[0])
         return _scored(self._routers.layers[layer], inputs, packed, self._activations.config.d_ff)
 
     def curve(
@@ -196,7 +196,8 @@ class HeldOut:
 
         With several shards, these are the top k / shards of each, if k is a multiple of `shards`.
         """
-        return np.asarray(_recall_curve(*_union(*layer, self.batches[size]), shards))
+        batches = jax.device_put(self.batches[size])
+        return jax.device_get(_recall_curve(*_union(*layer, batches), shards))
 
 
 def random_batches(

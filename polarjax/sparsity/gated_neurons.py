@@ -223,14 +223,14 @@ def _plan_layer(
     shares = functools.partial(_shares, layer, weights, config=config, shards=calibration.shards)
     column: list[tuple[int | None, float, float]] = []
     for size, index, other in _drawn(drawn, calibration, len(validation[0]), len(test[0])):
-        measured = np.asarray(shares(*validation, index, jnp.asarray(counts)))
+        measured = jax.device_get(shares(*validation, index, jax.device_put(counts)))
         curve = np.interp(np.arange(1, F + 1), [0, *counts], [0.0, *measured])
         k = choose(
             curve, smallest, size, dataclasses.replace(calibration, target_recall=options.target_share)
         )
         if k is None or k > spare:
             break
-        (tested,) = shares(*test, other, jnp.asarray([k], jnp.int32))
+        (tested,) = jax.device_get(shares(*test, other, jax.device_put(np.array([k], np.int32))))
         column.append((k, float(curve[k - 1]), float(tested)))
         smallest = k
     return column + [(None, 1.0, 1.0)] * (len(calibration.batch_sizes) - len(column))
@@ -242,7 +242,7 @@ def _drawn(
     """Each batch size, and random batches of it for each part with so many tokens."""
     for size in calibration.batch_sizes:
         count = min(calibration.num_batches, max(2, _MEASURED // size))
-        yield size, *(jnp.asarray(random_batches(drawn, each, size, count)) for each in tokens)
+        yield size, *(jax.device_put(random_batches(drawn, each, size, count)) for each in tokens)
 
 
 @functools.partial(jax.jit, static_argnames=("config", "shards"))

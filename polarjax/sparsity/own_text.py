@@ -5,6 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from polarjax import costs
+from polarjax.generation.checks import folded
 from polarjax.generation.generate import generate
 from polarjax.generation.sampling import Categorical
 from polarjax.memory import device_memory, held_bytes
@@ -40,14 +41,14 @@ def own_windows(
     vocab_size = model.config.vocab_size
     with task("write own text", count, "windows") as advance:
         for start in range(0, count, batch_size):
-            keys = jax.random.split(jax.random.fold_in(key, start))
+            keys = jax.random.split(folded(key, start))
             prompt = jax.random.randint(keys[0], (batch_size, 1), 0, vocab_size, jnp.int32)
             if first is not None:
                 prompt = jnp.concatenate([jnp.full_like(prompt, first), prompt], 1)
             lengths = jnp.full((batch_size,), prompt.shape[1], jnp.int32)
             new = length - prompt.shape[1]
             drawn = generate(model, prompt, lengths, keys[1], sampler=Categorical(), max_new_tokens=new)
-            rows.append(np.concatenate([np.asarray(prompt), np.asarray(drawn.tokens)], 1))
+            rows.append(np.concatenate(jax.device_get([prompt, drawn.tokens]), 1))
             advance(min(batch_size, count - start))
     return np.concatenate(rows)[:count]
 

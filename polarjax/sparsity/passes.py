@@ -6,10 +6,10 @@ from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
 from typing import Any
 
-import jax
 import numpy as np
 
 from polarjax.configs import ModelConfig
+from polarjax.generation.checks import folded
 from polarjax.model.decoder import Decoder
 from polarjax.selection.plans import PlanTable
 from polarjax.selection.routers import Routers
@@ -73,7 +73,7 @@ class Stages:
             means = means_of(model, windows, recording, size) if recording.mean_outputs else None
         found = []
         for number, layers in enumerate(recording.parts):
-            keys = tuple(jax.random.fold_in(key, number) for key in self.keys)
+            keys = tuple(folded(key, number) for key in self.keys)
             part = self._part(model, windows, recording, folder, keys, layers=layers, means=means)
             found.append(dataclasses.replace(part, text=text_alone(part.text, model.config)))
             del part  # the files' room is free once nothing maps them

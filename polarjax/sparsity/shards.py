@@ -47,9 +47,9 @@ def with_group_order(activations: Activations, routers: Routers, plans: PlanTabl
         return plans
     order = []
     for layer in range(plans.num_layers):
-        inputs = jnp.asarray(activations.router_inputs(rows, slice(layer, layer + 1))[0])
+        inputs = jax.device_put(activations.router_inputs(rows, slice(layer, layer + 1))[0])
         router = Routers(routers.layers[layer : layer + 1])
-        order.append(assign_groups(np.asarray(_chosen(router, inputs, kept)), shards))
+        order.append(assign_groups(jax.device_get(_chosen(router, inputs, kept)), shards))
     return dataclasses.replace(plans, order=tuple(order))
 
 
