@@ -2,6 +2,7 @@
 
 import contextlib
 import dataclasses
+import functools
 import json
 import re
 from typing import Any
@@ -15,6 +16,8 @@ from jax.sharding import AxisType
 import polarjax as pj
 from pallas_kernels import Link
 from pallas_kernels.all_reduce_norm.reference import reference
+from polarjax import evaluation
+from polarjax import sparsity as learning
 from polarjax.engine import programs
 from polarjax.evaluation import perplexity
 from polarjax.evaluation.sweep_cases import Asked
@@ -261,11 +264,21 @@ def refusals() -> dict[str, str]:
         "'embed' can't be divided": lambda: pj.shard(model, mesh, rules={"embed": "model"}),
         "another number of shards": lambda: decode(pj.shard(model, mesh), sparsity=sparsity),
         "another number of shards; got neurons in 1": lambda: pj.Engine(skipping, slots=4, capacity=16),
-        "jax.set_mesh has set several; got a mesh of 2": lambda: within(mesh, lambda: decode(alone)),
         "can't be divided evenly": lambda: decode(spread, zoo.batch(3)),
     }
+    windows = np.asarray(prompts[0])
+    on_one = (
+        lambda: decode(alone),
+        lambda: pj.forward(alone, *prompts),
+        lambda: perplexity(alone, windows),
+        lambda: evaluation.agreement(alone, windows, sparsity),
+        lambda: evaluation.sweep(pj.Bundle(alone, routers=sparsity.routers, plans=plans), windows),
+        lambda: learning.collect(alone, windows, "never-made"),
+    )
+    several = "jax.set_mesh has set several; got a mesh of 2"
+    within_mesh = [(several, functools.partial(within, mesh, run)) for run in on_one]
     found = {}
-    for words, run in wrong.items():
+    for words, run in (*wrong.items(), *within_mesh):
         try:
             run()
             found[words] = "not refused"

@@ -14,6 +14,7 @@ from polarjax.model.checks import check_model, check_windows, host_array
 from polarjax.model.decoder import Decoder, decode_step, forward, prefill
 from polarjax.model.layout import mesh_of
 from polarjax.model.readable import fetched
+from polarjax.model.spread_checks import check_around
 from polarjax.progress import task
 from polarjax.selection.checks import check_sparsity
 from polarjax.selection.selectors import Sparsity
@@ -45,6 +46,7 @@ def score(
       SparsityError: routers or plan are for another model, or mode is "decode" and the selector cannot decode.
     """
     check_model(model, where="evaluation")
+    check_around(model)
     for variant in variants:
         check_sparsity(variant, model.config)
     windows = host_array(windows)

@@ -10,7 +10,7 @@ from polarjax.evaluation import sweep_checks as checks
 from polarjax.evaluation.checks import check_scoring
 from polarjax.evaluation.parting import GreedyOptions
 from polarjax.model.layout import mesh_of
-from polarjax.model.spread_checks import check_batch, check_spread
+from polarjax.model.spread_checks import check_around, check_batch, check_spread
 from polarjax.selection.checks import check_sparsity
 from polarjax.selection.plans import SparsityPlan, uniform_groups
 from polarjax.selection.selectors import Selector, Sparsity, Static
@@ -75,6 +75,7 @@ class Asked:
 
     def chosen(self, bundle: Bundle, shape: tuple[int, ...]) -> Chosen:
         """Checks everything for windows of this shape [n T], before anything is measured."""
+        check_around(bundle.model)
         config = bundle.model.config
         protocols = checks.check_choices("protocols", self.protocols, checks.PROTOCOLS)
         found, notes = checks.find_selectors(bundle, self.selectors, self.static, self.seed)

@@ -25,7 +25,7 @@ from polarjax.model.layout import Layout
 from polarjax.model.meshes import on_any_mesh
 from polarjax.model.parallel import over_data, to_sequences
 from polarjax.model.spread import spread_prefill, spread_step
-from polarjax.model.spread_checks import check_batch, check_spread
+from polarjax.model.spread_checks import check_around, check_batch, check_spread
 from polarjax.model.step import step
 from polarjax.model.taps import Taps, TapSpec, pack
 from polarjax.selection.checks import check_sparsity
@@ -99,6 +99,7 @@ def forward(
       SparsityError: routers or plan are for another model.
     """
     check_model(model, where="forward")
+    check_around(model)
     check_sparsity(sparsity, model.config)
     check_taps(taps)
     tokens, lengths = as_prompts(model.config, tokens, lengths, where="forward")
@@ -126,6 +127,7 @@ def prefill(
         model or dtype.
     """
     check_model(model, where="prefill")
+    check_around(model)
     tokens, lengths = as_prompts(model.config, tokens, lengths, where="prefill")
     check_cache(model.config, model.dtype, cache, tokens.shape[0], where="prefill")
     check_capacity(cache, tokens.shape[1])
@@ -261,6 +263,7 @@ def decode_step(
       SparsityError: routers or plan are for another model, or the selector cannot skip work.
     """
     check_model(model, where="decode_step")
+    check_around(model)
     check_sparsity(sparsity, model.config)
     check_implementation(implementation)
     check_spread(model, sparsity)

@@ -17,6 +17,7 @@ from polarjax.errors import InputError
 from polarjax.model import decoder
 from polarjax.model.checks import check_model, check_windows
 from polarjax.model.parameters import fingerprint
+from polarjax.model.spread_checks import check_around
 from polarjax.model.taps import Taps, TapSpec
 from polarjax.numeric import spread, whole_number
 from polarjax.progress import task
@@ -168,6 +169,7 @@ def collect(
       CheckpointError: `out_dir` exists, or the disk refuses.
     """
     check_model(model, where="collect")
+    check_around(model)
     batch_size = whole_number(batch_size, "batch_size", where="collect")
     check_flags("collect", overwrite=overwrite)
     windows = check_windows(windows, model.config)

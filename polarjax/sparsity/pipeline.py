@@ -17,6 +17,7 @@ from polarjax.generation.checks import random_key
 from polarjax.model import decoder
 from polarjax.model.checks import check_model, check_windows
 from polarjax.model.parameters import fingerprint
+from polarjax.model.spread_checks import check_around
 from polarjax.selection.plans import PlanTable, check_density
 from polarjax.selection.routers import Routers
 from polarjax.sparsity.budgets import with_budgets
@@ -123,6 +124,7 @@ def sparsify(
       SparsityError: a bad density.
     """
     check_model(model, where="sparsify")
+    check_around(model)
     collecting = check_options(collecting, CollectOptions, "collecting")
     training = check_options(training, TrainOptions, "training")
     refinement = check_options(refinement, RefineOptions, "refinement")

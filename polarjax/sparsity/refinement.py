@@ -10,6 +10,7 @@ from polarjax.errors import PolarjaxError, SparsityError
 from polarjax.generation.checks import random_key
 from polarjax.model.checks import check_model
 from polarjax.model.decoder import Decoder
+from polarjax.model.spread_checks import check_around
 from polarjax.selection.plans import check_density, groups_kept
 from polarjax.selection.routers import Routers
 from polarjax.sparsity.activations import Activations
@@ -61,6 +62,7 @@ def refine(
       InputError: a step that does not fit the device's memory.
     """
     check_model(model, where="refine")
+    check_around(model)
     options = check_options(options, RefineOptions, "options")
     check_budgets(budgets, "refine")
     check_routers(routers, activations, model.config)

@@ -11,6 +11,7 @@ from polarjax.configs import ModelConfig
 from polarjax.errors import InputError, SparsityError
 from polarjax.memory import device_memory, fraction_hint
 from polarjax.model.checks import check_windows
+from polarjax.model.spread_checks import check_around
 from polarjax.numeric import check_type, plain, shown, whole_number
 from polarjax.selection.routers import Routers
 from polarjax.sparsity.tune_options import TuneOptions
@@ -58,7 +59,9 @@ def check_group_routers(routers: Any, config: ModelConfig) -> Routers:
 
 
 def check_teacher(model: Any, options: TuneOptions) -> None:
-    """Raises `SparsityError` if the options ask for something that this model doesn't have."""
+    """Raises `SparsityError` if the options ask for something that this model doesn't have, `InputError` if it would run
+    on a mesh that it doesn't lie on."""
+    check_around(model)
     if model.config.num_kv_heads == 1 and options.activation is None:
         raise SparsityError(
             "a model with one group has none to skip",
