@@ -121,6 +121,7 @@ class ConfigReader:
         if kinds is None:
             return None
         known = ("full_attention", "sliding_attention")
+        kinds = ["full_attention" if kind == "attention" else kind for kind in kinds]  # the older name
         layers = self.size("num_hidden_layers")
         if len(kinds) != layers or any(kind not in known for kind in kinds):
             expected = f"{' or '.join(known)} for each of the {layers} layers"

@@ -69,6 +69,12 @@ _REFUSED = (
         "an unsupported value",
         "only full rotary embedding is supported",
     ),
+    _Refusal(
+        r"^configuration_files$",
+        lambda value: not value,
+        "another file for some versions of transformers",
+        "rename the file that is meant to config.json and remove this key",
+    ),
     _Refusal(r"^rope_(scaling|parameters)$", _known_rope, "an unsupported RoPE", "use a model without it"),
 )
 

@@ -69,6 +69,8 @@ def _missing(folder: Path) -> CheckpointError:
 
 def _interpret(data: Mapping[str, Any], where: object) -> HfConfig:
     model_type = data.get("model_type")
+    if model_type == "mistral" and "layer_types" in data:
+        model_type = "ministral"  # as in transformers' AutoConfig, even where the key is null
     if not isinstance(model_type, str) or model_type not in FAMILIES:
         raise UnsupportedConfigError(
             "unsupported model_type",

@@ -1,6 +1,8 @@
 """LLaMA and related families: RMS norms, gated MLP, rotary embedding. They share one table of rules."""
 
-from typing import Any
+import dataclasses
+from collections.abc import Sequence
+from typing import Any, cast
 
 from checkpoints_convert.config_reader import FATRELU, Activation, ConfigReader
 from checkpoints_convert.rules import HEAD_TARGET, TABLE_TARGET, Family, rules
@@ -41,6 +43,16 @@ def read_mistral(reader: ConfigReader) -> ModelConfig:
     return _common(reader, max_positions=131072, kv_heads=kv_heads, sliding_window=window)
 
 
+def read_ministral(reader: ConfigReader) -> ModelConfig:
+    """Ministral: Mistral with `layer_types`, which says which layers have the window; without it, all do."""
+    config = read_mistral(reader)
+    kinds, window = reader.layer_types(), config.sliding_window
+    if kinds is None:
+        return config
+    hint = "set sliding_window, or list only full_attention"
+    return dataclasses.replace(config, sliding_window=_listed(reader, kinds, cast(int | None, window), hint))
+
+
 def read_qwen2(reader: ConfigReader) -> ModelConfig:
     """Qwen2 and Qwen2.5: biases on queries, keys and values."""
     return _common(reader, max_positions=32768, qkv_bias=True, sliding_window=_layer_windows(reader))
@@ -70,9 +82,16 @@ def _layer_windows(reader: ConfigReader) -> int | tuple[int | None, ...] | None:
         "sliding_attention" if used and window is not None and i >= first else "full_attention"
         for i in range(layers)
     ]
+    hint = "set use_sliding_window and sliding_window, or remove layer_types"
+    return _listed(reader, kinds, window if used else None, hint)
+
+
+def _listed(
+    reader: ConfigReader, kinds: Sequence[str], window: int | None, hint: str
+) -> int | tuple[int | None, ...] | None:
+    """The window of the layers of kind `sliding_attention`; raises if there are such layers but no window."""
     slides = [kind == "sliding_attention" for kind in kinds]
-    if any(slides) and not (used and window is not None):
-        hint = "set use_sliding_window and sliding_window, or remove layer_types"
+    if any(slides) and window is None:
         raise reader.refuse("layer_types", "a sliding layer without a window", kinds, None, hint)
     if all(slides) or not any(slides):
         return window if any(slides) else None
@@ -135,17 +154,30 @@ def write_mistral(config: ModelConfig) -> dict[str, Any]:
     return {**_write_common(config), "sliding_window": config.sliding_window}
 
 
+def write_ministral(config: ModelConfig) -> dict[str, Any]:
+    """The keys from which `read_ministral` makes `config`, if Ministral can express it. Its class needs a window."""
+    keys = _write_windows(config)
+    return {**_write_common(config), **keys, "sliding_window": keys["sliding_window"] or config.max_positions}
+
+
 def write_qwen2(config: ModelConfig) -> dict[str, Any]:
     """The keys from which `read_qwen2` makes `config`, if Qwen2 can express it."""
-    windows = [config.window(layer) for layer in range(config.num_layers)]
-    width = next(filter(None, windows), None)
-    if width is None:
+    keys = _write_windows(config)
+    slides = [kind == "sliding_attention" for kind in keys["layer_types"]]
+    if not any(slides):
         return {**_write_common(config), "use_sliding_window": False, "sliding_window": None}
     return {
         **_write_common(config),
+        **keys,
         "use_sliding_window": True,
-        "sliding_window": width,
-        "max_window_layers": next(i for i, window in enumerate(windows) if window),
+        "max_window_layers": slides.index(True),
+    }
+
+
+def _write_windows(config: ModelConfig) -> dict[str, Any]:
+    windows = [config.window(layer) for layer in range(config.num_layers)]
+    return {
+        "sliding_window": next(filter(None, windows), None),
         "layer_types": ["sliding_attention" if each else "full_attention" for each in windows],
     }
 
@@ -234,6 +266,13 @@ LLAMA = _family(
 )
 MISTRAL = _family(
     "mistral", "Mistral 7B", architecture="MistralForCausalLM", read=read_mistral, write=write_mistral
+)
+MINISTRAL = _family(
+    "ministral",
+    "Ministral 8B; `mistral` with `layer_types`, as in transformers",
+    architecture="MinistralForCausalLM",
+    read=read_ministral,
+    write=write_ministral,
 )
 QWEN2 = _family(
     "qwen2", "Qwen2, Qwen2.5", architecture="Qwen2ForCausalLM", read=read_qwen2, write=write_qwen2

@@ -37,6 +37,7 @@ IDS = {
     "llama": {"bos_token": 1},
     "sparsellama": {"bos_token": 1},
     "mistral": {"bos_token": 1},
+    "ministral": {"bos_token": 1},
 }
 """Families that begin a text with BOS, and their special token ids, unless config.json gives others."""
 
@@ -46,6 +47,7 @@ _BOS_NAMES = {
     "llama": _LLAMA_BOS,
     "sparsellama": _LLAMA_BOS,
     "mistral": _LLAMA_BOS,
+    "ministral": _LLAMA_BOS,
 }  # other models of a family don't use BOS
 _SENTENCEPIECE = {0: "<unk>", 1: "<s>", 2: "</s>"}
 _AGAIN = "download the file again"
@@ -140,7 +142,7 @@ def _missing(
     """Entries to add to tokenizer_config.json: the class, and special tokens by config.json's ids."""
     added: dict[str, Any] = {}
     said = settings.keys() | _read(folder / "special_tokens_map.json").keys()
-    if bare and model_type in ("llama", "sparsellama", "mistral"):
+    if bare and model_type in ("llama", "sparsellama", "mistral", "ministral"):
         meant = {"tokenizer_class": "LlamaTokenizer", "add_bos_token": True}
         added = {key: value for key, value in meant.items() if key not in settings}
     elif "tokenizer_class" not in settings and isinstance(config.get("tokenizer_class"), str):

@@ -103,6 +103,16 @@ MODELS: dict[str, tuple[str, dict]] = MATRIX | {
     "llama-relu-biases": ("Llama", {**_LLAMA, **_GQA, "hidden_act": "relu", "mlp_bias": True}),
     "llama-linear-rope": ("Llama", {**_LLAMA, "rope_parameters": _LINEAR}),
     "mistral-no-window": ("Mistral", {**_LLAMA, **_GQA, "sliding_window": None}),
+    "ministral-window": (
+        "Ministral",
+        {
+            **_LLAMA,
+            **_GQA,
+            "head_dim": 6,
+            "sliding_window": 7,
+            "layer_types": ["full_attention", "sliding_attention"],
+        },
+    ),
     "qwen2-window": ("Qwen2", {**_LLAMA, **_GQA, **_WINDOW}),
     "qwen3-window": ("Qwen3", {**_LLAMA, **_GQA, "head_dim": 6, "attention_bias": True, **_WINDOW}),
 }

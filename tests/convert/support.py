@@ -66,7 +66,8 @@ def row(family: str) -> list[str]:
     act = "activation_function" if family == "opt" else "hidden_act"
     found = {name: config for name in _NAMES if (config := read(family, **{act: name}, **more(name)))}
     exact = [name for name, config in found.items() if "neurons" in skippable(config)]
-    windows = read(family, **_WINDOW) or read(family, sliding_window=3)
+    listed = ["full_attention", "sliding_attention"] * 2 if family == "ministral" else None
+    windows = read(family, **_WINDOW, layer_types=listed)
     ropes = [kind for kind, more in _ROPES.items() if read(family, rope_scaling={"rope_type": kind, **more})]
     queries = [kind for kind, heads in (("MHA", 4), ("GQA", 2), ("MQA", 1)) if grouped(family, heads)]
     heads = [

@@ -1,19 +1,33 @@
-"""Keys of config.json that the class does not read: refused where they change what weights mean, else ignored."""
+"""Keys of config.json that the class does not read: refused where they change what weights mean, else ignored.
 
+And keys by which transformers chooses another class: what its AutoModelForCausalLM makes of them is asked here.
+"""
+
+import functools
+import json
 import re
+import tempfile
+from itertools import product
+from pathlib import Path
 
+import numpy as np
 import pytest
+import torch
 import transformers
+from huggingface_hub.errors import StrictDataclassError
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import polarjax as pj
-from checkpoints_convert import config_from_hf
+from checkpoints_convert import config_from_hf, convert_checkpoint
 from checkpoints_convert.config_reader import DEFAULTS, HARMLESS
 from checkpoints_convert.families import FAMILIES
 from checkpoints_convert.hf_config import read_config
+from polarjax.model.parameters import parameters, with_parameters
 from tests.convert import hf_models
+from tests.model import zoo
 from tests.one_line import refuses
+from tests.tolerances import assert_close
 
 MEANING = [
     {"quantization_config": {"quant_method": "gptq", "bits": 4}},
@@ -31,6 +45,7 @@ MEANING = [
 _THRESHOLDS = [{"hidden_act_param": 0.01}, {"relu_threshold": 0.1}]
 CLASSES = {
     "llama": transformers.LlamaConfig,
+    "ministral": transformers.MinistralConfig,
     "mistral": transformers.MistralConfig,
     "opt": transformers.OPTConfig,
     "qwen2": transformers.Qwen2Config,
@@ -64,6 +79,7 @@ def _unread(name: str) -> list[str]:
     """Keys that other families or nobody reads."""
     others = {key for other in BARE.values() for key in other}
     fields = {*BARE[name], *vars(CLASSES[name]())} | _READ_BY_MODELS
+    fields |= {"layer_types"} if name == "mistral" else set()  # AutoConfig takes another class
     known = sorted(key for key in others - fields if not _LIKE_WEIGHTS.search(key))
     return [
         *known,
@@ -86,3 +102,69 @@ def test_keys_that_the_class_does_not_read_change_nothing(name, data):
     assert found.config == config_from_hf(BARE[name])
     assert len(found.notes) <= 1
     assert all(key in found.notes[0] for key in change if key not in HARMLESS and key not in DEFAULTS)
+
+
+FULL, SLIDING = "full_attention", "sliding_attention"
+TOKENS = np.random.default_rng(0).integers(3, hf_models.VOCAB, (1, 12)).astype(np.int32)
+LISTS = [*map(list, product((FULL, SLIDING, "attention"), repeat=2)), [FULL], [FULL, "chunked_attention"]]
+WINDOWS = st.fixed_dictionaries(
+    {},
+    optional={
+        "layer_types": st.none() | st.sampled_from(LISTS),
+        "sliding_window": st.sampled_from([None, 5]),
+        "use_sliding_window": st.booleans(),
+        "max_window_layers": st.integers(0, 2),
+    },
+)
+
+
+@functools.cache
+def theirs(name: str) -> torch.nn.Module:
+    return hf_models.make(name)
+
+
+@functools.cache
+def arrays(name: str) -> dict:
+    with tempfile.TemporaryDirectory() as folder:
+        theirs(name).save_pretrained(f"{folder}/hf")
+        return parameters(pj.load(convert_checkpoint(f"{folder}/hf", f"{folder}/out").path).model)
+
+
+_forward = zoo.jit(pj.forward)
+
+
+@functools.cache
+def our_logits(name: str, config: pj.ModelConfig) -> np.ndarray:
+    model = with_parameters(config, arrays(name))
+    return np.asarray(_forward(model, TOKENS, np.array([12], np.int32))[0])
+
+
+def their_logits(name: str, data: dict) -> np.ndarray | None:
+    """Those of the class that transformers takes; None where it refuses the config, or has no logits for it."""
+    try:
+        with tempfile.TemporaryDirectory() as folder:
+            Path(folder, "config.json").write_text(json.dumps(data))
+            config = transformers.AutoConfig.from_pretrained(folder)
+        model = transformers.AutoModelForCausalLM.from_config(config, attn_implementation="eager").eval()
+        model.load_state_dict(theirs(name).state_dict())
+        with torch.no_grad():
+            return model(torch.from_numpy(TOKENS).long(), use_cache=False).logits.numpy()
+    except (ValueError, KeyError, StrictDataclassError):
+        return None
+
+
+@pytest.mark.parametrize("name", ["llama3-gqa", "mistral-gqa", "ministral-window", "qwen2-gqa", "qwen3-gqa"])
+@settings(max_examples=25)
+@given(change=WINDOWS)
+def test_windows_are_those_of_the_class_that_transformers_takes(name, change):
+    """What is refused here has no logits there."""
+    data = theirs(name).config.to_dict() | {"sliding_window": 5}
+    data = json.loads(json.dumps({key: data[key] for key in data if key != "layer_types"})) | change
+    expected = their_logits(name, data)
+    try:
+        config = config_from_hf(data)
+    except pj.UnsupportedConfigError:
+        assert expected is None
+        return
+    if expected is not None:
+        assert_close(our_logits(name, config), expected, "parity")

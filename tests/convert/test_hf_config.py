@@ -177,6 +177,11 @@ def without(data: dict, *keys: str) -> dict:
         (without(MISTRAL, "sliding_window"), 4096),
         ({**MISTRAL, "sliding_window": None}, None),
         ({**MISTRAL, "layer_types": [SLIDING] * 4}, 4096),
+        ({**MISTRAL, "layer_types": [FULL] * 4}, None),
+        ({**MISTRAL, "layer_types": ["attention", SLIDING] * 2}, (None, 4096) * 2),
+        ({**MISTRAL, "layer_types": None}, 4096),
+        ({**MISTRAL, "layer_types": [FULL] * 4, "sliding_window": None}, None),
+        ({**MISTRAL, "model_type": "ministral"}, 4096),
         (QWEN, None),
         (without(QWEN, "use_sliding_window"), None),
         ({**QWEN, "use_sliding_window": True}, (None, None, None, 4096)),
@@ -212,7 +217,9 @@ def test_families_differ_in_their_defaults():
     assert {name for name, config in configs.items() if config.qk_norm} == {"qwen3"}
 
 
-@pytest.mark.parametrize("name", ["LlamaConfig", "MistralConfig", "Qwen2Config", "Qwen3Config", "OPTConfig"])
+@pytest.mark.parametrize(
+    "name", ["LlamaConfig", "MistralConfig", "MinistralConfig", "Qwen2Config", "Qwen3Config", "OPTConfig"]
+)
 def test_defaults_are_those_of_transformers(name):
     theirs = getattr(transformers, name)()
     kept = ("model_type", "vocab_size", "hidden_size", "intermediate_size", "ffn_dim")
@@ -288,6 +295,15 @@ def test_what_transformers_writes_is_read(name):
         (LLAMA, {"rope_theta": 10**400}, ["a value out of range", "rope_theta"]),
         (LLAMA, {"rms_norm_eps": float("nan")}, ["a value out of range", "rms_norm_eps"]),
         (LLAMA, {"tie_word_embeddings": "no"}, ["a value of the wrong type", "tie_word_embeddings"]),
+        (MISTRAL, {"layer_types": [SLIDING] * 3}, ["layer_types", "each of the 4 layers"]),
+        (MISTRAL, {"layer_types": [FULL] * 3 + ["chunked_attention"]}, ["layer_types", "chunked_attention"]),
+        (MISTRAL, {"layer_types": "full_attention"}, ["a value of the wrong type", "layer_types"]),
+        (
+            MISTRAL,
+            {"layer_types": [FULL, SLIDING] * 2, "sliding_window": None},
+            ["sliding layer without a window"],
+        ),
+        (LLAMA, {"configuration_files": ["config.4.0.0.json"]}, ["configuration_files", "another file"]),
         (QWEN, {"layer_types": ["chunked_attention"] * 4}, ["layer_types", "chunked_attention"]),
         (QWEN, {"layer_types": [SLIDING] * 4}, ["layer_types", "sliding layer without a window"]),
         (QWEN, {"max_window_layers": -1}, ["max_window_layers"]),
@@ -316,7 +332,6 @@ LINEAR = {"rope_type": "linear", "factor": 2.0}
         (LLAMA, {"layer_types": [FULL] * 32}, {}, "layer_types"),
         (LLAMA, {"sliding_window": 5}, {}, "sliding_window"),
         (MISTRAL, {"attention_bias": False}, {}, "attention_bias"),
-        (MISTRAL, {"layer_types": [SLIDING, FULL] * 2}, {}, "layer_types"),
         (QWEN, {"attention_bias": True, "model_max_length": 9}, {}, "attention_bias, model_max_length"),
         (QWEN, {"use_mrope": True}, {}, "use_mrope"),
         (LLAMA, {"rope_scaling": LINEAR | {ORIGINAL: 9, "beta": 1}}, {"rope_scaling": LINEAR},

@@ -60,7 +60,12 @@ def configs(draw) -> tuple[str, pj.ModelConfig]:
         )
     biases = draw(st.booleans()) and family in ("llama", "qwen3")
     window = draw(st.sampled_from([None, 3, 8])) if family not in ("llama", "sparsellama") else None
-    by_layer = family.startswith("qwen") and window is not None and layers > 1 and draw(st.booleans())
+    by_layer = (
+        family in ("ministral", "qwen2", "qwen3")
+        and window is not None
+        and layers > 1
+        and draw(st.booleans())
+    )
     scaling = draw(st.sampled_from([None, "linear", "llama3"]))
     factors = {"factor": 2.5} if scaling else {}
     return family, pj.ModelConfig(

@@ -97,7 +97,7 @@ def test_opt_tokens_named_only_in_special_tokens_map(tmp_path):
     )
 
 
-@pytest.mark.parametrize("model_type", ["llama", "sparsellama", "mistral"])
+@pytest.mark.parametrize("model_type", ["llama", "sparsellama", "ministral"])
 @pytest.mark.parametrize("settings", [None, {"tokenizer_class": "LlamaTokenizer"}], ids=["bare", "class"])
 def test_bare_sentencepiece_model_is_completed(tmp_path, settings, model_type):
     right = small.write_sentencepiece(tmp_path / "right", small.LLAMA_SETTINGS)
