@@ -8,6 +8,7 @@ from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -16,13 +17,15 @@ from checkpoints_convert.hub import locate
 from checkpoints_convert.json_files import read_json
 from checkpoints_convert.rules import ConversionPlan, Family, Layout, Step, make_plan
 from checkpoints_convert.tensor_names import some
-from checkpoints_convert.weights_io import DTYPES, Tensor, open_weights, read_rows, unused_weights
+from checkpoints_convert.weights_io import Tensor, open_weights, read_rows, unused_weights
 from polarjax.checkpoint.manifest import SOURCE_CONFIG
 from polarjax.checkpoint.writer import ModelWriter, new_model
 from polarjax.configs import ModelConfig
-from polarjax.errors import CheckpointError, InputError
+from polarjax.errors import CheckpointError
+from polarjax.numeric import check_flags
 from polarjax.storage.atomic import absolute, write_json
 from polarjax.storage.beside import beside, stop_if_failed
+from polarjax.storage.dtypes import check_dtype
 from polarjax.types import DTypeLike
 from polarjax.types import Path as PathLike
 
@@ -86,26 +89,26 @@ def convert_checkpoint(
       progress: called with a description, a total and its unit; `polarjax.progress.task` is one.
 
     Raises:
+      InputError: an argument has a value that it can't have.
       CheckpointError: the source is incomplete or damaged, does not fit its config, or `out` cannot be written.
       UnsupportedConfigError: polarjax doesn't support what config.json asks for.
     """
     started = time.monotonic()
+    check_flags("convert_checkpoint", overwrite=overwrite, allow_nonfinite=allow_nonfinite)
+    chosen = None if dtype is None else check_dtype(dtype)
     source, target = locate(src, revision=revision), absolute(out)
-    family, config, notes = read_config(source)
+    family, config, notes, named = read_config(source)
     check_disjoint(source, target)
-    tensors = open_weights(source)
+    tensors = open_weights(source, named)
     config, plan, more = _plan(family, config, tensors, source)
-    notes = (*notes, *_weights_note(source), *more)
+    notes = (*notes, *_weights_note(source, named), *more)
     used = [tensors[step.source] for step in plan.steps]
-    wanted = parameter_dtype(dtype, used, source)
+    wanted = parameter_dtype(chosen, used, source)
     largest = max(tensor.num_bytes for tensor in used)
-    num_bytes = sum(tensor.size * wanted.itemsize for tensor in used)
-    options = {"model_type": family.model_type, "overwrite": overwrite}
-    with new_model(target, config, **options, largest=largest, num_bytes=num_bytes) as writer:
+    options = {"num_bytes": sum(tensor.size * wanted.itemsize for tensor in used), "overwrite": overwrite}
+    with new_model(target, config, model_type=family.model_type, largest=largest, **options) as writer:
         source_config = read_json(source / CONFIG, last_wins=True)
         write_json(writer.folder / SOURCE_CONFIG, source_config)
-        if "auto_map" in source_config:
-            notes = (f"{CONFIG} asks for its own code (auto_map), which is never run", *notes)
         copy = functools.partial(writer.copy_tokenizer, source, source_config)
         options = {"dtype": wanted, "finite": not allow_nonfinite, "progress": progress}
         copied, more = _write(plan.steps, tensors, writer, copy, **options)
@@ -118,7 +121,7 @@ def convert_checkpoint(
         num_bytes=sum(tensor.num_bytes for tensor in used),
         skipped=plan.skipped + tuple(head for head, _ in plan.equal),
         copied=copied,
-        notes=(*notes, *more),
+        notes=(*_code_note(source_config), *notes, *more),
         seconds=time.monotonic() - started,
     )
 
@@ -133,13 +136,10 @@ def check_disjoint(source: Path, target: Path) -> None:
         )
 
 
-def parameter_dtype(dtype: DTypeLike | None, tensors: Sequence[Tensor], where: Path) -> np.dtype:
+def parameter_dtype(dtype: np.dtype | None, tensors: Sequence[Tensor], where: Path) -> np.dtype:
     """The dtype to store parameters in: `dtype`, or the one that all tensors share."""
     if dtype is not None:
-        if np.dtype(dtype) not in DTYPES.values():
-            expected = " or ".join(each.name for each in DTYPES.values())
-            raise InputError("unusable dtype", where="dtype", got=np.dtype(dtype).name, expected=expected)
-        return np.dtype(dtype)
+        return dtype
     found = Counter(tensor.dtype for tensor in tensors)
     if len(found) > 1:
         got = ", ".join(f"{count} tensors of {kind.name}" for kind, count in found.most_common())
@@ -161,8 +161,13 @@ def _plan(
     return config, make_plan(family, config, shapes, where=source), (note,)
 
 
-def _weights_note(source: Path) -> tuple[str, ...]:
-    name, others = unused_weights(source)
+def _code_note(config: Mapping[str, Any]) -> tuple[str, ...]:
+    own = "auto_map" in config
+    return (f"{CONFIG} asks for its own code (auto_map), which is never run",) if own else ()
+
+
+def _weights_note(source: Path, named: str | None) -> tuple[str, ...]:
+    name, others = unused_weights(source, named)
     if not others:
         return ()
     return (f"the weights of {name} are read, as in transformers; not read: {', '.join(others)}",)

@@ -11,6 +11,7 @@ from checkpoints_convert.weights_io import open_weights
 from polarjax.configs import ModelConfig
 from polarjax.errors import PolarjaxError
 from polarjax.storage.atomic import absolute
+from polarjax.storage.dtypes import check_dtype
 from polarjax.types import DTypeLike
 from polarjax.types import Path as PathLike
 
@@ -51,17 +52,20 @@ def describe_checkpoint(
       dtype: the parameters' dtype after conversion; None keeps the source's.
 
     Raises:
+      InputError: no parameter can have this `dtype`.
       CheckpointError: there is no such folder or model, or it has no config.json.
     """
+    dtype = None if dtype is None else check_dtype(dtype)
     source = locate(src, revision=revision, weights=False)
     found = Description(source)
     try:
-        family, config, _ = read_config(source)
+        family, config, _, named = read_config(source)
         found = dataclasses.replace(found, model_type=family.model_type, config=config)
-        here = any(any(source.glob(each)) for each in (*SAFE_PATTERNS, *TORCH_PATTERNS))
+        patterns = (*SAFE_PATTERNS, *TORCH_PATTERNS) if named is None else (named,)
+        here = any(any(source.glob(each)) for each in patterns)
         if not here and source != absolute(src):
             return found
-        tensors = open_weights(source)
+        tensors = open_weights(source, named)
         files = tuple(sorted({tensor.file.name for tensor in tensors.values()}))
         found = dataclasses.replace(found, files=files)
         plan = make_plan(family, config, {name: each.shape for name, each in tensors.items()}, where=source)

@@ -13,18 +13,19 @@ from safetensors import safe_open
 
 from checkpoints_convert.config_reader import ConfigReader
 from checkpoints_convert.convert import Progress, check_disjoint, counter
+from checkpoints_convert.dtypes import SPELLINGS
 from checkpoints_convert.families import FAMILIES
-from checkpoints_convert.hf_config import CONFIG, interpret, read_config
+from checkpoints_convert.hf_config import CONFIG, WEIGHTS_FILE, interpret, read_config
 from checkpoints_convert.rules import Family, Step, expected_tensors, letter_sizes
-from checkpoints_convert.weights_io import DTYPES, INDEX, SINGLE
+from checkpoints_convert.weights_io import INDEX, SINGLE
 from polarjax.checkpoint.reader import ModelReader
 from polarjax.configs import ModelConfig
 from polarjax.errors import InputError, UnsupportedConfigError
+from polarjax.numeric import check_flags, shown
 from polarjax.storage.atomic import absolute, atomic_folder, write_json
 from polarjax.types import Path as PathLike
 
 SHARD_BYTES = 5_000_000_000
-_KINDS = {dtype: kind for kind, dtype in DTYPES.items()}
 _TOKEN_IDS = ("bos_token_id", "eos_token_id", "pad_token_id")
 
 
@@ -62,7 +63,8 @@ def export_checkpoint(
     """Writes a model directory as a HuggingFace folder that transformers loads; `out` appears complete or not at all.
 
     Tensors are bit-identical to the parameters. config.json is the source's if the directory has kept it, minus
-    auto_map. Routers and plans are not exported. Holds about twice the largest tensor in memory.
+    auto_map and transformers_weights. Routers and plans are not exported. Holds about twice the largest tensor in
+    memory.
 
     Args:
       src: a model directory.
@@ -72,15 +74,16 @@ def export_checkpoint(
       progress: called with a description, a total and its unit; `polarjax.progress.task` is one.
 
     Raises:
-      InputError: `shard_bytes` is not positive.
+      InputError: `shard_bytes` is not positive, or `overwrite` neither True nor False.
       CheckpointError: the model directory is damaged, or `out` cannot be written.
       UnsupportedConfigError: no transformers family can express this configuration.
     """
     started = time.monotonic()
-    if shard_bytes < 1:
-        hint = "omit it for 5 GB"
-        raise InputError("not a positive number of bytes", where="shard_bytes", got=shard_bytes, hint=hint)
-    source, target = ModelReader(src), absolute(out)
+    check_flags("export_checkpoint", overwrite=overwrite)
+    if type(shard_bytes) is not int or shard_bytes < 1:
+        what, hint = "not a positive number of bytes", "omit it for 5 GB"
+        raise InputError(what, where="shard_bytes", got=shown(shard_bytes), hint=hint)
+    target, source = absolute(out), ModelReader(src)
     check_disjoint(source.folder, target)
     family, data = hf_config(source)
     steps = list(expected_tensors(family, source.config).values())
@@ -118,10 +121,10 @@ def hf_config(source: ModelReader) -> tuple[Family, dict[str, Any]]:
     dtype = source.dtype.name
     kept = source.source_config
     if kept is not None:
-        family, config, _ = read_config(kept)
+        family, config, *_ = read_config(kept)
         if config == source.config:
             keys = [key for key in ("dtype", "torch_dtype") if key in kept] or ["torch_dtype"]
-            plain = {key: value for key, value in kept.items() if key != "auto_map"}
+            plain = {key: value for key, value in kept.items() if key not in ("auto_map", WEIGHTS_FILE)}
             return family, plain | dict.fromkeys(keys, dtype)
     known = source.model_type in FAMILIES
     families = [FAMILIES[source.model_type]] if known else list(FAMILIES.values())  # pyrefly: ignore[bad-index]
@@ -190,7 +193,7 @@ def _write_shard(file: Path, steps: Sequence[Step], source: ModelReader) -> Iter
     end = 0
     for step in steps:
         start, end = end, end + _num_bytes(step, source)
-        kind, shape = _KINDS[source.dtype_of(step.target)], list(step.layout.source_shape(sizes))
+        kind, shape = SPELLINGS[source.dtype_of(step.target).name], list(step.layout.source_shape(sizes))
         header[step.source] = {"dtype": kind, "shape": shape, "data_offsets": [start, end]}
     text = json.dumps(header, separators=(",", ":")).encode()
     text += b" " * (-len(text) % 8)

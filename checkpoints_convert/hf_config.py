@@ -1,5 +1,6 @@
 """config.json of a HuggingFace folder -> ModelConfig. Needs neither transformers nor torch."""
 
+import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -7,14 +8,17 @@ from typing import Any, NamedTuple
 from checkpoints_convert.config_reader import ConfigReader
 from checkpoints_convert.families import FAMILIES
 from checkpoints_convert.foreign_weights import check_weights_are_plain
-from checkpoints_convert.json_files import read_json
+from checkpoints_convert.json_files import FILE_NAME, read_json
 from checkpoints_convert.rules import Family
 from checkpoints_convert.tensor_names import MERGE_ADAPTER, some
+from polarjax.checkpoint.writer import is_model_directory
 from polarjax.configs import ModelConfig
 from polarjax.errors import CheckpointError, UnsupportedConfigError
 from polarjax.types import Path as PathLike
 
 CONFIG, ADAPTER_CONFIG = "config.json", "adapter_config.json"
+WEIGHTS_FILE = "transformers_weights"
+"""The key that names the file of the weights."""
 
 
 def config_from_hf(source: PathLike | Mapping[str, Any]) -> ModelConfig:
@@ -37,11 +41,13 @@ class HfConfig(NamedTuple):
       family: the model's family.
       config: the model's configuration.
       notes: one line about the ignored keys, if any.
+      weights: the file that holds the weights or their index, if it names one.
     """
 
     family: Family
     config: ModelConfig
     notes: tuple[str, ...]
+    weights: str | None
 
 
 def read_config(source: PathLike | Mapping[str, Any]) -> HfConfig:
@@ -51,12 +57,20 @@ def read_config(source: PathLike | Mapping[str, Any]) -> HfConfig:
     file = Path(source) / CONFIG
     if not file.is_file():
         raise _missing(file.parent)
+    if is_model_directory(file.parent):
+        raise CheckpointError(
+            "this is a model directory already, not a HuggingFace folder",
+            where=file.parent,
+            hint="use it as it is; polarjax export makes a HuggingFace folder of it",
+        )
     return _interpret(read_json(file, last_wins=True), file)
 
 
 def _missing(folder: Path) -> CheckpointError:
     what, hint = f"{CONFIG} is missing", "give the folder of a HuggingFace model"
-    if not folder.is_dir():
+    if folder.is_file():
+        what = "a file, not a folder"
+    elif not folder.is_dir():
         what = "no such folder"
     elif (folder / ADAPTER_CONFIG).is_file():
         what, hint = "this is an adapter (LoRA) without its model", MERGE_ADAPTER
@@ -82,9 +96,20 @@ def _interpret(data: Mapping[str, Any], where: object) -> HfConfig:
     family = FAMILIES[model_type]
     reader = ConfigReader(data, where)
     config = interpret(family, reader)
+    weights = _weights_file(reader)
     ignored = reader.ignored()
-    note = f"{CONFIG} has keys that a {model_type} model does not read; ignored: {some(ignored)}"
-    return HfConfig(family, config, (note,) if ignored else ())
+    note = f"{CONFIG} has keys that {model_type} models don't read; ignored: {some(ignored)}"
+    return HfConfig(family, config, (note,) if ignored else (), weights)
+
+
+def _weights_file(reader: ConfigReader) -> str | None:
+    """The value of `transformers_weights`: like transformers, only safetensors or their index."""
+    name = reader.get(WEIGHTS_FILE, None, str, "the name of a file")
+    if name is not None and not re.fullmatch(rf"{FILE_NAME}\.safetensors(\.index\.json)?", name):
+        expected = "a file beside config.json: *.safetensors or *.safetensors.index.json"
+        hint = "remove the key if model.safetensors or its index is meant"
+        raise reader.refuse(WEIGHTS_FILE, "not a file that can be read", name, expected, hint)
+    return name
 
 
 def interpret(family: Family, reader: ConfigReader) -> ModelConfig:

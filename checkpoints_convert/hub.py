@@ -4,7 +4,9 @@ import re
 from pathlib import Path
 
 from checkpoints_convert.hf_config import CONFIG, read_config
+from checkpoints_convert.weights_io import read_index
 from polarjax.errors import CheckpointError, InputError
+from polarjax.numeric import shown
 from polarjax.storage.atomic import absolute
 from polarjax.types import Path as PathLike
 
@@ -24,11 +26,14 @@ def locate(source: PathLike, *, revision: str | None = None, weights: bool = Tru
       weights: whether to download weights and tokenizer too; if not, the folder may only have config.json.
 
     Raises:
-      InputError: `revision` is given for a folder.
+      InputError: `revision` is not a text, or is given for a folder.
       CheckpointError: the model is neither on the hub nor in the cache, or the download failed.
       UnsupportedConfigError: its config.json is not supported; no weights are downloaded then.
     """
     folder = absolute(source)
+    if not isinstance(revision, str | None):
+        hint = "give a branch, a tag or a commit"
+        raise InputError("not a revision", where="revision", got=shown(revision), hint=hint)
     if folder.exists() or not _ID.fullmatch(str(source)):
         if revision is not None:
             hint = "leave the revision out, or give an id such as org/name"
@@ -39,12 +44,15 @@ def locate(source: PathLike, *, revision: str | None = None, weights: bool = Tru
         return snapshot
     from polarjax.text.tokenizer_files import FILES as TOKENIZER_FILES  # imports JAX
 
-    read_config(snapshot)
-    commit = snapshot.name
-    snapshot = _fetch(str(source), commit, (CONFIG, *TOKENIZER_FILES, *SAFE_PATTERNS))
-    if not any(snapshot.glob("*.safetensors")):
-        snapshot = _fetch(str(source), commit, (CONFIG, *TOKENIZER_FILES, *TORCH_PATTERNS))
-    return snapshot
+    named, commit = read_config(snapshot).weights, snapshot.name
+    fetch = lambda *names: _fetch(str(source), commit, (CONFIG, *TOKENIZER_FILES, *names))
+    if named is not None:
+        snapshot = fetch(named)
+        if named.endswith(".index.json") and (snapshot / named).is_file():
+            snapshot = fetch(named, *sorted(set(read_index(snapshot / named).values())))
+        return snapshot
+    snapshot = fetch(*SAFE_PATTERNS)
+    return snapshot if any(snapshot.glob("*.safetensors")) else fetch(*TORCH_PATTERNS)
 
 
 def _fetch(model: str, revision: str | None, patterns: tuple[str, ...]) -> Path:

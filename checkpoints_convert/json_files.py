@@ -6,6 +6,9 @@ from typing import Any
 
 from polarjax.errors import CheckpointError
 
+FILE_NAME = r"\w[\w. +=-]*"
+"""Pattern of the plain names that a file may give other files beside it."""
+
 
 def read_json(file: Path, *, last_wins: bool = False) -> dict[str, Any]:
     """A JSON object from a file; raises `CheckpointError` if the file holds anything else.

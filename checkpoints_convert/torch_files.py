@@ -16,12 +16,12 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from checkpoints_convert.dtypes import SPELLINGS
 from polarjax.errors import CheckpointError
 
 _SAFE = "use this model's safetensors, or load it once with PyTorch and save it as safetensors"
 _DOWNLOAD = "download the file again"
 _LOCAL_HEADER = struct.Struct("<26xHH")  # lengths of the name and of the extra field, at bytes 26 and 28
-_KINDS = {"float32": "F32", "float16": "F16", "bfloat16": "BF16"}
 
 
 class Placed(NamedTuple):
@@ -174,4 +174,4 @@ def _base(file: Path, records: list[_Record], tensors: Iterable[Any]) -> int:
 def _placed(tensor: Any, offset: int) -> Placed:
     kind = str(tensor.dtype).removeprefix("torch.")
     strides = None if tensor.is_contiguous() else tuple(tensor.stride())
-    return Placed(_KINDS.get(kind, kind), tuple(tensor.shape), offset, strides)
+    return Placed(SPELLINGS.get(kind, kind), tuple(tensor.shape), offset, strides)

@@ -16,7 +16,8 @@ from pathlib import Path
 import numpy as np
 from safetensors import SafetensorError, safe_open
 
-from checkpoints_convert.json_files import parse_json, read_json
+from checkpoints_convert.dtypes import DTYPES
+from checkpoints_convert.json_files import FILE_NAME, parse_json, read_json
 from checkpoints_convert.read_ahead import RANGE_BYTES, FileRange, read_ahead
 from checkpoints_convert.tensor_names import MERGE_ADAPTER, ROTARY_BUFFERS, some
 from checkpoints_convert.torch_files import read_torch_header
@@ -28,13 +29,6 @@ WEIGHTS = (SINGLE, INDEX, TORCH_SINGLE, TORCH_INDEX)
 """The files that name the weights, in the order in which transformers looks for them."""
 
 ADAPTERS = ("adapter_model.safetensors", "adapter_model.bin")
-DTYPES = {
-    "F32": np.dtype(np.float32),
-    "F16": np.dtype(np.float16),
-    "BF16": np.dtype("bfloat16"),
-}
-"""The dtypes that a weight may have, keyed by safetensors' spelling."""
-
 DAMAGED = "a truncated or damaged weights file"
 _DOWNLOAD = "download the file again"
 
@@ -160,25 +154,29 @@ def read_rows(tensors: Sequence[Tensor]) -> Generator[np.ndarray, None, None]:
                 yield tensor._whole(memory, each.size).view(tensor.dtype).reshape(-1, tensor.matrix[1])
 
 
-def open_weights(folder: Path) -> dict[str, Tensor]:
+def open_weights(folder: Path, named: str | None = None) -> dict[str, Tensor]:
     """Every tensor of a HuggingFace folder, by name; only headers are read.
+
+    Args:
+      folder: where the files are.
+      named: the file to read, a single one or an index; None takes the first of `WEIGHTS`.
 
     Raises:
       CheckpointError: there are no weights, or a file or the index is damaged; the message names it.
     """
-    for name in WEIGHTS:
-        if _is_there(folder, name):
-            read_header = _read_header if name in (SINGLE, INDEX) else _read_torch_header
-            if name in (INDEX, TORCH_INDEX):
-                return _sharded(folder / name, read_header)
-            return read_header(_inside(folder, name))
-    raise _no_weights(folder)
+    name = named or next((name for name in WEIGHTS if _is_there(folder, name)), None)
+    if name is None:
+        raise _no_weights(folder)
+    read_header = _read_torch_header if name in (TORCH_SINGLE, TORCH_INDEX) else _read_header
+    path = _inside(folder, name, "a weights file is missing")
+    return _sharded(path, read_header) if name.endswith(".index.json") else read_header(path)
 
 
-def unused_weights(folder: Path) -> tuple[str, tuple[str, ...]]:
+def unused_weights(folder: Path, named: str | None = None) -> tuple[str, tuple[str, ...]]:
     """The file that `open_weights` reads, and the other weights files, which transformers ignores too."""
-    first, *others = [name for name in WEIGHTS if _is_there(folder, name)]
-    return first, tuple(others)
+    there = [name for name in WEIGHTS if _is_there(folder, name)]
+    first = named or there[0]
+    return first, tuple(name for name in there if name != first)
 
 
 def _is_there(folder: Path, name: str) -> bool:
@@ -229,7 +227,7 @@ def read_index(file: Path) -> Mapping[str, str]:
     if not isinstance(weight_map, dict) or not weight_map:
         raise CheckpointError("not an index of weights", where=file, expected="a weight_map", hint=_DOWNLOAD)
     for shard in weight_map.values():
-        if not isinstance(shard, str) or not re.fullmatch(r"\w[\w. +=-]*", shard):
+        if not isinstance(shard, str) or not re.fullmatch(FILE_NAME, shard):
             expected = "the name of a file beside the index"
             hint = "do not trust this checkpoint"
             raise CheckpointError(
@@ -242,11 +240,11 @@ def read_index(file: Path) -> Mapping[str, str]:
     return weight_map
 
 
-def _inside(folder: Path, name: str) -> Path:
+def _inside(folder: Path, name: str, missing: str = "a shard is missing") -> Path:
     """The file `name` of `folder`; links may only point into the folder or to a hub cache's blobs."""
     path = folder / name
     if not os.path.exists(path):  # also False for names that the system rejects
-        raise CheckpointError("a shard is missing", where=path, hint="download it too")
+        raise CheckpointError(missing, where=path, hint="download it too")
     root = folder.resolve()
     allowed = {root, root.parents[1] / "blobs"} if root.parent.name == "snapshots" else {root}
     if path.resolve().parent not in allowed:

@@ -77,6 +77,12 @@ def check_type[T](
     return value
 
 
+def check_flags(where: str, **flags: Any) -> None:
+    """Raises `InputError` unless every flag is True or False."""
+    for name, value in flags.items():
+        check_type(value, bool, where=f"{where}: {name}", hint="pass True or False")
+
+
 def shown(value: Any) -> str:
     """A short form of a wrong value for a message."""
     jax = sys.modules.get("jax")

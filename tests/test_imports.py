@@ -60,7 +60,17 @@ FLOORS = {
 
 CONVERTER_MAY_USE = {
     f"polarjax.{name}"
-    for name in ("configs", "model", "checkpoint", "storage", "text", "errors", "types", "progress")
+    for name in (
+        "configs",
+        "model",
+        "checkpoint",
+        "storage",
+        "text",
+        "errors",
+        "types",
+        "numeric",
+        "progress",
+    )
 }
 
 

@@ -43,7 +43,7 @@ from polarjax.model.checks import check_model
 from polarjax.model.decoder import Decoder
 from polarjax.model.layout import mesh_of
 from polarjax.model.parameters import fingerprint, parameters
-from polarjax.numeric import check_type
+from polarjax.numeric import check_flags, check_type
 from polarjax.selection.plans import PlanTable
 from polarjax.selection.routers import Routers
 from polarjax.selection.selectors import Sparsity
@@ -254,6 +254,7 @@ def save(path: str | os.PathLike[str], bundle: Bundle, *, overwrite: bool = Fals
     """
     check_type(bundle, Bundle, where="save", hint="pass pj.save(path, pj.Bundle(model))")
     check_model(bundle.model, where="save")
+    check_flags("save", overwrite=overwrite)
     path, model = absolute(path), bundle.model
     bundle._check_sparsity("Bundle")
     with new_model(path, model.config, model_type=bundle.model_type, overwrite=overwrite) as writer:

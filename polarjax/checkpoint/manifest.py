@@ -25,7 +25,8 @@ def read_manifest(folder: Path) -> dict[str, Any]:
     """The manifest of a model directory; raises `CheckpointError` if it is not one, or has another format."""
     if not folder.is_dir():
         hint = "pass a folder that polarjax convert wrote"
-        raise CheckpointError("no such model directory", where=folder, hint=hint)
+        what = "a file, not a model directory" if folder.is_file() else "no such model directory"
+        raise CheckpointError(what, where=folder, hint=hint)
     file = folder / "manifest.json"
     if not file.is_file():
         hint = "this looks like a HuggingFace folder, so run: polarjax convert" if _is_hf(folder) else AGAIN

@@ -1,7 +1,6 @@
 """`polarjax convert`: a HuggingFace checkpoint becomes a model directory."""
 
 import dataclasses
-from enum import StrEnum
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -10,15 +9,8 @@ import typer
 from checkpoints_convert import Conversion, convert_checkpoint, describe_checkpoint
 from polarjax.cli import inspect
 from polarjax.progress import task
-
-
-class Dtype(StrEnum):
-    """Dtypes of stored parameters."""
-
-    KEEP = "keep"
-    FLOAT32 = "float32"
-    FLOAT16 = "float16"
-    BFLOAT16 = "bfloat16"
+from polarjax.storage.dtypes import check_dtype
+from polarjax.types import DTYPES
 
 
 def convert(
@@ -28,8 +20,8 @@ def convert(
     out: Annotated[Path, typer.Argument(metavar="OUT", help="The model directory to make.")],
     revision: Annotated[str | None, typer.Option(help="Branch, tag or commit of a model on the hub.")] = None,
     dtype: Annotated[
-        Dtype, typer.Option(help="Dtype of the parameters; keep: as in the source.")
-    ] = Dtype.KEEP,
+        str, typer.Option(help=f"Dtype of the parameters: {', '.join(DTYPES)}; keep: as in the source.")
+    ] = "keep",
     overwrite: Annotated[
         bool, typer.Option("--overwrite", help="Replace an existing model directory.")
     ] = False,
@@ -41,7 +33,7 @@ def convert(
     ] = False,
 ) -> dict[str, Any]:
     """Turn a HuggingFace checkpoint into a model directory."""
-    chosen = None if dtype is Dtype.KEEP else dtype.value
+    chosen = None if dtype == "keep" else check_dtype(dtype, where="--dtype").name
     if dry_run:
         return inspect.dry_run(describe_checkpoint(source, revision=revision, dtype=chosen), chosen)
     done = convert_checkpoint(

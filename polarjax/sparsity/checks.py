@@ -35,12 +35,6 @@ def check_sources(activations: Any, config: Any, where: str) -> None:
     check_type(config, ModelConfig, where=where, hint="pass model.config")
 
 
-def check_flags(where: str, **flags: Any) -> None:
-    """Raises `InputError` unless every flag is True or False."""
-    for name, value in flags.items():
-        check_type(value, bool, where=f"{where}: {name}", hint="pass True or False")
-
-
 def check_size(max_bytes: Any) -> None:
     """Raises `InputError` unless `max_bytes` is a number."""
     number = plain(max_bytes)

@@ -19,7 +19,7 @@ from polarjax.model.checks import check_model, check_windows
 from polarjax.model.parameters import fingerprint
 from polarjax.model.spread_checks import check_around
 from polarjax.model.taps import Taps, TapSpec
-from polarjax.numeric import spread, whole_number
+from polarjax.numeric import check_flags, spread, whole_number
 from polarjax.progress import task
 from polarjax.selection.importance import Importance
 from polarjax.selection.plans import dense_plan
@@ -35,7 +35,7 @@ from polarjax.sparsity.activations import (
     text_specs,
     write_meta,
 )
-from polarjax.sparsity.checks import check_flags, check_held_out, check_size
+from polarjax.sparsity.checks import check_held_out, check_size
 from polarjax.sparsity.options import HELD_OUT, MAX_BYTES, CollectOptions
 from polarjax.sparsity.positions import divided, kept_positions
 from polarjax.storage.atomic import absolute, atomic_folder

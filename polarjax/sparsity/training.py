@@ -13,11 +13,12 @@ import optax
 from polarjax.configs import ModelConfig
 from polarjax.errors import InputError, SparsityError
 from polarjax.generation.checks import random_key
+from polarjax.numeric import check_flags
 from polarjax.progress import task as progress
 from polarjax.selection.plans import check_density, groups_kept
 from polarjax.selection.routers import LayerRouter, Routers, init_routers
 from polarjax.sparsity.activations import Activations
-from polarjax.sparsity.checks import check_flags, check_options, check_sources, diverged
+from polarjax.sparsity.checks import check_options, check_sources, diverged
 from polarjax.sparsity.early_stopping import Best
 from polarjax.sparsity.minibatches import Feed, read
 from polarjax.sparsity.objectives import (

@@ -103,7 +103,11 @@ def repair(folder: Path, model_type: str, config: Mapping[str, Any]) -> tuple[st
     if not isinstance(settings.get("add_bos_token", False), bool):
         got = repr(settings["add_bos_token"])
         raise CheckpointError(
-            "add_bos_token is neither true nor false", where=folder / SETTINGS, got=got, hint=_AGAIN
+            "add_bos_token is neither true nor false",
+            where=folder / SETTINGS,
+            got=got,
+            expected="true, false or null",
+            hint="write true or false, without quotes",
         )
     notes = (
         [f"{SETTINGS} asks for its own code (auto_map), which is never run"] if "auto_map" in settings else []

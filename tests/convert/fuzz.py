@@ -68,9 +68,18 @@ def spoil(value: Any, draw: random.Random) -> Any:
             case 0:
                 del changed[key]
             case 1:
-                changed[draw.choice(("x", "rope_type", "quantization_config", "lm_head.weight", ""))] = (
-                    draw.choice(ODD)
-                )
+                changed[
+                    draw.choice(
+                        (
+                            "x",
+                            "rope_type",
+                            "quantization_config",
+                            "transformers_weights",
+                            "lm_head.weight",
+                            "",
+                        )
+                    )
+                ] = draw.choice(ODD)
             case 2:
                 changed[key] = changed[draw.choice(list(changed))]
             case _:
@@ -98,7 +107,7 @@ class Checkpoint:
 
     def __init__(self, config: dict[str, Any]):
         self.config = config
-        family, parsed, _ = read_config(config)
+        family, parsed, *_ = read_config(config)
         sizes = letter_sizes(parsed)
         steps = expected_tensors(family, parsed).values()
         shapes = {step.source: list(step.layout.source_shape(sizes)) for step in steps}
@@ -137,8 +146,8 @@ class Checkpoint:
 def attempt(folder: Path) -> str:
     """Reads a checkpoint as the converter does, weights included; "accepted", or the kind of the refusal."""
     try:
-        family, config, _ = read_config(folder)
-        tensors = open_weights(folder)
+        family, config, _, named = read_config(folder)
+        tensors = open_weights(folder, named)
         plan = make_plan(family, config, {name: each.shape for name, each in tensors.items()}, where=folder)
         used = [tensors[step.source] for step in plan.steps]
         parameter_dtype(None, used, folder)

@@ -12,10 +12,11 @@ from typing import Any
 from checkpoints_convert.config_reader import ConfigReader
 from checkpoints_convert.families import FAMILIES
 from checkpoints_convert.hf_config import interpret
-from checkpoints_convert.weights_io import DTYPES, INDEX, SINGLE, TORCH_INDEX, TORCH_SINGLE
+from checkpoints_convert.weights_io import INDEX, SINGLE, TORCH_INDEX, TORCH_SINGLE
 from polarjax.cli.inspect import supported
 from polarjax.configs import ModelConfig
 from polarjax.errors import UnsupportedConfigError
+from polarjax.types import DTYPES
 
 README = Path(__file__).parents[2] / "README.md"
 BEGIN = "<!-- support, made by python -m tests.convert.support -->"
@@ -124,11 +125,10 @@ def matrix() -> str:
     )  # fmt: skip
     table = [list(header), ["---"] * len(header), *(row(family) for family in FAMILIES)]
     lines = [f"| {' | '.join(cells)} |" for cells in table]
-    kinds = ", ".join(dtype.name for dtype in DTYPES.values())
     lines += [
         "",
         f"Weights: `{SINGLE}`, or shards with `{INDEX}`; with the extra `torch` also",
-        f"`{TORCH_SINGLE}`, or shards with `{TORCH_INDEX}`. Of {kinds}.",
+        f"`{TORCH_SINGLE}`, or shards with `{TORCH_INDEX}`. Of {', '.join(DTYPES)}.",
         f"Refused by name: {', '.join(refused())}.",
     ]
     return "\n".join(lines)

@@ -13,6 +13,7 @@ from checkpoints_convert import config_from_hf
 from checkpoints_convert.config_reader import ORIGINAL
 from checkpoints_convert.hf_config import read_config
 from tests.convert import hf_models
+from tests.model import zoo
 from tests.one_line import refuses
 
 OPT = {
@@ -304,6 +305,10 @@ def test_what_transformers_writes_is_read(name):
             ["sliding layer without a window"],
         ),
         (LLAMA, {"configuration_files": ["config.4.0.0.json"]}, ["configuration_files", "another file"]),
+        (LLAMA, {"transformers_weights": "pytorch_model.bin"}, ["transformers_weights", "*.safetensors"]),
+        (LLAMA, {"transformers_weights": "../x.safetensors"}, ["transformers_weights"]),
+        (LLAMA, {"transformers_weights": ""}, ["transformers_weights"]),
+        (LLAMA, {"transformers_weights": ["a"]}, ["a value of the wrong type", "transformers_weights"]),
         (QWEN, {"layer_types": ["chunked_attention"] * 4}, ["layer_types", "chunked_attention"]),
         (QWEN, {"layer_types": [SLIDING] * 4}, ["layer_types", "sliding layer without a window"]),
         (QWEN, {"max_window_layers": -1}, ["max_window_layers"]),
@@ -347,7 +352,7 @@ def test_ignored_keys(base, change, same_as, noted):
     found = read_config(base | change)
     assert found.config == config_from_hf(base | same_as)
     assert found.notes == (
-        (f"config.json has keys that a {base['model_type']} model does not read; ignored: {noted}",)
+        (f"config.json has keys that {base['model_type']} models don't read; ignored: {noted}",)
         if noted
         else ()
     )
@@ -415,6 +420,12 @@ def test_unreadable_files(tmp_path, text, words):
         config_from_hf(tmp_path)
 
 
-def test_missing_folder(tmp_path):
-    with pytest.raises(pj.CheckpointError, match="no such folder"):
+def test_what_is_no_folder_of_huggingface(tmp_path):
+    with refuses(pj.CheckpointError, "nothing: no such folder"):
         config_from_hf(tmp_path / "nothing")
+    (tmp_path / "weights.txt").write_text("")
+    with refuses(pj.CheckpointError, r"weights\.txt: a file, not a folder"):
+        config_from_hf(tmp_path / "weights.txt")
+    pj.save(tmp_path / "model", pj.Bundle(zoo.model("opt")))
+    with refuses(pj.CheckpointError, "model: this is a model directory already.*polarjax export"):
+        config_from_hf(tmp_path / "model")

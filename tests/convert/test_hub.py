@@ -1,11 +1,13 @@
 """Models by their id on the hub: from a cache made here, or from a stand-in for the download; never the network."""
 
+import json
 import shutil
 from pathlib import Path
 
 import huggingface_hub
 import pytest
 from huggingface_hub import errors
+from safetensors.numpy import load_file
 
 import polarjax as pj
 from checkpoints_convert import convert_checkpoint
@@ -123,6 +125,20 @@ def test_only_what_is_needed_is_fetched_of_one_commit(plain, tmp_path, monkeypat
     assert hub.asked[0][1] == ["config.json"]
     fetched = {path.name for path in hub.target.iterdir()}
     assert fetched == {"config.json", "model.safetensors", *TOKENIZER}
+
+
+@pytest.mark.parametrize("value", ["a.safetensors", "a.safetensors.index.json"])
+def test_only_the_weights_that_config_json_names_are_fetched(plain, tmp_path, monkeypatch, value):
+    folder = Path(shutil.copytree(plain, tmp_path / "hf"))
+    data = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(data | {"transformers_weights": value}))
+    shutil.copy(folder / "model.safetensors", folder / "a.safetensors")
+    places = dict.fromkeys(load_file(folder / "a.safetensors"), "a.safetensors")
+    (folder / "a.safetensors.index.json").write_text(json.dumps({"weight_map": places}))
+    hub = Hub(folder, tmp_path / "snapshots" / COMMIT)
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", hub)
+    convert_checkpoint("org/tiny", tmp_path / "out")
+    assert {path.name for path in hub.target.iterdir()} == {"config.json", "a.safetensors", value, *TOKENIZER}
 
 
 def test_no_weights_are_fetched_for_a_config_that_is_refused(tmp_path, monkeypatch):

@@ -194,11 +194,16 @@ def test_bad_options(folders, capsys, words, line):
     assert line in err
 
 
-@pytest.mark.parametrize("name", ["nothing", "empty"])
-def test_what_is_no_checkpoint(tmp_path, capsys, name):
+@pytest.mark.parametrize(
+    ("name", "words"),
+    [("nothing", "no such folder"), ("empty", "config.json is missing"), ("file", "a file, not a folder")],
+)
+def test_what_is_no_checkpoint(tmp_path, capsys, name, words):
     (tmp_path / "empty").mkdir()
+    (tmp_path / "file").write_text("")
     code, out, err = run(capsys, "inspect", tmp_path / name)
     assert (code, out, err.count("\n")) == (2, "", 1)
+    assert words in err
 
 
 def test_weights_are_not_read(folders, tmp_path):

@@ -234,7 +234,11 @@ def test_remote_code_is_named_and_never_run(tmp_path):
         ("tokenizer.json", "[]", "hf/tokenizer.json: not a JSON object"),
         ("tokenizer_config.json", "{", "hf/tokenizer_config.json: not readable as JSON"),
         ("generation_config.json", '{"eos_token_id": "x"}', "hf/generation_config.json: eos_token_id"),
-        ("tokenizer_config.json", '{"add_bos_token": 1}', "hf/tokenizer_config.json: add_bos_token"),
+        (
+            "tokenizer_config.json",
+            '{"add_bos_token": "true"}',
+            "hf/tokenizer_config.json: add_bos_token.*Hint: write true",
+        ),
         (
             "tokenizer_config.json",
             '{"tokenizer_class": "LLaMATokenizer", "bos_token": "", "eos_token": "", "unk_token": ""}',
