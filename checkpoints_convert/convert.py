@@ -46,7 +46,7 @@ class Conversion:
       dtype: the parameters' dtype.
       tensors: how many source tensors became parameters.
       num_bytes: their size in the source.
-      skipped: source tensors that can be computed from the config or from others.
+      skipped: source tensors that the model does not need, most because they can be computed.
       copied: names of the tokenizer and generation files copied.
       notes: what was fixed or left out, one line each.
       seconds: how long it took.
@@ -119,7 +119,7 @@ def convert_checkpoint(
         dtype=wanted.name,
         tensors=len(used),
         num_bytes=sum(tensor.num_bytes for tensor in used),
-        skipped=plan.skipped + tuple(head for head, _ in plan.equal),
+        skipped=plan.skipped + plan.left_out + tuple(head for head, _ in plan.equal),
         copied=copied,
         notes=(*_code_note(source_config), *notes, *more),
         seconds=time.monotonic() - started,
@@ -154,11 +154,13 @@ def _plan(
     """The config, plan and notes. As in transformers, tied tensors that differ are untied."""
     shapes = {name: each.shape for name, each in tensors.items()}
     plan = make_plan(family, config, shapes, where=source)
+    notes = (f"left out, because the language model does not need it: {some(plan.left_out)}",)
+    notes = notes if plan.left_out else ()
     if all(_same(tensors[head], tensors[table]) for head, table in plan.equal):
-        return config, plan, ()
+        return config, plan, notes
     config = dataclasses.replace(config, tie_embeddings=False)
     note = f"{CONFIG} ties the head to the embeddings, but the two tensors differ: both are kept"
-    return config, make_plan(family, config, shapes, where=source), (note,)
+    return config, make_plan(family, config, shapes, where=source), (*notes, note)
 
 
 def _code_note(config: Mapping[str, Any]) -> tuple[str, ...]:

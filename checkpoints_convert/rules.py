@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 
 from checkpoints_convert.config_reader import ConfigReader
-from checkpoints_convert.tensor_names import HEAD, ROTARY_BUFFERS, check_tensors, some
+from checkpoints_convert.tensor_names import HEAD, ROTARY_BUFFERS, check_tensors, not_needed, some
 from polarjax.configs import ModelConfig
 from polarjax.errors import CheckpointError
 from polarjax.model.shapes import shapes
@@ -148,11 +148,13 @@ class ConversionPlan:
       steps: every parameter exactly once, from every source tensor that isn't skipped.
       equal: pairs of source tensors that must hold the same values (an explicit head of a tied model).
       skipped: source tensors that can be computed from the config.
+      left_out: other source tensors that the language model does not need, such as a value head.
     """
 
     steps: tuple[Step, ...]
     equal: tuple[tuple[str, str], ...]
     skipped: tuple[str, ...]
+    left_out: tuple[str, ...]
 
 
 HEAD_TARGET, TABLE_TARGET = "head.w", "embed.tokens"
@@ -218,19 +220,20 @@ def make_plan(
         names[table] = names.pop(HEAD)
     spare_head = config.tie_embeddings and HEAD in names
     skipped = {name for name in names if name not in expected and is_buffer(family, name)}
-    unknown = sorted(
-        names[name] for name in names.keys() - expected.keys() - skipped - {HEAD if spare_head else ""}
-    )
+    missing = sorted(expected.keys() - names.keys())
+    unknown = names.keys() - expected.keys() - skipped - {HEAD if spare_head else ""}
+    left_out = not_needed(unknown, complete=not missing, head=HEAD in found)
     faults = {
-        "missing": sorted(expected.keys() - names.keys()),
-        "unknown": unknown,
+        "missing": missing,
+        "unknown": sorted(names[name] for name in unknown - left_out),
         "duplicated under another name": doubled,
         "of the wrong shape": _misshaped(expected, names, found, letter_sizes(config)),
     }
-    check_tensors(where, found, faults)
+    check_tensors(where, found, faults, lambda name: _with_prefix(family, name))
     steps = tuple(dataclasses.replace(step, source=names[name]) for name, step in expected.items())
     equal = ((names[HEAD], names[table]),) if spare_head else ()
-    return ConversionPlan(steps, equal, tuple(sorted(names[name] for name in skipped)))
+    skipped, left_out = (tuple(sorted(names[name] for name in each)) for each in (skipped, left_out))
+    return ConversionPlan(steps, equal, skipped, left_out)
 
 
 def is_buffer(family: Family, name: str) -> bool:

@@ -12,7 +12,9 @@ from safetensors.numpy import load_file, save_file
 from safetensors.torch import save_model
 
 import polarjax as pj
-from checkpoints_convert import convert_checkpoint
+from checkpoints_convert import convert_checkpoint, describe_checkpoint, export_checkpoint
+from checkpoints_convert.hf_config import read_config
+from checkpoints_convert.rules import make_plan
 from checkpoints_convert.weights_io import (
     INDEX,
     SINGLE,
@@ -190,16 +192,10 @@ OTHERS = {
     "LoRA beside the weights": (_lora, "adapter .LoRA.*merge_and_unload"),
     "peft": (_peft, "adapter .LoRA.*merge_and_unload"),
     "classifier": (_classifier, "a classifier or a reward model"),
-    "value head": (
-        lambda arrays: arrays.update({"v_head.summary.weight": np.zeros((1, 24), np.float32)}),
-        "a classifier or a reward model",
+    "biases that config.json does not know": (
+        lambda arrays: arrays.update({"model.layers.0.self_attn.q_proj.bias": np.zeros(24, np.float32)}),
+        "1 unknown: .*q_proj.bias. Hint: use the config.json of these weights",
     ),
-    "compiled": (_renamed(lambda name: f"_orig_mod.{name}"), "names contain '_orig_mod.'"),
-    "compiled by layer": (
-        _renamed(lambda name: name.replace("layers.0.", "layers.0._orig_mod.")),
-        "names contain '_orig_mod.'",
-    ),
-    "data parallel": (_renamed(lambda name: f"module.{name}"), "names contain 'module.'"),
     "float64": (
         lambda arrays: {name: each.astype(np.float64) for name, each in arrays.items()},
         r"got F64.*model.float\(\).save_pretrained",
@@ -218,6 +214,102 @@ def test_other_kinds_of_weights_are_called_by_name(plain, tmp_path, kind):
     with refuses(pj.CheckpointError, words):
         convert_checkpoint(source, tmp_path / "out")
     assert not (tmp_path / "out").exists()
+
+
+def test_the_body_of_a_tied_model_may_be_a_classifier(plain, tmp_path):
+    """Its language model looks alike; transformers would tie a head to the embeddings."""
+    add = lambda arrays: arrays.update({"score.weight": np.zeros((2, 24), np.float32)})
+    with refuses(pj.CheckpointError, "a classifier or a reward model"):
+        convert_checkpoint(changed(plain("opt"), tmp_path / "hf", add), tmp_path / "out")
+
+
+NOT_NEEDED = {
+    "opt": ("v_head.summary.weight", "model.decoder.embed_positions._float_tensor", "value_head.bias"),
+    "llama-gqa": (
+        *("model.layers.0.self_attn._cos_cached", "model.layers.1.self_attn.masked_bias"),
+        *("model.position_ids", "score.weight", "medusa_head.0.0.linear.weight", "v_head.summary.bias"),
+    ),
+}
+
+
+@pytest.mark.parametrize("name", NOT_NEEDED)
+def test_what_a_language_model_does_not_need_is_left_out_with_a_note(plain, tmp_path, name):
+    names = tuple(sorted(NOT_NEEDED[name]))
+    add = lambda arrays: arrays.update({each: np.zeros((1, 24), np.int8) for each in names})
+    found = convert_checkpoint(changed(plain(name), tmp_path / "hf", add), tmp_path / "out")
+    assert found.notes == (f"left out, because the language model does not need it: {', '.join(names)}",)
+    assert found.skipped == names
+    assert same(found.path, convert_checkpoint(plain(name), tmp_path / "expected").path)
+
+
+_FSDP = "_fsdp_wrapped_module."
+WRAPPED = {
+    "compiled": (lambda name: f"_orig_mod.{name}", "'_orig_mod.'"),
+    "compiled by layer": (lambda name: name.replace("layers.0.", "layers.0._orig_mod."), "'_orig_mod.'"),
+    "data parallel": (lambda name: f"module.{name}", "'module.'"),
+    "both": (lambda name: f"module._orig_mod.{name}", "'_orig_mod.' and 'module.'"),
+    "twice": (lambda name: f"module.module._orig_mod.module.{name}", "'_orig_mod.' and 'module.'"),
+    "DeepSpeed": (lambda name: f"_forward_module.model.{name}", "'_forward_module.' and 'model.'"),
+    "FSDP by layer": (
+        lambda name: _FSDP + name.replace("layers.1.", f"layers.1.{_FSDP}_checkpoint_wrapped_module."),
+        f"'{_FSDP}' and '_checkpoint_wrapped_module.'",
+    ),
+    "policy": (lambda name: f"module.policy._orig_mod.{name}", "'_orig_mod.' and 'module.' and 'policy.'"),
+    "transformer": (lambda name: name.replace("model.", "transformer.", 1), "'transformer.'"),
+    "model in a model": (lambda name: f"model.{name}", "'model.'"),
+    "model in a model in a model": (lambda name: f"model.model.{name}", "'model.model.'"),
+    "only the body": (lambda name: name.replace("model.", "model.model.", 1), "'model.'"),
+}
+
+
+@pytest.mark.parametrize(
+    "beside", [(), ("value_model.model.norm.weight", "value_model.score.weight")], ids=len
+)
+@pytest.mark.parametrize("kind", WRAPPED)
+@pytest.mark.parametrize("name", ["llama-gqa", "opt"])
+def test_wrappers_are_named_and_the_hint_removes_all_of_them(plain, name, kind, beside):
+    """The hint's own expression is run; another model beside the policy is left out by it."""
+    if beside and (name, kind) != ("llama-gqa", "policy"):
+        return
+    wrap, words = WRAPPED[kind]
+    family, config, *_ = read_config(plain(name))
+    shapes = {key: each.shape for key, each in open_weights(plain(name)).items()}
+    wrapped = {wrap(key): shape for key, shape in shapes.items()} | dict.fromkeys(beside, (24,))
+    with pytest.raises(pj.CheckpointError) as error:
+        make_plan(family, config, wrapped, where="HERE")
+    assert f"names contain {words}, which a wrapper added" in str(error.value)
+    renamed = eval(str(error.value).partition("rename its tensors: ")[2], {"state_dict": wrapped})
+    assert len(make_plan(family, config, renamed, where="HERE").steps) == len(shapes)
+
+
+def _named_weights(source: Path, folder: Path, value: str) -> Path:
+    shutil.copytree(source, folder)
+    file = folder / "config.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | {"transformers_weights": value}))
+    return folder
+
+
+@pytest.mark.parametrize("value", ["other.safetensors", "other.safetensors.index.json"])
+def test_config_json_may_name_the_file_of_the_weights(plain, tmp_path, value):
+    """As in transformers, which is asked here too; an export has the usual files and not the key."""
+    source = _named_weights(plain("llama-gqa"), tmp_path / "hf", value)
+    arrays = load_file(source / SINGLE)
+    arrays["model.norm.weight"][:] = 2
+    save_file(arrays, source / "other.safetensors", {"format": "pt"})
+    places = dict.fromkeys(arrays, "other.safetensors")
+    (source / "other.safetensors.index.json").write_text(json.dumps({"weight_map": places, "metadata": {}}))
+    theirs = hf_models.transformers.AutoModelForCausalLM.from_pretrained(source)
+    assert (theirs.model.norm.weight == 2).all()
+    assert describe_checkpoint(source).files == ("other.safetensors",)
+    found = convert_checkpoint(source, tmp_path / "out")
+    assert (parameters(pj.load(found.path).model)["final_norm.scale"][...] == 2).all()
+    assert found.notes == (f"the weights of {value} are read, as in transformers; not read: {SINGLE}",)
+    export_checkpoint(found.path, tmp_path / "back")
+    assert same(convert_checkpoint(tmp_path / "back", tmp_path / "again").path, found.path)
+    for file in source.glob("other.*"):
+        file.unlink()
+    with refuses(pj.CheckpointError, f"{value}: a weights file is missing"):
+        convert_checkpoint(source, tmp_path / "out")
 
 
 @pytest.mark.parametrize(
