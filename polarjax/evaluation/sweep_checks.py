@@ -1,6 +1,6 @@
 """Checks of the arguments of a sweep, and the selectors that they name."""
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence, Set
 from typing import Any
 
 from polarjax.checkpoint.bundle import Bundle
@@ -187,8 +187,8 @@ def _checked_selector(name: str, given: Any) -> Selector:
 
 
 def _several(name: str, given: Any) -> list[Any]:
-    """The items of a list, tuple or array; raises `InputError` for a single value or text."""
-    found = items(given)
+    """The items of a list, tuple or array, or a mapping's names; raises `InputError` for a single value or text."""
+    found = items(list(given) if isinstance(given, Mapping | Set) else given)
     if found is None:
         raise InputError(
             f"{name} is not a sequence", where="sweep", got=shown(given), hint=f"pass {name}=[...]"
