@@ -19,8 +19,8 @@ def plain(value: Any) -> Any:
 
 
 def items(value: Any) -> tuple[Any, ...] | None:
-    """The items of a list, a tuple, an array or another iterable, each `plain`; None if there are none to number: of one
-    value, a text, a set or a mapping."""
+    """The items of a list, a tuple, an array or another iterable, each `plain`; None for one value, a text, a set or a
+    mapping, which have no items in order."""
     if isinstance(value, np.ndarray) or _is_concrete(value):
         value = value.tolist()
     if isinstance(value, str | bytes | Mapping | Set):

@@ -217,9 +217,8 @@ def random_key(key: Key[Array, ""] | int, where: str = "key") -> Key[Array, ""]:
     ):
         _check_key(key)
         return key  # pyrefly: ignore[bad-return]
-    return jax.random.key(
-        jax.device_put(np.int64(check_seed(key, where)))
-    )  # explicitly, for jax.transfer_guard
+    seed = jax.device_put(np.int64(check_seed(key, where)))  # explicitly, for jax.transfer_guard
+    return jax.random.key(seed)
 
 
 def folded(key: Key[Array, ""], number: int) -> Key[Array, ""]:
