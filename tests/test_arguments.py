@@ -431,33 +431,6 @@ def test_temperatures_of_rows(temperature):
     assert made.tokens.shape == (3, 2)
 
 
-@dataclasses.dataclass(frozen=True)
-class Always:
-    """A sampler that returns the same thing whatever the logits are."""
-
-    value: object
-    shape: tuple[int, ...] = (3,)
-    dtype: object = jnp.int32
-
-    def __call__(self, logits, key):
-        return jnp.full(self.shape, self.value, self.dtype)
-
-
-@pytest.mark.parametrize(
-    "sampler",
-    [Always(3, ()), Always(3, (3, 1)), Always(0.5, (3,), jnp.float32)],
-    ids=lambda each: str(each.shape),
-)
-def test_samplers_that_draw_no_ids(sampler):
-    one_line(generate, sampler=sampler)
-
-
-@pytest.mark.parametrize("value", [1000, -5])
-def test_ids_outside_the_vocabulary_fail_their_rows(value):
-    made = generate(sampler=Always(value))
-    assert np.asarray(made.failed).all()
-
-
 def test_comparing_never_raises():
     taps = zoo.forward(MODEL, TOKENS, LENGTHS)[1]
     made = Generation(TOKENS, LENGTHS, LENGTHS > 0, LENGTHS < 0)
