@@ -1,4 +1,4 @@
-"""Reads options that several verbs share: seeds and sizes."""
+"""Reads and checks options that several verbs share: seeds, sizes, densities."""
 
 from typing import TYPE_CHECKING, Any
 

@@ -13,7 +13,7 @@ from polarjax.configs import ModelConfig
 from polarjax.errors import InputError
 from polarjax.generation.sampling import Greedy, Sampler
 from polarjax.generation.token_loop import is_token_id
-from polarjax.model.checks import check_room, check_vocabulary
+from polarjax.model.checks import check_room, check_vocabulary, wrong_shape
 from polarjax.numeric import LARGEST, plain
 from polarjax.types import Array, Key
 
@@ -45,13 +45,7 @@ def _array(value: Any, where: str) -> Any:
 def check_prompts(config: ModelConfig, tokens, lengths, max_new_tokens: int) -> None:
     """Raises `InputError` on prompts that cannot be continued; values are checked only where they are concrete."""
     if tokens.ndim != 2 or tokens.size == 0 or lengths.shape != tokens.shape[:1]:
-        raise InputError(
-            "prompts have the wrong shape",
-            where="generate",
-            got=f"tokens {tokens.shape}, lengths {lengths.shape}",
-            expected="tokens [B T] and lengths [B], neither empty",
-            hint="pad the prompts on the right to one width and pass their lengths",
-        )
+        raise wrong_shape(tokens, lengths, where="generate")
     if not all(jnp.issubdtype(each.dtype, jnp.integer) for each in (tokens, lengths)):
         raise InputError(
             "prompts are not whole numbers",

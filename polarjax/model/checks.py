@@ -91,6 +91,17 @@ def check_room(
         )
 
 
+def wrong_shape(tokens: Any, lengths: Any, *, where: str) -> InputError:
+    """The error for tokens and lengths that aren't a batch of prompts."""
+    return InputError(
+        "prompts have the wrong shape",
+        where=where,
+        got=f"tokens {list(tokens.shape)}, lengths {list(lengths.shape)}",
+        expected="tokens [B T] and lengths [B], neither empty",
+        hint="pad the prompts on the right to the same width and pass their lengths",
+    )
+
+
 def as_prompts(
     config: ModelConfig, tokens: Any, lengths: Any, *, where: str
 ) -> tuple[Int[Array, "B T"], Int[Array, "B"]]:
@@ -100,13 +111,7 @@ def as_prompts(
     """
     tokens, lengths = _whole_numbers("tokens", tokens, where), _whole_numbers("lengths", lengths, where)
     if tokens.ndim != 2 or lengths.shape != tokens.shape[:1] or 0 in tokens.shape:
-        raise InputError(
-            "prompts have the wrong shape",
-            where=where,
-            got=f"tokens {list(tokens.shape)}, lengths {list(lengths.shape)}",
-            expected="tokens [B T] and lengths [B], neither empty",
-            hint="pad the prompts on the right to the same width and pass their lengths",
-        )
+        raise wrong_shape(tokens, lengths, where=where)
     T = tokens.shape[1]
     if config.positions == "learned" and isinstance(T, int) and config.max_positions < T:
         raise InputError(
