@@ -105,7 +105,7 @@ def table(args: argparse.Namespace, peak: float | None) -> Iterator[Row]:
     turn: Turn = lambda measure: measure()
     if args.turns:
         folder, name, members = args.turns
-        turn = turns.member(Path(folder), name, int(members))
+        turn = turns.Turns(Path(folder), name, int(members))
     for shape in map(shape_of, args.models):
         for batch in args.batches or shape.batches:
             for kind in args.kinds:

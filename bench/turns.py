@@ -26,7 +26,7 @@ class Turns:
     """
 
     def __init__(self, folder: Path, name: str, members: int) -> None:
-        self._folder, self._own, self._members = folder, folder / name, members
+        self._folder, self._own, self._members = folder, _progress(folder, name), members
         self._passed = 0
 
     def __call__(self, measure: Callable[[], float]) -> float:
@@ -46,9 +46,9 @@ class Turns:
             time.sleep(_POLL)
 
 
-def member(folder: Path, name: str, members: int) -> Turns:
-    """The turns of the member `name`."""
-    return Turns(folder, f"{name}.passed", members)
+def _progress(folder: Path, name: str) -> Path:
+    """The file that says how far a member has come."""
+    return folder / f"{name}.passed"
 
 
 def _write(path: Path, passed: float) -> None:
@@ -91,6 +91,6 @@ def run(group: Sequence[Job]) -> None:
         while running:
             ended = [job for job, process in running if process.poll() is not None]
             for job in ended:
-                _write(Path(folder, f"{job.name}.passed"), math.inf)
+                _write(_progress(Path(folder), job.name), math.inf)
             running = [(job, process) for job, process in running if job not in ended]
             time.sleep(_POLL)

@@ -85,15 +85,14 @@ def _change(scores: Float[Array, "... K"], kept: Bool[Array, "... K"]) -> Float[
 def _rank(scores: Float[Array, "... K"]) -> Int[Array, "... K"]:
     """The place of each score in descending order; ties go to the lower index, as in `select_top_k`.
 
-    By comparing all pairs, which is one kernel on a GPU, where sorting a few numbers for each token takes many.
+    By comparing each score with the others, which is one kernel on a GPU, where sorting a few numbers for each token
+    takes many.
     """
     scores = jnp.where(jnp.isnan(scores), -jnp.inf, scores)
     own, other = scores[..., :, None], scores[..., None, :]
-    equal = other == own
-    lower = jnp.broadcast_to(
-        np.tri(scores.shape[-1], k=-1, dtype=bool), equal.shape
-    )  # whether other has a lower index
-    return jnp.sum((other > own) | (equal & lower), -1, dtype=jnp.int32)
+    earlier = np.tri(scores.shape[-1], k=-1, dtype=bool)  # whether the other has a lower index
+    tied = (other == own) & jnp.broadcast_to(earlier, (*scores.shape, scores.shape[-1]))
+    return jnp.sum((other > own) | tied, -1, dtype=jnp.int32)
 
 
 @jax.tree_util.register_dataclass

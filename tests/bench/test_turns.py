@@ -6,10 +6,10 @@ from bench.turns import Job, groups, run
 MEMBER = """
 import sys, time
 from pathlib import Path
-from bench.turns import member
+from bench.turns import Turns
 
 log, flag, folder, name, members = sys.argv[1:]
-turn = member(Path(folder), name, int(members))
+turn = Turns(Path(folder), name, int(members))
 
 def write(what):
     with open(log, "a") as file:

@@ -56,7 +56,7 @@ def test_inside_another_jit(as_on_a_gpu):
 
 @pytest.mark.parametrize("rows", [1, MANY_ROWS - 1, MANY_ROWS, 64])
 def test_many_rows_have_options_of_their_own(as_on_a_gpu, rows):
-    """The wrapped function's jits are told apart by what `lower` was asked to compile."""
+    """Whether a call takes the program of few rows or that of many."""
     double = overlapping_jit(lambda x: x * 2, rows=lambda x: x)
     chosen = double._of((jnp.ones(rows),), {})
     assert chosen is (double._few if rows < MANY_ROWS else double._many)
