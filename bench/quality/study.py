@@ -32,7 +32,7 @@ from bench.quality.steps import Step, run_chains
 
 HERE = Path(__file__).parent
 POLARJAX = "polarjax.cli.main"
-TRAINING = ("novels", "docs", "glossaries", "code")
+TRAINING = ("novels", "docs", "glossaries", "code", "textbooks", "encyclopedia", "questions")
 HELD_OUT = ("novels_valid", "wikitext2_raw_test", "code_evaluation")
 STATIC = {"novels_valid": "novels", "wikitext2_raw_test": "docs"}  # chooses the heads of static selection
 BATCHES = {1: ("masked,decode", 8_192), 16: ("masked,decode", 32_768), 64: ("decode", 32_768)}
@@ -41,9 +41,9 @@ SPARSIFY = {
     "model": "--max-tokens 65536 --epochs 8 --refine-tokens 0",
     "own_groups": "--max-tokens 65536 --epochs 8 --head-density 0.667",
 }
-LEARN = "--own-text 0.6 --devices 1 --learning-rate 1.5e-4 --router-learning-rate 1e-3"
-TUNE = f"{LEARN} --minutes 7 --dense-share 0.3 --blend 0.8"
-RELU = f"{LEARN} --minutes 2.5 --dense-share 0.5 --activation relu --l1 1.0"
+LEARN = "--devices 1 --learning-rate 1.5e-4 --router-learning-rate 1e-3"
+TUNE = f"{LEARN} --minutes 8.5 --own-text 0.45 --dense-share 0.3 --blend 0.8 --router-width 256"
+RELU = f"{LEARN} --minutes 2.5 --own-text 0.6 --dense-share 0.5 --activation relu --l1 1.0"
 DECODED = "--densities 0.56,0.45 --selectors router"
 COST = "--protocols masked --max-tokens 49152 --densities 0.56,0.45,0.34 --selectors router,oracle"
 OWN = "--protocols masked --max-tokens 49152 --densities 0.667,0.334 --selectors router,oracle,random,static"

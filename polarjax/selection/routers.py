@@ -12,6 +12,9 @@ from polarjax.storage.fingerprint import fingerprint_of
 from polarjax.types import Array, Float
 
 
+_FEW_ROWS, _PARTS = 256, 8
+
+
 def score_groups(
     x: Float[Array, "... D"],
     w_group: Float[Array, "D K"],
@@ -39,8 +42,18 @@ def score_neurons(
     """Logits that a neuron is active, float32; computed in the dtype of `x`."""
     if _is_one_row(x):
         return score_neurons(_repeated(x), w_in, w_out)[:1]
-    hidden = jnp.dot(x, w_in.astype(x.dtype))
+    hidden = _narrow_product(x, w_in.astype(x.dtype))
     return jnp.dot(hidden, w_out.astype(x.dtype), preferred_element_type=jnp.float32)
+
+
+def _narrow_product(x: Float[Array, "... D"], w_in: Float[Array, "D R"]) -> Float[Array, "... R"]:
+    """x · w_in; for the rows of a decoding step the sum of parts, as a product with so few columns keeps few of a GPU's
+    multiprocessors busy."""
+    if x.ndim != 2 or x.shape[0] > _FEW_ROWS or x.shape[1] % _PARTS:
+        return jnp.dot(x, w_in)
+    rows, columns = x.reshape(x.shape[0], _PARTS, -1), w_in.reshape(_PARTS, -1, w_in.shape[1])
+    over = (((2,), (1,)), ((1,), (0,)))
+    return jax.lax.dot_general(rows, columns, over, preferred_element_type=jnp.float32).sum(0).astype(x.dtype)
 
 
 def _is_one_row(x: Float[Array, "... D"]) -> bool:

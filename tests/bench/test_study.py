@@ -49,7 +49,7 @@ def work(tmp_path, monkeypatch):
     for folder in ("model", "texts"):
         (tmp_path / "work" / folder).mkdir(parents=True)
     (tmp_path / "work" / "model" / "manifest.json").touch()
-    for name in ("novels", "docs", "glossaries", "code", *study.HELD_OUT):
+    for name in (*study.TRAINING, *study.HELD_OUT):
         (tmp_path / "work" / "texts" / f"{name}.txt.xz").touch()
     return tmp_path / "work"
 
