@@ -37,8 +37,7 @@ TEXTS = {"novels_valid": "held-out novels", "wikitext2_raw_test": "WikiText-2"}
 STAGES = {  # and what the stage of its rows looks like
     "published ranking": "published ranking",
     "sparsify": "sparsify with refinement.*code$",
-    "tune, linear routers": "polarjax tune .*--text glossaries.txt.xz:",
-    "tune": "polarjax tune .*--minutes 7 --dense-share 0.3 --blend 0.8: ",
+    "tune": "polarjax tune .*--minutes 8.5 .*--router-width 256: ",
 }
 
 

@@ -151,7 +151,7 @@ def test_pictures_of_steps(tmp_path):
     assert (bar.parts, bar.whole) == ({"attention": 2.0, "head": 1.0}, 9.0)
     cost = {"model": "widened", "windows": 96, "what": "router", "protocol": "masked", "text": "novels_valid"}
     ours = {
-        "stage": "polarjax tune --minutes 7 --dense-share 0.3 --blend 0.8: 7.0 min",
+        "stage": "polarjax tune --minutes 8.5 --blend 0.8 --router-width 256: 8.5 min",
         "kept": 5,
         "increase": 0.02,
     }
