@@ -11,7 +11,6 @@ from polarjax.selection.means import Importance
 from polarjax.storage.fingerprint import fingerprint_of
 from polarjax.types import Array, Float
 
-
 _FEW_ROWS, _PARTS = 256, 8
 
 
