@@ -246,6 +246,8 @@ async def _body(request: "Request", most: int) -> bytes:
                     raise too_large
     except TimeoutError as error:
         raise ApiError(f"the body didn't arrive within {BODY_SECONDS} s", status=408) from error
+    except asyncio.CancelledError as error:  # uvicorn's, once what was taken is finished
+        raise ApiError("the server is stopping", status=503) from error
     except ClientDisconnect as error:
         raise ClientLeftError from error
     return bytes(made)

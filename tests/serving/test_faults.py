@@ -416,9 +416,10 @@ def test_an_engine_that_fails_answers_everybody(begun, monkeypatch, capfd):
     assert "RESOURCE_EXHAUSTED" in capfd.readouterr().err
 
 
-def test_a_server_that_stops_finishes_what_it_took(monkeypatch):
-    """New requests get 503 meanwhile, and one whose body is still on its way, too."""
-    with serving() as server:
+def test_a_server_that_stops_finishes_what_it_took(monkeypatch, capfd):
+    """New requests get 503 meanwhile, and one whose body never comes gets it in the end."""
+    monkeypatch.setattr("polarjax.serving.server.CLOSING_SECONDS", 0.1)
+    with serving() as server, raw_request(server, b"{", "Content-Length: 99") as late:
         gate, turn = threading.Event(), server.engine._turn
         monkeypatch.setattr(server.engine, "_turn", lambda: gate.wait(60) and turn())
         with ThreadPoolExecutor(8) as pool:
@@ -434,3 +435,5 @@ def test_a_server_that_stops_finishes_what_it_took(monkeypatch):
         until(lambda: server.engine.closed)
         with pytest.raises(ConnectionRefusedError):
             server.complete()
+        assert b" 503 " in late.recv(1000)
+    assert "Traceback" not in capfd.readouterr().err
