@@ -96,6 +96,9 @@ def _type_and_value(value: Any) -> str:
 
 
 def _is_concrete(value: Any) -> bool:
-    """True for a JAX array that is not traced. Until JAX is imported, there is none."""
+    """True for a JAX array of numbers that is not traced; random keys are none. Until JAX is imported, there is no
+    array."""
     jax = sys.modules.get("jax")
-    return jax is not None and isinstance(value, jax.Array) and not isinstance(value, jax.core.Tracer)
+    if jax is None or not isinstance(value, jax.Array) or isinstance(value, jax.core.Tracer):
+        return False
+    return not jax.dtypes.issubdtype(value.dtype, jax.dtypes.extended)
