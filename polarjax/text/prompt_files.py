@@ -136,9 +136,9 @@ class PromptFile:
         if not self._lines.regular:
             return None
         digest, count, logprobs = hashlib.sha256(), len(self._given), False
-        for line in _every(ByteLines(self._path)):
+        for number, line in enumerate(_every(ByteLines(self._path))):
             digest.update(line + b"\n")
-            count += bool(line.strip())
+            count += bool((line if number else line.removeprefix(_BOM)).strip())
             logprobs = logprobs or _LOGPROBS in line
         return Survey(digest.hexdigest(), count, logprobs and self._json)
 

@@ -221,14 +221,14 @@ def test_memory_does_not_grow_with_the_file(tmp_path: Path):
 
 def test_the_survey_tells_files_apart_and_counts_prompts(tmp_path: Path):
     surveys = set()
-    for i, content in enumerate(["a\n\nb\n", "a\nb\n\n", "a\nb\nc"]):
+    for i, content in enumerate(["a\n\nb\n", "a\nb\n\n", "a\nb\nc", "\ufeff\na\nb"]):
         (tmp_path / f"{i}.txt").write_text(content)
         with PromptFile(tmp_path / f"{i}.txt", ["x"]) as lines:
             survey = lines.survey()
         assert survey is not None
         assert survey.count == 3 + (i == 2)
         surveys.add(survey)
-    assert len(surveys) == 3
+    assert len(surveys) == 4
     for name, asks in (("a.jsonl", True), ("a.txt", False), ("a.json", True)):
         (tmp_path / name).write_text('{"prompt": "a", "logprobs": 0}')
         with PromptFile(tmp_path / name) as lines:
