@@ -152,7 +152,7 @@ GENERATE = {
     "lengths": LENGTH,
     "max_new_tokens": NOT_SIZES,
     "num_return_sequences": (*NOT_SIZES, 2),  # greedy
-    "stop_ids": ("a", [[1]], 2.5, True, -1, 2**31, object(), b"a"),
+    "stop_ids": ("a", [[1]], 2.5, True, -1, 2**31, object(), b"a", {}),
     "sparsity": SPARSITIES,
     "sampler": (None, "greedy", pj.Greedy, 3, lambda: 0, {}),
     "implementation": IMPLEMENTATIONS,
@@ -213,7 +213,7 @@ WRONG = {
         "stop_strings": NO_TEXTS,
         "stop_ids": GENERATE["stop_ids"],
         "logprobs": (-1, 2.5, True, "a", 10**30, [1]),
-        "seed": (2.5, "a", True, None, 10**30),
+        "seed": (2.5, "a", True, None, 10**30, jax.random.key(0)),
     },
     sweep: {
         "model": (None, *JUNK),

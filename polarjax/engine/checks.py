@@ -146,7 +146,7 @@ def check_length(config: ModelConfig, tokens: int, wanted: Any, default: int | N
             where="Engine.submit",
             got=f"{tokens} prompt tokens + {wanted} new ones",
             expected=f"at most {capacity} before the last one",
-            hint="shorten the prompt, lower max_new_tokens, or make the engine with a larger capacity",
+            hint="shorten the prompt, lower max_new_tokens, or give a larger capacity",
         )
     return wanted
 

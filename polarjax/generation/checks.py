@@ -2,6 +2,7 @@
 
 import inspect
 import math
+from collections.abc import Mapping
 from typing import Any
 
 import jax
@@ -134,8 +135,8 @@ def check_stop_ids(ids: Any) -> Any:
             raise _no_stop_ids(f"{ids.dtype}{list(ids.shape)}")
         return jnp.atleast_1d(ids).astype(jnp.int32)
     ids = plain(jax.device_get(ids) if isinstance(ids, jax.Array) else ids)
-    if isinstance(ids, str | bytes):
-        raise _no_stop_ids(repr(ids))
+    if isinstance(ids, str | bytes | Mapping):
+        raise _no_stop_ids(_shown(ids))
     try:
         ids = () if ids is None else tuple(map(plain, ids))
     except TypeError:  # one id

@@ -192,7 +192,7 @@ def check_stop_strings(strings: Sequence[str]) -> tuple[str, ...]:
             where="stop_strings",
             got=shown(strings),
             expected="a list or tuple of texts",
-            hint='pass texts of at least one character, as in stop_strings=["\\n\\n"]',
+            hint='pass texts of at least one character, for example "\\n\\n"',
         )
     return found
 

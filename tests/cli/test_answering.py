@@ -315,7 +315,7 @@ REFUSED = {
     "below a file": (("--output", "in.jsonl/out"), "in.jsonl: cannot write here"),
     "unseen": (("--logprobs", "2"), "--logprobs is for --output"),
     "mixed": (("--output", "-", "--json"), "--output - and --json both need standard output"),
-    "long": (("--max-new-tokens", "41"), "--max-new-tokens: the sequence would exceed a slot's capacity"),
+    "long": (("--max-new-tokens", "41"), "lower max_new_tokens, or give a larger capacity"),
     "nothing": (("--max-new-tokens", "0"), "max_new_tokens: nothing to generate"),
     "slots": (("--slots", "0"), "--slots"),
     "capacity": (("--capacity", "-1"), "--capacity: capacity is not usable"),
