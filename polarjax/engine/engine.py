@@ -123,7 +123,7 @@ class Engine(Iterator[Event]):
           stop_ids: ids that end the request, at most 16.
           stop_strings: strings that end the request and are cut off.
           repetition_penalty: above 1, makes ids already in the text less likely.
-          seed: a sampler draws what `generate` draws for this prompt alone with `key=jax.random.key(seed)`.
+          seed: a sampler draws what `generate` draws for this prompt alone with a threefry `jax.random.key(seed)`.
           logprobs: n, at most 20; events then have the log-probabilities of their tokens and of the n likeliest ones.
 
         Raises:

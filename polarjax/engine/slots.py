@@ -20,7 +20,7 @@ from polarjax.model.parallel import constrained
 from polarjax.model.spread import copy_row
 from polarjax.model.vocab_parts import vocab_divided
 from polarjax.selection.selectors import Sparsity
-from polarjax.types import Array, Bool, Implementation, Int
+from polarjax.types import Array, Bool, Implementation, Int, Key
 
 STOP_IDS = 16
 """Most stop ids of a slot."""
@@ -97,7 +97,7 @@ def make_slots(model: Decoder, slots: int, capacity: int) -> Slots:
         sampler=Categorical.of_rows(ones, zeros + config.vocab_size, ones),
         stop_ids=jnp.full((B, STOP_IDS), -1, jnp.int32),
         limit=zeros,
-        key=jax.vmap(jax.random.key)(zeros),
+        key=_keys(zeros),
         repetition_penalty=ones,
         wants_logprobs=none,
         best=min(MOST_LOGPROBS, config.vocab_size),
@@ -107,6 +107,12 @@ def make_slots(model: Decoder, slots: int, capacity: int) -> Slots:
     logprobs = no_log_probs(B, rules.best or 0)
     made = Slots(rules, LoopState(jnp.int32(0), zeros, none, none, zeros, seen, cache, logprobs))
     return _placed(made, model.layout)
+
+
+def _keys(seeds: Int[Array, "n"]) -> Key[Array, "n"]:
+    """A random key for each seed, of the kind with which a row's draws don't depend on the other rows' keys: those of
+    `jax_default_prng_impl="rbg"` do."""
+    return jax.vmap(functools.partial(jax.random.key, impl="threefry2x32"))(seeds)
 
 
 def _placed(slots: Slots, layout: Layout | None) -> Slots:
@@ -143,7 +149,7 @@ def read(model: Decoder, slots: Slots, reading: Reading) -> tuple[Slots, Drawn]:
     pieces = reading.pieces
     logits, cache = read_pieces(model, pieces, slots.state.cache, all_begin=reading.begin)
     seen = _seen(slots.state.seen, pieces)
-    rules = dataclasses.replace(reading.rules, key=jax.vmap(jax.random.key)(reading.seeds))
+    rules = dataclasses.replace(reading.rules, key=_keys(reading.seeds))
     with vocab_divided(model.layout, rows=False):
         begun = rules.begin(logits, None, seen[jnp.minimum(pieces.rows, B - 1)])
     begun = _whole(begun, model.layout)

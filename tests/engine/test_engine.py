@@ -116,6 +116,14 @@ def test_a_request_gets_what_it_gets_alone(kind, sizes):
             assert found[i] == (tokens, "stop" if i == 4 else "length")
 
 
+def test_draws_do_not_depend_on_the_kind_of_keys():
+    """Under `jax.vmap`, keys of the kind rbg draw what the first of them draws."""
+    expected = {i: alone("dense")[i] for i in (1, 6)}
+    with jax.default_prng_impl("rbg"):
+        found = run(pj.Engine(bundle("dense"), **PIECES), (6, 1))
+    assert {i: tokens for i, (tokens, _) in found.items()} == expected
+
+
 def test_no_request_compiles_anything():
     """After `warm_up`: whatever the lengths, settings, number of rows, and order."""
     with pj.Engine(bundle("groups"), **SIZES) as engine:
