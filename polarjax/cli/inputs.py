@@ -8,7 +8,8 @@ if TYPE_CHECKING:
     from polarjax.configs import ModelConfig
     from polarjax.types import Array, Key
 
-MOST_GIGABYTES = 1e9  # more than any device or disk has
+UNITS = {"gigabytes": 10**9, "megabytes": 10**6}
+MOST = 1e9  # of either: more than any device or disk has
 
 
 def random_key(seed: int) -> "Key[Array, '']":
@@ -23,14 +24,14 @@ def window_length(window: int | None, config: "ModelConfig") -> int:
     return min(512, config.max_positions) if window is None else window
 
 
-def bytes_of(gigabytes: float, option: str) -> int:
-    """The bytes in `gigabytes`; raises `InputError`, naming `option`, if it is not a size."""
-    if not 0 <= gigabytes <= MOST_GIGABYTES:  # NaN is neither
-        expected = f"gigabytes, at most {MOST_GIGABYTES:,.0f}"
+def bytes_of(size: float, option: str, unit: str = "gigabytes") -> int:
+    """The bytes in so many of `UNITS`; raises `InputError`, naming `option`, if it is not a size."""
+    if not 0 <= size <= MOST:  # NaN is neither
+        expected = f"{unit}, at most {MOST:,.0f}"
         raise InputError(
-            "not a size", where=option, got=gigabytes, expected=expected, hint="give a number such as 5"
+            "not a size", where=option, got=size, expected=expected, hint="give a number such as 5"
         )
-    return int(gigabytes * 1e9)
+    return int(size * UNITS[unit])
 
 
 def check_dense(dense: bool, density: object, *, option: str = "--head-density") -> None:

@@ -10,6 +10,7 @@ from typing import Annotated, Any
 import typer
 
 from polarjax.cli.decoding_options import Attention, Dense, Dtype, HeadDensity, Mesh
+from polarjax.cli.inputs import bytes_of, placement
 from polarjax.errors import InputError
 
 KEY_VARIABLE = "POLARJAX_API_KEY"
@@ -58,13 +59,12 @@ def serve(
     server.check_installed()
     api_key = _key(api_key)
     from polarjax.checkpoint.loading import load_with_tokenizer
-    from polarjax.cli.inputs import bytes_of, placement
     from polarjax.engine.engine import Engine
     from polarjax.numeric import whole_number
     from polarjax.serving.service import Limits, Service
 
     limits = Limits(
-        body=bytes_of(max_body_mb / 1000, "--max-body-mb"),
+        body=_body_bytes(max_body_mb),
         prompt=None if max_prompt is None else whole_number(max_prompt, "max_prompt", where="--max-prompt"),
         waiting=whole_number(max_waiting, "max_waiting", where="--max-waiting", least=0),
     )
@@ -90,6 +90,16 @@ def serve(
         "prompt_tokens": metrics.prompt_tokens,
         "generated_tokens": metrics.generated_tokens,
     }
+
+
+def _body_bytes(megabytes: float) -> int:
+    """The bytes of `--max-body-mb`; raises `InputError` if no body has so few."""
+    where = "--max-body-mb"
+    size = bytes_of(megabytes, where, "megabytes")
+    if not size:
+        hint = "give a number such as 4"
+        raise InputError("no body is so small", where=where, got=megabytes, expected="more than 0", hint=hint)
+    return size
 
 
 def _key(given: str | None) -> str | None:
