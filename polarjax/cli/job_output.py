@@ -41,7 +41,7 @@ def of(options: GenerateOptions) -> LineStream | Path | None:
     """A stream for the output, or the path of its file; None if texts are printed.
 
     Raises:
-      InputError: the output would be mixed with another one, or is a stream and was to be resumed.
+      InputError: the output is closed, would be mixed with another one, or is a stream and was to be resumed.
       CheckpointError: something is at the path that is not to be replaced, or is the file of prompts.
     """
     output = options.output
@@ -51,8 +51,9 @@ def of(options: GenerateOptions) -> LineStream | Path | None:
             raise InputError("only a file can be resumed", where="--resume", got=output, hint=hint)
         if output is None:
             return None
+        made = standard_output() if output == STDIN else None
         _check_other(options.prompts, output)
-        return standard_output() if output == STDIN else open_stream(output)
+        return made or open_stream(output)
     path = target_of(output)
     _check_other(options.prompts, path)
     _check_free(path, options)
@@ -60,7 +61,10 @@ def of(options: GenerateOptions) -> LineStream | Path | None:
 
 
 def standard_output() -> LineStream:
-    """Standard output for lines; raises `InputError` if the result goes there as JSON."""
+    """Standard output for lines; raises `InputError` if it is closed, or the result goes there as JSON."""
+    if sys.stdout is None:
+        hint = "name a file with --output"
+        raise InputError("standard output is closed", where="--output", got=STDIN, hint=hint)
     if wants_json():
         hint = "name a file with --output, or drop --json"
         raise InputError("--output - and --json both need standard output", hint=hint)

@@ -343,6 +343,14 @@ def test_refused_in_one_line_and_nothing_is_touched(run, source, tmp_path, monke
     assert {each: each.read_bytes() for each in tmp_path.iterdir()} == before
 
 
+def test_closed_standard_output_is_refused(run, source, monkeypatch):
+    """Whatever file has its number then."""
+    monkeypatch.setattr(sys, "stdout", None)
+    monkeypatch.setattr(job_output, "_status", lambda path, standard: source.stat())
+    line = refused(run("--prompts", source, "--output", "-"))
+    assert "--output: standard output is closed; got -. Hint: name a file" in line
+
+
 def test_overwrite_replaces_and_a_full_disk_leaves_whole_lines(run, whole, source, tmp_path, monkeypatch):
     out = tmp_path / "out.jsonl"
     out.write_text("old\n" * 9)
