@@ -379,6 +379,11 @@ def test_streams_of_text_need_tokens_and_a_tokenizer():
 
 def test_streams_are_refused_inside_jit():
     one_line(jax.jit(lambda tokens: [each.tokens for each in stream(tokens=tokens)]), TOKENS)
+    for value in ({"repetition_penalty": 1.5}, {"stop_ids": jnp.array([3])}, {"seed": 3}):
+        one_line(jax.jit(lambda given: submit(**given)), value)
+    submit()
+    one_line(jax.jit(lambda _: list(engine())), 0)
+    engine.cache_clear()  # this one is closed now
 
 
 @pytest.fixture(scope="module")

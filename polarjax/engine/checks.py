@@ -14,6 +14,7 @@ from polarjax.errors import InputError
 from polarjax.generation.checks import (
     check_best,
     check_new_tokens,
+    check_not_traced,
     check_penalty,
     check_sampler,
     check_seed,
@@ -165,7 +166,8 @@ def row_settings(
             expected="Greedy(), or a Categorical of single numbers",
             hint="use pj.generate for samplers of your own",
         )
-    stop_ids = check_stop_ids(stop_ids)
+    stop_ids, penalty = check_stop_ids(stop_ids), check_penalty(options.repetition_penalty)
+    check_not_traced((stop_ids, penalty), where="Engine.submit")
     if len(stop_ids) > STOP_IDS:
         raise InputError(
             "too many stop ids",
@@ -174,6 +176,5 @@ def row_settings(
             expected=f"at most {STOP_IDS}",
             hint="pass the others as stop_strings",
         )
-    penalty = float(check_penalty(options.repetition_penalty))
     best = check_best(logprobs, min(MOST_LOGPROBS, vocab_size))
-    return RowSettings(sampler, stop_ids, options.max_new_tokens, check_seed(seed), penalty, best)
+    return RowSettings(sampler, stop_ids, options.max_new_tokens, check_seed(seed), float(penalty), best)

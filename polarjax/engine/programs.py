@@ -11,6 +11,7 @@ import jax
 import numpy as np
 
 from polarjax.engine import slots
+from polarjax.generation.checks import check_not_traced
 from polarjax.generation.overlap import overlapping_jit
 from polarjax.model.decoder import Decoder
 from polarjax.model.readable import readable
@@ -85,6 +86,7 @@ def call(
 ) -> tuple[slots.Slots, slots.Drawn]:
     """Runs `read` or `decode`; what was drawn is on its way to the host."""
     made, drawn = program(model, made, *args, **kwargs)
+    check_not_traced(drawn, where="Engine")
     drawn = readable(drawn)
     for leaf in (drawn.tokens, drawn.counts, drawn.ended):
         leaf.copy_to_host_async()

@@ -245,13 +245,13 @@ def _check_key(key: Any) -> None:
         )
 
 
-def check_not_traced(arguments: Any) -> None:
+def check_not_traced(values: Any, where: str) -> None:
     """Raises `InputError` inside `jax.jit` and other transformations, where no token can be seen on the host."""
-    if any(isinstance(leaf, Tracer) for leaf in jax.tree.leaves(arguments)):
+    if any(isinstance(leaf, Tracer) for leaf in jax.tree.leaves(values)):
         raise InputError(
             "tokens can't be streamed while a function is traced",
-            where="stream",
-            got="a traced argument",
+            where=where,
+            got="a traced value",
             expected="arrays",
             hint="call it outside jax.jit, or use generate inside",
         )

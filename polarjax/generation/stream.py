@@ -45,7 +45,8 @@ def stream(
     cache, and other settings; the cache is donated to it. Doesn't work inside `jax.jit`: tokens go to the host as they
     are generated.
     """
-    check_not_traced((model, tokens, lengths, key, sampler, stop_ids, repetition_penalty, sparsity))
+    given = (model, tokens, lengths, key, sampler, stop_ids, repetition_penalty, sparsity)
+    check_not_traced(given, where="stream")
     started = start(
         model,
         tokens,
