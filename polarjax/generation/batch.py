@@ -90,7 +90,7 @@ def make_rules(
     """Checks settings and turns them into arrays, so that other values reuse the compiled program."""
     checks.check_sampler(sampler)
     key = None if key is None else checks.random_key(key)
-    traced = isinstance(sampler, Greedy | Categorical) or checks.holds_arrays(sampler)
+    traced = type(sampler) in (Greedy, Categorical) or checks.holds_arrays(sampler)
     ids = checks.check_stop_ids(stop_ids)
     ids = ids if isinstance(ids, Tracer) else np.asarray(ids, np.int32)
     missing = max(_STOP_IDS, 1 << (ids.shape[0] - 1).bit_length()) - ids.shape[0]

@@ -103,7 +103,7 @@ def check_copies(count: Any, sampler: Sampler) -> int:
             expected=f"1 to {LARGEST}",
             hint="pass for example 4",
         )
-    if count > 1 and isinstance(sampler, Greedy):
+    if count > 1 and type(sampler) is Greedy:
         raise InputError(
             "greedy sequences of one prompt are all the same",
             where="num_return_sequences",

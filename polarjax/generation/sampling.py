@@ -155,9 +155,9 @@ def _unflatten(_: None, values: Any) -> Categorical:
 
 def row_of(sampler: Sampler) -> tuple[float, int, float] | None:
     """Temperature (0 for the most likely token), top_k and top_p of a sampler for one row; None if it has no such."""
-    if isinstance(sampler, Greedy):
+    if type(sampler) is Greedy:  # a subclass may draw otherwise
         return 0.0, LARGEST, 1.0
-    if not isinstance(sampler, Categorical):
+    if type(sampler) is not Categorical:
         return None
     values = _flatten(sampler)[0]
     return (

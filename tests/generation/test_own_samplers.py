@@ -8,6 +8,7 @@ import pytest
 
 import polarjax as pj
 from tests.model import zoo
+from tests.one_line import refuses
 
 TOKENS, LENGTHS = zoo.batch()
 
@@ -37,6 +38,22 @@ def test_samplers_that_draw_no_ids(sampler):
     with pytest.raises(pj.PolarjaxError) as refused:
         generate(sampler)
     assert "\n" not in str(refused.value)
+
+
+class Least(pj.Greedy):
+    """A sampler that inherits from one of ours."""
+
+    def __call__(self, logits, key=None):
+        return jnp.argmin(logits, -1).astype(jnp.int32)
+
+
+def test_samplers_that_inherit_draw_by_themselves():
+    made, greedy = generate(Least()), generate(pj.Greedy())
+    assert not np.asarray(made.failed).any()
+    assert (np.asarray(made.tokens) != np.asarray(greedy.tokens)).all()
+    engine = pj.Engine(pj.Bundle(zoo.model("opt")), slots=1, capacity=8)
+    with refuses(pj.InputError, "a slot can't draw with this sampler"):
+        engine.submit([1], max_new_tokens=2, sampler=Least())
 
 
 @pytest.mark.parametrize("value", [1000, -5])
