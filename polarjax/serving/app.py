@@ -204,6 +204,8 @@ def _guarded(path: str, handler: Handler, service: Service, api_key: str | None)
             response = _failed(error)
         except ClientLeftError:
             response = _json({}, LEFT)
+        except asyncio.CancelledError:  # uvicorn's, once what was taken is finished
+            response = _failed(ApiError("the server is stopping", status=503))
         if isinstance(response, EventStream):
             response.count = lambda status: service.metrics.responses.update([(path, status)])
         else:
@@ -246,8 +248,6 @@ async def _body(request: "Request", most: int) -> bytes:
                     raise too_large
     except TimeoutError as error:
         raise ApiError(f"the body didn't arrive within {BODY_SECONDS} s", status=408) from error
-    except asyncio.CancelledError as error:  # uvicorn's, once what was taken is finished
-        raise ApiError("the server is stopping", status=503) from error
     except ClientDisconnect as error:
         raise ClientLeftError from error
     return bytes(made)
