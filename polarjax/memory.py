@@ -84,6 +84,11 @@ def host_memory() -> int | None:
     return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
 
 
+def memory_limit() -> int | None:
+    """Bytes that one program may use: those of `device_memory`, on a CPU those of the machine; None if unknown."""
+    return host_memory() if jax.default_backend() == "cpu" else device_memory()
+
+
 def peak_memory() -> int | None:
     """Most bytes used on the first device since the process began; None if the device does not report it."""
     return (jax.local_devices()[0].memory_stats() or {}).get("peak_bytes_in_use")

@@ -171,8 +171,8 @@ def _heal(asked: Request) -> dict[str, Any]:
     options, key = asked.options, random_key(asked.seed)
     _check_own(asked.own_text)
     target = absolute(asked.out)
-    state = target.with_name(f"{target.name}.tuning")
     check_free(target, asked.overwrite, is_model_directory)
+    state = target.with_name(f"{target.name}.tuning")
     check_writable(target.parent)
     _check_state(state, resume=asked.resume, overwrite=asked.overwrite)
     bundle, tokenizer = load_with_tokenizer(asked.folder)
@@ -242,10 +242,15 @@ def _check_neurons(bundle: "Bundle", domains: list[Int32[np.ndarray, "n T"]], ac
 
 
 def _check_state(state: Path, *, resume: bool, overwrite: bool) -> None:
-    """Raises `CheckpointError` if an interrupted run would be lost."""
-    if os.path.lexists(state) and not resume and not overwrite:
+    """Raises `CheckpointError` if an interrupted run would be lost, isn't there to resume, or is something else."""
+    from polarjax.sparsity.tuning_state import find_state, is_state
+
+    if resume:
+        find_state(state)
+    elif os.path.lexists(state) and not overwrite:
         hint = "continue it with --resume, or start over with --overwrite"
         raise CheckpointError("an interrupted run of tune is here", where=state, hint=hint)
+    check_free(state, True, is_state)
 
 
 def _check_own(share: float) -> None:

@@ -8,16 +8,18 @@ from polarjax.numeric import items, shown
 _AGAIN = "run polarjax calibrate again"
 
 
-def as_layers(given: Any, num_layers: int) -> tuple[int, ...]:
+def as_layers(
+    given: Any, num_layers: int, *, where: str = "plan table", hint: str = _AGAIN
+) -> tuple[int, ...]:
     """The numbers of the dense layers; raises `SparsityError` for one that doesn't exist."""
     layers = items(given)
     if layers is None or not all(type(layer) is int and 0 <= layer < num_layers for layer in layers):
         raise SparsityError(
-            "dense_layers of a plan table names layers that don't exist",
-            where="plan table",
+            "dense_layers names layers that don't exist",
+            where=where,
             got=shown(given),
             expected=f"numbers from 0 to {num_layers - 1}",
-            hint=_AGAIN,
+            hint=hint,
         )
     return layers
 

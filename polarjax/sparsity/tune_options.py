@@ -5,7 +5,8 @@ import math
 from typing import Any, Literal, get_args
 
 from polarjax.errors import InputError
-from polarjax.numeric import make_plain, plain, shown, whole_number
+from polarjax.numeric import items, make_plain, shown, whole_number
+from polarjax.storage.dtypes import check_dtype
 
 Subset = Literal["all", "attention", "out", "bias", "routers"]
 
@@ -92,11 +93,15 @@ class TuneOptions:
             raise InputError("nothing says when to stop", where="TuneOptions", hint=hint)
         if self.train not in get_args(Subset):
             expected = " | ".join(get_args(Subset))
+            hint = "leave it out to train all"
             raise InputError(
-                "no such part of a model", where="train", got=shown(self.train), expected=expected
+                "no such part of a model", where="train", got=shown(self.train), expected=expected, hint=hint
             )
         if self.activation not in (None, "relu"):
-            raise InputError("not an activation to tune to", got=shown(self.activation), expected="relu")
+            got, hint = shown(self.activation), "leave it out to keep the model's"
+            raise InputError("not an activation to tune to", got=got, expected="relu", hint=hint)
+        if self.dtype is not None:
+            object.__setattr__(self, "dtype", check_dtype(self.dtype, where="TuneOptions: dtype").name)
         object.__setattr__(self, "densities", _as_range(self.densities))
 
     @property
@@ -112,11 +117,14 @@ class TuneOptions:
 
 def _check_range(name: str, value: Any, above: float, below: float, expected: str) -> None:
     if type(value) not in (int, float) or not above < value < below:
-        raise InputError(f"{name} is not usable", where="TuneOptions", got=shown(value), expected=expected)
+        hint = f"pass for example {name}={getattr(TuneOptions, name) or 1}"
+        raise InputError(
+            f"{name} is not usable", where="TuneOptions", got=shown(value), expected=expected, hint=hint
+        )
 
 
 def _as_range(densities: Any) -> tuple[float, float]:
-    numbers = tuple(map(plain, densities)) if isinstance(densities, tuple | list) else ()
+    numbers = items(densities) or ()
     if not (
         len(numbers) == 2
         and all(type(each) in (int, float) for each in numbers)

@@ -23,7 +23,6 @@ from polarjax.model.stacked import hidden_states, unstack_parameters
 from polarjax.progress import task, tell
 from polarjax.selection.masking import Masking
 from polarjax.selection.routers import LayerRouter, Routers
-from polarjax.selection.table_checks import check_budget_rows
 from polarjax.sparsity.checks import check_options
 from polarjax.sparsity.distillation import Arrays, Distillation, TuneState, by_tokens, selector, student
 from polarjax.sparsity.tune_options import TuneOptions
@@ -33,13 +32,14 @@ from polarjax.sparsity.tuning_checks import (
     check_domains,
     check_finite,
     check_group_routers,
+    check_layers,
     check_memory,
     check_shares,
     check_teacher,
 )
 from polarjax.sparsity.tuning_setup import Setup, blended, router_shardings, setup
-from polarjax.sparsity.tuning_state import read_state, save_state
-from polarjax.storage.fingerprint import fingerprint_of
+from polarjax.sparsity.tuning_state import check_state, read_state, save_state, settings_of
+from polarjax.storage.atomic import absolute
 from polarjax.types import Array, Float, Int, Int32, Key
 
 _LEAST_RATE = 0.02  # of the highest learning rate, at the end
@@ -75,6 +75,7 @@ class TuneReport:
         return dataclasses.asdict(self)
 
 
+@jax.transfer_guard("allow")  # it moves windows by design
 def tune(
     model: Decoder,
     routers: Routers,
@@ -123,13 +124,13 @@ def tune(
     options = check_options(options, TuneOptions, "options")
     check_teacher(model, options)
     check_group_routers(routers, model.config)
-    check_budget_rows(budgets, model.config.num_layers, model.config.num_kv_heads, where="tune: budgets")
+    layers = check_layers(dense_layers, budgets, model.config)
     domains = check_domains(domains, model.config)
     held_out = None if held_out is None else check_windows(held_out, model.config)
     seed = int(jax.random.bits(random_key(key), (), jnp.uint32))
     parts = check_shares(shares, domains)
-    batches = Batches(domains, parts, model.config, options, tuple(dense_layers), seed, budgets)
-    run = _Run.prepare(model, routers, batches, folder, check_devices(devices, options))
+    batches = Batches(domains, parts, model.config, options, layers, seed, budgets)
+    run = _Run.prepare(model, routers, batches, folder, check_devices(devices, options), resume=resume)
     before = run.measure(held_out)
     if resume:
         run.resume()
@@ -140,10 +141,9 @@ def tune(
 class _Run:
     """One training: the compiled step, the teacher, and the state, which changes."""
 
-    def __init__(self, plan: Setup, batches: Batches):
+    def __init__(self, plan: Setup, batches: Batches, folder: Path | None, settings: dict[str, Any]):
         self._plan, self._batches = plan, batches
-        self._folder: Path | None = None
-        self._settings: dict[str, Any] = {}
+        self._folder, self._settings = folder, settings
         self._saved = 0  # step whose state is in the folder
         self.seconds = 0.0
         self.memory = plan.memory
@@ -151,24 +151,24 @@ class _Run:
 
     @classmethod
     def prepare(
-        cls, model: Decoder, routers: Routers, batches: Batches, folder: Path | None, devices: int
+        cls,
+        model: Decoder,
+        routers: Routers,
+        batches: Batches,
+        folder: Path | None,
+        devices: int,
+        *,
+        resume: bool,
     ) -> "_Run":
-        """Compiles a step, checks that it fits, and only then makes its arrays."""
+        """Finds the state to resume, compiles a step, checks that it fits, and only then makes its arrays."""
+        folder = None if folder is None else absolute(folder)
+        settings = settings_of(model, routers, batches)
+        if resume:
+            check_state(folder, settings)
         plan = setup(model, routers, batches.options, batches.domains[0].shape[1], devices)
         check_memory(plan)
         tell(memory_line("a step of tuning", plan.memory))
-        run = cls(plan, batches)
-        run._folder = folder
-        run._settings = {
-            **batches.options.to_json(),
-            "weights": fingerprint(model),
-            "routers": routers.fingerprint,
-            "texts": [fingerprint_of({"windows": np.asarray(each)}) for each in batches.domains],
-            "shares": list(batches.shares),
-            "seed": batches.seed,
-            "layers": [list(batches.dense_layers), [list(row) for row in batches.budgets]],
-        }
-        return run
+        return cls(plan, batches, folder, settings)
 
     def resume(self) -> None:
         """Continues from the saved state."""

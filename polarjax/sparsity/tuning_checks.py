@@ -9,11 +9,12 @@ import numpy as np
 
 from polarjax.configs import ModelConfig
 from polarjax.errors import InputError, SparsityError
-from polarjax.memory import device_memory, fraction_hint
+from polarjax.memory import fraction_hint, memory_limit
 from polarjax.model.checks import check_windows
 from polarjax.model.spread_checks import check_around
 from polarjax.numeric import check_type, plain, shown, whole_number
 from polarjax.selection.routers import Routers
+from polarjax.selection.table_checks import as_layers, check_budget_rows
 from polarjax.sparsity.tune_options import TuneOptions
 from polarjax.sparsity.tuning_setup import Setup
 from polarjax.types import Int32
@@ -49,6 +50,13 @@ def check_shares(shares: Any, domains: Sequence[Any]) -> tuple[float, ...]:
             expected=f"{len(domains)} positive numbers, one for each domain",
         )
     return tuple(each / sum(given) for each in given)
+
+
+def check_layers(dense_layers: Any, budgets: Any, config: ModelConfig) -> tuple[int, ...]:
+    """The numbers of the dense layers; raises `SparsityError` unless these and the budgets fit the model."""
+    L, K = config.num_layers, config.num_kv_heads
+    check_budget_rows(budgets, L, K, where="tune: budgets")
+    return as_layers(dense_layers, L, where="tune", hint="pass for example (0,)")
 
 
 def check_group_routers(routers: Any, config: ModelConfig) -> Routers:
@@ -106,14 +114,15 @@ def check_devices(devices: Any, options: TuneOptions) -> int:
 
 def check_memory(plan: Setup) -> None:
     """Raises `InputError` if a step needs more memory than the device has; names one that fits, if any does."""
-    memory = device_memory()
+    memory = memory_limit()
     if memory is None or plan.fits():
         return
-    needed = plan.memory["total"]
+    over = plan.least > memory  # such a step may be too large to compile
+    needed = plan.least if over else plan.memory["total"]
     raise InputError(
         "a step of tuning does not fit the device's memory",
         where="tune",
-        got=f"{needed / 1e9:,.2f} GB",
+        got=f"{'at least ' if over else ''}{needed / 1e9:,.2f} GB",
         expected=f"at most {memory / 1e9:,.2f} GB",
         hint=fraction_hint(needed) or _fitting(plan),
     )
@@ -122,7 +131,9 @@ def check_memory(plan: Setup) -> None:
 def _fitting(plan: Setup) -> str:
     found = next((each for each in plan.smaller() if each.fits()), None)
     if found is None:
-        return "use a device with more memory, or shorten the windows (--window)"
+        return (
+            "lower the batch size (--batch), shorten the windows (--window), or use a device with more memory"
+        )
     options, size = found.options, f"{found.memory['total'] / 1e9:,.2f} GB"
     if options.train != plan.options.train:
         return f"train less: {options.train} (--train {options.train}) needs {size}"

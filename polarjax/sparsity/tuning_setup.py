@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec, Sharding, SingleDeviceSharding
 
-from polarjax.memory import device_memory, held_bytes, planned_memory, tree_bytes
+from polarjax.memory import held_bytes, memory_limit, planned_memory, tree_bytes
 from polarjax.model.decoder import Decoder
 from polarjax.model.parameters import parameters
 from polarjax.model.stacked import stacked_parameters
@@ -173,11 +173,19 @@ class Setup:
         for train in _SMALLER[_SMALLER.index(options.train) + 1 if options.train in _SMALLER else 0 :]:
             yield dataclasses.replace(self, options=dataclasses.replace(options, train=train))
 
+    @property
+    def least(self) -> int:
+        """Bytes that the run needs on each device at least: its arrays, gradients, tokens and the layers' inputs."""
+        config, options = self.spec.config, self.options
+        tokens = options.batch_size * self.length // len(self.placement.devices)
+        inputs = config.num_layers * config.d_model * self.spec.dtype.itemsize
+        batch = tokens * (4 * options.accumulate + inputs)
+        return held_bytes() + self.made + tree_bytes(self.abstract[0].model) + batch
+
     def fits(self) -> bool:
-        """Whether the device has the memory; compiles only if the arrays and gradients alone leave room."""
-        limit, (state, _) = device_memory(), self.abstract
-        least = held_bytes() + self.made + tree_bytes(state.model)
-        return limit is None or (least <= limit and self.memory["total"] <= limit)
+        """Whether the device has the memory; compiles only if the arrays, gradients and a batch alone leave room."""
+        limit = memory_limit()
+        return limit is None or (self.least <= limit and self.memory["total"] <= limit)
 
 
 @functools.cache

@@ -200,6 +200,21 @@ CASES = {
         (*"eval agreement model --text long.txt --report short.txt --picture new.png".split(),),
         "short.txt: the output already exists",
     ),
+    "tune into the root": (
+        None,
+        (*"tune model / --text long.txt --tokens 9 --overwrite".split(),),
+        "/: overwriting is refused: this was not written by polarjax",
+    ),
+    "tune beside a folder of the user's": (
+        lambda home: shutil.copytree(home / "hf", home / "new.tuning"),
+        (*"tune model new --text long.txt --tokens 9 --overwrite".split(),),
+        "new.tuning: overwriting is refused: this was not written by polarjax",
+    ),
+    "tune with nothing to resume": (
+        None,
+        (*"tune model new --text long.txt --tokens 9 --resume".split(),),
+        "new.tuning: there is no interrupted tuning to resume",
+    ),
     "activations that are there already": (
         None,
         ("sparsify", "plain", "--text", "short.txt", "--activations", "hf"),

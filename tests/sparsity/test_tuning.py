@@ -4,6 +4,7 @@ import contextlib
 import dataclasses
 import inspect
 import resource
+import shutil
 import types
 from typing import Any, cast
 
@@ -58,8 +59,11 @@ def windows():
 
 @pytest.fixture(scope="module")
 def whole(windows, tmp_path_factory):
-    """An uninterrupted run of 24 steps, as (model, routers, report)."""
-    return run(windows)
+    """An uninterrupted run of 24 steps, as (model, routers, report); what it moves to the device is no mistake of the
+    caller's."""
+    bundle = start()
+    with jax.transfer_guard("disallow"):
+        return run(windows, bundle=bundle)
 
 
 def start() -> pj.Bundle:
@@ -121,9 +125,20 @@ def test_an_interrupted_run_goes_on_as_if_it_had_not_been(whole, windows, tmp_pa
     with pytest.raises(KeyboardInterrupt):
         run(windows, folder=folder)
     assert is_state(folder)
-    with pytest.raises(pj.CheckpointError, match="other settings"):
-        run(windows, dataclasses.replace(OPTIONS, learning_rate=2e-3), folder=folder, resume=True)
-    model, routers, report = run(windows, folder=folder, resume=True)
+    with monkeypatch.context() as before_the_work:
+        before_the_work.setattr(tuning, "setup", None)
+        with refuses(pj.CheckpointError, "learning_rate.*other settings"):
+            run(windows, dataclasses.replace(OPTIONS, learning_rate=2e-3), folder=folder, resume=True)
+        with refuses(pj.CheckpointError, "no interrupted tuning to resume"):
+            run(windows, folder=tmp_path / "other", resume=True)
+        with refuses(pj.InputError, "where to resume from"):
+            run(windows, resume=True)
+        other = shutil.copytree(folder, tmp_path / "damaged")
+        (other / "tuning.json").write_text('{"format": 1, "settings": []}')
+        with refuses(pj.CheckpointError, "the saved state is damaged"):
+            run(windows, folder=other, resume=True)
+    folder.rename(tmp_path / ".state.polarjax-tmp-0123.old")  # as if killed while it was replaced
+    model, routers, report = run(windows, folder=str(folder), resume=True)
     assert report.steps == 24
     for name, value in parameters(whole[0]).items():
         np.testing.assert_array_equal(parameters(model)[name], value, err_msg=name)
@@ -161,10 +176,12 @@ def test_a_subset_is_what_changes(subset, changed):
         ({"batch_size": 0}, "batch_size"),
         ({"l1": -1.0}, "l1"),
         ({"blend": 0}, "blend"),
+        ({"dtype": "int8"}, "unusable dtype"),
+        ({"activation": "gelu"}, "not an activation"),
     ],
 )
 def test_unusable_options_are_refused(wrong, message):
-    with pytest.raises(pj.InputError, match=message):
+    with refuses(pj.InputError, message):
         TuneOptions(**{"tokens": 100, **wrong})
 
 
@@ -191,6 +208,9 @@ def test_unusable_text_and_routers_are_refused(windows):
         tune(model, None, [windows], key, options=OPTIONS)
     with pytest.raises(pj.InputError, match="shares"):
         tune(model, routers, [windows], key, options=OPTIONS, shares=[-1.0])
+    for layers in ((99,), (-1,), (0.5,), None):
+        with refuses(pj.SparsityError, "tune: dense_layers names layers that don't exist"):
+            tune(model, routers, [windows], key, options=OPTIONS, dense_layers=layers)
 
 
 @pytest.mark.parametrize("train", ["routers", "out", "all"])
@@ -221,14 +241,23 @@ def test_what_does_not_fit_is_refused_with_what_does(windows, monkeypatch, share
     for module in (memory, tuning_setup):  # what other tests keep on the device would count, too
         monkeypatch.setattr(module, "held_bytes", lambda: 0)
     needed = setup(zoo.model(NAME), with_means(zoo.routers(NAME)), OPTIONS, 12, 1).memory["total"]
-    monkeypatch.setattr(memory, "device_memory", lambda: int(needed * share))
-    monkeypatch.setattr(tuning_setup, "device_memory", lambda: int(needed * share))
-    monkeypatch.setattr(tuning_checks, "device_memory", lambda: int(needed * share))
+    for module, name in (
+        (memory, "device_memory"),
+        (tuning_setup, "memory_limit"),
+        (tuning_checks, "memory_limit"),
+    ):
+        monkeypatch.setattr(module, name, lambda: int(needed * share))
     monkeypatch.setattr(tuning_setup.Setup, "arrays", None)
     if "XLA" not in hint:
         monkeypatch.setenv("XLA_PYTHON_CLIENT_MEM_FRACTION", ".9")
     with pytest.raises(pj.InputError, match=rf"does not fit the device's memory.*{hint}"):
         run(windows)
+
+
+@pytest.mark.parametrize("sizes", [{"batch_size": 10**9}, {"batch_size": 1, "accumulate": 10**20}])
+def test_a_step_that_no_compiler_takes_is_refused(windows, sizes):
+    with refuses(pj.InputError, "does not fit the device's memory; got at least .*(--batch)"):
+        run(windows, dataclasses.replace(OPTIONS, **sizes))
 
 
 @pytest.mark.parametrize("groups", [3, 8, 9, 12])
