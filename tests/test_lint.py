@@ -54,3 +54,17 @@ def test_functions_are_short(folder):
         and (lines := node.end_lineno - node.lineno + 1) > 60
     ]
     assert not long, long
+
+
+def test_every_refusal_says_how_to_fix_it():
+    """Each error of polarjax's own that is raised has a hint; `**` may hold one."""
+    kinds = {"PolarjaxError", "UnsupportedConfigError", "CheckpointError", "InputError", "SparsityError"}
+    silent = [
+        f"{path.name}:{node.lineno}"
+        for path in sorted((ROOT / "polarjax").rglob("*.py"))
+        for node in ast.walk(ast.parse(path.read_text("utf-8")))
+        if isinstance(node, ast.Raise) and isinstance(node.exc, ast.Call)
+        if isinstance(node.exc.func, ast.Name) and node.exc.func.id in kinds
+        if not {"hint", None} & {keyword.arg for keyword in node.exc.keywords}
+    ]
+    assert not silent, silent

@@ -55,7 +55,11 @@ class ModelWriter:
         if name in self._params.arrays or array.shape != self._expected.get(name):
             expected = self._expected.get(name, "no such parameter")
             raise CheckpointError(
-                "unknown, repeated or mis-shaped parameter", where=name, got=array.shape, expected=expected
+                "unknown, repeated or mis-shaped parameter",
+                where=name,
+                got=array.shape,
+                expected=expected,
+                hint="add each parameter of the configuration once, in its shape",
             )
         self._params.add(name, array)
         self._samples[name] = sample(array)
@@ -65,7 +69,8 @@ class ModelWriter:
         missing = sorted(self._expected.keys() - self._params.arrays.keys())
         if missing:
             got = f"{', '.join(missing[:10])}"
-            raise CheckpointError("parameters are missing", where="model directory", got=got)
+            hint = "add every parameter of the configuration"
+            raise CheckpointError("parameters are missing", where="model directory", got=got, hint=hint)
         record = self._params.close()
         write_json(self.folder / "config.json", {"format": FORMAT, **self._config.to_json()})
         manifest = {

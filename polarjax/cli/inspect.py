@@ -48,10 +48,10 @@ def inspect(
     """Show what a checkpoint is, how many sequences fit, and what is supported; reads no weights."""
     if dtype is not None:
         check_dtype(dtype, where="--dtype")
-    if not bytes_of(memory, "--memory"):
-        raise InputError("no memory", where="--memory", got=memory, expected="gigabytes, more than 0")
-    if not bytes_of(bandwidth, "--bandwidth"):
-        raise InputError("no bandwidth", where="--bandwidth", got=bandwidth, expected="more than 0")
+    for name, value in (("memory", memory), ("bandwidth", bandwidth)):
+        if not bytes_of(value, f"--{name}"):
+            hint = "give a number such as 80"
+            raise InputError(f"no {name}", where=f"--{name}", got=value, expected="more than 0", hint=hint)
     shape = ONE_DEVICE if mesh is None else MeshShape.parse(mesh, attention=cast(Attention, attention))
     if is_model_directory(source):
         result = _model_directory(source, dtype)

@@ -184,7 +184,11 @@ def head_options(rank_by: str | None, skipped: str | None, published: bool) -> d
         chosen["importance"] = check_importance(rank_by, "--rank-by")
     if skipped not in (None, "mean", "zeros"):
         raise InputError(
-            "nothing that could replace a head", where="--skipped", got=skipped, expected="mean | zeros"
+            "nothing that could replace a head",
+            where="--skipped",
+            got=skipped,
+            expected="mean | zeros",
+            hint="leave it out to take the mean outputs",
         )
     return chosen if skipped is None else chosen | {"mean_outputs": skipped == "mean"}
 
@@ -214,7 +218,11 @@ def calibrate_options(
     """The published options with these, and batch sizes that are powers of two up to `max_batch`."""
     if max_batch < 1:
         raise InputError(
-            "no batch size to make a plan for", where="--max-batch", got=max_batch, expected="1 or more"
+            "no batch size to make a plan for",
+            where="--max-batch",
+            got=max_batch,
+            expected="1 or more",
+            hint=f"leave it out to make plans up to {LARGEST_BATCH}",
         )
     sizes = tuple(2**i for i in range(max_batch.bit_length()))
     return CalibrateOptions(
@@ -229,7 +237,10 @@ def calibrate_options(
 def neuron_options(neurons: str, target_share: float) -> choices.NeuronOptions | None:
     """The default options with this target; None for "relu"."""
     if neurons not in ("relu", "gated"):
-        raise InputError("no such neurons", where="--neurons", got=neurons, expected="relu | gated")
+        hint = "leave it out for those of ReLU models"
+        raise InputError(
+            "no such neurons", where="--neurons", got=neurons, expected="relu | gated", hint=hint
+        )
     return choices.NeuronOptions(target_share=target_share) if neurons == "gated" else None
 
 

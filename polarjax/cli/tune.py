@@ -256,9 +256,8 @@ def _check_state(state: Path, *, resume: bool, overwrite: bool) -> None:
 def _check_own(share: float) -> None:
     """Raises `InputError` unless `share` is the value of --own-text."""
     if not 0 <= share < 1:
-        raise InputError(
-            "not a fraction of the training", where="--own-text", got=share, expected="0 to below 1"
-        )
+        hint = "give for example .2"
+        raise InputError("no fraction", where="--own-text", got=share, expected="0 to below 1", hint=hint)
 
 
 def _windows(

@@ -64,7 +64,10 @@ def scored_after(
     scored = host_array(scored)
     if scored.shape != tuple(shape) or scored.dtype != bool:
         got, expected = f"{scored.dtype} {scored.shape}", f"bool {tuple(shape)}, like the windows"
-        raise InputError("unusable mask of scored tokens", where="scored", got=got, expected=expected)
+        hint = "pass the field scored of scored_windows, or leave it out to score every token"
+        raise InputError(
+            "unusable mask of scored tokens", where="scored", got=got, expected=expected, hint=hint
+        )
     counted = scored[:, max(context, 1) :]
     if not counted.any():
         raise InputError(

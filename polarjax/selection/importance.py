@@ -17,5 +17,6 @@ def check_importance(value: Any, where: str) -> Importance:
     """The value; raises `InputError` if it is not an `Importance`."""
     if not isinstance(value, str) or value not in IMPORTANCES:
         got, expected = value if isinstance(value, str) else shown(value), " | ".join(IMPORTANCES)
-        raise InputError("no such measure of importance", where=where, got=got, expected=expected)
+        hint = "leave it out to take contributions"
+        raise InputError("no such measure of importance", where=where, got=got, expected=expected, hint=hint)
     return value  # pyrefly: ignore[bad-return]

@@ -103,7 +103,9 @@ class Activations:
 
 def _number(part: Part) -> int:
     if part not in get_args(Part):
-        raise InputError("no such part", got=repr(part), expected=" | ".join(get_args(Part)))
+        names = get_args(Part)
+        hint = f"pass for example {names[0]!r}"
+        raise InputError("no such part", got=repr(part), expected=" | ".join(names), hint=hint)
     return get_args(Part).index(part)
 
 

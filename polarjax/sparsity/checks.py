@@ -47,8 +47,8 @@ def check_size(max_bytes: Any) -> None:
 def check_budgets(budgets: Any, where: str) -> Budgets:
     """The value; raises `InputError` if it is not one of `Budgets`."""
     if budgets not in get_args(Budgets):
-        expected = " | ".join(get_args(Budgets))
-        raise InputError("no such budgets", where=where, got=str(budgets)[:80], expected=expected)
+        expected, hint = " | ".join(get_args(Budgets)), "leave it out to keep equally many in every layer"
+        raise InputError("no such budgets", where=where, got=str(budgets)[:80], expected=expected, hint=hint)
     return budgets
 
 

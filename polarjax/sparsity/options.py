@@ -84,7 +84,11 @@ class TrainOptions:
         if self.group_objective not in get_args(Objective):
             expected = " | ".join(get_args(Objective))
             raise InputError(
-                "no such objective", where="group objective", got=self.group_objective, expected=expected
+                "no such objective",
+                where="group objective",
+                got=self.group_objective,
+                expected=expected,
+                hint="leave it out to learn the importance of each head",
             )
         whole = ("neuron_batch", "group_batch", "max_epochs", "patience", "memory_bytes")
         make_plain(self, *whole, "learning_rate", "weight_decay", "good_enough", "rank")
@@ -93,10 +97,7 @@ class TrainOptions:
         for name, least in (("learning_rate", _TINY), ("weight_decay", 0), ("good_enough", 0)):
             value = getattr(self, name)
             if type(value) not in (int, float) or not least <= value < math.inf:
-                expected = "above 0" if least else "0 or more"
-                raise InputError(
-                    f"{name} is not usable", where="TrainOptions", got=shown(value), expected=expected
-                )
+                raise _unusable(self, name, "above 0" if least else "0 or more")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -134,9 +135,7 @@ class RefineOptions:
         for name, most in (("router_rate", math.inf), ("mean_rate", math.inf), ("spread", 1)):
             value = getattr(self, name)
             if type(value) not in (int, float) or not 0 < value < most:
-                expected = "above 0" if most == math.inf else "above 0, below 1"
-                got = shown(value)
-                raise InputError(f"{name} is not usable", where="RefineOptions", got=got, expected=expected)
+                raise _unusable(self, name, "above 0" if most == math.inf else "above 0, below 1")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -167,9 +166,7 @@ class NeuronOptions:
         for name, most in (("target_share", 1), ("learning_rate", math.inf)):
             value = getattr(self, name)
             if type(value) not in (int, float) or not 0 < value < most:
-                expected = "above 0, below 1" if most == 1 else "above 0"
-                got = shown(value)
-                raise InputError(f"{name} is not usable", where="NeuronOptions", got=got, expected=expected)
+                raise _unusable(self, name, "above 0, below 1" if most == 1 else "above 0")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -215,8 +212,7 @@ class CalibrateOptions:
             )
         object.__setattr__(self, "batch_sizes", sizes)
         if type(self.target_recall) not in (int, float) or not 0 < self.target_recall <= 1:
-            got = shown(self.target_recall)
-            raise InputError("unusable target recall", got=got, expected="above 0, at most 1")
+            raise _unusable(self, "target_recall", "above 0, at most 1")
         if self.dense_attention not in get_args(DenseAttention):
             expected = " | ".join(get_args(DenseAttention))
             raise InputError(
@@ -224,6 +220,7 @@ class CalibrateOptions:
                 where="dense attention",
                 got=self.dense_attention,
                 expected=expected,
+                hint="leave it out to take the first",
             )
         for name in ("multiple", "num_batches", "max_tokens"):
             whole_number(getattr(self, name), name, where="CalibrateOptions")
@@ -231,3 +228,10 @@ class CalibrateOptions:
     def check(self, config: ModelConfig) -> None:
         """Raises `InputError` unless the model can be divided into so many shards."""
         MeshShape(model=self.shards).check(config, where="shards")
+
+
+def _unusable(options: Any, name: str, expected: str) -> InputError:
+    """The error for a field's value that is out of its range."""
+    kind, got = type(options), shown(getattr(options, name))
+    hint = f"leave it out to take {getattr(kind, name):g}"
+    return InputError(f"{name} is not usable", where=kind.__name__, got=got, expected=expected, hint=hint)

@@ -28,12 +28,18 @@ def check_domains(domains: Any, config: ModelConfig) -> list[Int32[np.ndarray, "
             where="domains",
             got=type(domains).__name__,
             expected="a list of arrays of windows [n T], one for each kind of text",
+            hint="pass [windows]",
         )
     checked = [check_windows(windows, config) for windows in domains]
     lengths = sorted({windows.shape[1] for windows in checked})
     if len(lengths) > 1:
+        hint = "cut all texts into windows of one length"
         raise InputError(
-            "the windows differ in length", where="domains", got=str(lengths), expected="one length"
+            "the windows differ in length",
+            where="domains",
+            got=str(lengths),
+            expected="one length",
+            hint=hint,
         )
     return checked
 
@@ -48,6 +54,7 @@ def check_shares(shares: Any, domains: Sequence[Any]) -> tuple[float, ...]:
             where="shares",
             got=shown(shares),
             expected=f"{len(domains)} positive numbers, one for each domain",
+            hint="leave them out to mix the domains equally",
         )
     return tuple(each / sum(given) for each in given)
 

@@ -74,7 +74,9 @@ def standard_library_documents(split: Split, library: str | Path | None = None) 
     Raises InputError for an unknown split or a library without sources.
     """
     if split not in get_args(Split):
-        raise InputError("no such split", got=repr(split), expected=" | ".join(get_args(Split)))
+        names = get_args(Split)
+        hint = f"pass for example {names[0]!r}"
+        raise InputError("no such split", got=repr(split), expected=" | ".join(names), hint=hint)
     root = Path(library or sysconfig.get_path("stdlib"))
     paths = sorted(root.rglob("*.py"))
     modules = {name: path for path in paths if (name := _module_name(path.relative_to(root)))}

@@ -145,7 +145,8 @@ def scored_windows(
 def _check_most(most: int | None, source: str) -> None:
     """Raises `InputError` unless `most` allows a window."""
     if most is not None and most < 1:
-        raise InputError("no window is left", where=source, got=most, expected="at least 1 window")
+        hint = "allow more tokens (--max-tokens), or use shorter windows (--window)"
+        raise InputError("no window is left", where=source, got=most, expected="at least 1 window", hint=hint)
 
 
 def _checked_stride(stride: int | None, taken: int) -> int:
@@ -189,7 +190,14 @@ def _cut(
 ) -> Int[np.ndarray, "n taken"]:
     """Positions in a stream of windows of `taken` tokens, one every `stride`; none begins with a separator."""
     if taken < 1:
-        raise InputError("the window is too short", got=f"length {length}", expected="room for a token")
+        at_least = length - taken + 1
+        raise InputError(
+            "the window is too short",
+            where=source,
+            got=f"{length} tokens",
+            expected=f"at least {at_least}",
+            hint="use longer windows (--window)",
+        )
     count, starts, start, skipped = len(is_separator), [], 0, 0
     while start < count:
         if is_separator[start]:

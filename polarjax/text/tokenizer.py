@@ -142,7 +142,11 @@ class Tokenizer:
         """
         if isinstance(texts, str) or not texts:
             raise InputError(
-                "no texts to encode", where="Tokenizer.encode", got=repr(texts), expected="a list of texts"
+                "no texts to encode",
+                where="Tokenizer.encode",
+                got=repr(texts),
+                expected="a list of texts",
+                hint="pass [text]",
             )
         for i, text in enumerate(texts):
             if not isinstance(text, str) or not _is_unicode(text):
