@@ -35,7 +35,7 @@ def calibrate(
         hint = f"run polarjax train-routers {folder} --activations {activations}"
         raise SparsityError("the model has no routers yet", where=folder, hint=hint)
     if chosen == "calibrated":
-        recorded.windows_of("validation")  # which is refused before the work, not after it
+        recorded.windows_of("validation", at_least=1)  # which is refused before the work, not after it
     plans = sparsity.calibrate(
         recorded,
         bundle.routers,

@@ -66,12 +66,16 @@ class Activations:
         """The row numbers of the tokens in `part` (all tokens for None), ascending."""
         return np.arange(self.num_tokens) if part is None else np.flatnonzero(self.part == _number(part))
 
-    def windows_of(self, part: Part) -> np.ndarray:
-        """The windows of text in `part`, int32 [m T]; `SparsityError` if they were not recorded."""
+    def windows_of(self, part: Part, *, at_least: int = 0) -> np.ndarray:
+        """The windows of text in `part`, int32 [m T]; `SparsityError` if fewer than `at_least` were recorded."""
         if self.windows is None or self.window_part is None:
             hint = f"{COLLECT}; or leave out what needs the text (--refine-tokens 0, --budgets uniform)"
             raise SparsityError("these activations hold no text", where="activations", hint=hint)
-        return np.asarray(self.windows)[self.window_part == _number(part)]
+        found = np.asarray(self.windows)[self.window_part == _number(part)]
+        if len(found) < at_least:
+            hint = f"collect with {part} text held out (held_out, --{part})"
+            raise SparsityError(f"the activations hold no {part} text", where="activations", hint=hint)
+        return found
 
     def router_inputs(self, rows: np.ndarray, layer: slice = slice(None)) -> np.ndarray:
         """The router inputs at `rows`, [L b D] in the model's dtype."""

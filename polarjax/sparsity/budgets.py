@@ -39,7 +39,7 @@ def measured_budgets(
     """`group_budgets` of validation windows; () for a model with one group."""
     if model.config.num_kv_heads == 1:
         return ()
-    windows = activations.windows_of("validation")
+    windows = activations.windows_of("validation", at_least=1)
     return group_budgets(model, routers, windows[: max(1, MEASURED // windows.shape[1])], dense_layers)
 
 

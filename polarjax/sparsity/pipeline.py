@@ -168,6 +168,7 @@ def learn(
 ) -> tuple[Routers, PlanTable, SparsifyReport]:
     """`sparsify` with checked arguments; `recording` is what `plan_recording` returned for these windows."""
     calibration.check(model.config)
+    check_validation(recording)
     if model.config.neuron_sparsity or neurons is not None:
         check_length(recording, calibration)
     keys = StageKeys.of(key)
@@ -244,6 +245,17 @@ def check_neuron_text(
     """Raises `InputError` if `learn_neurons` would find too little text; for use before long work."""
     if config.neuron_sparsity:
         check_length(plan_recording(model, windows.shape, CollectOptions()), CalibrateOptions())
+
+
+def check_validation(recording: Recording) -> None:
+    """Raises `InputError` if no tokens are held out for choosing epochs."""
+    if not np.any(recording.part == 1):
+        raise InputError(
+            "no text is held out for choosing epochs",
+            where="held_out",
+            got="0 validation tokens",
+            hint="raise the fraction of validation text (--validation)",
+        )
 
 
 def check_length(recording: Recording, options: CalibrateOptions) -> None:

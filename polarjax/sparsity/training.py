@@ -116,7 +116,7 @@ def train_routers(
         )
     for part in ("train", "validation"):
         if len(activations.rows(part)) == 0:
-            hint = "collect with validation text held out (held_out)"
+            hint = "collect with validation text held out (held_out, --validation)"
             raise InputError(f"the activations have no {part} tokens", where="train_routers", hint=hint)
     initial_key, neuron_key, group_key = jax.random.split(key, 3)
     neurons = config.neuron_sparsity if neurons is None else neurons

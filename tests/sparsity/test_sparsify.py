@@ -23,7 +23,7 @@ from polarjax.model import mlp
 from polarjax.model.parameters import abstract, fingerprint, parameters, with_parameters
 from polarjax.selection.routers import init_routers
 from polarjax.sparsity import collect, passes, sparsify
-from polarjax.sparsity.budgets import allocate
+from polarjax.sparsity.budgets import allocate, measured_budgets
 from polarjax.sparsity.collection import plan_recording
 from polarjax.sparsity.options import CalibrateOptions, CollectOptions, RefineOptions, TrainOptions
 from polarjax.text.corpus import standard_library_text
@@ -198,6 +198,17 @@ def test_what_cannot_work_is_refused_before_any_work(monkeypatch, keywords, mess
     monkeypatch.setattr("polarjax.model.decoder.forward", None)
     with pytest.raises(pj.PolarjaxError, match=message):
         sparsify(zoo.model("opt"), tiny_windows(), jax.random.key(0), **keywords)
+
+
+def test_text_to_validate_on_is_needed_before_any_work(monkeypatch, tmp_path):
+    """Models without ReLU, which calibrate no neurons, need it for epochs and budgets."""
+    model, none = zoo.model("llama-mha"), (0.0, 0.1)
+    activations = collect(model, tiny_windows(), tmp_path / "acts", held_out=none)
+    with refuses(pj.SparsityError, r"the activations hold no validation text.*--validation"):
+        measured_budgets(model, zoo.routers("llama-mha"), activations, (0,))
+    monkeypatch.setattr("polarjax.model.decoder.forward", None)
+    with refuses(pj.InputError, r"held_out: no text is held out.*--validation"):
+        sparsify(model, tiny_windows(), jax.random.key(0), collecting=CollectOptions(held_out=none))
 
 
 @pytest.fixture(scope="module")
