@@ -3,7 +3,7 @@
 import contextlib
 import dataclasses
 import hashlib
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -93,6 +93,7 @@ def run(options: EvalOptions, columns: "Columns", greedy: "GreedyOptions | None"
 
     options = agreed(options)
     wanted = _numbers(options)
+    _check_files(options, wanted["selectors"])
     with contextlib.ExitStack() as stack:
         outputs = {}
         for name, path in (("report", options.report), ("picture", options.picture)):
@@ -100,16 +101,25 @@ def run(options: EvalOptions, columns: "Columns", greedy: "GreedyOptions | None"
             if path is not None:
                 outputs[name] = stack.enter_context(atomic_file(path, overwrite=options.overwrite)), kind
         measured = _measure(options, wanted, greedy)
+        print("{windows} windows of {window} tokens, {scored_tokens} tokens scored".format(**measured.text))
+        print(measured.table(columns))  # before anything is written, which may fail
         found = measured.to_json()
         if "report" in outputs:
             dump_json(outputs["report"][0], found)
         if "picture" in outputs:
             stream, kind = outputs["picture"]
             draw(measured, stream.buffer, kind)
-    text = measured.text
-    print("{windows} windows of {window} tokens, {scored_tokens} tokens scored".format(**text))
-    print(measured.table(columns))
     return found
+
+
+def _check_files(options: EvalOptions, selectors: Sequence[str]) -> None:
+    """Raises `InputError` if a file would have no use, or two outputs are one file."""
+    if options.static_text and "static" not in selectors:
+        hint = "give --selectors static too, or leave it out"
+        raise InputError("--static-text is for selector static", got=", ".join(selectors), hint=hint)
+    files = [path.absolute() for path in (options.report, options.picture) if path is not None]
+    if len(set(files)) < len(files):
+        raise InputError("--report and --picture are one file", got=files[0], hint="give two names")
 
 
 def _numbers(options: EvalOptions) -> dict[str, Any]:

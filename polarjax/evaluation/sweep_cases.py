@@ -11,6 +11,7 @@ from polarjax.evaluation.checks import check_scoring
 from polarjax.evaluation.parting import GreedyOptions
 from polarjax.model.layout import mesh_of
 from polarjax.model.spread_checks import check_around, check_batch, check_spread
+from polarjax.numeric import plain
 from polarjax.selection.checks import check_sparsity
 from polarjax.selection.plans import SparsityPlan, uniform_groups
 from polarjax.selection.selectors import Selector, Sparsity, Static
@@ -103,7 +104,7 @@ class Asked:
             "batch_sizes": sizes,
             "neurons": neurons,
             "greedy": greedy,
-            "seed": self.seed,
+            "seed": plain(self.seed),
         }
         return Chosen(cases, context, settings, notes + more)
 

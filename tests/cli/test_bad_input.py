@@ -190,6 +190,16 @@ CASES = {
         (*"eval perplexity model --selectors static --text long.txt --static-text long.txt".split(),),
         "--static-text: the static selector would have seen the evaluated text; got long.txt",
     ),
+    "eval with a static text for another selector": (
+        None,
+        (*"eval perplexity model --text long.txt --static-text no.txt".split(),),
+        "--static-text is for selector static; got router",
+    ),
+    "eval with one file for two outputs": (
+        None,
+        (*"eval perplexity model --text long.txt --report new.png --picture ./new.png".split(),),
+        "--report and --picture are one file",
+    ),
     "eval with a picture of an unknown kind": (
         None,
         (*"eval perplexity model --text long.txt --report new.json --picture new.gif".split(),),

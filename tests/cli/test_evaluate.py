@@ -1,8 +1,10 @@
 """`polarjax eval perplexity` and `agreement`: what they score of a text, and what they write."""
 
+import errno
 import hashlib
 import json
 import math
+import os
 from pathlib import Path
 
 import numpy as np
@@ -72,6 +74,18 @@ def test_a_sweep_writes_its_report_and_picture(measure, tmp_path, verb, shown):
     assert [row["selector"] for row in report["rows"]] == ["oracle", "static"]
     assert report["model"]["path"] == str(tmp_path / "m")
     assert (tmp_path / "p.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_what_was_measured_is_printed_before_a_file_that_fails(measure, tmp_path, monkeypatch):
+    monkeypatch.setattr("polarjax.evaluation.pictures.draw", full_disk)
+    words = ("--dense", "--window", "16", "--picture", str(tmp_path / "p.png"))
+    code, out, error = measure(random_model(np.random.default_rng(0)), "word " * 99, *words)
+    assert code == 2 and "p.png: cannot write here; got No space left on device" in error
+    assert "90 tokens scored" in out and "dense (masked): perplexity" in out
+
+
+def full_disk(*_: object) -> None:
+    raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
 
 def test_a_model_that_computes_nan_is_no_result(measure, tmp_path):
