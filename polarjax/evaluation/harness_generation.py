@@ -42,7 +42,7 @@ def generation_options(
             where="generate_until",
             got=most,
             expected=f"1 to {room - 1}",
-            hint="lower it, in the task's generation_kwargs or --gen-kwargs",
+            hint=f"{'lower' if most > 0 else 'raise'} it, in the task's generation_kwargs or --gen-kwargs",
         )
     own = settings.to_json()
     if not settings.do_sample and settings.top_k is None:

@@ -18,6 +18,8 @@ _FAULTS = (
     OSError,
     AssertionError,
     ImportError,
+    TypeError,
+    ArithmeticError,
 )  # a task's own, as lm-eval raises them
 
 
@@ -115,7 +117,7 @@ def _config(path: Path, data: Path | None) -> dict[str, Any]:
 
 
 def _found(files: Any, base: Path, task: Path) -> Any:
-    """The paths in `data_files` made absolute; raises `InputError` if one is missing. Addresses stay as they are."""
+    """The paths in `data_files` made absolute, addresses as they are; raises `InputError` if one is missing or empty."""
     if isinstance(files, Mapping):
         return {key: _found(value, base, task) for key, value in files.items()}
     if isinstance(files, list):
@@ -123,11 +125,12 @@ def _found(files: Any, base: Path, task: Path) -> Any:
     if "://" in str(files):
         return files
     path = absolute(base / str(files))
-    if not glob.glob(str(path)):
+    found = glob.glob(str(path))
+    if not any(map(os.path.getsize, found)):
         raise InputError(
-            "the task's data is missing",
+            "the task's data is empty" if found else "the task's data is missing",
             where=task,
-            got=f"no file {path}",
+            got=f"{found[0]}, of 0 bytes" if found else f"no file {path}",
             hint="put it there, or name its folder (--data)",
         )
     return str(path)
@@ -146,10 +149,11 @@ def _faults_of(where: str) -> Iterator[None]:
         library = type(error).__module__.partition(".")[0]
         if not isinstance(error, (*_FAULTS, TemplateError)) and library not in ("yaml", "datasets"):
             raise
+        named = error.__cause__ if library == "datasets" and error.__cause__ is not None else error
         raise InputError(
             "lm-eval can't run this",
             where=where,
-            got=f"{type(error).__name__}: {error!s:.300}",
+            got=f"{type(named).__name__}: {named!s:.300}",
             hint="correct the task's file or its data; lm-eval's own tasks need the network once",
         ) from error
 

@@ -324,7 +324,9 @@ def test_shipped_tasks_run_offline_and_report_what_they_found(evaluate, tmp_path
         (["--tasks", "broken.yaml"], "lm-eval can't run this; got"),
         (["--tasks", "list.yaml"], "lm-eval can't run this; got|not a task"),
         (["--tasks", "fields.yaml"], "lm-eval can't run this; got .*absent"),
-        (["--tasks", "rows.yaml"], "lm-eval can't run this; got"),
+        (["--tasks", "rows.yaml"], "lm-eval can't run this; got .*JSON"),
+        (["--tasks", "nothing.yaml"], "the task's data is empty; got .*nothing.jsonl"),
+        (["--tasks", "numbers.yaml"], "lm-eval can't run this; got TypeError"),
         ([*task_files()[:2], "--limit", 0], "--limit is not usable"),
         ([*task_files()[:2], "--dense", "--head-density", 0.5], "contradict each other"),
     ],
@@ -337,6 +339,9 @@ def test_bad_tasks_give_one_line(evaluate, tmp_path, monkeypatch, words, message
     (tmp_path / "fields.yaml").write_text(task.replace("{{query}}", "{{absent}}"))
     (tmp_path / "rows.yaml").write_text(task.replace("hellaswag.jsonl", "rows.jsonl"))
     (tmp_path / "rows.jsonl").write_text("{not json\n")
+    for name, row in (("nothing", ""), ("numbers", '{"query": "a", "choices": [1, 2], "gold": 0}\n')):
+        (tmp_path / f"{name}.yaml").write_text(task.replace("hellaswag.jsonl", f"{name}.jsonl"))
+        (tmp_path / f"{name}.jsonl").write_text(row)
     code, out, errors = evaluate(*words)
     assert (code, out) == (2, "")
     last = errors.splitlines()[-1]
