@@ -83,8 +83,7 @@ def as_request(
     row = row_settings(options, stops, seed, logprobs, config.vocab_size)
     assembler = None
     if bundle.tokenizer is not None:
-        context = ids[-CONTEXT:].tolist()
-        assembler = Assembler(bundle.tokenizer.decode_ids, context=context, stop_strings=strings)
+        assembler = Assembler.of(bundle.tokenizer, ids[-CONTEXT:].tolist(), strings)
     return Request(number, ids, row, assembler)
 
 

@@ -106,15 +106,13 @@ class Choice:
         self._index, self._chat, self._token_bytes = index, asked.chat, model.token_bytes
         self._began, self._text = False, ""
         self._finished: Finished | None = None
-        decode = model.tokenizer.decode_ids
         if asked.echo:
-            self._text = prompt if isinstance(prompt, str) else decode(ids)
+            self._text = prompt if isinstance(prompt, str) else model.tokenizer.decode_ids(ids)
         self._unsent = self._text
         self._logprobs: list[dict[str, Any]] = []
         if asked.logprobs is not None and not asked.chat:
-            self._places = Assembler(
-                decode, context=ids[-CONTEXT:].tolist()
-            )  # where in the text a token begins
+            # where in the text a token begins
+            self._places = Assembler.of(model.tokenizer, ids[-CONTEXT:].tolist())
 
     def add(self, event: Event) -> dict[str, Any] | None:
         """The new part of the sequence; None if there is nothing to show."""

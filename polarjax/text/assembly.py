@@ -1,8 +1,8 @@
 """Converts tokens to text as they arrive; holds back text that later tokens may change or cut off."""
 
 import dataclasses
-from collections.abc import Callable, Iterator, Sequence
-from typing import Literal
+from collections.abc import Callable, Container, Iterator, Sequence
+from typing import Literal, Self
 
 import numpy as np
 
@@ -42,6 +42,12 @@ class Assembler:
       text: the text so far, without a stop string; its end may be held back.
       stopped: whether a stop string was found.
       tokens: ids used, up to the one that completed the stop string.
+
+    Args:
+      decode: the text of ids.
+      context: the last tokens of the prompt.
+      stop_strings: strings that end the text.
+      silent: ids that `decode` leaves out, such as special tokens; a run of them isn't decoded again and again.
     """
 
     def __init__(
@@ -50,14 +56,21 @@ class Assembler:
         *,
         context: Sequence[int] = (),
         stop_strings: tuple[str, ...] = (),
+        silent: Container[int] = (),
     ) -> None:
         self.text, self.stopped, self.tokens = "", False, []
-        self._decode, self._stops = decode, stop_strings
+        self._decode, self._stops, self._silent = decode, stop_strings, silent
         self._window = list(context)  # decoded together: the last complete piece and newer tokens
         self._settled = len(self._window)  # how many of them are older than the newer tokens
         self._prompt = decode(self._window) if self._window else ""  # may end in an incomplete character
         self._seen = len(self._prompt)  # characters of the window that are in `text`, or the prompt's
         self._shown = 0
+
+    @classmethod
+    def of(cls, tokenizer: Tokenizer, context: Sequence[int], stop_strings: tuple[str, ...] = ()) -> Self:
+        """For text by this tokenizer, after a prompt that ends with the tokens of `context`."""
+        silent = getattr(tokenizer, "silent_ids", ())
+        return cls(tokenizer.decode_ids, context=context, stop_strings=stop_strings, silent=silent)
 
     def push(self, ids: Sequence[int]) -> str:
         """Adds tokens; returns the text that can be shown now."""
@@ -75,7 +88,10 @@ class Assembler:
         return self._show(len(self.text))
 
     def _take(self, ids: list[int]) -> None:
-        self._window += ids
+        heard = [each for each in ids if each not in self._silent]
+        if not heard:
+            return
+        self._window += heard
         text = self._decode(self._window)
         whole = text.rstrip(_INCOMPLETE)
         self._accept(text, len(whole))
@@ -124,8 +140,7 @@ class TextStream(Iterator[tuple[str, ...]]):
             raise InputError("not a tokenizer", where="TextStream", got=got, hint=hint)
         self._tokens = tokens
         self._rows = [
-            Assembler(tokenizer.decode_ids, context=context, stop_strings=check_stop_strings(stop_strings))
-            for context in tokens.context
+            Assembler.of(tokenizer, context, check_stop_strings(stop_strings)) for context in tokens.context
         ]
         self._endings: list[Ending | None] = [None] * len(self._rows)
 
@@ -175,7 +190,7 @@ def complete(
     done, stop_strings = [], check_stop_strings(stop_strings)
     rows = zip(context, *fetched((made.tokens, made.lengths, made.stopped, made.failed)), strict=True)
     for before, tokens, length, stopped, failed in rows:
-        row = Assembler(tokenizer.decode_ids, context=before, stop_strings=stop_strings)
+        row = Assembler.of(tokenizer, before, stop_strings)
         row.push(tokens[:length].tolist())
         row.finish()
         ending = _ending(row, stopped, failed) or "length"

@@ -26,10 +26,17 @@ def decode(hf: Any, ids: Sequence[int], *, skip_special_tokens: bool) -> str:
     if _REPLACEMENT not in text or not falls_back_to_bytes(hf):
         return text
     backend = hf.backend_tokenizer
-    added = backend.get_added_tokens_decoder()
-    skipped = {i for i, token in added.items() if token.special} if skip_special_tokens else set()
+    skipped = special_ids(hf) if skip_special_tokens else frozenset()
     tokens = [backend.id_to_token(i) for i in ids if i not in skipped]
     return backend.decoder.decode(_with_replacements([token for token in tokens if token is not None]))
+
+
+def special_ids(hf: Any) -> frozenset[int]:
+    """Ids of the special tokens of a tokenizer of the tokenizers library, which leaves them out before it joins the
+    others; none for any other."""
+    backend = getattr(hf, "backend_tokenizer", None)
+    added = {} if backend is None else backend.get_added_tokens_decoder()
+    return frozenset(i for i, token in added.items() if token.special)
 
 
 class TokenBytes:

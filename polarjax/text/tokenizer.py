@@ -2,6 +2,7 @@
 
 import contextlib
 import dataclasses
+import functools
 import importlib.util
 import os
 from collections.abc import Iterator, Mapping, Sequence
@@ -249,6 +250,11 @@ class Tokenizer:
             decoding.decode(self.hf, row[:end].tolist(), skip_special_tokens=skip_special_tokens)
             for row, end in zip(rows, ends, strict=True)
         ]
+
+    @functools.cached_property
+    def silent_ids(self) -> frozenset[int]:
+        """Ids that `decode_ids` leaves out before it decodes the others; none where they may change others' text."""
+        return decoding.special_ids(self.hf)
 
     def decode_ids(self, ids: Sequence[int]) -> str:
         """The text of one sequence, without special tokens."""

@@ -55,7 +55,7 @@ def test_pieces_add_up_to_the_text_wherever_the_prompt_ends(tokenizers, kind, te
     decode = tokenizers[kind].decode_ids
     ids = tokenizers[kind].hf.encode(text)
     cut = round(where * (len(ids) - 1))
-    row = Assembler(decode, context=ids[max(0, cut - CONTEXT) : cut])
+    row = Assembler.of(tokenizers[kind], ids[max(0, cut - CONTEXT) : cut])
     shown = _feed(row, ids[cut:], sizes)
     assert "".join(shown) == row.text == _continued(decode, ids, cut)
     assert not any("\ufffd" in piece for piece in shown)
@@ -79,7 +79,7 @@ def test_any_tokens_whatever_the_pieces(tokenizers, kind, data, where, sizes):
     decode, ids = tokenizers[kind].decode_ids, data.draw(_ids(kind))
     cut = round(where * len(ids))
     stops = data.draw(st.sampled_from([(), ("not there",)]))  # with one, tokens are taken one by one
-    row = Assembler(decode, context=ids[max(0, cut - CONTEXT) : cut], stop_strings=stops)
+    row = Assembler.of(tokenizers[kind], ids[max(0, cut - CONTEXT) : cut], stops)
     assert "".join(_feed(row, ids[cut:], sizes)) == row.text == _continued(decode, ids, cut)
 
 
@@ -100,6 +100,20 @@ def test_new_text_after_a_prompt_of_byte_tokens(tokenizers, kind, size):
     prompt, whole = encode("తెలుగు"), encode("తెలుగులో")
     row = Assembler(tokenizers[kind].decode_ids, context=prompt[-CONTEXT:])
     assert "".join(_feed(row, whole[len(prompt) :], [size])) == row.text == "లో"
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_special_tokens_cost_nothing(tokenizers, kind):
+    """A model that goes on after its end writes its end a thousand times."""
+    tokenizer, decoded = tokenizers[kind], []
+    end, text = tokenizer.hf.eos_token_id, tokenizer.hf.encode("One, two.", add_special_tokens=False)
+    assert end in tokenizer.silent_ids
+    row = Assembler.of(tokenizer, [], ("not there",))
+    row._decode = lambda ids: decoded.append(len(ids)) or tokenizer.decode_ids(ids)
+    ids = [*text, *[end] * 1000, *text]
+    assert "".join(_feed(row, ids, [8])) == row.text == tokenizer.decode_ids(ids)
+    assert row.tokens == ids
+    assert len(decoded) <= 4 * len(text) + 2
 
 
 def test_a_character_is_shown_when_its_last_byte_is_there(tokenizers):
