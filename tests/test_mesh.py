@@ -28,11 +28,11 @@ from tests.several_devices import printed
 from tests.tolerances import assert_close
 
 DEVICES = 8
-LAYOUTS: dict[str, tuple[int, int, Any, bool]] = {  # data, model, attention, explicit axes
-    "groups": (1, 2, "groups", False),
-    "groups of two batches": (2, 2, "groups", True),
-    "sequences": (2, 2, "sequences", False),
-    "sequences, explicit": (1, 2, "sequences", True),
+LAYOUTS: dict[str, tuple[int, int, Any, tuple[str, ...]]] = {  # data, model, attention, explicit axes
+    "groups": (1, 2, "groups", ()),
+    "groups of two batches": (2, 2, "groups", ("data", "model")),
+    "sequences": (2, 2, "sequences", ()),
+    "sequences, explicit": (1, 2, "sequences", ("model",)),
 }
 CASES = [
     ("opt-350m", "groups of two batches"),
@@ -44,8 +44,9 @@ CASES = [
 
 def mesh_of(kind: str) -> jax.sharding.Mesh:
     data, model, _, explicit = LAYOUTS[kind]
-    types = (AxisType.Explicit if explicit else AxisType.Auto,) * 2
-    return jax.make_mesh((data, model), ("data", "model"), axis_types=types)
+    axes = ("data", "model")
+    types = tuple(AxisType.Explicit if axis in explicit else AxisType.Auto for axis in axes)
+    return jax.make_mesh((data, model), axes, axis_types=types)
 
 
 def around(kind: str) -> contextlib.AbstractContextManager[Any]:
@@ -181,12 +182,17 @@ def on_mesh() -> None:
         faults["reading"] = str(found)
     model, (tokens, lengths) = divisible("opt"), zoo.batch(4)
     usual = pj.shard(model, jax.make_mesh((2, 2), ("data", "model")))  # explicit axes, which nobody has set
-    found, expected = (perplexity(each, np.asarray(tokens)).nll for each in (usual, model))
-    assert_close(np.float32(found), np.float32(expected), "rounding")
+    losses = [perplexity(each, np.asarray(tokens)).nll for each in (model, usual)]
+    with around("groups of two batches"):
+        losses += [perplexity(pj.shard(model, usual.layout.mesh), np.asarray(tokens)).nll]
+        losses += [perplexity(usual, np.asarray(tokens), mode="decode").nll]
+        first = np.asarray(pj.forward(usual, tokens, lengths)[0])[0]
+    assert_close(np.float32(losses[1:]), np.float32(losses[:1] * 3), "rounding")
     far = jax.jit(pj.forward)(pj.shard(model, mesh_of("groups")), tokens, lengths)[0]
     if far.sharding.spec[-1] != "model":
         faults["forward"] = str(far.sharding)
-    assert_close(far[0], zoo.jit(pj.forward)(model, tokens, lengths)[0][0], "rounding")
+    for each in (far[0], first):
+        assert_close(each, zoo.jit(pj.forward)(model, tokens, lengths)[0][0], "rounding")
     print(json.dumps(faults | kernel_faults() | refusals()))
 
 
@@ -241,6 +247,8 @@ def refusals() -> dict[str, str]:
     plan, prompts = zoo.half(model.config), zoo.batch(4)
     sparsity = pj.Sparsity(zoo.routers("opt"), plan)
     spread = pj.shard(model, mesh_of("sequences"))
+    other = jax.sharding.Mesh(np.reshape(jax.devices()[4:], (2, 2)), spread.layout.mesh.axis_names)
+    everywhere = functools.partial(jax.shard_map, mesh=spread.layout.mesh, in_specs=(), out_specs=())
     config = model.config
     plans = pj.PlanTable(
         num_layers=config.num_layers,
@@ -265,6 +273,9 @@ def refusals() -> dict[str, str]:
         "another number of shards": lambda: decode(pj.shard(model, mesh), sparsity=sparsity),
         "another number of shards; got neurons in 1": lambda: pj.Engine(skipping, slots=4, capacity=16),
         "can't be divided evenly": lambda: decode(spread, zoo.batch(3)),
+        "inside of jax.shard_map": lambda: everywhere(lambda: decode(spread))(),
+        "got data=1, model=2, expected data=2": lambda: within(mesh, lambda: decode(spread)),
+        "one of other devices": lambda: within(other, lambda: decode(spread)),
     }
     windows = np.asarray(prompts[0])
     on_one = (

@@ -16,6 +16,7 @@ from polarjax.memory import explained_out_of_memory
 from polarjax.model.checks import check_model
 from polarjax.model.decoder import Decoder, forward
 from polarjax.model.layout import mesh_of
+from polarjax.model.meshes import on_any_mesh
 from polarjax.model.readable import fetched
 from polarjax.progress import task
 from polarjax.selection.checks import check_sparsity
@@ -159,6 +160,7 @@ def _run(
 
 
 @jax.jit
+@on_any_mesh("tokens", lambda places: places.rows)
 def _log_probabilities(
     model: Decoder,
     tokens: Int[Array, "B T"],

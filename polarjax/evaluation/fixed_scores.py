@@ -1,7 +1,5 @@
 """The static selector: the same groups and neurons for every token, by their averages over a text."""
 
-import functools
-
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -9,6 +7,7 @@ import numpy as np
 from polarjax.evaluation.paired import masked_batch
 from polarjax.model.checks import check_model, check_windows
 from polarjax.model.decoder import Decoder, forward
+from polarjax.model.meshes import on_any_mesh
 from polarjax.model.readable import fetched
 from polarjax.model.spread_checks import check_around
 from polarjax.model.taps import TapSpec, unpack
@@ -47,7 +46,8 @@ def static_selector(model: Decoder, windows: Int[np.ndarray, "n T"]) -> Static:
     return Static(*jax.device_put(jax.tree.map(np.float32, totals)))
 
 
-@functools.partial(jax.jit)
+@jax.jit
+@on_any_mesh("tokens", lambda places: places.scalar)
 def _means(model: Decoder, tokens, valid):
     """Mean norms [L K] and, of ReLU models, fractions of active neurons [L F] over the valid rows."""
     config = model.config

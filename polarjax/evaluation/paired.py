@@ -17,6 +17,7 @@ from polarjax.evaluation.scoring import decoded, first_scored, masked_logits
 from polarjax.evaluation.text_perplexity import token_nll
 from polarjax.generation.checks import folded
 from polarjax.model.decoder import Decoder
+from polarjax.model.meshes import on_any_mesh
 from polarjax.model.readable import fetched
 from polarjax.selection.masking import Counted
 from polarjax.selection.means import Importance, importance_of, mean_output
@@ -102,6 +103,7 @@ def paired(
 
 
 @functools.partial(jax.jit, static_argnames="context")
+@on_any_mesh("tokens", lambda places: places.rows)
 def _masked_pair(model: Decoder, tokens, dense, sparsity: Sparsity, *, context: int):
     """`paired` of the sparse model against given dense logits, one position after the other to save memory: the devices
     of a mesh each have some of its windows."""
@@ -117,6 +119,7 @@ def _masked_pair(model: Decoder, tokens, dense, sparsity: Sparsity, *, context: 
 
 
 @functools.partial(jax.jit, static_argnames="context")
+@on_any_mesh("tokens", lambda places: places.sequence_logits)
 def _dense_logits(model: Decoder, tokens, *, context: int):
     return masked_logits(model, tokens, None, context=context)
 

@@ -13,6 +13,7 @@ from polarjax.model.cache import init_cache
 from polarjax.model.checks import check_model, check_windows, host_array
 from polarjax.model.decoder import Decoder, decode_step, forward, prefill
 from polarjax.model.layout import mesh_of
+from polarjax.model.meshes import on_any_mesh
 from polarjax.model.readable import fetched
 from polarjax.model.spread_checks import check_around
 from polarjax.progress import task
@@ -67,6 +68,7 @@ def score(
 
 
 @functools.partial(jax.jit, static_argnames=("statistic", "context"))
+@on_any_mesh("tokens", lambda places: places.rows)
 def _masked(model: Decoder, tokens, variants, *, statistic: Statistic, context: int):
     logits = tuple(masked_logits(model, tokens, variant, context=context) for variant in variants)
     return statistic(logits, tokens[:, first_scored(context) :])
@@ -86,6 +88,7 @@ def masked_logits(
 
 
 @functools.partial(jax.jit, static_argnames=("statistic", "context"))
+@on_any_mesh("tokens", lambda places: places.rows)
 def decoded(model: Decoder, tokens, variants, *, statistic: Statistic, context: int):
     """One scan over the tokens: every variant reads it, and its logits are scored against the next one."""
     batch_size, length = tokens.shape

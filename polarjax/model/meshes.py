@@ -40,15 +40,21 @@ class Places(NamedTuple):
 
 
 def _places(mesh: Any, rows: Any, layout: Layout | None) -> Places:
-    at = lambda *axes: NamedSharding(mesh, PartitionSpec(*axes))
+    at = lambda *axes: NamedSharding(mesh, PartitionSpec(*map(functools.partial(_explicit, mesh), axes)))
     if layout is None:
         spec = jax.typeof(rows).sharding.spec if isinstance(rows, jax.Array) else ()
         batch = at(*spec[:1])
         return Places(batch, at(), batch, batch, batch)
     data = layout.data if rows.shape[0] % layout.sizes.data == 0 else None
     vocab = layout.rules["vocab"]
-    kv = NamedSharding(mesh, layout.cache_spec())
-    return Places(at(data), at(), at(data, vocab), at(data, None, vocab), kv)
+    return Places(at(data), at(), at(data, vocab), at(data, None, vocab), at(*layout.cache_spec()))
+
+
+def _explicit(mesh: Any, axes: Any) -> Any:
+    """Those of a dimension's mesh axes that are explicit; XLA places the others."""
+    if isinstance(axes, tuple):
+        return tuple(name for name in axes if name in mesh.explicit_axes)
+    return axes if axes in mesh.explicit_axes else None
 
 
 def auto_axes(
@@ -68,7 +74,7 @@ def auto_axes(
       layout: of the model.
       out: the results' shardings, a prefix of their tree.
     """
-    mesh = next(filter(None, map(_explicit_mesh, jax.tree.leaves(args))), None)
+    mesh = _explicit_mesh(args)
     with vocab_divided(layout):
         if mesh is None:
             return function(*args)
@@ -79,7 +85,15 @@ def auto_axes(
         return jax.sharding.auto_axes(run, axes=mesh.explicit_axes, out_sharding=shardings)(leaves)
 
 
-def _explicit_mesh(leaf: Any) -> Any:
+def _explicit_mesh(args: Any) -> Any:
+    """The mesh with explicit axes that `jax.set_mesh` has set, otherwise that of one of the arrays; None without."""
+    around = jax.sharding.get_abstract_mesh()
+    if around.explicit_axes:
+        return around
+    return next(filter(None, map(_explicit_mesh_of, jax.tree.leaves(args))), None)
+
+
+def _explicit_mesh_of(leaf: Any) -> Any:
     if not isinstance(leaf, jax.Array):
         return None
     sharding = jax.typeof(leaf).sharding if isinstance(leaf, Tracer) else leaf.sharding
@@ -97,7 +111,7 @@ def on_any_mesh[**P, R](
 
         @functools.wraps(function)
         def call(*args: P.args, **kwargs: P.kwargs) -> R:
-            if not any(map(_explicit_mesh, jax.tree.leaves((args, kwargs)))):
+            if _explicit_mesh((args, kwargs)) is None:
                 return function(*args, **kwargs)
             given = dict(signature.bind(*args, **kwargs).arguments)
             arrays = {name: value for name, value in given.items() if _is_traceable(value)}

@@ -1,9 +1,11 @@
 """Checks that plans and batches fit the mesh that a model lies on."""
 
+import contextlib
 from typing import Any
 
 import jax
 from jax.core import Tracer
+from jax.sharding import Mesh
 
 from polarjax.errors import InputError, SparsityError
 from polarjax.model.layout import Layout
@@ -33,9 +35,15 @@ def check_spread(model: Any, sparsity: Any) -> None:
 
 
 def check_around(model: Any) -> None:
-    """Raises `InputError` if a model whose arrays must stay on one device would run on a mesh."""
+    """Raises `InputError` if the caller works on a mesh that the model can't run on: it lies on another, or must stay on
+    one device."""
     around = jax.sharding.get_abstract_mesh()
-    if model.layout is not None or around.empty or around.size == 1:
+    if around.empty:
+        return
+    if model.layout is not None:
+        _check_own_mesh(around, model.layout.mesh)
+        return
+    if around.size == 1:
         return
     arrays = [leaf for leaf in jax.tree.leaves(model) if isinstance(leaf, jax.Array)]
     placed = [leaf for leaf in arrays if not isinstance(leaf, Tracer) and leaf.committed]
@@ -46,6 +54,32 @@ def check_around(model: Any) -> None:
             got=f"a mesh of {around.size} devices",
             hint="place the model there with pj.shard(bundle, mesh), or call this outside of jax.set_mesh",
         )
+
+
+def _check_own_mesh(around: Any, mesh: Mesh) -> None:
+    """Raises `InputError` unless the mesh `around` a call has the sizes and the devices of the model's."""
+    if around.manual_axes:
+        raise InputError(
+            "a model on a mesh divides its work itself",
+            where="model",
+            got="a call inside of jax.shard_map",
+            hint="call this outside of jax.shard_map",
+        )
+    same = around.size == mesh.size and all(around.shape.get(name) == n for name, n in mesh.shape.items())
+    with contextlib.suppress(ValueError):  # while a function is traced, only the sizes are known
+        same = same and set(jax.sharding.get_mesh().devices.flat) == set(mesh.devices.flat)
+    if not same:
+        raise InputError(
+            "the model is on another mesh than jax.set_mesh has set",
+            where="model",
+            got=_sizes(around) if _sizes(around) != _sizes(mesh) else "one of other devices",
+            expected=_sizes(mesh),
+            hint="place the model there with pj.shard(bundle, mesh), or call this outside of jax.set_mesh",
+        )
+
+
+def _sizes(mesh: Any) -> str:
+    return ", ".join(f"{name}={size}" for name, size in mesh.shape.items())
 
 
 def _refuse(name: str, shards: int, parts: int, layout: Layout) -> None:
