@@ -52,11 +52,11 @@ def agree_on_mesh(mesh: jax.sharding.Mesh, attention: str, model: Decoder | None
     where = "its own devices" if owners == [hosts.process_id] else f"devices of processes {owners}"
     about = {"their meshes": f"{sizes} of {where}", "their attention": attention}
     about["their models"] = "" if model is None else short(fingerprint(model))
-    hosts.agree(about, hint="make the same mesh of the same model everywhere")
+    every = f"all {jax.device_count()} devices of all processes"
+    hosts.agree(about, hint=f"make the same mesh of the same model everywhere, of {every}")
     if len(owners) not in (1, hosts.count):
-        hint = f"use all {jax.device_count()} devices of all processes"
         got = f"{where} of {hosts.count}"
-        raise InputError("the mesh leaves out some processes", where="mesh", got=got, hint=hint)
+        raise InputError("the mesh leaves out some processes", where="mesh", got=got, hint=f"use {every}")
 
 
 def _file(path: Path) -> str:
