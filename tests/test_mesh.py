@@ -20,6 +20,7 @@ from polarjax import evaluation
 from polarjax import sparsity as learning
 from polarjax.engine import programs
 from polarjax.evaluation import perplexity
+from polarjax.evaluation.continuations import score_continuations
 from polarjax.evaluation.sweep_cases import Asked
 from polarjax.model import joining
 from polarjax.model.parameters import parameters, with_parameters
@@ -164,6 +165,11 @@ def on_mesh() -> None:
         except AssertionError as error:
             faults[f"{name}, {kind}"] = str(error)
     one = bundle_of("opt", "groups of two batches")
+    lone = pj.shard(
+        one, jax.make_mesh((2, 1), ("data", "model"))
+    )  # each device has all that the plans divide
+    if not all(map(np.array_equal, tokens_of(one, 2)[0], tokens_of(lone, 2)[0])):
+        faults["plans of more shards"] = "other tokens"
     several = pj.shard(one, mesh_of("groups of two batches"))
     (tokens, expected), (spread, found) = tokens_of(one, 2), tokens_of(several, 2)
     if not all(map(np.array_equal, tokens, spread)):
@@ -283,6 +289,7 @@ def refusals() -> dict[str, str]:
         lambda: pj.forward(alone, *prompts),
         lambda: perplexity(alone, windows),
         lambda: evaluation.agreement(alone, windows, sparsity),
+        lambda: list(score_continuations(alone, [((1,), (2,))])),
         lambda: evaluation.sweep(pj.Bundle(alone, routers=sparsity.routers, plans=plans), windows),
         lambda: learning.collect(alone, windows, "never-made"),
     )

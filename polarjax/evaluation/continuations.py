@@ -18,6 +18,7 @@ from polarjax.model.decoder import Decoder, forward
 from polarjax.model.layout import mesh_of
 from polarjax.model.meshes import on_any_mesh
 from polarjax.model.readable import fetched
+from polarjax.model.spread_checks import check_around
 from polarjax.progress import task
 from polarjax.selection.checks import check_sparsity
 from polarjax.selection.masking import AfterPrompts
@@ -81,6 +82,7 @@ def score_continuations(
       SparsityError: routers or plan are for another model.
     """
     check_model(model, where="evaluation")
+    check_around(model)
     check_sparsity(sparsity, model.config)
     check_mode(mode)
     longest = check_continuations(pairs, model.config, batch_size, max_length)

@@ -23,7 +23,8 @@ def check_spread(model: Any, sparsity: Any) -> None:
         ("groups", plan.groups, plan.group_shards, layout.group_parts),
         ("batch", plan.neurons, plan.batch_shards, layout.sizes.data),
     ):
-        needed = name != "groups" or parts > 1 or layout.attention == "sequences"
+        by_sequences = name == "groups" and layout.attention == "sequences" and layout.sizes.model > 1
+        needed = name == "batch" or parts > 1 or by_sequences  # a device that has all can follow any plan
         if any(count is not None for count in counts) and shards != parts and needed:
             _refuse(name, shards, parts, layout)
     if plan.group_order and layout.group_parts > 1:
