@@ -48,7 +48,8 @@ def score_neurons(
 def _narrow_product(x: Float[Array, "... D"], w_in: Float[Array, "D R"]) -> Float[Array, "... R"]:
     """x · w_in; for the rows of a decoding step the sum of parts, as a product with so few columns keeps few of a GPU's
     multiprocessors busy."""
-    if x.ndim != 2 or x.shape[0] > _FEW_ROWS or x.shape[1] % _PARTS:
+    few = x.ndim == 2 and isinstance(x.shape[0], int) and x.shape[0] <= _FEW_ROWS  # no int: a symbolic size
+    if not few or x.shape[1] % _PARTS:
         return jnp.dot(x, w_in)
     rows, columns = x.reshape(x.shape[0], _PARTS, -1), w_in.reshape(_PARTS, -1, w_in.shape[1])
     over = (((2,), (1,)), ((1,), (0,)))
