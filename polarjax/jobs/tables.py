@@ -36,9 +36,9 @@ def as_table(batch: Any) -> Any:
 
 
 def _column(arrow: Any, values: Any) -> Any:
-    """A NumPy column; NaN stands for no value, as Ray Data has it."""
-    rows = list(values) if getattr(values, "ndim", 1) > 1 or values.dtype == object else values
-    return arrow.array(rows, from_pandas=True)
+    """A column as a NumPy array or a list; NaN stands for no value, as Ray Data has it."""
+    numbers = hasattr(values, "dtype") and values.dtype != object and values.ndim == 1
+    return arrow.array(values if numbers else list(values), from_pandas=True)
 
 
 def check_columns(names: list[str]) -> None:

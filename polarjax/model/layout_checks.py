@@ -86,5 +86,5 @@ def check_no_mesh(**given: Any) -> None:
     for name, value in given.items():
         if value is not None:
             raise InputError(
-                f"{name} needs a mesh", where=name, got=shown(value), hint=f"pass mesh too; {_MESH}"
+                f"{name} needs a mesh", where=name, got=shown(value), hint="pass mesh too, or leave it out"
             )

@@ -54,7 +54,8 @@ class MeshShape:
         """The mesh that "data=2,model=4" describes; an axis that is left out has size 1. "vocab=whole" leaves the
         vocabulary whole on every device."""
         sizes: dict[str, int] = {}
-        parts = [re.sub(r"\s*=\s*", "=", part.strip()) for part in text.split(",")]
+        given = text if isinstance(text, str) else ""  # from Python, where others take a mesh of devices
+        parts = [re.sub(r"\s*=\s*", "=", part.strip()) for part in given.split(",")]
         divided = tuple(axis for axis in DIVIDED if axis != "vocab" or _WHOLE not in parts)
         for part in [part for part in parts if part != _WHOLE] or parts:
             found = re.fullmatch(r"(data|model)=([1-9][0-9]{0,5})", part)
@@ -62,7 +63,7 @@ class MeshShape:
                 raise InputError(
                     "not a mesh",
                     where=where,
-                    got=repr(text),
+                    got=shown(text),
                     expected=f"sizes of the axes data and model, and {_WHOLE} if wanted",
                     hint=f"give for example {_EXAMPLE}",
                 )

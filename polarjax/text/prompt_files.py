@@ -205,6 +205,9 @@ def line_of(name: str, place: dict[str, Any], entry: Any) -> PromptLine:
     except RecursionError:
         too_deep = InputError("not JSON", got="too many brackets inside each other", hint=_CORRECT)
         return PromptLine(name, place, error=too_deep)
+    except TypeError as error:  # from a table: bytes, dates, decimals
+        not_json = InputError("not JSON", got=str(error), hint="give texts, numbers and lists of these")
+        return PromptLine(name, place, error=not_json)
     except InputError as error:
         return PromptLine(name, head, error=error)
 

@@ -117,6 +117,9 @@ def test_rows_have_settings_of_their_own_or_an_error(complete):
     assert [row["error"] is None for row in made] == [True] * 3 + [False] * 3
     for row, says in zip(made[3:], ("would exceed", "top_p is out of range", "neither"), strict=True):
         assert row["error"].startswith("row: ") and says in row["error"]
+    (binary,) = complete(table([{"prompt": b"x", "id": b"kept"}])).to_pylist()
+    assert binary["id"] == b"kept"
+    assert "not JSON; got Object of type bytes" in binary["error"]
 
 
 def test_draws_depend_on_the_row_alone_in_any_batch_and_format(complete):
@@ -131,7 +134,8 @@ def test_draws_depend_on_the_row_alone_in_any_batch_and_format(complete):
     ]
     columns = {name: np.array([row[name] for row in rows]) for name in ("id", "prompt", "temperature")}
     columns["top_k"] = np.array([9, np.nan, 9, 9])
-    for batch in (columns, table(rows).to_pandas()):
+    lists = {name: column.tolist() for name, column in columns.items()}
+    for batch in (columns, lists, table(rows).to_pandas()):
         made = complete(batch)
         assert made.schema.field("completions") == whole.schema.field("completions")
         assert [row["completions"][0]["text"] for row in made.to_pylist()] == texts
@@ -167,6 +171,7 @@ def test_batches_without_prompts_are_refused(complete, batch):
         ({"dtype": "int8"}, "dtype"),
         ({"mesh": "model=64"}, "CompletePrompts: mesh: more devices than there are"),
         ({"mesh": "heads=2"}, "CompletePrompts: mesh: not a mesh"),
+        ({"mesh": 4}, "CompletePrompts: mesh: not a mesh; got 4, .* for example data=1,model=4"),
     ],
     ids=str,
 )
