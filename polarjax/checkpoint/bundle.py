@@ -16,6 +16,7 @@ import shutil
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, Literal
 
+import jax
 import numpy as np
 
 from polarjax.checkpoint.belonging import (
@@ -250,9 +251,13 @@ def save(path: str | os.PathLike[str], bundle: Bundle, *, overwrite: bool = Fals
 
     Raises:
       CheckpointError: `path` exists and `overwrite` is False, or the disk refuses.
+      InputError: this is one of several processes of `jax.distributed`.
       SparsityError: routers or plans are for another model or other weights.
     """
     check_type(bundle, Bundle, where="save", hint="pass pj.save(path, pj.Bundle(model))")
+    if (count := jax.process_count()) > 1:
+        hint = "save it in a program that is one process"
+        raise InputError("only a process that runs alone can save", where="save", got=count, hint=hint)
     check_model(bundle.model, where="save")
     check_flags("save", overwrite=overwrite)
     path, model = absolute(path), bundle.model

@@ -51,6 +51,8 @@ def agree_on_mesh(mesh: jax.sharding.Mesh, attention: str, model: Decoder | None
     sizes = ", ".join(f"{name}={size}" for name, size in mesh.shape.items())
     where = "its own devices" if owners == [hosts.process_id] else f"devices of processes {owners}"
     about = {"their meshes": f"{sizes} of {where}", "their attention": attention}
+    ids = [] if len(owners) == 1 else [device.id for device in mesh.devices.flat]
+    about["the order of their devices"] = ", ".join(map(str, ids))
     about["their models"] = "" if model is None else short(fingerprint(model))
     every = f"all {jax.device_count()} devices of all processes"
     hosts.agree(about, hint=f"make the same mesh of the same model everywhere, of {every}")

@@ -181,6 +181,14 @@ def test_sparsity_needs_routers_and_plans(missing):
         bundle.sparsity(1)
 
 
+def test_one_of_several_processes_cannot_save(tmp_path, monkeypatch):
+    bundle = full_bundle()
+    monkeypatch.setattr(jax, "process_count", lambda: 2)
+    with pytest.raises(pj.InputError, match="save: only a process that runs alone can save; got 2"):
+        pj.save(tmp_path / "new", bundle)
+    assert not list(tmp_path.glob("*new*"))
+
+
 def test_routers_and_plans_are_replaced(saved):
     config = full_bundle().model.config
     routers = init_routers(config, jax.random.key(9), rank=4)

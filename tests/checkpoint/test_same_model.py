@@ -72,7 +72,7 @@ def test_models_are_compared_before_they_are_read(both, tmp_path, change, what):
 
 
 def mesh(data: int, model: int, *owners: int):
-    devices = np.array([SimpleNamespace(process_index=owner) for owner in owners], object)
+    devices = np.array([SimpleNamespace(process_index=owner, id=owner) for owner in owners], object)
     return SimpleNamespace(shape={"data": data, "model": model}, devices=devices)
 
 
@@ -82,6 +82,7 @@ def mesh(data: int, model: int, *owners: int):
         (mesh(1, 2, 0, 1), mesh(1, 2, 0, 1), ""),
         (mesh(1, 2, 0, 0), mesh(1, 2, 1, 1), ""),  # each has a replica
         (mesh(1, 2, 0, 1), mesh(2, 1, 0, 1), "their meshes"),
+        (mesh(1, 2, 0, 1), mesh(1, 2, 1, 0), "the order of their devices"),
         (mesh(1, 2, 0, 0), mesh(1, 2, 0, 0), "their meshes"),
     ],
 )
