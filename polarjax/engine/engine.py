@@ -22,6 +22,7 @@ from polarjax.generation.sampling import Sampler
 from polarjax.generation.token_loop import CHUNK
 from polarjax.memory import explained_out_of_memory
 from polarjax.model.checks import check_implementation
+from polarjax.model.meshes import without_mesh
 from polarjax.numeric import whole_number
 from polarjax.text.prompts import Message
 from polarjax.types import Array, Implementation, Int, Int32
@@ -84,7 +85,7 @@ class Engine(Iterator[Event]):
         self._explained = functools.partial(
             explained_out_of_memory, config, **sizes, mesh=mesh, option="slots"
         )
-        with programs.without_mesh(), self._explained():
+        with without_mesh(), self._explained():
             self._slots: Slots | None = programs.make(self._model, self.slots, self.capacity)
         sizes = {"slots": self.slots, "capacity": self.capacity, "shards": mesh.data}
         self._packer = Packer(most, **sizes, best=self._slots.rules.best)
@@ -343,7 +344,7 @@ class Engine(Iterator[Event]):
     def _closed_on_failure(self) -> Iterator[None]:
         """Closes the engine if a call fails, as slots that were donated to it are lost; explains a lack of memory."""
         try:
-            with programs.without_mesh(), self._explained():
+            with without_mesh(), self._explained():
                 yield
         except BaseException:
             self.close()

@@ -4,11 +4,9 @@ import functools
 import os
 from collections.abc import Callable, Iterable
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import jax
-import numpy as np
 
 from polarjax.engine import slots
 from polarjax.generation.checks import check_not_traced
@@ -72,13 +70,6 @@ decode = overlapping_jit(
     static_argnames=("steps", "implementation"),
     donate_argnames=("slots",),
 )
-
-
-def without_mesh() -> AbstractContextManager[Any]:
-    """Leaves the mesh that the caller has set: slots lie on the model's, whose axes are automatic."""
-    if not jax.sharding.get_abstract_mesh().axis_names:
-        return nullcontext()
-    return jax.set_mesh(jax.sharding.Mesh(np.empty((), object), ()))
 
 
 def call(

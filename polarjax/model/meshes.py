@@ -2,13 +2,14 @@
 
 import functools
 import inspect
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any, NamedTuple
 
 import jax
 import numpy as np
 from jax.core import Tracer
-from jax.sharding import NamedSharding, PartitionSpec
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from polarjax.model.cache import KVCache
 from polarjax.model.layout import Layout
@@ -55,6 +56,17 @@ def _explicit(mesh: Any, axes: Any) -> Any:
     if isinstance(axes, tuple):
         return tuple(name for name in axes if name in mesh.explicit_axes)
     return axes if axes in mesh.explicit_axes else None
+
+
+@contextmanager
+def without_mesh() -> Iterator[None]:
+    """Leaves the mesh that the caller has set, for work of many programs: its arrays lie where the model does, as arrays
+    of automatic axes."""
+    if not jax.sharding.get_abstract_mesh().axis_names:
+        yield
+        return
+    with jax.set_mesh(Mesh(np.empty((), object), ())):
+        yield
 
 
 def auto_axes(

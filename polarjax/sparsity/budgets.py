@@ -7,6 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from polarjax.model.decoder import Decoder
+from polarjax.model.meshes import without_mesh
 from polarjax.model.parameters import parameters
 from polarjax.model.stacked import StackedDecoder, hidden_states, stack_parameters
 from polarjax.progress import task
@@ -33,6 +34,7 @@ def with_budgets(model: Decoder, routers: Routers, activations: Activations, pla
     )
 
 
+@without_mesh()
 def measured_budgets(
     model: Decoder, routers: Routers, activations: Activations, dense_layers: tuple[int, ...]
 ) -> tuple[tuple[int, ...], ...]:

@@ -11,6 +11,7 @@ import numpy as np
 from polarjax.configs import ModelConfig
 from polarjax.errors import InputError
 from polarjax.generation.checks import random_key
+from polarjax.model.meshes import without_mesh
 from polarjax.model.taps import unpack
 from polarjax.progress import task
 from polarjax.selection.plans import PlanTable, check_density, dense_above
@@ -24,6 +25,7 @@ from polarjax.types import Array, Bool, Float, Int, Key, UInt8
 _TOKENS = 1024
 
 
+@without_mesh()
 def calibrate(
     activations: Activations,
     routers: Routers,

@@ -16,6 +16,7 @@ from polarjax.configs import ModelConfig
 from polarjax.errors import InputError
 from polarjax.model import decoder
 from polarjax.model.checks import check_model, check_windows
+from polarjax.model.meshes import without_mesh
 from polarjax.model.parameters import fingerprint
 from polarjax.model.spread_checks import check_around
 from polarjax.model.taps import Taps, TapSpec
@@ -180,6 +181,7 @@ def collect(
     return record(model, windows, recording, out_dir, overwrite=overwrite, batch_size=batch_size)
 
 
+@without_mesh()
 def record(
     model: "decoder.Decoder",
     windows: Int32[np.ndarray, "n T"],

@@ -19,6 +19,7 @@ from polarjax.configs import ModelConfig
 from polarjax.generation.checks import random_key
 from polarjax.model import mlp
 from polarjax.model.decoder import Decoder, attention_half, mlp_half, prompt_start
+from polarjax.model.meshes import without_mesh
 from polarjax.progress import task
 from polarjax.selection.plans import PlanTable
 from polarjax.selection.routers import Routers, score_neurons
@@ -36,6 +37,7 @@ _MEASURED = 2048  # tokens that each batch size is calibrated on, at least two b
 _PARTS: tuple[Part, ...] = ("train", "validation", "test")
 
 
+@without_mesh()
 @jax.transfer_guard("allow")  # it moves windows from the disk by design
 def with_gated_neurons(
     model: Decoder,

@@ -16,6 +16,7 @@ from polarjax.errors import CheckpointError, InputError
 from polarjax.generation.checks import random_key
 from polarjax.model import decoder
 from polarjax.model.checks import check_model, check_windows
+from polarjax.model.meshes import without_mesh
 from polarjax.model.parameters import fingerprint
 from polarjax.model.spread_checks import check_around
 from polarjax.selection.plans import PlanTable, check_density
@@ -152,6 +153,7 @@ def sparsify(
     )
 
 
+@without_mesh()
 def learn(
     model: "decoder.Decoder",
     windows: Int32[np.ndarray, "n T"],

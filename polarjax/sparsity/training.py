@@ -13,6 +13,7 @@ import optax
 from polarjax.configs import ModelConfig
 from polarjax.errors import InputError, SparsityError
 from polarjax.generation.checks import random_key
+from polarjax.model.meshes import without_mesh
 from polarjax.numeric import check_flags
 from polarjax.progress import task as progress
 from polarjax.selection.plans import check_density, groups_kept
@@ -75,6 +76,7 @@ class TrainReport:
         return dataclasses.asdict(self)
 
 
+@without_mesh()
 @jax.transfer_guard("allow")  # it moves what it reads from the disk, and what it measures, by design
 def train_routers(
     activations: Activations,

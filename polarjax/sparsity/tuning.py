@@ -18,6 +18,7 @@ from polarjax.memory import memory_line, peak_memory
 from polarjax.model.blocks import logits
 from polarjax.model.checks import check_model, check_windows
 from polarjax.model.decoder import Decoder
+from polarjax.model.meshes import without_mesh
 from polarjax.model.parameters import fingerprint, parameters, with_parameters
 from polarjax.model.stacked import hidden_states, unstack_parameters
 from polarjax.progress import task, tell
@@ -130,12 +131,14 @@ def tune(
     seed = int(jax.random.bits(random_key(key), (), jnp.uint32))
     parts = check_shares(shares, domains)
     batches = Batches(domains, parts, model.config, options, layers, seed, budgets)
-    run = _Run.prepare(model, routers, batches, folder, check_devices(devices, options), resume=resume)
-    before = run.measure(held_out)
-    if resume:
-        run.resume()
-    run.train(model)
-    return *run.result(model, routers), run.report(before, run.measure(held_out), held_out)
+    devices = check_devices(devices, options)
+    with without_mesh():
+        run = _Run.prepare(model, routers, batches, folder, devices, resume=resume)
+        before = run.measure(held_out)
+        if resume:
+            run.resume()
+        run.train(model)
+        return *run.result(model, routers), run.report(before, run.measure(held_out), held_out)
 
 
 class _Run:

@@ -22,7 +22,8 @@ from polarjax.model.stacked import StackedDecoder, hidden_states, stack_paramete
 from polarjax.progress import show_lines
 from polarjax.selection.plans import uniform_groups
 from polarjax.selection.routers import Routers
-from polarjax.sparsity import TuneOptions, tune, tuning, tuning_checks, tuning_setup
+from polarjax.sparsity import TuneOptions, sparsify, tune, tuning, tuning_checks, tuning_setup
+from polarjax.sparsity.options import CalibrateOptions, RefineOptions, TrainOptions
 from polarjax.sparsity.own_text import own_windows
 from polarjax.sparsity.tuning_batches import Batches
 from polarjax.sparsity.tuning_setup import setup, trained_names
@@ -361,7 +362,13 @@ def on_four_devices() -> None:
     mesh = jax.make_mesh((2, 2), ("data", "model"))
     spread = pj.shard(start(), mesh, rules={"vocab": None})
     shape = pj.shard(pj.Bundle(model, routers=routers), mesh, rules={"vocab": None})
-    model, routers, other = run(windows, options, spread, devices=1)
+    quick = {"training": TrainOptions(max_epochs=1), "refinement": RefineOptions(tokens=0)}
+    quick["calibration"] = CalibrateOptions(batch_sizes=(1,), num_batches=2)
+    learn = lambda: sparsify(spread.model, windows, jax.random.key(0), **quick)[1]
+    plans = learn()
+    with jax.set_mesh(mesh):  # of explicit axes
+        assert learn() == plans
+        model, routers, other = run(windows, options, spread, devices=1)
     assert_close(list(report.before.values()), list(other.before.values()), "rounding")
     places = lambda *trees: [leaf.sharding for leaf in jax.tree.leaves(trees)]
     assert places(model, routers) == places(shape.model, shape.routers)
