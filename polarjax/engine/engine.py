@@ -89,8 +89,7 @@ class Engine(Iterator[Event]):
             self._slots: Slots | None = programs.make(self._model, self.slots, self.capacity)
         sizes = {"slots": self.slots, "capacity": self.capacity, "shards": mesh.data}
         self._packer = Packer(most, **sizes, best=self._slots.rules.best)
-        self._prefixes = Prefixes(self.slots)
-        self._ids = itertools.count()
+        self._prefixes, self._ids = Prefixes(self.slots), itertools.count()
         self._requests: dict[int, Request] = {}
         self._waiting: deque[Request] = deque()
         self._reading: list[Request] = []

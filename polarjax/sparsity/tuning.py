@@ -128,12 +128,10 @@ def tune(
     layers = check_layers(dense_layers, budgets, model.config)
     domains = check_domains(domains, model.config)
     held_out = None if held_out is None else check_windows(held_out, model.config)
-    seed = int(jax.random.bits(random_key(key), (), jnp.uint32))
-    parts = check_shares(shares, domains)
+    parts, seed = check_shares(shares, domains), int(jax.random.bits(random_key(key), (), jnp.uint32))
     batches = Batches(domains, parts, model.config, options, layers, seed, budgets)
-    devices = check_devices(devices, options)
     with without_mesh():
-        run = _Run.prepare(model, routers, batches, folder, devices, resume=resume)
+        run = _Run.prepare(model, routers, batches, folder, check_devices(devices, options), resume=resume)
         before = run.measure(held_out)
         if resume:
             run.resume()
