@@ -92,10 +92,12 @@ def draw_batches(folder: Path) -> bool:
     size = (3.4 * columns, 2.9 * rows)
     figure, axes = plt.subplots(rows, columns, figsize=size, dpi=110, layout="constrained", squeeze=False)
     for each, (name, lines) in zip(axes.flat, found.items(), strict=False):
+        batches = sorted({batch for points in lines.values() for batch, _ in points})
         for line, color, style in LINES:
             if line in lines:
-                x, y = zip(*lines[line], strict=True)
-                each.plot(x, y, style, color=color, markersize=5, label=line)
+                known = dict(lines[line])  # no line leads over a batch that wasn't measured
+                speed = [known.get(batch, math.nan) for batch in batches]
+                each.plot(batches, speed, style, color=color, markersize=5, label=line)
         each.set(xscale="log", yscale="log", title=name, xlabel="sequences", ylabel="tokens/s")
         _mark(each, lines)
     for each in axes.flat[len(found) :]:
