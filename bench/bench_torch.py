@@ -85,7 +85,7 @@ def _side_by_side(args: argparse.Namespace, peak: float | None) -> None:
         turns.Job(
             f"{shape.name}-{batch}-{kind}",
             ("-m", "bench.bench_torch", kind, "--models", shape.name, "--batches", str(batch), *shared),
-            shape.memory(batch),
+            memory(kind, shape, batch),
         )
         for shape in map(shape_of, args.models)
         for batch in args.batches or shape.batches
@@ -119,11 +119,19 @@ def table(args: argparse.Namespace, peak: float | None) -> Iterator[Row]:
                     yield {**case, **shape.times(batch, shape.cache, seconds, peak), **found}
 
 
+def memory(kind: str, shape: DecodeShape, batch: int) -> int:
+    """Bytes that a step needs. transformers repeats keys and values for every head: room for those of two layers."""
+    c = shape.config
+    repeated = kind == "transformers" and c.num_heads > c.num_kv_heads
+    layer = 2 * 2 * batch * shape.cache * c.num_heads * c.head_dim
+    return shape.memory(batch) + 2 * layer * repeated
+
+
 def cell(kind: str, shape: DecodeShape, batch: int, turn: Turn) -> Row | None:
     """A cell's seconds per step; None, and a line that says why, if it can't be measured."""
     import torch
 
-    needed = shape.memory(batch)
+    needed = memory(kind, shape, batch)
     if torch.cuda.is_available() and needed > torch.cuda.mem_get_info()[0]:
         print(f"{shape.name} B{batch} does not fit: needs {needed / 1e9:.0f} GB", flush=True)
         return None

@@ -148,8 +148,7 @@ def steps(folder: Path) -> str:
     note = (
         "Time of a whole decoding step with random weights, by the host's clock, beside a dense step in PyTorch "
         "(compiled, in a CUDA graph) and transformers' compiled static cache. The floor is the time it takes to move "
-        "the bytes that the step has to read, at the copy bandwidth. Our times still have the host's part of a call in "
-        "them, which PyTorch's don't: .05 to .3 ms ([what a call takes](bench/README.md#what-a-call-takes))."
+        "the bytes that the step has to read, at the copy bandwidth."
     )
     note += f" Not measured at all: {', '.join(absent)}." if absent else ""
     source = "; ".join(each.source() for each in (results, torch) if each.used or each is results)
