@@ -39,7 +39,8 @@ our measured rows,
 
 - for each layer, as on one H200: {overheads};
 - for each exchange, as on two H200s: {waiting}. It is what a step takes longer than all of the above; where heads are
-  skipped it is less, because the kernel that sums also does what small kernels do on one GPU.
+  skipped it is less, because the kernel that sums also does what small kernels do on one GPU. The rows of two GPUs have
+  the host's part of a call in them, .1 to .3 ms a step, which the exchanges are made responsible for here.
 
 What is assumed, not measured:
 

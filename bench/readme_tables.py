@@ -202,7 +202,8 @@ def meshes(folder: Path) -> str:
     header = ("shapes", "batch, cache", "what they divide", *columns, "sparse over dense")
     note = (
         "A whole decoding step on two GPUs, and tokens/s over those of one in the same run, which has half the batch "
-        "where sequences are divided. The floor counts a device's bytes and what the two exchange."
+        "where sequences are divided. The floor counts a device's bytes and what the two exchange. On one GPU and on "
+        "two, a part of the host's time is in each step ([what a call takes](bench/README.md#what-a-call-takes))."
     )
     return section("Two GPUs", note, source_of(rows), table(header, lines or [[MISSING] * 10]))
 
