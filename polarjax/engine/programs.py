@@ -1,6 +1,5 @@
 """The programs that the engine sends to the device, jitted."""
 
-import functools
 import os
 from collections.abc import Callable, Iterable
 from concurrent.futures import ThreadPoolExecutor
@@ -11,61 +10,15 @@ import jax
 from polarjax.engine import slots
 from polarjax.generation.checks import check_not_traced
 from polarjax.generation.overlap import overlapping_jit
-from polarjax.model.decoder import Decoder
+from polarjax.model.flat import Flat, of_flat
 from polarjax.model.readable import readable
 from polarjax.types import Array, Bool
 
-
-class _Structure:
-    """A tree's structure; equal only to itself, so that comparing it takes no time."""
-
-    def __init__(self, tree: Any) -> None:
-        self.tree = tree
-
-
-_structure = functools.cache(_Structure)
-
-
-@jax.tree_util.register_pytree_node_class
-class Flat:
-    """A model as a flat pytree: a call doesn't spend a millisecond on finding its arrays."""
-
-    def __init__(self, model: Decoder) -> None:
-        leaves, tree = jax.tree.flatten(model)
-        self.leaves, self.structure = tuple(leaves), _structure(tree)
-
-    @property
-    def model(self) -> Decoder:
-        """The model with these arrays."""
-        return jax.tree.unflatten(self.structure.tree, self.leaves)
-
-    def tree_flatten(self) -> tuple[tuple[Any, ...], _Structure]:
-        """The arrays, and the structure."""
-        return self.leaves, self.structure
-
-    @classmethod
-    def tree_unflatten(cls, structure: _Structure, leaves: Iterable[Any]) -> "Flat":
-        """The inverse of `tree_flatten`."""
-        made = object.__new__(cls)
-        made.leaves, made.structure = tuple(leaves), structure
-        return made
-
-
-def _of_flat(function: Callable[..., Any]) -> Callable[..., Any]:
-    """`function(model, …)` with a flat model in its place."""
-
-    @functools.wraps(function)
-    def call(model: Flat, *args: Any, **kwargs: Any) -> Any:
-        return function(model.model, *args, **kwargs)
-
-    return call
-
-
-make = jax.jit(_of_flat(slots.make_slots), static_argnums=(1, 2), keep_unused=True)
-read = jax.jit(_of_flat(slots.read), donate_argnames=("slots",))
+make = jax.jit(of_flat(slots.make_slots), static_argnums=(1, 2), keep_unused=True)
+read = jax.jit(of_flat(slots.read), donate_argnames=("slots",))
 share = jax.jit(slots.share, donate_argnames=("slots",), static_argnames=("layout",))
 decode = overlapping_jit(
-    _of_flat(slots.decode),
+    of_flat(slots.decode),
     rows=lambda model, slots, *others, **options: slots.state.token,
     static_argnames=("steps", "implementation"),
     donate_argnames=("slots",),

@@ -14,6 +14,7 @@ from polarjax.generation.overlap import overlapping_jit
 from polarjax.generation.sampling import Greedy, Sampler
 from polarjax.generation.token_loop import Generation, LoopState, Rules, StopIds, ids_in
 from polarjax.model.decoder import Decoder
+from polarjax.model.flat import Flat, of_flat
 from polarjax.model.layout import Layout
 from polarjax.model.meshes import Places, auto_axes
 from polarjax.model.readable import fetched
@@ -64,7 +65,7 @@ def stream(
     )
     state = _begin(started.logits, started.cache, started.batch, started.rules, layout=model.layout)
     options = {"sparsity": sparsity, "implementation": implementation}
-    advance = functools.partial(_advance, model, rules=started.rules, **options)
+    advance = functools.partial(_advance, Flat(model), rules=started.rules, **options)
     read = zip(*fetched(started.batch), strict=True)
     context = [row[max(0, n - CONTEXT) : n].tolist() for row, n in read]
     return TokenStream(state, advance, started.limit, context)
@@ -141,6 +142,7 @@ def _begin(logits, cache, prompts, rules: Rules, *, layout: Layout | None) -> Lo
     static_argnames=("implementation",),
     donate_argnames=("state",),
 )
+@of_flat
 def _advance(model, state: LoopState, *, halted, rules: Rules, sparsity, implementation):
     def advance(model, state, halted, rules, sparsity):
         step = functools.partial(model_step, model, sparsity=sparsity, implementation=implementation)
