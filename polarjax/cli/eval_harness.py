@@ -106,8 +106,8 @@ def _print(made: dict[str, Any]) -> None:
     for task, metrics in made["tasks"].items():
         values = {key: value for key, value in metrics.items() if isinstance(value, float)}
         shown = ", ".join(
-            f"{key} {value:.4f} ± {values[key + '_stderr']:.4f}"
-            if key + "_stderr" in values
+            f"{key} {value:.4f} ± {values[_error_of(key)]:.4f}"
+            if _error_of(key) in values
             else f"{key} {value:.4f}"
             for key, value in values.items()
             if "_stderr" not in key
@@ -115,12 +115,19 @@ def _print(made: dict[str, Any]) -> None:
         print(f"{task} ({metrics['items']} items, {metrics['few_shot']}-shot): {shown}")
 
 
+def _error_of(key: str) -> str:
+    """The name of a metric's standard error; a filter's name stays at the end: "exact_match,strict-match"."""
+    metric, *filtered = key.split(",", 1)
+    return ",".join([f"{metric}_stderr", *filtered])
+
+
 def _write_samples(path: Path, samples: dict[str, list[dict[str, Any]]]) -> None:
-    """One line an item: its task, number, target, what the model answered, and its metrics."""
+    """One line an item and filter of the task: their names, the target, what the model answered, and its metrics."""
     from polarjax.storage.atomic import atomic_file
 
     rows = [
-        {"task": task, "item": each["doc_id"], "target": each["target"], "answers": each["filtered_resps"]}
+        {"task": task, "item": each["doc_id"], "filter": each["filter"]}
+        | {"target": each["target"], "answers": each["filtered_resps"]}
         | {metric: each[metric] for metric in each["metrics"]}
         for task, items in samples.items()
         for each in items

@@ -17,6 +17,7 @@ import pytest
 
 import polarjax as pj
 from checkpoints_convert import convert_checkpoint
+from polarjax.cli import eval_harness
 from polarjax.cli import main as command
 from polarjax.errors import CheckpointError, InputError, SparsityError
 from polarjax.evaluation.continuations import score_continuations
@@ -288,6 +289,17 @@ def evaluate(tmp_path, bundle, capsys, monkeypatch):
         return int(stopped.value.code or 0), *capsys.readouterr()
 
     return run
+
+
+def test_filters_keep_their_standard_errors_and_their_names(capsys, tmp_path):
+    metrics = {"items": 2, "few_shot": 0, "exact_match,strict": 0.5, "exact_match_stderr,strict": 0.25}
+    eval_harness._print({"density": None, "tasks": {"sums": metrics | {"acc": 0.75, "acc_stderr": 0.125}}})
+    assert "exact_match,strict 0.5000 ± 0.2500, acc 0.7500 ± 0.1250\n" in capsys.readouterr().out
+    row = {"doc_id": 0, "target": "4", "filtered_resps": ["4"], "metrics": ["acc"], "acc": 1.0}
+    names = ("strict", "flexible")
+    eval_harness._write_samples(tmp_path / "rows", {"sums": [row | {"filter": name} for name in names]})
+    rows = map(json.loads, (tmp_path / "rows").read_text().splitlines())
+    assert [(row["item"], row["filter"], row["acc"]) for row in rows] == [(0, name, 1.0) for name in names]
 
 
 def task_files() -> list[object]:
