@@ -238,7 +238,7 @@ def _check_neurons(bundle: "Bundle", domains: list[Int32[np.ndarray, "n T"]], ac
     config = bundle.model.config
     changes: dict[str, Any] = {} if activation is None else {"activation": activation}
     healed = dataclasses.replace(config, **changes)
-    check_neuron_text(healed, _for_neurons(domains), bundle.model)
+    check_neuron_text(healed, _for_neurons(domains), bundle.model, bundle.plans)
 
 
 def _check_state(state: Path, *, resume: bool, overwrite: bool) -> None:

@@ -212,7 +212,8 @@ def learn_neurons(
 ) -> tuple[Routers, PlanTable | None]:
     """Routers and plans for new weights: group routers and the heads' settings stay, neurons are learned again.
 
-    The neurons of models without ReLU aren't; their MLPs become dense.
+    Neurons are calibrated for the batch sizes of `plans`; None means the default ones. Those of models without ReLU
+    aren't learned; their MLPs become dense.
     """
     routers = dataclasses.replace(routers, weights=fingerprint(model))
     if not model.config.neuron_sparsity:
@@ -233,8 +234,7 @@ def learn_neurons(
             for old, new in zip(routers.layers, trained.layers, strict=True)
         )
         routers = dataclasses.replace(routers, layers=layers)
-        calibration = CalibrateOptions(shards=1 if plans is None else plans.neuron_shards)
-        table = calibrate(activations, routers, model.config, key=keys[1], options=calibration)
+        table = calibrate(activations, routers, model.config, key=keys[1], options=_as_before(plans))
     if plans is not None:
         kept = ("head_density", "dense_layers", "budgets", "group_shards", "order")
         table = dataclasses.replace(table, **{name: getattr(plans, name) for name in kept})
@@ -242,11 +242,22 @@ def learn_neurons(
 
 
 def check_neuron_text(
-    config: ModelConfig, windows: Int32[np.ndarray, "n T"], model: "decoder.Decoder"
+    config: ModelConfig,
+    windows: Int32[np.ndarray, "n T"],
+    model: "decoder.Decoder",
+    plans: PlanTable | None,
 ) -> None:
     """Raises `InputError` if `learn_neurons` would find too little text; for use before long work."""
     if config.neuron_sparsity:
-        check_length(plan_recording(model, windows.shape, CollectOptions()), CalibrateOptions())
+        hint = "use a longer text, or sparsify again with a smaller --max-batch first"
+        check_length(plan_recording(model, windows.shape, CollectOptions()), _as_before(plans), hint)
+
+
+def _as_before(plans: PlanTable | None) -> CalibrateOptions:
+    """The default options, for the batch sizes and devices of the plans, if there are any."""
+    if plans is None:
+        return CalibrateOptions()
+    return CalibrateOptions(batch_sizes=plans.batch_sizes, shards=plans.neuron_shards)
 
 
 def check_validation(recording: Recording) -> None:
@@ -260,7 +271,7 @@ def check_validation(recording: Recording) -> None:
         )
 
 
-def check_length(recording: Recording, options: CalibrateOptions) -> None:
+def check_length(recording: Recording, options: CalibrateOptions, hint: str | None = None) -> None:
     """Raises `InputError` if there are fewer held-out tokens than the largest batch to calibrate."""
     needed = options.batch_sizes[-1]
     for number, part in ((1, "validation"), (2, "test")):
@@ -270,7 +281,7 @@ def check_length(recording: Recording, options: CalibrateOptions) -> None:
                 "the text is too short to calibrate",
                 got=f"{got} {part} tokens of {len(recording.part)}",
                 expected=f"at least {needed}, the largest batch size",
-                hint="use a longer text, or hold out more of it",
+                hint=hint or "use a longer text, hold out more of it, or lower --max-batch",
             )
 
 

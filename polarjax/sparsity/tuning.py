@@ -21,6 +21,7 @@ from polarjax.model.decoder import Decoder
 from polarjax.model.meshes import without_mesh
 from polarjax.model.parameters import fingerprint, parameters, with_parameters
 from polarjax.model.stacked import hidden_states, unstack_parameters
+from polarjax.numeric import spread
 from polarjax.progress import task, tell
 from polarjax.selection.masking import Masking
 from polarjax.selection.routers import LayerRouter, Routers
@@ -273,15 +274,16 @@ class _Run:
         for kept in sorted({K, most, (least + most) // 2, least}, reverse=True):
             counts = self._batches.counts(np.full(size, kept))
             nll = [
-                _mean_nll(
+                _window_nll(
                     self._plan.spec,
                     self._state,
                     self._teacher,
-                    *self._placed(windows[at : at + size], counts),
+                    *self._placed(windows[np.arange(at, at + size) % len(windows)], counts),
                 )[0]
-                for at in range(0, len(windows) // size * size, size)
+                for at in range(0, len(windows), size)  # the last batch is filled with repeats
             ]
-            found[kept] = float(np.exp(np.mean(jax.device_get(nll), dtype=np.float64)))
+            each = np.concatenate(jax.device_get(nll))[: len(windows)]
+            found[kept] = float(np.exp(np.mean(each, dtype=np.float64)))
         return found
 
     def _placed(self, tokens: Int32[np.ndarray, "b T"], counts: Int32[np.ndarray, "L b"]) -> Any:
@@ -295,9 +297,9 @@ class _Run:
         if not self._plan.spec.config.neuron_sparsity:
             return ()
         windows = self._batches.of(0)[0][0] if held_out is None else held_out
-        tokens = windows[: self._batches.options.batch_size]
+        tokens = windows[spread(len(windows), self._batches.options.batch_size)]
         counts = self._batches.counts(np.full(len(tokens), self._batches.config.num_kv_heads))
-        found = _mean_nll(self._plan.spec, self._state, self._teacher, *self._placed(tokens, counts))[1]
+        found = _window_nll(self._plan.spec, self._state, self._teacher, *self._placed(tokens, counts))[1]
         return tuple(np.asarray(jax.device_get(found), float).tolist())
 
     def report(
@@ -329,14 +331,14 @@ class _Run:
 
 
 @partial(jax.jit, static_argnums=0)
-def _mean_nll(
+def _window_nll(
     spec: Distillation,
     state: TuneState,
     teacher: Arrays,
     tokens: Int[Array, "b T"],
     counts: Int[Array, "L b"],
-) -> tuple[Float[Array, ""], Float[Array, "L"]]:
-    """Mean negative log-likelihood of the tokens after the first of each window, in nats; active neurons by layer."""
+) -> tuple[Float[Array, "b"], Float[Array, "L"]]:
+    """Each window's mean negative log-likelihood of the tokens after its first, in nats; active neurons by layer."""
     model = student(spec, state.model, teacher)
     x, records = hidden_states(model, tokens, masking=Masking(selector(spec, state.routers), counts))
 
@@ -344,4 +346,4 @@ def _mean_nll(
         found = logits(model, pair[0])
         return jax.nn.logsumexp(found, -1) - jnp.take_along_axis(found, pair[1][..., None], -1)[..., 0]
 
-    return jnp.mean(by_tokens(one, x, jnp.roll(tokens, -1, 1))[:, :-1]), records.active
+    return jnp.mean(by_tokens(one, x, jnp.roll(tokens, -1, 1))[:, :-1], 1), records.active

@@ -16,13 +16,14 @@ import pytest
 import polarjax as pj
 from polarjax import memory
 from polarjax.cli import tune as cli_tune
+from polarjax.evaluation import perplexity
 from polarjax.memory import held_bytes, tree_bytes
 from polarjax.model.parameters import parameters
 from polarjax.model.stacked import StackedDecoder, hidden_states, stack_parameters
 from polarjax.progress import show_lines
 from polarjax.selection.plans import uniform_groups
 from polarjax.selection.routers import Routers
-from polarjax.sparsity import TuneOptions, sparsify, tune, tuning, tuning_checks, tuning_setup
+from polarjax.sparsity import TuneOptions, pipeline, sparsify, tune, tuning, tuning_checks, tuning_setup
 from polarjax.sparsity.options import CalibrateOptions, RefineOptions, TrainOptions
 from polarjax.sparsity.own_text import own_windows
 from polarjax.sparsity.tuning_batches import Batches
@@ -73,11 +74,13 @@ def start() -> pj.Bundle:
 
 def run(windows, options=OPTIONS, bundle=None, **more):
     given = start() if bundle is None else bundle
-    return tune(given.model, given.routers, [windows], 0, options=options, held_out=windows[:8], **more)
+    return tune(given.model, given.routers, [windows], 0, options=options, held_out=windows[:20], **more)
 
 
-def test_masked_perplexity_falls_and_the_result_belongs_together(whole):
+def test_masked_perplexity_falls_and_the_result_belongs_together(whole, windows):
     model, routers, report = whole
+    every = perplexity(zoo.model(NAME), windows[:20], batch_size=20)  # not of whole batches alone
+    assert report.before[4] == pytest.approx(every.perplexity, rel=1e-5)
     assert report.steps == 24 and report.tokens == OPTIONS.tokens
     assert report.after[2] < report.before[2]
     assert report.memory["total"] > 0
@@ -303,6 +306,26 @@ def full_disk():
         yield
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, before)
+
+
+def test_neurons_are_learned_again_for_the_batch_sizes_of_the_plans(monkeypatch):
+    model, text = zoo.model("opt"), np.random.default_rng(0).integers(0, zoo.VOCAB, (40, 12), np.int32)
+    config, asked = model.config, []
+    plans = pj.PlanTable(
+        num_layers=config.num_layers,
+        num_neurons=config.d_ff,
+        num_groups=config.num_kv_heads,
+        batch_sizes=(1, 16),
+        neurons=((8,) * config.num_layers, (16,) * config.num_layers),
+        recall=((1.0,) * config.num_layers,) * 2,
+    )
+    with refuses(pj.InputError, "at least 512, the largest batch size. Hint: .*smaller --max-batch"):
+        pipeline.check_neuron_text(config, text, model, None)
+    pipeline.check_neuron_text(config, text, model, plans)
+    monkeypatch.setattr(pipeline, "train_routers", lambda *_: (zoo.routers("opt"), None))
+    monkeypatch.setattr(pipeline, "calibrate", lambda *_, options, **__: asked.append(options) or plans)
+    pipeline.learn_neurons(model, zoo.routers("opt"), plans, text, jax.random.key(0))
+    assert [options.batch_sizes for options in asked] == [plans.batch_sizes]
 
 
 @pytest.mark.parametrize("saved", [True, False])
