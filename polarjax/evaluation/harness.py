@@ -30,7 +30,7 @@ from polarjax.evaluation.harness_checks import (
 )
 from polarjax.evaluation.harness_generation import generation_options
 from polarjax.generation.checks import folded, random_key
-from polarjax.numeric import whole_number
+from polarjax.numeric import check_type, whole_number
 from polarjax.selection.plans import densities
 from polarjax.selection.selectors import Sparsity
 from polarjax.text.continuation import ContinueOptions, continue_batches
@@ -108,7 +108,9 @@ class HarnessLM(_Template):
         self.add_bos_token = add_bos_token
         self._prefix = special_token(prefix_token_id, self.bundle.model.config.vocab_size)
         self._key = random_key(seed)
-        self._chat_template_args = dict(chat_template_args or {})
+        hint = "pass a mapping of names to values, or leave it out"
+        given = {} if chat_template_args is None else chat_template_args
+        self._chat_template_args = dict(check_type(given, Mapping, where="chat_template_args", hint=hint))
 
     @property
     def eot_token_id(self) -> int | None:

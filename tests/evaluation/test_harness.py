@@ -212,6 +212,7 @@ def test_conversations_go_through_the_chat_template(make, bundle):
         ({"device": "tpu:0"}, InputError, "JAX uses another device"),
         ({"prefix_token_id": -1}, InputError, "no such token"),
         ({"dtype": "float32"}, InputError, "dtype needs a model directory"),
+        ({"chat_template_args": "{a}"}, InputError, "chat_template_args: not a Mapping"),
     ],
 )
 def test_options_that_are_refused(make, bundle, options, error, message):
