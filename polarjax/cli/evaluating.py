@@ -210,13 +210,14 @@ def _cut(
     from polarjax.text.token_windows import scored_windows
 
     length = window_length(options.window, bundle.model.config)
-    step = options.stride if stride else None
+    step = options.stride if stride and options.stride is not None else length
+    more = (options.max_tokens - length) // max(step, 1)  # the first window scores all of its tokens
     return scored_windows(
         texts,
         tokenizer,
         length,
-        stride=step,
-        most=options.max_tokens // max(step or length, 1),
+        stride=options.stride if stride else None,
+        most=1 + more,
         source=", ".join(map(str, source or options.text)),
     )
 

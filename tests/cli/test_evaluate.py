@@ -59,6 +59,17 @@ def test_bytes_and_words_of_the_text_count_once(measure):
     assert dense["perplexity"]["word"]["value"] == pytest.approx(math.exp(nats / 4), rel=1e-5)
 
 
+def test_windows_that_overlap_score_no_more_than_was_asked_for(measure):
+    words = "--dense --window 16 --stride 4 --max-tokens 40 --json".split()
+    code, out, _ = measure(random_model(np.random.default_rng(0)), "word " * 99, *words)
+    text = json.loads(out)["text"]
+    assert (code, text["windows"], text["scored_tokens"]) == (
+        0,
+        7,
+        39,
+    )  # 15 of the first window, 4 of each other
+
+
 @pytest.mark.parametrize(("verb", "shown"), [("perplexity", "bits/byte"), ("agreement", "same next token")])
 def test_a_sweep_writes_its_report_and_picture(measure, tmp_path, verb, shown):
     (tmp_path / "other.txt").write_text("other " * 60)
