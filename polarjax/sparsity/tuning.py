@@ -186,11 +186,13 @@ class _Run:
 
     def train(self, model: Decoder) -> None:
         """Runs steps until the limit, then blends; saves now and then, and when something stops it."""
-        options = self._batches.options
-        done, began, saved = self.steps, time.monotonic() - self.seconds, time.monotonic()
+        options, done = self._batches.options, self.steps
+        began, saved = time.monotonic() - self.seconds, time.monotonic()
         waiting: list[tuple[int, dict[str, Array]]] = []
         try:
             with task("tune", options.tokens, "tokens") as advance:
+                if done:
+                    advance(done * self._batches.tokens_per_step)
                 while (fraction := self._fraction(done)) < 1:
                     waiting.append((done, self._step(done, fraction)))
                     done += 1
@@ -282,8 +284,7 @@ class _Run:
                 )[0]
                 for at in range(0, len(windows), size)  # the last batch is filled with repeats
             ]
-            each = np.concatenate(jax.device_get(nll))[: len(windows)]
-            found[kept] = float(np.exp(np.mean(each, dtype=np.float64)))
+            found[kept] = float(np.exp(np.concatenate(jax.device_get(nll))[: len(windows)].mean(dtype=float)))
         return found
 
     def _placed(self, tokens: Int32[np.ndarray, "b T"], counts: Int32[np.ndarray, "L b"]) -> Any:

@@ -115,7 +115,7 @@ def test_a_blend_lies_between_the_first_weights_and_the_trained_ones(whole, wind
     assert report.after != whole[2].after and report.before == whole[2].before
 
 
-def test_an_interrupted_run_goes_on_as_if_it_had_not_been(whole, windows, tmp_path, monkeypatch):
+def test_an_interrupted_run_goes_on_as_if_it_had_not_been(whole, windows, tmp_path, monkeypatch, capsys):
     original, steps = tuning._Run._step, []
 
     def interrupted(self, done, fraction):
@@ -142,8 +142,9 @@ def test_an_interrupted_run_goes_on_as_if_it_had_not_been(whole, windows, tmp_pa
         with refuses(pj.CheckpointError, "the saved state is damaged"):
             run(windows, folder=other, resume=True)
     folder.rename(tmp_path / ".state.polarjax-tmp-0123.old")  # as if killed while it was replaced
-    model, routers, report = run(windows, folder=str(folder), resume=True)
-    assert report.steps == 24
+    with show_lines():
+        model, routers, report = run(windows, folder=str(folder), resume=True)
+    assert report.steps == 24 and "tune: 4608/4608 tokens" in capsys.readouterr().err
     for name, value in parameters(whole[0]).items():
         np.testing.assert_array_equal(parameters(model)[name], value, err_msg=name)
     np.testing.assert_array_equal(routers.layers[1].mean, whole[1].layers[1].mean)
