@@ -18,7 +18,7 @@ from polarjax.errors import CheckpointError, InputError, SparsityError
 from polarjax.numeric import spread
 from polarjax.sparsity import tune_options
 from polarjax.sparsity.tune_options import TuneOptions
-from polarjax.storage.atomic import absolute, check_free, check_writable
+from polarjax.storage.atomic import absolute, alone, check_free, check_writable
 from polarjax.types import Int32
 
 if TYPE_CHECKING:
@@ -174,46 +174,47 @@ def _heal(asked: Request) -> dict[str, Any]:
     check_free(target, asked.overwrite, is_model_directory)
     state = target.with_name(f"{target.name}.tuning")
     check_writable(target.parent)
-    _check_state(state, resume=asked.resume, overwrite=asked.overwrite)
-    bundle, tokenizer = load_with_tokenizer(asked.folder)
-    if bundle.routers is None:
-        hint = f"run polarjax sparsify {asked.folder} --text FILE first"
-        raise SparsityError("the model has no routers yet", where=asked.folder, hint=hint)
-    domains, held_out = _windows(bundle, tokenizer, asked.text, asked.window)
-    _check_neurons(bundle, domains, asked.activation)
-    shares = [(1 - asked.own_text) / len(domains)] * len(domains)
-    written = domains
-    if asked.own_text:
-        length = domains[0].shape[1]
-        count = own_count(asked, length)
-        print(
-            f"The model writes {count:,} windows of {length} tokens first, for --own-text {asked.own_text:g}."
+    with alone(state):
+        _check_state(state, resume=asked.resume, overwrite=asked.overwrite)
+        bundle, tokenizer = load_with_tokenizer(asked.folder)
+        if bundle.routers is None:
+            hint = f"run polarjax sparsify {asked.folder} --text FILE first"
+            raise SparsityError("the model has no routers yet", where=asked.folder, hint=hint)
+        domains, held_out = _windows(bundle, tokenizer, asked.text, asked.window)
+        _check_neurons(bundle, domains, asked.activation)
+        shares = [(1 - asked.own_text) / len(domains)] * len(domains)
+        written = domains
+        if asked.own_text:
+            length = domains[0].shape[1]
+            count = own_count(asked, length)
+            print(
+                f"The model writes {count:,} windows of {length} tokens first, for --own-text {asked.own_text:g}."
+            )
+            written = [*domains, _written(bundle, tokenizer, count, length, key)]
+            shares = [*shares, asked.own_text]
+        model, routers, report = tune_model(
+            bundle.model,
+            bundle.routers,
+            written,
+            key,
+            options=options,
+            shares=shares,
+            held_out=held_out,
+            dense_layers=(0,) if bundle.plans is None else bundle.plans.dense_layers,
+            budgets=() if bundle.plans is None else bundle.plans.budgets,
+            folder=state,
+            resume=asked.resume,
+            devices=asked.devices,
         )
-        written = [*domains, _written(bundle, tokenizer, count, length, key)]
-        shares = [*shares, asked.own_text]
-    model, routers, report = tune_model(
-        bundle.model,
-        bundle.routers,
-        written,
-        key,
-        options=options,
-        shares=shares,
-        held_out=held_out,
-        dense_layers=(0,) if bundle.plans is None else bundle.plans.dense_layers,
-        budgets=() if bundle.plans is None else bundle.plans.budgets,
-        folder=state,
-        resume=asked.resume,
-        devices=asked.devices,
-    )
-    _print(report)
-    with _kept(state):
-        healed = _with_neurons(bundle, model, routers, domains, key)
-        save(target, healed, overwrite=asked.overwrite)
-    if model.config.neuron_sparsity and healed.plans is not None:
-        learning.print_neurons(healed.plans)
-    shutil.rmtree(state, ignore_errors=True)
-    print(f"The healed model is in {target}. Next: polarjax eval perplexity {target} --text FILE")
-    return report.to_json()
+        _print(report)
+        with _kept(state):
+            healed = _with_neurons(bundle, model, routers, domains, key)
+            save(target, healed, overwrite=asked.overwrite)
+        if model.config.neuron_sparsity and healed.plans is not None:
+            learning.print_neurons(healed.plans)
+        shutil.rmtree(state, ignore_errors=True)
+        print(f"The healed model is in {target}. Next: polarjax eval perplexity {target} --text FILE")
+        return report.to_json()
 
 
 @contextlib.contextmanager

@@ -108,6 +108,22 @@ def temporary_folder(name: str) -> Iterator[Path]:
         yield temporary
 
 
+@contextlib.contextmanager
+def alone(path: Path) -> Iterator[None]:
+    """Keeps `path`, whose folder exists, for this process during the block.
+
+    Raises:
+      CheckpointError: another process has it.
+    """
+    with contextlib.ExitStack() as stack:
+        with system_errors(path):
+            mine = stack.enter_context(_locked(path.with_name(f".{path.name}{_MARK}run")))
+        if not mine:
+            hint = "wait until it has ended, or write elsewhere"
+            raise CheckpointError("another process is writing this", where=path, hint=hint)
+        yield
+
+
 def absolute(path: str | os.PathLike[str]) -> Path:
     """The absolute `path`, with `~` expanded and without `..`; symbolic links are kept.
 

@@ -12,7 +12,14 @@ import pytest
 
 from polarjax.errors import CheckpointError
 from polarjax.storage import atomic as storage
-from polarjax.storage.atomic import atomic_file, atomic_folder, check_writable, remove_stale, temporary_folder
+from polarjax.storage.atomic import (
+    alone,
+    atomic_file,
+    atomic_folder,
+    check_writable,
+    remove_stale,
+    temporary_folder,
+)
 from tests.one_line import refuses
 
 
@@ -27,6 +34,19 @@ def make(path: Path, text: str, **options) -> None:
 
 def content(path: Path) -> str:
     return (path / "content").read_text()
+
+
+def test_one_alone_may_write_to_a_place_again_and_again(tmp_path):
+    path = tmp_path / "out"
+    for text in ("one", "two"):
+        with alone(path):
+            make(path, text, overwrite=True)
+            with refuses(CheckpointError, "out: another process is writing this"), alone(path):
+                pass
+            remove_stale(path)
+            with refuses(CheckpointError, "out: another process is writing this"), alone(path):
+                pass
+        assert names(tmp_path) == ["out"]
 
 
 @pytest.mark.parametrize("step", ["_flush", "_put"])
