@@ -71,11 +71,13 @@ def atomic_file(path: Path, *, overwrite: bool = False) -> Iterator[TextIO]:
     """Yields a text stream whose content appears at `path` at the end of the block, or not at all if it raises.
 
     Raises:
-      CheckpointError: `path` exists and must not be replaced, is a directory, writing fails, or a file read in
-        the block can't be read.
+      CheckpointError: `path` exists and must not be replaced, is a directory, a device or a pipe, writing fails, or a
+        file read in the block can't be read.
     """
     path = absolute(path)
     with system_errors(path):
+        if path.exists() and not path.is_dir() and not (path.is_file() and path.parent != Path("/dev")):
+            raise CheckpointError("not a file that can be replaced", where=path, hint="choose another name")
         remove_stale(path)
         check_free(path, overwrite, None)
         if path.is_dir():

@@ -36,6 +36,14 @@ def content(path: Path) -> str:
     return (path / "content").read_text()
 
 
+def test_what_is_no_file_is_never_replaced(tmp_path):
+    pipe = tmp_path / "pipe"
+    os.mkfifo(pipe)
+    with refuses(CheckpointError, "pipe: not a file that can be replaced"), atomic_file(pipe, overwrite=True):
+        pass
+    assert pipe.is_fifo() and names(tmp_path) == ["pipe"]
+
+
 def test_one_alone_may_write_to_a_place_again_and_again(tmp_path):
     path = tmp_path / "out"
     for text in ("one", "two"):
