@@ -2,6 +2,7 @@
 
 import json
 import math
+from collections import Counter
 from typing import Any
 
 from polarjax.errors import InputError
@@ -20,7 +21,7 @@ def strict_json(text: str | bytes, *, hint: str) -> Any:
     def once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
         made = dict(pairs)
         if len(made) < len(pairs):
-            twice = next(key for i, (key, _) in enumerate(pairs) if key in dict(pairs[:i]))
+            twice = next(key for key, count in Counter(key for key, _ in pairs).items() if count > 1)
             raise refused("a key comes twice", repr(twice))
         return made
 

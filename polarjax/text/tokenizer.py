@@ -177,7 +177,8 @@ class Tokenizer:
         text = "".join(each["role"] + each["content"] for each in messages)
         if not _is_unicode(text):
             raise InputError("not a text", where="Tokenizer.encode_chat", hint="pass Unicode texts")
-        ids = self._apply_template(messages, add_generation_prompt=True, return_dict=False)
+        options = {"return_dict": False, "tokenizer_kwargs": {"verbose": False}}
+        ids = self._apply_template(messages, add_generation_prompt=True, **options)
         if not ids:
             raise InputError(
                 "the chat template returned no tokens for the messages", hint="write at least one message"

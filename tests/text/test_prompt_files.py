@@ -5,6 +5,7 @@ import json
 import lzma
 import os
 import sys
+import time
 import tracemalloc
 from pathlib import Path
 
@@ -190,6 +191,17 @@ def test_a_bad_line_is_an_error_of_its_own(tmp_path: Path, monkeypatch, ending):
         assert line.name == f"line {1 + 3 * i}"
         assert line.head == {"line": 1 + 3 * i} or line.head.items() <= json.loads(raw).items()
         assert line.head.keys().isdisjoint(prompt_files.ANSWERS)
+
+
+def test_a_line_of_many_keys_takes_a_moment(tmp_path: Path):
+    """Looking for the one that comes twice takes no longer than reading them."""
+    keys = ",".join(f'"{i}":0' for i in range(80_000))
+    (tmp_path / "in.jsonl").write_text(f'{{"prompt": "a", "id": {{{keys},"79999":0}}}}')
+    began = time.process_time()
+    (line,) = every(tmp_path / "in.jsonl")
+    with refuses(InputError, "a key comes twice; got '79999'"):
+        raise line.error
+    assert time.process_time() - began < 10
 
 
 def test_a_text_that_is_not_utf8_stops_no_other(tmp_path: Path):

@@ -1,6 +1,7 @@
 """Text to right-padded batches and back."""
 
 import json
+import logging
 import shutil
 from pathlib import Path
 
@@ -90,6 +91,17 @@ def test_named_chat_templates(tmp_path, names):
     else:
         with pytest.raises(pj.InputError, match=f"none named default; got {', '.join(names)}"):
             loaded.encode_chat(messages)
+
+
+def test_transformers_says_nothing_about_long_chats(tmp_path, monkeypatch, caplog):
+    """How long a prompt may be is the model's to say."""
+    folder = shutil.copytree(FOLDER, tmp_path / "t")
+    (folder / "chat_template.jinja").write_text("{{ messages[0].content }}")
+    loaded = Tokenizer.load(folder)
+    monkeypatch.setattr(logging.getLogger("transformers"), "propagate", True)
+    with caplog.at_level("WARNING", "transformers"):
+        assert len(loaded.encode_chat([{"role": "user", "content": "a b " * 600}])) > 512
+    assert not caplog.records
 
 
 def test_code_in_the_folder_is_not_run(tmp_path):
