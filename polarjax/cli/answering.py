@@ -27,12 +27,13 @@ from polarjax.errors import InputError
 from polarjax.generation.checks import check_best, check_copies, check_new_tokens, check_seed
 from polarjax.generation.sampling import Categorical
 from polarjax.generation.settings import GenerationSettings
-from polarjax.jobs.line_requests import LineRequests, error_of, most_characters, tasks_apart
+from polarjax.jobs.line_requests import LineRequests, error_of, tasks_apart
 from polarjax.numeric import whole_number
 from polarjax.progress import task as progress_task
 from polarjax.selection.plans import densities
 from polarjax.storage.line_file import LineStream
 from polarjax.text.prompt_files import PromptFile, PromptLine
+from polarjax.text.prompts import most_characters
 from polarjax.text.tokenizer import Tokenizer
 
 SOME_FAILED = 3

@@ -20,9 +20,6 @@ from polarjax.text.prompt_files import PromptLine
 from polarjax.text.prompts import Prompt, as_json
 from polarjax.text.tokenizer import Tokenizer
 
-_CHEAP = 200_000
-"""Characters that are tokenized in a moment."""
-
 _DRAWING = ("temperature", "top_k", "top_p", "repetition_penalty")
 _CODE = ("Engine.submit", "Tokenizer.encode", "Tokenizer.encode_chat", "stop_strings")
 
@@ -134,11 +131,6 @@ class LineRequests:
         special = map(self.tokenizer.special_id, task.options["stop_strings"])
         last = answer.tokens[-1] if answer.tokens else None
         return "stop_id" if last in (*task.options["stop_ids"], *special) else "stop_string"
-
-
-def most_characters(tokenizer: Tokenizer, capacity: int) -> int:
-    """The longest text that is tokenized for slots of this capacity, even if it turns out to be too long."""
-    return max(_CHEAP, capacity * max(map(len, tokenizer.hf.get_vocab())))
 
 
 def tasks_apart(engine: Engine, plans: PlanTable | None, *, logprobs: bool) -> int | None:

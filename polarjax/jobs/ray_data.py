@@ -20,11 +20,12 @@ from polarjax.engine.slots import MOST_LOGPROBS
 from polarjax.errors import InputError
 from polarjax.generation.checks import check_best, check_copies, check_new_tokens, check_seed
 from polarjax.generation.sampling import Categorical
-from polarjax.jobs.line_requests import LineRequests, most_characters, tasks_apart
+from polarjax.jobs.line_requests import LineRequests, tasks_apart
 from polarjax.jobs.line_settings import check_value, with_options, with_stops
 from polarjax.jobs.tables import as_table, check_columns, lines_of, with_answers
 from polarjax.model.mesh_shape import Attention
 from polarjax.sharding import described_mesh
+from polarjax.text.prompts import most_characters
 from polarjax.types import DTypeLike
 
 

@@ -20,6 +20,7 @@ from polarjax.serving.errors import ApiError, checked
 from polarjax.serving.metrics import Metrics
 from polarjax.serving.replies import Model, Reply
 from polarjax.serving.runner import Runner
+from polarjax.text.prompts import most_characters
 
 COMPLETION_TOKENS = 16
 """New tokens of a completion that doesn't ask for a number, as in OpenAI's interface."""
@@ -64,6 +65,7 @@ class Service:
         room = min(engine.capacity, bundle.model.config.max_positions)
         self._room = room + 1  # the last new token is never read
         self._longest = min(room, limits.prompt or room)
+        self._characters = most_characters(self.model.tokenizer, self._longest)
         self._active, self._lock = 0, threading.Lock()
 
     @property
@@ -91,8 +93,27 @@ class Service:
         asked = parse(read_json(raw), self._bundle.generation, chat=chat, model=self.model.name)
         self.runner.check_size(len(asked.prompts) * asked.n)
         param = "messages" if chat else "prompt"
-        prompts = [checked(param, prompt_ids, each, self._bundle) for each in asked.prompts]
-        return asked, prompts, [each for ids in prompts for each in self._settings(asked, len(ids), param)]
+        prompts, settings = [], []
+        for each in asked.prompts:
+            self._check_characters(each, param)
+            prompts.append(checked(param, prompt_ids, each, self._bundle))
+            settings += self._settings(asked, len(prompts[-1]), param)
+        return asked, prompts, settings
+
+    def _check_characters(self, prompt: Any, param: str) -> None:
+        """Raises `ApiError` for a text that can't fit, as tokenizing megabytes takes seconds."""
+        texts = (
+            [prompt]
+            if isinstance(prompt, str)
+            else [each["content"] for each in prompt if isinstance(each, dict)]
+        )
+        if (got := sum(map(len, texts))) > self._characters:
+            raise ApiError(
+                f"the prompt's {got:,} characters are too many; at most {self._characters:,} are taken, even of the "
+                "longest tokens",
+                param=param,
+                code="context_length_exceeded",
+            )
 
     def _settings(self, asked: Asked, tokens: int, param: str) -> list[dict[str, Any]]:
         """Those of the n sequences of a prompt, each with a seed of its own."""

@@ -15,6 +15,14 @@ SHAPES = '{"prompt": "…"} or {"messages": [{"role": "user", "content": "…"}]
 
 type Message = Mapping[str, str]
 
+_CHEAP = 200_000
+"""Characters that are tokenized in a moment."""
+
+
+def most_characters(tokenizer: Tokenizer, capacity: int) -> int:
+    """The longest text that is tokenized for slots of this capacity, even if it turns out to be too long."""
+    return max(_CHEAP, capacity * max(map(len, tokenizer.hf.get_vocab())))
+
 
 @dataclasses.dataclass(frozen=True)
 class Prompt:

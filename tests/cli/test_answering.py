@@ -21,6 +21,7 @@ from polarjax.cli import main as command
 from polarjax.engine.engine import Engine
 from polarjax.jobs import line_requests
 from polarjax.selection.routers import init_routers
+from polarjax.text import prompts
 from tests.model import zoo
 
 SIZES = ("--slots", "2", "--capacity", "40", "--max-new-tokens", "12")
@@ -171,9 +172,9 @@ def test_what_was_interrupted_is_finished_byte_for_byte(run, whole, source, tmp_
 
 def test_texts_that_cannot_fit_are_not_tokenized(run, home, tmp_path, monkeypatch):
     """Tokenizing megabytes would stop the other lines for long."""
-    monkeypatch.setattr(line_requests, "_CHEAP", 0)
+    monkeypatch.setattr(prompts, "_CHEAP", 0)
     tokenizer = pj.load(home).tokenizer
-    most = line_requests.most_characters(tokenizer, 40)
+    most = prompts.most_characters(tokenizer, 40)
     texts = ["x", "x" * (most + 1), "x" * most]
     (tmp_path / "in.txt").write_text("\n".join(texts))
     assert run("--prompts", tmp_path / "in.txt", "--output", tmp_path / "o", *SIZES)[0] == 3

@@ -19,7 +19,7 @@ import openai
 import pytest
 
 import polarjax as pj
-from polarjax.serving import app, body
+from polarjax.serving import app, body, service
 from tests.model import zoo
 from tests.serving.server import NAME, Server, bundle, serving
 
@@ -186,6 +186,17 @@ def test_bodies_have_a_type_and_a_limit(server):
     with raw_request(server, b"", "Content-Length: 99999999999999999999") as connection:
         assert b" 413 " in connection.recv(1000)
     assert server.complete().status == 200
+
+
+def test_texts_that_cannot_fit_are_not_tokenized(server, monkeypatch):
+    """Tokenizing megabytes takes seconds; of many texts, none after the first that is too long."""
+    monkeypatch.setattr(service, "prompt_ids", lambda text, _: np.arange(len(text)))
+    monkeypatch.setattr(server.service, "_characters", 60)
+    chat = server.send("/v1/chat/completions", {"messages": [{"role": "user", "content": "a" * 31}] * 2})
+    for answer, got in ((server.complete(prompt="a" * 61), 61), (chat, 62)):
+        assert answer.status == 400 and answer.error["code"] == "context_length_exceeded"
+        assert f"{got} characters are too many; at most 60" in answer.error["message"]
+    assert "50 tokens" in server.complete(prompt=["a" * 50, "a" * 61]).error["message"]
 
 
 def test_a_body_that_never_comes_times_out(server, monkeypatch):
