@@ -37,8 +37,8 @@ class Engine(Iterator[Event]):
     Iterating runs the requests and yields their events until nothing is left to do; then more can be submitted. Any
     thread may submit, cancel and close while one iterates; where several iterate, each event goes to one of them. A
     request's tokens don't depend on its slot, its company or when it came, unless the plan selects neurons, which is
-    done for all running rows together. A prompt that begins with 32 tokens or more that a slot still holds reads only
-    the rest.
+    done for all running rows together, or rounding tips a near tie, which it can on a GPU and in half precision. A
+    prompt that begins with 32 tokens or more that a slot still holds reads only the rest.
 
     Args:
       bundle: the model, with a tokenizer for text and with routers and plans for sparse decoding.

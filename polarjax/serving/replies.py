@@ -158,9 +158,16 @@ class Choice:
         return {
             "tokens": [self._name(token) for token, _ in chosen],
             "token_logprobs": [value for _, value in chosen],
-            "top_logprobs": [{self._name(i): value for i, value in others} for others in best],
+            "top_logprobs": [self._by_name(others) for others in best],
             "text_offset": [self._place(token) for token in tokens],
         }
+
+    def _by_name(self, best: Sequence[tuple[int, float]]) -> dict[str, float]:
+        """Log-probabilities by the tokens' names, the largest first; of tokens that read alike, the likeliest counts."""
+        made: dict[str, float] = {}
+        for token, value in best:
+            made.setdefault(self._name(token), value)
+        return made
 
     def _entry(self, token: int, logprob: float) -> dict[str, Any]:
         data = self._token_bytes(token)

@@ -10,8 +10,14 @@ import pytest
 from prometheus_client.parser import text_string_to_metric_families
 
 import polarjax as pj
+from polarjax.engine.requests import Event
+from polarjax.generation.logprobs import LogProbs
+from polarjax.serving.body import parse
+from polarjax.serving.replies import Model, Reply
 from polarjax.text.assembly import Assembler
+from polarjax.text.tokenizer import Tokenizer
 from tests.serving.server import NAME, Server, bundle, serving
+from tests.text import hf_tokenizers
 
 PROMPTS = ["def f", "Once upon a time", "ünï", "A"]
 CHAT = [{"role": "system", "content": "Be brief."}, {"role": "user", "content": "Hi, ünï!"}]
@@ -168,6 +174,18 @@ def test_log_probabilities_are_those_of_generate(client):
         client.completions.create(model=NAME, prompt="A", logprobs=0).choices[0].logprobs.top_logprobs
         == [{}] * 16
     )
+
+
+def test_of_tokens_that_read_alike_the_likeliest_is_reported(tmp_path):
+    """Such as a letter and its byte."""
+    tokenizer = Tokenizer.load(hf_tokenizers.write_llama(tmp_path))
+    ids = tokenizer.hf.convert_tokens_to_ids(["e", "<0x65>", "x"])
+    asked = parse({"prompt": "a", "logprobs": 3}, tokenizer.generation, chat=False, model=NAME)
+    reply = Reply(asked, [np.array([1])], Model(NAME, tokenizer))
+    logprobs = LogProbs(np.float32([-0.5]), np.array([ids]), np.float32([[-0.5, -8, -9]]))
+    reply.add(0, Event(0, (ids[0],), "e", None, logprobs))
+    (choice,) = reply.whole["choices"]
+    assert choice["logprobs"]["top_logprobs"] == [{"e": -0.5, "x": -9}]
 
 
 def test_echo_gives_the_prompt_back(client, expected):
