@@ -114,6 +114,9 @@ def _check_for_model(
     """Raises `InputError` for options that would fail on every line."""
     most = min(MOST_LOGPROBS, bundle.model.config.vocab_size)
     check_best(options.logprobs, most, where="--logprobs")
+    engine_checks.check_stop_count(
+        len(settings.stop_ids), where="--stop-id", hint="give the others as --stop"
+    )
     if options.chat:
         tokenizer.check_chat_template()
     drawn = lines.has_settings and options.num_return_sequences > 1  # lines may ask for it

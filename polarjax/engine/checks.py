@@ -151,6 +151,15 @@ def check_length(config: ModelConfig, tokens: int, wanted: Any, default: int | N
     return wanted
 
 
+def check_stop_count(
+    count: int, *, where: str = "stop_ids", hint: str = "pass the others as stop_strings"
+) -> None:
+    """Raises `InputError` if a slot has no room for so many stop ids."""
+    if count > STOP_IDS:
+        expected = f"at most {STOP_IDS}"
+        raise InputError("too many stop ids", where=where, got=count, expected=expected, hint=hint)
+
+
 def row_settings(
     options: ContinueOptions, stop_ids: tuple[int, ...], seed: Any, logprobs: Any, vocab_size: int
 ) -> RowSettings:
@@ -167,13 +176,6 @@ def row_settings(
         )
     stop_ids, penalty = check_stop_ids(stop_ids), check_penalty(options.repetition_penalty)
     check_not_traced((stop_ids, penalty), where="Engine.submit")
-    if len(stop_ids) > STOP_IDS:
-        raise InputError(
-            "too many stop ids",
-            where="stop_ids",
-            got=len(stop_ids),
-            expected=f"at most {STOP_IDS}",
-            hint="pass the others as stop_strings",
-        )
+    check_stop_count(len(stop_ids))
     best = check_best(logprobs, min(MOST_LOGPROBS, vocab_size))
     return RowSettings(sampler, stop_ids, options.max_new_tokens, check_seed(seed), float(penalty), best)

@@ -13,7 +13,7 @@ import jax
 
 from polarjax.checkpoint.bundle import needed_tokenizer
 from polarjax.checkpoint.loading import load
-from polarjax.engine.checks import check_dense
+from polarjax.engine.checks import check_dense, check_stop_count
 from polarjax.engine.engine import Engine
 from polarjax.engine.in_order import InOrder
 from polarjax.engine.slots import MOST_LOGPROBS
@@ -102,6 +102,9 @@ class CompletePrompts:
         for note in bundle.generation.notes:
             print(note, file=sys.stderr)
         settings = with_stops(with_options(bundle.generation, greedy=greedy, **drawing), stop, stop_ids)
+        check_stop_count(
+            len(settings.stop_ids), where="CompletePrompts: stop_ids", hint="pass the others as stop"
+        )
         dense = dense or (head_density is None and bundle.missing is not None)
         self._plans, self._lock = None if dense else bundle.plans, threading.Lock()
         self._engine = Engine(bundle, slots=slots, capacity=capacity, head_density=head_density, dense=dense)

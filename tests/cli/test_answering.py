@@ -322,6 +322,7 @@ REFUSED = {
     "capacity": (("--capacity", "-1"), "--capacity: capacity is not usable"),
     "log-probabilities": (("--logprobs", "21"), "--logprobs: unusable number"),
     "seed": (("--seed", str(2**63)), "--seed: no such seed"),
+    "stop ids": (("--stop-id", "7") * 17, "--stop-id: too many stop ids; got 17, expected at most 16"),
     "copies": (("--num-return-sequences", "0"), "num_return_sequences: no sequences"),
     "stream": (("--stream",), "--stream shows one sequence"),
 }

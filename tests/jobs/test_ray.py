@@ -168,6 +168,7 @@ def test_batches_without_prompts_are_refused(complete, batch):
         ({"max_new_tokens": 0}, "max_new_tokens"),
         ({"stop": ""}, "stop_strings"),
         ({"seed": "x"}, "seed"),
+        ({"stop_ids": range(17)}, "CompletePrompts: stop_ids: too many stop ids; got 17"),
         ({"dtype": "int8"}, "dtype"),
         ({"mesh": "model=64"}, "CompletePrompts: mesh: more devices than there are"),
         ({"mesh": "heads=2"}, "CompletePrompts: mesh: not a mesh"),
