@@ -14,9 +14,9 @@ from polarjax.configs import ModelConfig
 from polarjax.errors import InputError
 from polarjax.generation.sampling import Greedy, Sampler
 from polarjax.generation.token_loop import is_token_id
-from polarjax.model.checks import check_room, check_vocabulary, wrong_shape
+from polarjax.model.checks import check_room, check_vocabulary, host_array, wrong_shape
 from polarjax.numeric import LARGEST, plain
-from polarjax.types import Array, Key
+from polarjax.types import Array, Bool, Key
 
 
 def as_batch(tokens: Any, lengths: Any) -> tuple[Any, Any]:
@@ -243,6 +243,20 @@ def _check_key(key: Any) -> None:
             expected="one key",
             hint="pass key=jax.random.key(0)",
         )
+
+
+def checked_rows(rows: Any, count: int) -> Bool[np.ndarray, "B"]:
+    """Booleans [B] for the B rows of a stream; raises `InputError` for anything else, which NumPy would spread."""
+    found = host_array(rows)
+    if found.dtype != bool or found.shape != (count,):
+        raise InputError(
+            "not a choice of rows",
+            where="TokenStream.halt",
+            got=f"{found.dtype}{list(found.shape)}",
+            expected=f"booleans [{count}]",
+            hint="pass one boolean for each row",
+        )
+    return found
 
 
 def check_not_traced(values: Any, where: str) -> None:

@@ -8,7 +8,7 @@ from typing import Any
 import jax
 import numpy as np
 
-from polarjax.generation.checks import check_not_traced
+from polarjax.generation.checks import check_not_traced, checked_rows
 from polarjax.generation.generate import model_step, start
 from polarjax.generation.overlap import overlapping_jit
 from polarjax.generation.sampling import Greedy, Sampler
@@ -93,8 +93,8 @@ class TokenStream(Iterator[Generation]):
         self._first = True
 
     def halt(self, rows: Bool[np.ndarray, "B"]) -> None:
-        """Ends these rows; the others continue."""
-        self._halted |= rows
+        """Ends these rows; the others continue. Raises `InputError` unless there is a boolean for each row."""
+        self._halted |= checked_rows(rows, len(self._halted))
         if self._halted.all():
             self.close()
 

@@ -88,7 +88,10 @@ def test_a_stream_ends_once_all_rows_are_halted():
     model, (tokens, lengths) = zoo.model("llama-gqa"), zoo.batch()
     made = pj.stream(model, tokens, lengths, max_new_tokens=20)
     next(made)
-    made.halt(np.array([True, True, False]))
+    for wrong in ([True], True, [0, 1], [1, 1, 0], np.ones((3, 1), bool)):
+        with refuses(pj.InputError, r"TokenStream.halt: not a choice of rows; .*expected booleans \[3\]"):
+            made.halt(wrong)
+    made.halt([True, True, False])
     made.halt(np.array([False, False, True]))
     assert made.finished
     assert list(made) == []
