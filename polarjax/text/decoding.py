@@ -74,6 +74,11 @@ def falls_back_to_bytes(hf: Any) -> bool:
     return "ByteFallback" in decoder_types(hf)
 
 
+def is_bpe(hf: Any) -> bool:
+    """Whether a tokenizer of the tokenizers library makes its tokens by byte-pair encoding."""
+    return type(getattr(getattr(hf, "backend_tokenizer", None), "model", None)).__name__ == "BPE"
+
+
 def decoder_types(hf: Any) -> set[str]:
     """The steps by which a tokenizer of the tokenizers library turns tokens into text; empty for any other."""
     decoder = getattr(getattr(hf, "backend_tokenizer", None), "decoder", None)

@@ -272,6 +272,8 @@ def _from_transformers(folder: Path, model_type: str | None) -> Any:
                 folder, config=_bare_config(model_type), local_files_only=True, trust_remote_code=False
             )
         _ = hf.eos_token_id  # looks the special tokens up  # pyrefly: ignore[missing-attribute]
+        if decoding.is_bpe(hf):  # transformers would warn that it ignores the setting
+            hf.clean_up_tokenization_spaces = False  # pyrefly: ignore[missing-attribute]
         return hf
     except Exception as error:  # the tokenizers library raises plain Exception
         what, got, hint = "unreadable tokenizer", _first(error), "copy the tokenizer's files again"
