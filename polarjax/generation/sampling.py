@@ -13,7 +13,7 @@ from jax.core import Tracer
 from polarjax.errors import InputError
 from polarjax.model.ranks import ranks, values_of
 from polarjax.model.vocab_parts import over_vocab
-from polarjax.numeric import LARGEST, plain
+from polarjax.numeric import LARGEST, plain, shown
 from polarjax.types import Array, Bool, Float, Int, Key
 
 type Cut = Callable[[Float[Array, "B V"]], Float[Array, "B V"]]
@@ -73,11 +73,12 @@ class Categorical:
             if isinstance(value, Tracer) or (optional and value is None):
                 continue
             rows = value if isinstance(value, tuple) else (value,)
-            if not rows or not all(type(each) in (int, float) and usable(each) for each in rows):
+            wrong = [each for each in rows if type(each) not in (int, float) or not usable(each)]
+            if wrong or not rows:
                 raise InputError(
                     f"{name} is out of range",
                     where="Categorical",
-                    got=repr(value),
+                    got=shown(wrong[0] if wrong else value),
                     expected=f"{expected}, for each row" if isinstance(value, tuple) else expected,
                     hint="correct the value; Greedy() draws the most likely token",
                 )

@@ -238,7 +238,7 @@ def _check(ok: bool, name: str, got: object, expected: str) -> None:
         raise InputError(
             f"{name} is not usable",
             where="GenerationSettings",
-            got=repr(got),
+            got=shown(got),
             expected=expected,
             hint="correct the value or omit it",
         )

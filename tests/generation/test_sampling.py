@@ -186,6 +186,9 @@ def test_samplers_are_hashable_values():
         ({"top_p": 0.0}, "top_p.*above 0 and at most 1"),
         ({"top_p": 1.01}, "top_p"),
         ({"top_p": float("nan")}, "top_p"),
+        ({"top_p": 10**400}, "top_p.*got 1.{79}, expected"),
+        ({"top_p": [0.5] * 999 + [1.5]}, "top_p.*got 1.5, expected above 0 and at most 1, for each row"),
+        ({"top_k": ()}, r"top_k.*got \(\), expected"),
     ],
 )
 def test_refuses_values_out_of_range(values, named):

@@ -84,6 +84,7 @@ FAULT_23 = {
     "temperature 0": ({"do_sample": True, "temperature": 0.0}, "temperature.*got 0.0"),
     "temperature NaN": ({"do_sample": True, "temperature": float("nan")}, "temperature.*got nan"),
     "temperature as text": ({"temperature": "0.7"}, "temperature.*got '0.7'"),
+    "temperature as a long text": ({"temperature": "7" * 999}, "temperature.*got '7{79}, expected"),
     "top_p above 1": ({"do_sample": True, "top_p": 1.5}, "top_p.*got 1.5"),
     "top_p 0": ({"do_sample": True, "top_p": 0.0}, "top_p.*got 0.0"),
     "negative top_k": ({"do_sample": True, "top_k": -1}, "top_k.*got -1"),
