@@ -67,7 +67,7 @@ def run(options: GenerateOptions) -> dict[str, Any]:
         apart = tasks_apart(engine, None if dense else bundle.plans, logprobs=logprobs)
         job = Job(engine, requests, lines, None, options, total, apart, again=deque(taken))
         if isinstance(output, Path):
-            flags = {"dense": dense, "apart": apart is not None}
+            flags = {"dense": dense, "apart": apart is not None, "logprobs": logprobs}
             record = job_output.record(options, bundle, settings, engine, survey, **flags)
             job.sink = stack.enter_context(job_output.opened(output, record, options))
             job.skip(job_output.written(job.sink, lines))

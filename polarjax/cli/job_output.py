@@ -11,13 +11,17 @@ from pathlib import Path
 from typing import Any
 
 from polarjax.checkpoint.bundle import Bundle, needed_tokenizer
+from polarjax.checkpoint.learned import ROUTERS, fingerprint_of_routers, plans_alone
 from polarjax.checkpoint.manifest import read_manifest
 from polarjax.cli.generate_options import GenerateOptions
 from polarjax.engine.engine import Engine
 from polarjax.errors import CheckpointError, InputError
 from polarjax.generation.settings import GENERATION_CONFIG, GenerationSettings
 from polarjax.jobs.line_requests import begins
+from polarjax.model.layout import mesh_of
+from polarjax.model.mesh_shape import MeshShape
 from polarjax.model.parameters import parameters
+from polarjax.storage.atomic import absolute
 from polarjax.storage.fingerprint import fingerprint_of
 from polarjax.storage.line_file import (
     LineFile,
@@ -167,28 +171,44 @@ def record(
     *,
     dense: bool,
     apart: bool,
+    logprobs: bool,
 ) -> dict[str, Any]:
-    """All that the output depends on, by name; the number of slots, too, if lines run `apart` (see `InOrder`)."""
+    """All that the output depends on, by name; the number of slots and the mesh, too, if lines run `apart` (see
+    `InOrder`), maybe for log-probabilities (`logprobs`)."""
     tokenizer = needed_tokenizer(bundle, options.folder).folder
     names = [name for name in files(tokenizer) if name != GENERATION_CONFIG]
     sums = {name: each["sha256"] for name, each in digests(tokenizer, names).items()}
     about = ("num_return_sequences", "logprobs", "seed", "chat", "system")
-    most = options.max_new_tokens
+    most, folder = options.max_new_tokens, absolute(options.folder)
+    # As they are stored: on a mesh, their groups may be in another order.
+    routers = None if dense or bundle.routers is None else bundle.routers
+    plans = None if dense or bundle.plans is None else plans_alone(folder)
     return {
         _PROMPTS: None if survey is None else survey.checksum,
         "prompt": list(options.prompt or ()),
         "model": read_manifest(options.folder).get("fingerprint") or fingerprint_of(parameters(bundle.model)),
         "dtype": bundle.model.dtype.name,
         "tokenizer": _sum(sums),
-        "routers": None if dense or bundle.routers is None else bundle.routers.fingerprint,
-        "plans": None if dense or bundle.plans is None else _sum(bundle.plans.to_json()),
+        "routers": routers and (fingerprint_of_routers(folder / ROUTERS) or routers.fingerprint),
+        "plans": plans and _sum(plans.to_json()),
         "head_density": None if dense else options.head_density,
         "capacity": engine.capacity,
         "slots": engine.slots if apart else None,
+        "mesh": _mesh(mesh_of(bundle.model), whole=logprobs) if apart else None,
         **settings.to_json(),
         "max_new_tokens": settings.max_new_tokens if most is None else most,
         **{name: getattr(options, name) for name in about},
     }
+
+
+def _mesh(mesh: MeshShape, *, whole: bool) -> str | None:
+    """What of a mesh the answers depend on: into how many parts it divides the rows, each of which chooses neurons of
+    its own; or the `whole` mesh, for the last digits of log-probabilities. None for one part, or one device."""
+    if not whole:
+        return f"data={mesh.data}" if mesh.data > 1 else None
+    vocab = "" if "vocab" in mesh.divided else ",vocab=whole"
+    text = f"data={mesh.data},model={mesh.model}{vocab}, attention by {mesh.attention}"
+    return text if mesh.devices > 1 else None
 
 
 def _sum(value: Any) -> str:
