@@ -6,6 +6,7 @@ from collections.abc import Sequence
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax.sharding import NamedSharding
 
 from polarjax.checkpoint.bundle import Bundle
@@ -63,7 +64,10 @@ def _reordered(value: Array, axis: int, order: Sequence[int]) -> Array:
     mesh = automatic(place.mesh)  # pyrefly: ignore[bad-argument-type]
     auto = NamedSharding(mesh, place.spec)
     with jax.set_mesh(mesh):  # instead of the caller's, which may have explicit axes
-        made = _taken(jax.device_put(value, auto), jnp.asarray(order), axis=axis, place=auto)
+        made = _taken(jax.device_put(value, auto), np.asarray(order), axis=axis, place=auto)
+    jax.block_until_ready(
+        made
+    )  # devices of several processes that run several such programs wait for each other
     return jax.device_put(made, place)
 
 

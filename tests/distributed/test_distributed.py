@@ -158,16 +158,19 @@ def test_processes_agree_or_all_say_where_they_differ():
         each.leave()
 
 
-def run_two(ending: str) -> tuple[str, int, float]:
-    """Starts two processes of four CPU devices each, of which one ends as asked; how the other ends, and how soon."""
+def started_two(ending: str, **environment: str) -> list[subprocess.Popen]:
+    """Two processes of four CPU devices each."""
     address = f"127.0.0.1:{wire.free_port('127.0.0.1')}"
     flags = f"{os.environ.get('XLA_FLAGS', '')} --xla_force_host_platform_device_count=4"
     pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
     command = [sys.executable, "-m", "tests.distributed.worker", address, "2"]
-    both = [
-        subprocess.Popen([*command, str(i), ending], cwd=ROOT, env=os.environ | {"XLA_FLAGS": flags}, **pipes)
-        for i in range(2)
-    ]
+    env = os.environ | {"XLA_FLAGS": flags} | environment
+    return [subprocess.Popen([*command, str(i), ending], cwd=ROOT, env=env, **pipes) for i in range(2)]
+
+
+def run_two(ending: str) -> tuple[str, int, float]:
+    """Starts two processes of four CPU devices each, of which one ends as asked; how the other ends, and how soon."""
+    both = started_two(ending)
     first = both.pop(int(ending[0]))
     if ending.endswith("stops"):
         assert any(line == "stops now\n" for line in first.stdout)
@@ -194,3 +197,14 @@ def test_a_process_that_ends_early_ends_the_other(ending, says):
     assert err == says.format(socket.gethostname())
     assert code == 1
     assert seconds < 40  # far below the five minutes that JAX itself would wait
+
+
+def test_processes_put_groups_in_the_order_of_the_plans():
+    """Programs that overlapped waited for each other for ever, if they had too few threads."""
+    both = started_two("places", NPROC="2")  # few threads
+    try:
+        said = [each.communicate(timeout=60) for each in both]
+    finally:
+        for each in both:
+            each.kill()
+    assert [out.splitlines()[-1] for out, _ in said] == ["True"] * 2, said
