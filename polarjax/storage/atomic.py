@@ -76,7 +76,7 @@ def atomic_file(path: Path, *, overwrite: bool = False) -> Iterator[TextIO]:
     """
     path = absolute(path)
     with system_errors(path):
-        if path.exists() and not path.is_dir() and not (path.is_file() and path.parent != Path("/dev")):
+        if path.exists() and not (path.is_dir() or path.is_file()):
             raise CheckpointError("not a file that can be replaced", where=path, hint="choose another name")
         remove_stale(path)
         check_free(path, overwrite, None)
