@@ -234,7 +234,7 @@ class Engine(Iterator[Event]):
         while self._unused and self._waiting:
             request = self._waiting.popleft()
             request.slot = self._packer.next_slot(self._unused)
-            self._share_prefix(request, self._prefixes.find(request.prompt))
+            self._share_prefix(request, self._prefixes.begin(request.slot, request.prompt))
             self._reading.append(request)
         before, quiet = len(self._sent), not self._running
         self._read_prompts()
@@ -247,7 +247,6 @@ class Engine(Iterator[Event]):
 
     def _share_prefix(self, request: Request, found: tuple[int, int] | None) -> None:
         """Copies the beginning of the prompt from the slot that was found to have it."""
-        self._prefixes.drop(request.slot)
         if found is not None:
             source, request.read = found
             self._copy(source, request.slot, request.prompt[: request.read])
@@ -275,7 +274,6 @@ class Engine(Iterator[Event]):
                 self._halted[request.slot] = False  # of the request before
                 self._running[request.slot] = request
                 begun.append((request.slot, request))
-                self._prefixes.keep(request.slot, request.prompt)
         self._reading = [each for each in self._reading if each.unread]
         self._sent.append((self._call(programs.read, reading), begun))
         self._release()
@@ -313,6 +311,8 @@ class Engine(Iterator[Event]):
             wanted = request.settings.logprobs is not None
             mine = jax.tree.map(lambda leaf, slot=slot: leaf[slot], logprobs) if wanted else None
             new, ending = tokens[slot, : counts[slot]].tolist(), ENDINGS.get(int(ended[slot]))
+            if new:
+                self._prefixes.keep(slot, request.prompt)
             event = request.event(new, ending, mine)
             if event.tokens or event.finished:
                 self._events.append(event)

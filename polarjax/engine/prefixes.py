@@ -1,5 +1,7 @@
 """Prompts whose keys and values are still in a slot, for prompts that begin like them."""
 
+from typing import Any
+
 import numpy as np
 
 from polarjax.types import Int32
@@ -14,14 +16,18 @@ class Prefixes:
     def __init__(self, slots: int) -> None:
         self._held = [np.zeros(0, np.int32)] * slots
         self._starts = [b""] * slots  # of those with `SHORTEST` tokens, the first ones
+        self._coming: list[Any] = [None] * slots
+
+    def begin(self, slot: int, prompt: Int32[np.ndarray, "n"]) -> tuple[int, int] | None:
+        """The slot is about to be overwritten by this prompt; returns what is found of it before."""
+        found = self.find(prompt)
+        self._held[slot], self._starts[slot], self._coming[slot] = np.zeros(0, np.int32), b"", prompt
+        return found
 
     def keep(self, slot: int, prompt: Int32[np.ndarray, "n"]) -> None:
-        """The slot holds this prompt from now on."""
-        self._held[slot], self._starts[slot] = prompt, _start(prompt)
-
-    def drop(self, slot: int) -> None:
-        """The slot is about to be overwritten."""
-        self.keep(slot, np.zeros(0, np.int32))
+        """A token was drawn after this prompt, so that it has no NaN; the slot holds it unless another has begun."""
+        if self._coming[slot] is prompt:
+            self._held[slot], self._starts[slot], self._coming[slot] = prompt, _start(prompt), None
 
     def find(self, prompt: Int32[np.ndarray, "n"]) -> tuple[int, int] | None:
         """The slot that holds the longest beginning of the prompt, and its length, which leaves a token to read."""

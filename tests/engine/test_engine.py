@@ -156,6 +156,11 @@ def test_fault_19_nan_in_one_row_ends_it_alone():
     for number, i in zip(good, (0, 3), strict=True):
         mine = [event for event in events if event.request == number]
         assert sum((event.tokens for event in mine), ()) == tuple(alone("dense")[i])
+    start = RANDOM.choice(sorted({*range(zoo.VOCAB)} - {stranger}), 35)
+    engine.submit(np.append(start, stranger), max_new_tokens=1)
+    assert [event.finished for event in engine] == ["failed"]
+    engine.submit(np.append(start, start[0]), max_new_tokens=1)
+    assert [event.finished for event in engine] == ["length"], "it shares nothing with one that failed"
 
 
 def test_cancelled_requests_free_their_slots():
