@@ -254,6 +254,7 @@ def refusals() -> dict[str, str]:
     sparsity = pj.Sparsity(zoo.routers("opt"), plan)
     spread = pj.shard(model, mesh_of("sequences"))
     other = jax.sharding.Mesh(np.reshape(jax.devices()[4:], (2, 2)), spread.layout.mesh.axis_names)
+    twice = jax.sharding.Mesh(np.reshape(jax.devices()[:1] * 2, (1, 2)), ("data", "model"))
     everywhere = functools.partial(jax.shard_map, mesh=spread.layout.mesh, in_specs=(), out_specs=())
     config = model.config
     plans = pj.PlanTable(
@@ -274,6 +275,7 @@ def refusals() -> dict[str, str]:
         "4 KV heads (groups) can't be divided": lambda: pj.shard(model, jax.make_mesh((8,), ("model",))),
         "61 vocabulary entries can't": lambda: pj.shard(zoo.model("opt"), mesh),
         "not a mesh of devices": lambda: pj.shard(model, 2),
+        "a device is in the mesh twice": lambda: pj.shard(model, twice),
         "no axis 'vocabulary'": lambda: pj.shard(model, mesh, rules={"vocabulary": None}),
         "'embed' can't be divided": lambda: pj.shard(model, mesh, rules={"embed": "model"}),
         "another number of shards": lambda: decode(pj.shard(model, mesh), sparsity=sparsity),

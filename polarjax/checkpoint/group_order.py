@@ -65,10 +65,8 @@ def _reordered(value: Array, axis: int, order: Sequence[int]) -> Array:
     auto = NamedSharding(mesh, place.spec)
     with jax.set_mesh(mesh):  # instead of the caller's, which may have explicit axes
         made = _taken(jax.device_put(value, auto), np.asarray(order), axis=axis, place=auto)
-    jax.block_until_ready(
-        made
-    )  # devices of several processes that run several such programs wait for each other
-    return jax.device_put(made, place)
+    # Programs of several devices that overlap may wait for each other for ever, if a CPU has few threads.
+    return jax.block_until_ready(jax.device_put(made, place))
 
 
 @functools.partial(jax.jit, static_argnames=("axis", "place"))

@@ -34,6 +34,13 @@ def check_mesh(mesh: Any) -> None:
             expected="the axis model, and data if wanted",
             hint=_MESH,
         )
+    if len(set(mesh.devices.flat)) < mesh.size:
+        raise InputError(
+            "a device is in the mesh twice",
+            where="mesh",
+            got=f"{len(set(mesh.devices.flat))} devices in {mesh.size} places",
+            hint=_MESH,
+        )
 
 
 def check_rules(rules: Any) -> dict[str, str | None]:
