@@ -52,6 +52,8 @@ def inspect(
         if not bytes_of(value, f"--{name}"):
             hint = "give a number such as 80"
             raise InputError(f"no {name}", where=f"--{name}", got=value, expected="more than 0", hint=hint)
+    if mesh is None and attention != "groups":
+        raise InputError("--attention is for --mesh", hint="give --mesh too, or leave it out")
     shape = ONE_DEVICE if mesh is None else MeshShape.parse(mesh, attention=cast(Attention, attention))
     if is_model_directory(source):
         result = _model_directory(source, dtype)

@@ -81,11 +81,12 @@ def test_a_mesh(capsys):
     }
     code, out, _ = run(capsys, *words, "--mesh", "data=3,model=2")
     assert code == 0 and "6 devices (data=3, model=2); attention by groups" in out
-    for mesh, line in {
-        "model=3": "8 KV heads (groups) can't be divided",
-        "x=2": "--mesh: not a mesh",
+    for wrong, line in {
+        ("--mesh", "model=3"): "8 KV heads (groups) can't be divided",
+        ("--mesh", "x=2"): "--mesh: not a mesh",
+        ("--attention", "sequences"): "--attention is for --mesh",
     }.items():
-        code, _, err = run(capsys, *words, "--mesh", mesh)
+        code, _, err = run(capsys, *words, *wrong)
         assert (code, err.count("\n")) == (2, 1) and line in err
 
 
