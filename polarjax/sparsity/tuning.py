@@ -238,7 +238,7 @@ class _Run:
         while len(waiting) > keep:
             number, found = waiting.pop(0)
             parts = jax.device_get(found)
-            where = "" if self._folder is None else f"; the state before is in {self._folder}"
+            where = "" if self._folder is None else f" (--overwrite); the state before is in {self._folder}"
             check_finite(parts, number + 1, where)
         return parts
 

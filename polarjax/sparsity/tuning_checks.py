@@ -159,5 +159,5 @@ def check_finite(parts: dict[str, Any], step: int, saved: str) -> None:
                 for name, value in parts.items()
                 if value.ndim == 0 and name != "finite"
             ),
-            hint=f"lower --learning-rate{saved}",
+            hint=f"lower --learning-rate and start over{saved}",
         )

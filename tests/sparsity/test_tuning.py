@@ -152,7 +152,7 @@ def test_an_interrupted_run_goes_on_as_if_it_had_not_been(whole, windows, tmp_pa
 
 def test_a_diverging_run_says_where_and_keeps_the_last_good_state(windows, tmp_path):
     folder = tmp_path / "state"
-    with pytest.raises(pj.SparsityError, match=r"step [2-9].*diverged"):
+    with pytest.raises(pj.SparsityError, match=r"step [2-9].*diverged.*start over \(--overwrite\)"):
         run(windows, dataclasses.replace(OPTIONS, learning_rate=1e30), folder=folder)
     assert is_state(folder)
 
