@@ -17,7 +17,8 @@ def check_continuations(pairs: Sequence[Any], config: ModelConfig, batch_size: A
     if batch_size is not None:
         whole_number(batch_size, "batch_size", where="evaluation")
     longest = window_length(max_length, config)
-    for i, (context, continuation) in enumerate(pairs):
+    for i, pair in enumerate(pairs):
+        context, continuation = _ids(pair, i)
         for name, ids in (("context", context), ("continuation", continuation)):
             if not len(ids):
                 raise InputError(
@@ -33,8 +34,20 @@ def check_continuations(pairs: Sequence[Any], config: ModelConfig, batch_size: A
                 expected=f"at most {longest:,}",
                 hint="shorten it, raise max_length if it is below the model's positions, or score it by rolling windows",
             )
-        check_vocabulary(np.asarray((*context, *continuation))[None], config, where=f"request {i}")
+        check_vocabulary(np.concatenate([context, continuation])[None], config, where=f"request {i}")
     return longest
+
+
+def _ids(pair: Any, i: int) -> list[np.ndarray]:
+    """The token ids of a context and of its continuation; raises `InputError` unless they are integers."""
+    try:
+        both = [np.asarray(tuple(ids)) for ids in pair]
+    except TypeError:  # not a sequence
+        both = []
+    if len(both) != 2 or any(ids.size and (ids.ndim != 1 or ids.dtype.kind not in "iu") for ids in both):
+        hint = "pass two sequences of token ids, such as ([1, 5], [9])"
+        raise InputError("not a context and a continuation", where=f"request {i}", got=shown(pair), hint=hint)
+    return [ids.astype(np.int64) for ids in both]
 
 
 def window_length(max_length: Any, config: ModelConfig) -> int:

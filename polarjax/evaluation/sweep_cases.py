@@ -77,6 +77,7 @@ class Asked:
     def chosen(self, bundle: Bundle, shape: tuple[int, ...]) -> Chosen:
         """Checks everything for windows of this shape [n T], before anything is measured."""
         check_around(bundle.model)
+        checks.check_given(self.plan_of, self.static, self.source)
         config = bundle.model.config
         protocols = checks.check_choices("protocols", self.protocols, checks.PROTOCOLS)
         found, notes = checks.find_selectors(bundle, self.selectors, self.static, self.seed)

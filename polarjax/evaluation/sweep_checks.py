@@ -119,6 +119,17 @@ def check_greedy(options: GreedyOptions | None, config: ModelConfig, length: int
     check_room(config, options.prompt_tokens, options.new_tokens, where="greedy", option="new_tokens")
 
 
+def check_given(plan_of: Any, static: Any, source: Any) -> None:
+    """Raises `InputError` unless each of these arguments of `sweep` is None or what it should be."""
+    if plan_of is not None and not callable(plan_of):
+        hint = "pass a function of a density and a batch size that returns a SparsityPlan"
+        raise InputError("not a function", where="plan_of", got=shown(plan_of), hint=hint)
+    if static is not None:
+        check_type(static, Static, where="static", hint="pass what static_selector returned")
+    if source is not None:
+        check_type(source, Mapping, where="source", hint="pass a mapping, such as {'path': 'model'}")
+
+
 def find_selectors(
     bundle: Bundle, given: Iterable[str] | Mapping[str, Selector], static: Static | None, seed: int
 ) -> tuple[dict[str, Selector], list[str]]:
