@@ -267,9 +267,10 @@ def print_refinement(report: "TuneReport | None") -> None:
     print_perplexities(report, "validation")
 
 
-def print_perplexities(report: "TuneReport", part: str) -> None:
-    """Prints the perplexities before and after, one line per number of heads kept."""
-    print(f"Perplexity on the {part} windows, by heads (groups) kept in every layer that skips")
+def print_perplexities(report: "TuneReport", part: str, activation: str | None = None) -> None:
+    """Prints the perplexities before and after, one line per number of heads kept; both with a new activation."""
+    both = f", before and after with {activation}" if activation else ""
+    print(f"Perplexity on the {part} windows, by heads (groups) kept in every layer that skips{both}")
     print("kept    before     after")
     for kept, before in report.before.items():
         print(f"{kept:4}{before:10.3f}{report.after[kept]:10.3f}")

@@ -206,7 +206,7 @@ def _heal(asked: Request) -> dict[str, Any]:
             resume=asked.resume,
             devices=asked.devices,
         )
-        _print(report)
+        _print(report, asked.activation)
         with _kept(state):
             healed = _with_neurons(bundle, model, routers, domains, key)
             save(target, healed, overwrite=asked.overwrite)
@@ -315,7 +315,7 @@ def _written(
     return np.concatenate(written)
 
 
-def _print(report: "TuneReport") -> None:
+def _print(report: "TuneReport", activation: str | None) -> None:
     memory = ", ".join(f"{name} {size / 1e9:.2f} GB" for name, size in report.memory.items())
     peak = "" if report.peak is None else f"; most in use: {report.peak / 1e9:.2f} GB"
     print(f"\nMemory of a step, as planned: {memory}{peak}")
@@ -327,7 +327,7 @@ def _print(report: "TuneReport") -> None:
         each = " ".join(f"{active:.2f}" for active in report.neurons)
         print(f"\nNeurons that a token activates, by layer: {each}; mean {np.mean(report.neurons):.3f}")
     print()
-    learning.print_perplexities(report, "held-out")
+    learning.print_perplexities(report, "held-out", activation)
 
 
 def _for_neurons(domains: list[Int32[np.ndarray, "n T"]]) -> Int32[np.ndarray, "n T"]:

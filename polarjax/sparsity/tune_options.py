@@ -5,7 +5,7 @@ import math
 from typing import Any, Literal, get_args
 
 from polarjax.errors import InputError
-from polarjax.numeric import items, make_plain, shown, whole_number
+from polarjax.numeric import check_flags, items, make_plain, shown, whole_number
 from polarjax.storage.dtypes import check_dtype
 
 Subset = Literal["all", "attention", "out", "bias", "routers"]
@@ -79,6 +79,7 @@ class TuneOptions:
             "l1",
             "blend",
         )
+        check_flags("TuneOptions", remat=self.remat)
         for name in (*whole, *(["tokens"] if self.tokens is not None else [])):
             whole_number(getattr(self, name), name, where="TuneOptions")
         whole_number(self.router_width, "router_width", where="TuneOptions", least=0)

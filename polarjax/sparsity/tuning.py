@@ -57,7 +57,7 @@ class TuneReport:
       tokens_per_second: rate of training.
       memory: bytes that a step needs on each device with all that lives beside it, as planned before it ran.
       peak: most bytes that the process used on the device; None if the device doesn't say.
-      before, after: perplexity on the held-out windows by groups kept; empty without held-out windows.
+      before, after: held-out perplexity by groups kept, both with `TuneOptions.activation`; empty without windows.
       neurons: fraction of the neurons of each layer that a token activates, with all groups kept, after the training;
         on the held-out windows, without them on windows of the first step. Empty for models without ReLU.
     """

@@ -183,6 +183,7 @@ def test_a_subset_is_what_changes(subset, changed):
         ({"blend": 0}, "blend"),
         ({"dtype": "int8"}, "unusable dtype"),
         ({"activation": "gelu"}, "not an activation"),
+        ({"remat": "yes"}, "remat: not a bool"),
     ],
 )
 def test_unusable_options_are_refused(wrong, message):
