@@ -21,7 +21,7 @@ from polarjax.types import Int32
 
 
 def check_domains(domains: Any, config: ModelConfig) -> list[Int32[np.ndarray, "n T"]]:
-    """The windows of each domain as int32; raises `InputError` unless all are windows of one length."""
+    """The windows of each domain as int32; raises `InputError` unless all are windows of one length, at least 2."""
     if not isinstance(domains, Sequence) or not domains:
         raise InputError(
             "no text to tune on",
@@ -41,6 +41,9 @@ def check_domains(domains: Any, config: ModelConfig) -> list[Int32[np.ndarray, "
             expected="one length",
             hint=hint,
         )
+    if lengths[0] < 2:
+        hint = "cut longer windows (--window)"
+        raise InputError("windows without a next token", where="domains", got="windows of 1 token", hint=hint)
     return checked
 
 

@@ -207,7 +207,12 @@ def test_a_penalty_makes_the_neurons_of_a_relu_student_inactive(windows):
 def test_unusable_text_and_routers_are_refused(windows):
     model, routers = zoo.model(NAME), zoo.routers(NAME)
     key = jax.random.key(0)
-    for domains, message in (([], "no text"), ([windows, windows[:, :6]], "differ in length")):
+    wrong = (
+        ([], "no text"),
+        ([windows, windows[:, :6]], "differ in length"),
+        ([windows[:, :1]], "next token"),
+    )
+    for domains, message in wrong:
         with pytest.raises(pj.InputError, match=message):
             tune(model, routers, domains, key, options=OPTIONS)
     with pytest.raises(pj.SparsityError, match="Routers"):
