@@ -210,13 +210,14 @@ def _cut(
     from polarjax.text.token_windows import scored_windows
 
     length = window_length(options.window, bundle.model.config)
-    step = options.stride if stride and options.stride is not None else length
-    more = (options.max_tokens - length) // max(step, 1)  # the first window scores all of its tokens
+    step = options.stride if stride else None
+    # The first window scores all of its tokens, the others a stride each.
+    more = (options.max_tokens - length) // max(step or length, 1)
     return scored_windows(
         texts,
         tokenizer,
         length,
-        stride=options.stride if stride else None,
+        stride=step,
         most=1 + more,
         source=", ".join(map(str, source or options.text)),
     )

@@ -40,11 +40,16 @@ def check_dense(dense: bool, density: object, *, option: str = "--head-density")
         raise InputError(f"--dense and {option} contradict each other", hint="give one of them")
 
 
+def check_attention(mesh: str | None, attention: str | None) -> None:
+    """Raises `InputError` if `--attention` is given without `--mesh`."""
+    if mesh is None and attention is not None:
+        raise InputError("--attention is for --mesh", hint="give --mesh too, or leave it out")
+
+
 def placement(mesh: str | None, attention: str | None) -> dict[str, Any]:
     """The arguments of `pj.load` that `--mesh` and `--attention` ask for; none without `--mesh`."""
+    check_attention(mesh, attention)
     if mesh is None:
-        if attention is not None:
-            raise InputError("--attention is for --mesh", hint="give --mesh too, or leave it out")
         return {}
     from polarjax.sharding import described_mesh
 

@@ -13,7 +13,7 @@ from polarjax import costs
 from polarjax.checkpoint.manifest import ROUTERS, describe_routers
 from polarjax.checkpoint.reader import ModelReader
 from polarjax.checkpoint.writer import is_model_directory
-from polarjax.cli.inputs import bytes_of
+from polarjax.cli.inputs import bytes_of, check_attention
 from polarjax.configs import ModelConfig
 from polarjax.errors import InputError
 from polarjax.model.mesh_shape import ONE_DEVICE, Attention, MeshShape
@@ -52,8 +52,7 @@ def inspect(
         if not bytes_of(value, f"--{name}"):
             hint = "give a number such as 80"
             raise InputError(f"no {name}", where=f"--{name}", got=value, expected="more than 0", hint=hint)
-    if mesh is None and attention != "groups":
-        raise InputError("--attention is for --mesh", hint="give --mesh too, or leave it out")
+    check_attention(mesh, None if attention == "groups" else attention)
     shape = ONE_DEVICE if mesh is None else MeshShape.parse(mesh, attention=cast(Attention, attention))
     if is_model_directory(source):
         result = _model_directory(source, dtype)

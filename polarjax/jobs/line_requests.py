@@ -17,7 +17,7 @@ from polarjax.jobs.line_settings import with_line, with_stops
 from polarjax.selection.plans import PlanTable
 from polarjax.text.assembly import Ending
 from polarjax.text.prompt_files import PromptLine
-from polarjax.text.prompts import Prompt, as_json
+from polarjax.text.prompts import Prompt, as_json, characters
 from polarjax.text.tokenizer import Tokenizer
 
 _DRAWING = ("temperature", "top_k", "top_p", "repetition_penalty")
@@ -74,8 +74,7 @@ class LineRequests:
         return Task(line, options, self._seeds(index, own), size=line.size)
 
     def _check_size(self, prompt: Prompt) -> None:
-        texts = [prompt.text, *(each["content"] for each in prompt.messages or ())]
-        if (got := sum(map(len, texts))) > self.most_characters:
+        if (got := characters(prompt.text) + characters(prompt.messages or ())) > self.most_characters:
             expected = f"at most {self.most_characters:,}, even of the longest tokens"
             hint = "shorten the prompt, or give a larger --capacity"
             raise InputError(

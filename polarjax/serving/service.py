@@ -20,7 +20,7 @@ from polarjax.serving.errors import ApiError, checked
 from polarjax.serving.metrics import Metrics
 from polarjax.serving.replies import Model, Reply
 from polarjax.serving.runner import Runner
-from polarjax.text.prompts import most_characters
+from polarjax.text.prompts import characters, most_characters
 
 COMPLETION_TOKENS = 16
 """New tokens of a completion that doesn't ask for a number, as in OpenAI's interface."""
@@ -102,12 +102,7 @@ class Service:
 
     def _check_characters(self, prompt: Any, param: str) -> None:
         """Raises `ApiError` for a text that can't fit, as tokenizing megabytes takes seconds."""
-        texts = (
-            [prompt]
-            if isinstance(prompt, str)
-            else [each["content"] for each in prompt if isinstance(each, dict)]
-        )
-        if (got := sum(map(len, texts))) > self._characters:
+        if (got := characters(prompt)) > self._characters:
             raise ApiError(
                 f"the prompt's {got:,} characters are too many; at most {self._characters:,} are taken, even of the "
                 "longest tokens",

@@ -24,6 +24,13 @@ def most_characters(tokenizer: Tokenizer, capacity: int) -> int:
     return max(_CHEAP, capacity * max(map(len, tokenizer.hf.get_vocab())))
 
 
+def characters(prompt: str | Sequence[Message] | Sequence[int]) -> int:
+    """How many a text has, or all messages of a conversation; token ids have none."""
+    if isinstance(prompt, str):
+        return len(prompt)
+    return sum(len(each["content"]) for each in prompt if isinstance(each, Mapping))
+
+
 @dataclasses.dataclass(frozen=True)
 class Prompt:
     """A text or conversation to continue.

@@ -63,11 +63,8 @@ def test_windows_that_overlap_score_no_more_than_was_asked_for(measure):
     words = "--dense --window 16 --stride 4 --max-tokens 40 --json".split()
     code, out, _ = measure(random_model(np.random.default_rng(0)), "word " * 99, *words)
     text = json.loads(out)["text"]
-    assert (code, text["windows"], text["scored_tokens"]) == (
-        0,
-        7,
-        39,
-    )  # 15 of the first window, 4 of each other
+    # 15 of the first window, 4 of each other
+    assert (code, text["windows"], text["scored_tokens"]) == (0, 7, 39)
 
 
 @pytest.mark.parametrize(("verb", "shown"), [("perplexity", "bits/byte"), ("agreement", "same next token")])
