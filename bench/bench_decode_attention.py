@@ -3,12 +3,14 @@
     python3 -m bench.bench_decode_attention check            every head width, dtype, window, ragged lengths, -1
     python3 -m bench.bench_decode_attention sweep            tile configurations on a few workloads
     python3 -m bench.bench_decode_attention table            the named workloads, compared with XLA and cuDNN
+    python3 -m bench.bench_decode_attention lengths          sequences of different lengths, compared with equal ones
 
 `table --seconds 180` stops in time, with important workloads first; `--resume FILE` skips the rows in that file.
 Several verbs run one after the other. If the variable OUT is set, JSON lines are written to that folder.
 """
 
 import argparse
+import dataclasses
 import functools
 import itertools
 import os
@@ -20,6 +22,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from bench import attention_table, report, timing
 from bench.attention_table import error
@@ -39,6 +42,12 @@ SWEEP_CASES = (
     ("llama-3.1-8b", 16, 1920, (1.0, 0.3)),
     ("llama-2-7b", 1, 3968, (1.0, 0.5)),
     ("llama-3.1-8b", 1, 8192, (1.0, 0.5)),
+)
+
+LENGTHS_CASES = (
+    ("llama-2-7b", 64, 3968, (1.0, 0.5)),
+    ("llama-3.1-8b", 16, 8192, (1.0, 0.625)),
+    ("llama-3.1-8b", 64, 8192, (1.0, 0.625)),
 )
 
 
@@ -74,9 +83,16 @@ def chain(case: AttentionCase, call: Callable[..., jax.Array], peak: float) -> t
 
 
 def measure(
-    case: AttentionCase, sets: list[Operands], program: Any, calls: int, kernel: str, peak: float
+    case: AttentionCase,
+    sets: list[Operands],
+    program: Any,
+    calls: int,
+    kernel: str,
+    peak: float,
+    size: int | None = None,
 ) -> dict[str, Any]:
-    """A row of the table, without a time if the result is wrong."""
+    """A row of the table, without a time if the result is wrong; `size`: bytes to read, if not all of the cache's."""
+    size = case.cache_bytes if size is None else size
     rows = sorted({0, case.batch // 2, case.batch - 1})
     picked = sets[0].rows(rows)
     oracle = functools.partial(reference.sparse_decode_attention, scale=case.model.head_dim**-0.5)
@@ -87,12 +103,12 @@ def measure(
         "case": str(case),
         "kernel": kernel,
         "error": error(out, want),
-        "bytes": case.cache_bytes,
+        "bytes": size,
     }
     if row["error"] > LIMIT["bfloat16"]:
         return row | {"wrong": True}
     taken = timing.time_call(lambda: program(sets[0].q, operands), calls)
-    return row | timing.speed(case.cache_bytes, taken, peak)
+    return row | timing.speed(size, taken, peak)
 
 
 def _tiles(spec: str, problem: Problem) -> Tiles:
@@ -147,6 +163,26 @@ def sweep(peak: float, specs: Sequence[str]) -> list[dict[str, Any]]:
     return rows
 
 
+def lengths_table(peak: float) -> list[dict[str, Any]]:
+    """Lengths drawn log-uniformly from S/32 to S, beside as many of their mean; the same program runs both."""
+    cases = [
+        AttentionCase(MODELS[name], batch, cache, density)
+        for name, batch, cache, densities in LENGTHS_CASES
+        for density in densities
+    ]
+    rows: list[dict[str, Any]] = []
+    for case in cases:
+        program, calls = chain(case, kernel_call(case.model.head_dim**-0.5), peak)
+        sets, log = operand_sets(case), np.log(case.cache)
+        drawn = np.exp(np.random.default_rng(0).uniform(log - np.log(32), log, case.batch)).astype(np.int32)
+        for kind, lengths in (("different", drawn), ("equal", np.full_like(drawn, drawn.mean()))):
+            given = [dataclasses.replace(each, lengths=jnp.asarray(lengths)) for each in sets]
+            size = case.cache_bytes // (case.batch * case.cache) * int(lengths.sum())
+            rows.append(measure(case, given, program, calls, kind, peak, size))
+            print(rows[-1], flush=True)
+    return rows
+
+
 def _try(case, sets, job, kernel, peak) -> dict[str, Any]:
     try:
         program, calls = job.result()
@@ -172,7 +208,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("verbs", nargs="+", choices=("check", "sweep", "table"))
+    parser.add_argument("verbs", nargs="+", choices=("check", "sweep", "table", "lengths"))
     parser.add_argument(
         "--tiles",
         nargs="+",
@@ -201,6 +237,8 @@ def main() -> int:
         known = report.read_jsonl(args.resume) if args.resume else []
         for chunk in attention_table.table(peak, args.models, args.seconds, known):
             rows += _kept(chunk, "decode_attention.jsonl", head)
+    if "lengths" in args.verbs:
+        rows += _kept(lengths_table(peak), "decode_attention_lengths.jsonl", head)
     print(report.table(rows, (*attention_table.COLUMNS, "splits")))
     print(head)
     return int(any(row.get("wrong") for row in rows))

@@ -66,6 +66,9 @@ def checks() -> Iterable[Check]:
         yield Check(tiles=Tiles(block=64, stages=2, splits=splits), index=None, window=37)
     yield Check(tiles=Tiles(block=128, stages=3), queries=8)
     yield Check(tiles=Tiles(block=128, stages=1, splits=2), queries=16)
+    for block in (64, 128, 256):  # more thread blocks than multiprocessors: the longest sequences come first
+        lengths = (0, 1, 129, 64, 65, 328, 300, 192)
+        yield Check(groups=40, lengths=lengths, index=None, tiles=Tiles(block=block, stages=1))
     yield Check(queries=12, width=64, index=None)
     yield Check(groups=1, index=None, queries=7)
 

@@ -1,16 +1,18 @@
 """Split-KV flash decoding over selected groups for Hopper GPUs, in Pallas Mosaic GPU.
 
-One thread block (one warpgroup) handles one (sequence, entry of group_index, split): it streams its share of the
-group's keys and values through a ring of TMA copies, and attends with keys as the rows of wgmma, so that the few
-query heads of a group cost 8 columns instead of 64 rows. The splits of a group form a cluster: they send their partial
-results to the shared memory of its first thread block, which merges them and writes the group's rows of the result.
-Zeros for unselected groups are written while the first tiles are in flight. There is one launch and no other pass.
+One thread block (one warpgroup) handles one (sequence, entry of group_index, split), those of the longest sequences
+first. It streams its share of the group's keys and values through a ring of TMA copies, and attends with keys as the
+rows of wgmma, so that the few query heads of a group cost 8 columns instead of 64 rows. The splits of a group form a
+cluster: they send their partial results to the shared memory of its first thread block, which merges them and writes the
+group's rows of the result. Zeros for unselected groups are written while the first tiles are in flight. There is one
+launch and no other pass.
 """
 
 import functools
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import Any, NamedTuple, cast
 
 import jax
@@ -59,11 +61,27 @@ def sparse_decode_attention(
     problem.require_supported()
     tiles = tiles or choose(problem, str(q.dtype), device)
     tiles.require_fit(problem, device)
+    ordered = q.shape[0] > 1 and q.shape[0] * selected * tiles.splits > device.num_sms
+    factor = scale * math.log2(math.e)
     kernel = _Kernel(
-        problem, tiles, scale * math.log2(math.e), window, jnp.dtype(q.dtype), group_index is None, interpret
+        problem, tiles, factor, window, jnp.dtype(q.dtype), ordered, group_index is None, interpret
     )
+    lengths = lengths.astype(jnp.int32)
+    order = (longest_first(lengths, window or k.shape[2]),) if ordered else ()
     index = () if group_index is None else (group_index.astype(jnp.int32),)
-    return kernel.build()(q, k, v, lengths.astype(jnp.int32), *index)[0]
+    return kernel.build()(q, k, v, lengths, *order, *index)[0]
+
+
+def longest_first(lengths: Int[Array, " B"], most: int) -> Int[Array, " B"]:
+    """The sequences' numbers, those with the most positions to read first: a long one that began late would run alone.
+
+    All layers of a model share it. Counting is used because XLA's sorts can't be in a CUDA graph.
+    """
+    rows = jnp.arange(lengths.shape[0], dtype=jnp.int32)
+    work = jnp.clip(lengths, 0, most)
+    before = (work[None] > work[:, None]) | ((work[None] == work[:, None]) & (rows[None] < rows[:, None]))
+    rank = jnp.sum(before, 1, dtype=jnp.int32)
+    return jnp.sum(jnp.where(rank[None] == rows[:, None], rows[None], 0), 1, dtype=jnp.int32)
 
 
 class _Work(NamedTuple):
@@ -104,18 +122,26 @@ class _Ring(NamedTuple):
         return lax.rem(step, jnp.int32(self.shared.shape[0]))
 
     def fetch(self, work: _Work, step: jax.Array) -> None:
+        """Copies a block; of the last one, only as many times 64 positions (1, 2 or 4) as count."""
         _, block, columns = self.shared.shape
         width = self.source.shape[-1]
-        rows = block if columns == width else 8  # a copy fills a whole slot, or one row of its tiles
-        slot = self.slot(step)
-        for first in range(0, block, rows):
-            there = self.source.at[work.row, work.group, pl.ds(work.origin + step * block + first, rows), :]
-            here = (
-                self.shared.at[slot, pl.ds(first, rows), pl.ds(0, width)]
-                if rows < block
-                else self.shared.at[slot]
-            )
+        origin, slot = work.origin + step * block, self.slot(step)
+
+        def copy(first: int, rows: int) -> None:
+            there = self.source.at[work.row, work.group, pl.ds(origin + first, rows), :]
+            here = self.shared.at[slot, pl.ds(first, rows), pl.ds(0, width)]
             plgpu.copy_gmem_to_smem(there, here, self.full.at[slot])
+
+        if columns != width:  # a copy fills one row of a slot's tiles
+            for first in range(0, block, 8):
+                copy(first, 8)
+        elif block == WIDE:
+            copy(0, block)
+        else:
+            left = work.end - origin
+            for fewer, rows in pairwise(size for size in (0, WIDE, 2 * WIDE, 4 * WIDE) if size <= block):
+                enough = left <= rows if rows < block else True
+                pl.when((left > fewer) & enough)(lambda rows=rows: copy(0, rows))
 
 
 @dataclass(frozen=True)
@@ -125,11 +151,12 @@ class _Kernel:
     factor: float  # scale · log2(e): the softmax is taken in base 2
     window: int | None
     dtype: Any
+    ordered: bool  # longest sequences first
     dense: bool
     interpret: plgpu.InterpretGPUParams | None
 
     def build(self) -> Callable[..., Any]:
-        """The function (q, k, v, lengths[, group_index]) -> [out], followed by partial results when interpreted."""
+        """The function (q, k, v, lengths[, order][, group_index]) -> [out], and partial results when interpreted."""
         p, t = self.problem, self.tiles
         out = [jax.ShapeDtypeStruct((p.batch, p.groups, p.queries, p.width), self.dtype)]
         cluster: dict[str, Any] = {}
@@ -180,9 +207,10 @@ class _Kernel:
     def _body(
         self, q_g, k_g, v_g, lengths_g, *refs, q_raw, q_s, p_s, o_s, q_full, merge=None, parts_s=None, **ring
     ) -> None:
-        index_g = None if self.dense else refs[0]
-        out_g, *partial_g = refs if self.dense else refs[1:]
-        work = self._work(lengths_g, index_g)
+        order_g, refs = (refs[0], refs[1:]) if self.ordered else (None, refs)
+        index_g, refs = (None, refs) if self.dense else (refs[0], refs[1:])
+        out_g, *partial_g = refs
+        work = self._work(lengths_g, order_g, index_g)
         keys = _Ring(k_g, ring["k_s"], ring["k_full"])
         values = _Ring(v_g, ring["v_s"], ring["v_full"])
         if parts_s is not None:
@@ -221,9 +249,10 @@ class _Kernel:
         out = tuple(piece * _down(1.0 / total, WIDE) for piece in state.out)
         return _Part(out, state.peak + jnp.log2(total))
 
-    def _work(self, lengths_g, index_g) -> _Work:
+    def _work(self, lengths_g, order_g, index_g) -> _Work:
         p, t = self.problem, self.tiles
         row, entry = lax.axis_index("row"), lax.axis_index("entry")
+        row = row if order_g is None else order_g[row]
         group = entry if index_g is None else index_g[row, entry]
         present = (group >= 0) & (group < p.groups)
         end = lax.min(lengths_g[row], jnp.int32(p.capacity))

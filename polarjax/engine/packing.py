@@ -18,7 +18,7 @@ from polarjax.model.chunks import Pieces
 SHARED = (128, 512)
 """Widths at which several prompts share a call."""
 
-_BEGINNING = (64, 128, 256, 384, 512, 768, 1024, 1536, 2048, 3072, 4096, 6144, 8192)
+_BEGINNING = (64, 128, 256, 384, 512, 640, 768, 896, 1024, 1280, 1536, 1792, 2048, 3072, 4096, 6144, 8192)
 _LATER = (128, 512, 2048, 8192)
 _FLOOR = 256  # tokens that a call takes as long as, at least: it reads all weights
 
