@@ -152,16 +152,15 @@ def heuristic(
 
     Considers the three rings that were fastest on an H200 at H = 128 (bench/results/decode_attention_sweep.jsonl), two
     of them also with splits, and takes the one that `_finish_time` expects to finish first if all sequences are equally
-    long. If that has no splits but several sequences, and no more thread blocks than multiprocessors, the longest
-    sequence would hold up all the others: then it gets `UNEVEN_SPLITS`.
+    long. If that gives more than half of the multiprocessors one thread block each, no other work would hide the longest
+    sequence's: then it gets `UNEVEN_SPLITS`.
     """
     rings = ((block or 64, stages),) if block or stages else RINGS
     choices = [tiles for ring in rings for tiles in _splits(problem, device, *ring)]
     best = min(choices, key=lambda tiles: _finish_time(problem, tiles, device))
-    divided = replace(best, splits=UNEVEN_SPLITS)
-    if best.splits > 1 or not 1 < problem.batch <= device.num_sms // problem.selected:
-        return best
-    return divided if divided in choices else best
+    divided, blocks = replace(best, splits=UNEVEN_SPLITS), problem.batch * problem.selected
+    alone = best.splits == 1 < problem.batch and device.num_sms < 2 * blocks <= 2 * device.num_sms
+    return divided if alone and divided in choices else best
 
 
 RINGS: tuple[tuple[int, int | None], ...] = ((128, 2), (64, 2), (64, 3))

@@ -2,18 +2,22 @@
 
 import dataclasses
 import functools
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 
+from polarjax.configs import ModelConfig
 from polarjax.model import attention, mlp, prompt_attention
 from polarjax.model.blocks import logits, residual
 from polarjax.model.cache import KVCache, write_chunk
 from polarjax.model.chunk_attention import attend_to_cache
-from polarjax.model.decoder import Decoder, prompt_start
-from polarjax.model.parallel import of_all_groups, of_all_shards, of_own_groups, own_numbers
+from polarjax.model.decoder import Decoder, Layer, prompt_start
+from polarjax.model.layers import Rotation
+from polarjax.model.layout import Layout
+from polarjax.model.parallel import inside, of_all_groups, of_all_shards, of_own_groups, own_numbers
 from polarjax.model.spread import spread_pieces, spread_prefill
-from polarjax.types import Array, Float, Int
+from polarjax.types import Array, Bool, Float, Int
 
 
 @jax.tree_util.register_dataclass
@@ -72,30 +76,12 @@ def _read(
     x, rotation = prompt_start(model, tokens, counts, start)
     column = jnp.arange(tokens.shape[1], dtype=jnp.int32)[None]
     positions = jnp.where(column < counts[:, None], column + start[:, None], capacity)
-    pairs = []
+    place, pairs = _Place(rows, mine, positions, start, counts), []
     for i, layer in enumerate(model.layers):
-
-        def attend(h, i=i, layer=layer):
-            q, k, v = attention.project_qkv(layer.attn, h, rotation)
-            write = lambda old, new: write_chunk(old, of_all_groups(new), rows, positions)
-            pair = write(cache.k[i], k), write(cache.v[i], v)
-            window = config.window(i)
-            among = lambda q, k, v, pair: prompt_attention.attend(q, k, v, counts, window=window)
-
-            def to_cache(q, k, v, pair):
-                heads = attend_to_cache(of_all_groups(q), pair, rows, start, counts, window=window)
-                return of_own_groups(heads, mine)
-
-            if all_begin:
-                heads = among(q, k, v, pair)
-            else:
-                heads = jax.lax.cond(jnp.all(start == 0), among, to_cache, q, k, v, pair)
-            return attention.project_out(layer.attn, heads), pair
-
+        pair, window = (cache.k[i], cache.v[i]), config.window(i)
+        static = {"config": config, "window": window, "all_begin": all_begin, "layout": inside()}
         with jax.named_scope(f"layer_{i}"):
-            x, pair = residual(layer.attn_norm, x, attend, config)
-            feed = lambda y, layer=layer: (mlp.dense(layer.mlp, y, config).whole(), None)
-            x, _ = residual(layer.mlp_norm, x, feed, config)
+            x, pair = _layer(layer, x, pair, rotation, place, **static)
         # Without it, the keys and values of all layers are kept until the last one, and then written.
         x, pair = jax.lax.optimization_barrier((x, pair))
         pairs.append(pair)
@@ -104,6 +90,54 @@ def _read(
     k, v = zip(*pairs, strict=True)
     last = of_all_shards(last) if whole else last
     return logits(model, last), KVCache(k, v, _lengths(cache.length, pieces, shard_rows))
+
+
+class _Place(NamedTuple):
+    """Where pieces go: `own_numbers` of their rows, the position of each token (S for none), `start` and `counts`."""
+
+    rows: Int[Array, "R"]
+    mine: Bool[Array, "R"] | None
+    positions: Int[Array, "R T"]
+    start: Int[Array, "R"]
+    counts: Int[Array, "R"]
+
+
+# Jitted so that all layers share one trace: a server compiles two dozen programs of them before it begins.
+@functools.partial(jax.jit, static_argnames=("config", "window", "all_begin", "layout"))
+def _layer(
+    layer: Layer,
+    x: Float[Array, "R T D"],
+    pair: tuple[Float[Array, "B K S H"], Float[Array, "B K S H"]],
+    rotation: Rotation | None,
+    at: _Place,
+    *,
+    config: ModelConfig,
+    window: int | None,
+    all_begin: bool,
+    layout: Layout | None,
+):
+    """A layer over pieces: the hidden state, and its keys and values with theirs; `layout`: what this is inside of."""
+    del layout  # known; here so that no trace is shared with another one
+
+    def attend(h):
+        q, k, v = attention.project_qkv(layer.attn, h, rotation)
+        write = lambda old, new: write_chunk(old, of_all_groups(new), at.rows, at.positions)
+        written = write(pair[0], k), write(pair[1], v)
+        among = lambda q, k, v, written: prompt_attention.attend(q, k, v, at.counts, window=window)
+
+        def to_cache(q, k, v, written):
+            where = (at.rows, at.start, at.counts)
+            return of_own_groups(attend_to_cache(of_all_groups(q), written, *where, window=window), at.mine)
+
+        if all_begin:
+            heads = among(q, k, v, written)
+        else:
+            heads = jax.lax.cond(jnp.all(at.start == 0), among, to_cache, q, k, v, written)
+        return attention.project_out(layer.attn, heads), written
+
+    x, written = residual(layer.attn_norm, x, attend, config)
+    feed = lambda y: (mlp.dense(layer.mlp, y, config).whole(), None)
+    return residual(layer.mlp_norm, x, feed, config)[0], written
 
 
 def _lengths(length: Int[Array, "B"], pieces: Pieces, rows: Int[Array, "R"]) -> Int[Array, "B"]:

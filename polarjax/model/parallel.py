@@ -54,6 +54,11 @@ def _inside(layout: Layout) -> Iterator[None]:
         _LAYOUT.reset(token)
 
 
+def inside() -> Layout | None:
+    """The layout of the mesh of whose devices this is one's part of the work; None outside of `on_each_device`."""
+    return _LAYOUT.get()
+
+
 def _divided(axis: str) -> Layout | None:
     """The layout, if this is one device's part of arrays whose logical `axis` is divided; else None."""
     layout = _LAYOUT.get()
