@@ -40,15 +40,15 @@ def check_dense(dense: bool, density: object, *, option: str = "--head-density")
         raise InputError(f"--dense and {option} contradict each other", hint="give one of them")
 
 
-def check_attention(mesh: str | None, attention: str | None) -> None:
-    """Raises `InputError` if `--attention` is given without `--mesh`."""
-    if mesh is None and attention is not None:
-        raise InputError("--attention is for --mesh", hint="give --mesh too, or leave it out")
+def check_goes_with(option: str, given: bool, other: str, there: bool) -> None:
+    """Raises `InputError` if `option` is given without the `other` one, alone with which it means something."""
+    if given and not there:
+        raise InputError(f"{option} is for {other}", hint=f"give {other} too, or leave it out")
 
 
 def placement(mesh: str | None, attention: str | None) -> dict[str, Any]:
     """The arguments of `pj.load` that `--mesh` and `--attention` ask for; none without `--mesh`."""
-    check_attention(mesh, attention)
+    check_goes_with("--attention", attention is not None, "--mesh", mesh is not None)
     if mesh is None:
         return {}
     from polarjax.sharding import described_mesh

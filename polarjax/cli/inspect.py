@@ -13,7 +13,7 @@ from polarjax import costs
 from polarjax.checkpoint.manifest import ROUTERS, describe_routers
 from polarjax.checkpoint.reader import ModelReader
 from polarjax.checkpoint.writer import is_model_directory
-from polarjax.cli.inputs import bytes_of, check_attention
+from polarjax.cli.inputs import bytes_of, check_goes_with
 from polarjax.configs import ModelConfig
 from polarjax.errors import InputError
 from polarjax.model.mesh_shape import ONE_DEVICE, Attention, MeshShape
@@ -42,17 +42,22 @@ def inspect(
         str, typer.Option(help="What the model axis of --mesh divides in attention: groups, or sequences.")
     ] = "groups",
     bandwidth: Annotated[
-        float, typer.Option(help="With --mesh: a device's memory bandwidth in gigabytes per second.")
-    ] = BANDWIDTH,
+        float | None,
+        typer.Option(
+            help=f"With --mesh: a device's memory bandwidth in gigabytes per second. [default: {BANDWIDTH:g}]"
+        ),
+    ] = None,
 ) -> dict[str, Any]:
     """Show what a checkpoint is, how many sequences fit, and what is supported; reads no weights."""
     if dtype is not None:
         check_dtype(dtype, where="--dtype")
-    for name, value in (("memory", memory), ("bandwidth", bandwidth)):
+    rate = BANDWIDTH if bandwidth is None else bandwidth
+    for name, value in (("memory", memory), ("bandwidth", rate)):
         if not bytes_of(value, f"--{name}"):
             hint = "give a number such as 80"
             raise InputError(f"no {name}", where=f"--{name}", got=value, expected="more than 0", hint=hint)
-    check_attention(mesh, None if attention == "groups" else attention)
+    for option, given in (("--attention", attention != "groups"), ("--bandwidth", bandwidth is not None)):
+        check_goes_with(option, given, "--mesh", mesh is not None)
     shape = ONE_DEVICE if mesh is None else MeshShape.parse(mesh, attention=cast(Attention, attention))
     if is_model_directory(source):
         result = _model_directory(source, dtype)
@@ -63,7 +68,7 @@ def inspect(
         shape.check(config, where="--mesh")
         result |= sizes(config, result["dtype"], memory=memory, lengths=cache_length, mesh=shape)
         if mesh is not None:
-            result["mesh"] = of_mesh(config, result, shape, bandwidth * 1e9)
+            result["mesh"] = of_mesh(config, result, shape, rate * 1e9)
     show(result)
     return result
 

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated, Any, cast
 import numpy as np
 import typer
 
-from polarjax.cli.inputs import placement, window_length
+from polarjax.cli.inputs import check_goes_with, placement, window_length
 from polarjax.errors import InputError
 from polarjax.selection.importance import check_importance
 from polarjax.selection.plans import PlanTable
@@ -225,13 +225,15 @@ def calibrate_options(
             hint=f"leave it out to make plans up to {LARGEST_BATCH}",
         )
     sizes = tuple(2**i for i in range(max_batch.bit_length()))
-    return CalibrateOptions(
+    made = CalibrateOptions(
         batch_sizes=sizes,
         target_recall=target_recall,
         dense_attention=cast(choices.DenseAttention, dense_attention),
         shards=shards,
         attention=cast(choices.Attention, attention),
     )
+    check_goes_with("--attention", attention != "groups", "--shards", shards > 1)
+    return made
 
 
 def neuron_options(neurons: str, target_share: float) -> choices.NeuronOptions | None:
