@@ -165,7 +165,7 @@ def heuristic(
 
 RINGS: tuple[tuple[int, int | None], ...] = ((128, 2), (64, 2), (64, 3))
 UNEVEN_SPLITS = 4
-"""1 to 6 % slower if all sequences are as long as the cache, 19 to 40 % faster if they are log-uniform from S/32 to S."""
+"""1 to 6 % slower if all sequences are as long as the cache, 19 to 40 % faster if log-uniform from S/32 to S."""
 
 UNSPLIT = (64, 3)  # its splits were always slower than those of the other two
 
