@@ -46,13 +46,17 @@ def listen_on(host: str, port: int) -> socket.socket:
     except (OSError, OverflowError, UnicodeError) as error:
         if made is not None:
             made.close()
-        raise InputError(
-            "can't listen there",
-            where=f"--host {host} --port {port}",
-            got=getattr(error, "strerror", None) or str(error),
-            hint="choose another --port, or 0 for any that is free; --host 127.0.0.1 is this machine alone",
-        ) from error
+        raise _not_listening(f"--host {host} --port {port}", error) from error
     return made
+
+
+def _not_listening(where: str, error: Exception) -> InputError:
+    return InputError(
+        "can't listen there",
+        where=where,
+        got=getattr(error, "strerror", None) or str(error),
+        hint="choose another --port, or 0 for any that is free; --host 127.0.0.1 is this machine alone",
+    )
 
 
 def address_of(listening: socket.socket) -> str:
@@ -78,7 +82,14 @@ def run(
       listening: from `listen_on`.
       api_key: that clients need; None lets everybody in.
       ready: called once it takes requests.
+
+    Raises:
+      InputError: another process has begun to listen at this address since `listen_on`.
     """
+    try:
+        listening.listen()  # here, as uvloop says nothing if it can't
+    except OSError as error:
+        raise _not_listening(address_of(listening), error) from error
     service.runner.start()
     try:
         _server(service, api_key, ready).run(sockets=[listening])

@@ -18,6 +18,7 @@ import polarjax as pj
 from polarjax.cli import main as command
 from polarjax.cli.serve import KEY_VARIABLE
 from polarjax.serving import server as serving_module
+from tests.one_line import refuses
 from tests.serving.server import Server, bundle
 
 SMALL = ("--slots", "2", "--capacity", "16")
@@ -87,6 +88,18 @@ def test_addresses():
         with serving_module.listen_on(host, 0) as listening:
             assert serving_module.address_of(listening).startswith(address)
             assert serving_module.is_loopback(listening) == (host != "0.0.0.0")
+
+
+def test_an_address_that_another_took_meanwhile_is_refused():
+    """Servers that start together all get it, as none listens yet; the first one to listen keeps it."""
+    with serving_module.listen_on("127.0.0.1", 0) as first:
+        port = first.getsockname()[1]
+        with serving_module.listen_on("127.0.0.1", port) as second:
+            first.listen()
+            with refuses(
+                pj.InputError, f"http://127.0.0.1:{port}: can't listen there; got Address already in use"
+            ):
+                serving_module.run(None, second, api_key=None, ready=lambda: None)
 
 
 def test_sigterm_under_load_loses_nothing(home):
