@@ -46,10 +46,14 @@ def compile_all(
 ) -> None:
     """Compiles `read` for each of `readings`, and `decode` with the options of each of `chunks`.
 
-    They are compiled side by side, on as many threads as there are processors. Calls find what was compiled.
+    They are compiled side by side, on as many threads as there are processors. Calls find what was compiled. After a
+    failure or a signal, no further one is begun.
     """
-    with ThreadPoolExecutor(os.cpu_count()) as pool:
+    pool = ThreadPoolExecutor(os.cpu_count())
+    try:
         reads = [pool.submit(read.lower(model, made, each).compile) for each in readings]
         steps = [pool.submit(decode.lower(model, made, halted, **each).compile) for each in chunks]
         for compiled in (*reads, *steps):
             compiled.result()
+    finally:
+        pool.shutdown(cancel_futures=True)
