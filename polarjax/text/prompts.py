@@ -9,7 +9,7 @@ from polarjax.errors import InputError
 from polarjax.generation.token_loop import is_token_id
 from polarjax.numeric import items
 from polarjax.text.assembly import Completion
-from polarjax.text.tokenizer import Tokenizer
+from polarjax.text.tokenizer import Tokenizer, written
 
 SHAPES = '{"prompt": "…"} or {"messages": [{"role": "user", "content": "…"}]}'
 
@@ -25,10 +25,10 @@ def most_characters(tokenizer: Tokenizer, capacity: int) -> int:
 
 
 def characters(prompt: str | Sequence[Message] | Sequence[int]) -> int:
-    """How many a text has, or all messages of a conversation; token ids have none."""
+    """How many a text has, or all messages of a conversation, with their roles and names; token ids have none."""
     if isinstance(prompt, str):
         return len(prompt)
-    return sum(len(each["content"]) for each in prompt if isinstance(each, Mapping))
+    return sum(len(written(each)) for each in prompt if isinstance(each, Mapping))
 
 
 @dataclasses.dataclass(frozen=True)

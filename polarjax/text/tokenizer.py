@@ -174,8 +174,7 @@ class Tokenizer:
           InputError: the tokenizer has no chat template, or its template refuses the messages.
         """
         self.check_chat_template()
-        text = "".join(each["role"] + each["content"] for each in messages)
-        if not _is_unicode(text):
+        if not _is_unicode("".join(map(written, messages))):
             raise InputError("not a text", where="Tokenizer.encode_chat", hint="pass Unicode texts")
         options = {"return_dict": False, "tokenizer_kwargs": {"verbose": False}}
         ids = self._apply_template(messages, add_generation_prompt=True, **options)
@@ -303,6 +302,12 @@ def _bare_config(model_type: str | None) -> Any:
     if model_type not in names:
         return None
     return type(names[model_type], (PreTrainedConfig,), {"model_type": model_type})()
+
+
+def written(message: Mapping[str, str]) -> str:
+    """The texts of a message that chat templates write."""
+    texts = (message.get(key) for key in ("role", "name", "content"))
+    return "".join(each for each in texts if isinstance(each, str))
 
 
 def _is_unicode(text: str) -> bool:

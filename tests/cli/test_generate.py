@@ -191,6 +191,11 @@ NOT_COMPLETED = {
     "an empty conversation": ([[]], {}, "prompt 1: messages is not a list of objects"),
     "a number": (["a", 3], {}, "prompt 2: not a prompt; got int"),
     "half a character": (["a", "\ud800"], {}, "prompt 2: .*not a text"),
+    "half a character as a name": (
+        [[{"role": "user", "content": "a", "name": "\ud800"}]],
+        {},
+        "prompt 1: .*not a text",
+    ),
     "too long": (["a", "a " * 70], {}, "prompt 2: the sequence would exceed"),
     "no new token": ("a", {"max_new_tokens": 0}, "max_new_tokens: nothing to generate"),
     "no batch": ("a", {"batch_size": 0}, "batch_size: no prompts in a batch"),

@@ -192,7 +192,7 @@ def test_texts_that_cannot_fit_are_not_tokenized(server, monkeypatch):
     """Tokenizing megabytes takes seconds; of many texts, none after the first that is too long."""
     monkeypatch.setattr(service, "prompt_ids", lambda text, _: np.arange(len(text)))
     monkeypatch.setattr(server.service, "_characters", 60)
-    chat = server.send("/v1/chat/completions", {"messages": [{"role": "user", "content": "a" * 31}] * 2})
+    chat = server.send("/v1/chat/completions", {"messages": user("a" * 24, name="bob")["messages"] * 2})
     for answer, got in ((server.complete(prompt="a" * 61), 61), (chat, 62)):
         assert answer.status == 400 and answer.error["code"] == "context_length_exceeded"
         assert f"{got} characters are too many; at most 60" in answer.error["message"]
