@@ -4,7 +4,7 @@ import re
 from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import NamedTuple
 
-from polarjax.errors import CheckpointError
+from polarjax.errors import CheckpointError, printable
 
 SHOWN = 10
 """How many names a message lists per kind of fault."""
@@ -36,7 +36,7 @@ _LEFT_OVER = r"(^|\.)(_float_tensor|masked_bias|_(cos|sin)_cached|position_ids|c
 def some(names: Sequence[str]) -> str:
     """The first few names, and how many more there are."""
     more = f" and {len(names) - SHOWN} more" if len(names) > SHOWN else ""
-    return ", ".join(names[:SHOWN]) + more
+    return printable(", ".join(names[:SHOWN]) + more)
 
 
 def not_needed(unknown: Collection[str], *, complete: bool, head: bool) -> set[str]:

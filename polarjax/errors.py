@@ -57,7 +57,14 @@ def _one_line(what: str, where: object, got: object, expected: object, hint: str
     text = f"{head}; {', '.join(values)}" if values else head
     if hint is not None:
         text = f"{text}. Hint: {hint}"
-    return " ".join(text.split())
+    return printable(" ".join(text.split()))
+
+
+def printable(text: str) -> str:
+    """The text with control and formatting characters, such as a terminal's escapes, written as `\\x1b`."""
+    return "".join(
+        each if each.isprintable() else each.encode("unicode_escape").decode("ascii") for each in text
+    )
 
 
 def not_finite(where: object, got: str | None = None) -> InputError:

@@ -17,6 +17,7 @@ from polarjax import errors
             "a: file is truncated; expected b. Hint: copy it again",
         ),
         ({"got": "two\n lines"}, "file is truncated; got two lines"),
+        ({"got": "\x1b[2Kn\u202eame ×…\udcff"}, r"file is truncated; got \x1b[2Kn\u202eame ×…\udcff"),
     ],
 )
 def test_one_line(parts, line):

@@ -104,6 +104,11 @@ def test_keys_that_the_class_does_not_read_change_nothing(name, data):
     assert all(key in found.notes[0] for key in change if key not in HARMLESS and key not in DEFAULTS)
 
 
+def test_a_note_holds_no_escapes_of_a_terminal():
+    (note,) = read_config({**BARE["llama"], "\x1b[2Kx\u202ey": 1}).notes
+    assert note.endswith(r"ignored: \x1b[2Kx\u202ey")
+
+
 FULL, SLIDING = "full_attention", "sliding_attention"
 TOKENS = np.random.default_rng(0).integers(3, hf_models.VOCAB, (1, 12)).astype(np.int32)
 LISTS = [*map(list, product((FULL, SLIDING, "attention"), repeat=2)), [FULL], [FULL, "chunked_attention"]]
