@@ -229,6 +229,6 @@ class ConfigReader:
 
     def refuse(self, key: str, what: str, got: object, expected: object, hint: str) -> UnsupportedConfigError:
         """The error that names the key and its value."""
-        shown = None if got is None else f"{key} = {str(got)[:100]!r}"
+        shown = None if got is None else f"{key} = {repr(got)[:100]}"
         what = what if got is not None else f"{what}: {key}"
         return UnsupportedConfigError(what, where=self._where, got=shown, expected=expected, hint=hint)

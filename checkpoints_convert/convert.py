@@ -142,7 +142,7 @@ def parameter_dtype(dtype: np.dtype | None, tensors: Sequence[Tensor], where: Pa
         return dtype
     found = Counter(tensor.dtype for tensor in tensors)
     if len(found) > 1:
-        got = ", ".join(f"{count} tensors of {kind.name}" for kind, count in found.most_common())
+        got = ", ".join(f"{count} of {kind.name}" for kind, count in found.most_common())
         hint = "choose one for all parameters: dtype (--dtype), for example bfloat16"
         raise CheckpointError("the tensors have several dtypes", where=where, got=got, hint=hint)
     return tensors[0].dtype
@@ -228,7 +228,7 @@ def _transfer(
             advance(tensor.num_bytes)
     if bad:
         raise CheckpointError(
-            f"{len(bad)} tensors hold NaN or infinity as {dtype.name}",
+            f"{len(bad)} {'tensor holds' if len(bad) == 1 else 'tensors hold'} NaN or infinity as {dtype.name}",
             where=tensors[bad[0]].file.parent,
             got=some(bad),
             hint="use an undamaged checkpoint or a wider dtype, or pass allow_nonfinite (--allow-nonfinite)",

@@ -144,6 +144,7 @@ def _load(file: Path) -> Any:
 def _reason(error: Exception) -> str:
     """The part of torch's long message that names what was refused."""
     text = " ".join(str(error).split())
+    text = text.partition(" Check the documentation")[0].rstrip(".")
     found = re.search(r"\b(Trying to load|Unsupported|WeightsUnpickler error)\b.*", text)
     return (found[0] if found else text)[:120]
 

@@ -207,7 +207,7 @@ def test_step_floor_is_bytes_over_bandwidth_and_the_exchanges_over_the_link():
             r"61 vocabulary entries .*Hint: .*rules=\{\"vocab\": None\}, or --mesh model=2,vocab=whole",
         ),
         (lambda: MeshShape(data=0), "mesh: data is not usable"),
-        (lambda: MeshShape(attention="heads"), "no such way to divide attention"),
+        (lambda: MeshShape(attention="heads"), "attention: no such way to divide attention"),
         (lambda: MeshShape(data=2).rows(3), "mesh: .*got 3 sequences over 2 devices, .*use 4"),
         (lambda: MeshShape(model=2, attention="sequences").rows(3), "3 sequences over 2 devices"),
         *(

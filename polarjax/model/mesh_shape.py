@@ -43,7 +43,7 @@ class MeshShape:
             expected, hint = " | ".join(get_args(Attention)), "leave it out to divide the groups"
             raise InputError(
                 "no such way to divide attention",
-                where="mesh",
+                where="attention",
                 got=shown(self.attention),
                 expected=expected,
                 hint=hint,

@@ -323,7 +323,8 @@ def _installed(name: str) -> bool:
 
 
 def _first(error: BaseException) -> str:
-    return next(iter(str(error).splitlines()), type(error).__name__)[:200]
+    text = f"no {error}" if isinstance(error, KeyError) else str(error)
+    return next(iter(text.splitlines()), type(error).__name__)[:200]
 
 
 @contextlib.contextmanager

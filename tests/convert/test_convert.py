@@ -128,7 +128,7 @@ def test_several_dtypes_need_a_choice(source, tmp_path):
         arrays["model.norm.weight"] = arrays["model.norm.weight"].astype(np.float16)
 
     edit_weights(source, change)
-    assert_refused(source, tmp_path / "out", "several dtypes", "1 tensors of float16", "--dtype")
+    assert_refused(source, tmp_path / "out", "several dtypes", "1 of float16", "--dtype")
     assert convert_checkpoint(source, tmp_path / "out", dtype="float32").dtype == "float32"
 
 

@@ -230,7 +230,7 @@ def test_remote_code_is_named_and_never_run(tmp_path):
 @pytest.mark.parametrize(
     ("file", "text", "named"),
     [
-        ("tokenizer.json", '{"model": 1}', "hf: unreadable tokenizer"),
+        ("tokenizer.json", '{"model": 1}', "hf: unreadable tokenizer; got no 'added_tokens'"),
         ("tokenizer.json", "[]", "hf/tokenizer.json: not a JSON object"),
         ("tokenizer_config.json", "{", "hf/tokenizer_config.json: not readable as JSON"),
         ("generation_config.json", '{"eos_token_id": "x"}', "hf/generation_config.json: eos_token_id"),
