@@ -70,7 +70,8 @@ def export_checkpoint(
       src: a model directory.
       out: the folder to make.
       shard_bytes: maximum bytes of tensors per file; a larger tensor gets its own file.
-      overwrite: whether an earlier export is replaced.
+      overwrite: whether `out` is replaced if it holds only what an export writes: config.json, safetensors, tokenizer
+        files. An original checkpoint can look like that too.
       progress: called with a description, a total and its unit; `polarjax.progress.task` is one.
 
     Raises:

@@ -15,7 +15,9 @@ def export(
     folder: Annotated[Path, typer.Argument(metavar="MODEL", help="A model directory.")],
     out: Annotated[Path, typer.Argument(metavar="HF_DIR", help="The HuggingFace folder to make.")],
     shard_gb: Annotated[float, typer.Option(help="Maximum gigabytes (10^9 bytes) per weights file.")] = 5.0,
-    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace an earlier export.")] = False,
+    overwrite: Annotated[
+        bool, typer.Option("--overwrite", help="Replace a HuggingFace folder, an earlier export or not.")
+    ] = False,
 ) -> dict[str, Any]:
     """Write a model directory as a HuggingFace folder with safetensors, bit for bit what was converted."""
     size = bytes_of(shard_gb, "--shard-gb")

@@ -57,7 +57,8 @@ _WITHOUT_EFFECT = {
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class GenerationSettings:
-    """A model's settings. Never applied automatically; command-line flags override them.
+    """A model's settings. `Bundle.complete`, `Engine` and the commands use those that nothing overrides; `generate`
+    and `stream` use none.
 
     Attributes:
       stop_ids: ids that end a sequence.
