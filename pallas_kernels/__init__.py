@@ -9,7 +9,8 @@ implementation runs or raises. `record_backends` lists the backend of each trace
         jax.jit(step).lower(x)
     print(*choices, sep="\\n")  # sparse_mlp: xla (not mosaic: needs an NVIDIA Hopper GPU; got cpu)
 
-"mosaic" can be lowered without a GPU; `jax.export` must be told to allow its custom call:
+"mosaic" can be lowered without a GPU (running it on a CPU raises JAX's own ValueError); `jax.export` must be told to
+allow its custom call:
 
     allowed = jax.export.DisabledSafetyCheck.custom_call("mosaic_gpu_v2")
     jax.export.export(jax.jit(step), platforms=["cuda"], disabled_checks=[allowed])(x)

@@ -21,7 +21,7 @@ def connect(
       after: an array that is ready only when this device has made all sums with earlier links, such as a step's token.
       mesh: GPUs of one process, all of its axes manual.
       axis: the mesh axis that sums go over.
-      rows, width: of what is summed.
+      rows, width: shape of what is summed.
       implementation: "mosaic" (Pallas, Hopper GPUs), the only one there is, or None for the same.
 
     Raises:
@@ -62,15 +62,15 @@ def all_reduce_norm(
     Args:
       update: this device's part of the sum, bfloat16 [B D], or float32 [S B D] that add up to it.
       x: the residual stream, bfloat16.
-      scale, shift: of the norm, bfloat16.
-      link: of `connect`, for as many rows of this width.
-      number: of this sum since `connect`: 1, 2, 3 and so on. Python int.
-      bias: added once.
+      scale, shift: the norm's weight and bias, bfloat16 [D]; no shift adds nothing.
+      link: from `connect`, for as many rows of this width.
+      number: which sum this is since `connect`: 1, 2, 3 and so on; a Python int.
+      bias: bfloat16 [D], added once to the sum; None adds nothing.
       kind: "rms", or "layer", which subtracts the row's mean first.
       eps: added to the mean square.
 
     Raises:
-      ValueError: a shape or dtype is another, or the link is too small.
+      ValueError: a shape or dtype doesn't fit, or the link is too small.
     """
     vectors = [each for each in (scale, bias, shift) if each is not None]
     _validate(update, x, vectors, link)

@@ -141,7 +141,7 @@ class Bundle:
 
         Raises:
           CheckpointError: the bundle has no tokenizer.
-          InputError: a prompt isn't a text or conversation, is empty or doesn't fit, or an option is out of range.
+          InputError: a prompt isn't a text or conversation, has no tokens or doesn't fit, or an option is out of range.
           SparsityError: `sparsity` is for another model.
         """
         tokenizer = needed_tokenizer(self, "Bundle.complete")

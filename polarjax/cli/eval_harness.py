@@ -19,7 +19,8 @@ Protocol = Annotated[
 def harness(
     folder: Annotated[Path, typer.Argument(help="A model directory.")],
     tasks: Annotated[
-        list[str], typer.Option(help="YAML file of a task, or name of one of lm-eval's; several times.")
+        list[str],
+        typer.Option(help="YAML file of a task, or name of one of lm-eval's; may be given several times."),
     ],
     data: Annotated[
         Path | None, typer.Option(help="Folder of the data of task files; default: the task file's own.")
@@ -36,7 +37,7 @@ def harness(
     dtype: Annotated[str | None, typer.Option(help="Dtype to compute in; default: as stored.")] = None,
     mesh: Mesh = None,
     attention: Attention = None,
-    seed: Annotated[int, typer.Option(help="Of examples in prompts, and of texts that are drawn.")] = 0,
+    seed: Annotated[int, typer.Option(help="Random seed of the examples in prompts and of drawn texts.")] = 0,
     samples: Annotated[
         Path | None, typer.Option(help="File to write each item's answer to, one JSON object a line.")
     ] = None,

@@ -26,7 +26,7 @@ Slots = Annotated[
     typer.Option(
         "--slots",
         "--batch-size",
-        help="Prompts that run at a time; default: every --prompt, and of a file what fits into memory.",
+        help="Prompts that run at a time; default: all of --prompt; for a file, what fits into memory.",
     ),
 ]
 Capacity = Annotated[

@@ -49,7 +49,7 @@ class Engine(Iterator[Event]):
       dense: decode densely even if the bundle has routers and plans.
       read_tokens: most tokens of prompts that are read between two chunks of decoding steps: more fill the slots
         sooner, fewer let running requests wait less.
-      implementation: kernel implementation; None takes the best for the device.
+      implementation: "mosaic" (our kernels, for Hopper GPUs) or "xla"; None takes the best for the device.
 
     Attributes:
       slots, capacity: B and S.

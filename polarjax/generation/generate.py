@@ -158,7 +158,7 @@ def generate(
       logprobs: n; the result has the log-probabilities of its tokens and of the n likeliest at each position, from the
         logits before penalty and temperature. None computes none. Static.
       sparsity: what to skip while decoding; None is the dense model.
-      implementation: kernel implementation; None takes the best for the device.
+      implementation: "mosaic" (our kernels, for Hopper GPUs) or "xla"; None takes the best for the device.
 
     Raises:
       InputError: empty or too long prompts, lengths outside [1, T], ids outside the vocabulary, stop ids that can't

@@ -251,8 +251,9 @@ def decode_step(
       sparsity: what to skip; None is the dense model.
       live: rows whose logits are wanted; the others keep their cache as it is, read none of it and don't affect the
         choice of neurons. None means all.
-      implementation: kernel implementation; None takes the best for the device. On several Hopper GPUs of a process, a
-        kernel also sums what they computed, unless this is "xla" or it can't; then XLA does.
+      implementation: "mosaic" (our kernels, for Hopper GPUs) or "xla"; None takes the best for the device.
+        On several Hopper GPUs of a process, a kernel also sums what they computed, unless this is "xla" or it can't;
+        then XLA does.
 
     Returns:
       float32 logits [B V] for the next token, undefined in rows that are not live, and the cache, one position

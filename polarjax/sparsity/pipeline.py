@@ -111,7 +111,7 @@ def sparsify(
       windows: int [n T], full windows of token ids.
       key: random key.
       head_density: fraction of groups that group routers learn to pick; also the plans' default.
-      collecting, training, refinement, calibration: options of the stages; `RefineOptions(tokens=0)` leaves one out.
+      collecting, training, refinement, calibration: see `polarjax.sparsity.options`; `RefineOptions(tokens=0)`: none.
       budgets: "calibrated" measures on validation windows how many groups each layer needs (`group_budgets`);
         "uniform" keeps as many in all, but equally many in every layer but the dense one, as published.
       neurons: how to learn the neurons of a model without ReLU (`with_gated_neurons`); None keeps its MLPs dense, which

@@ -25,7 +25,8 @@ class Completion:
     Attributes:
       text: without the stop string, if one ended it.
       tokens: ids, up to and including the one that ended it.
-      ending: why it ended; "failed" if the model computed NaN or infinity.
+      ending: why it ended: "stop_id", "stop_string", "length" (`max_new_tokens`), or "failed" (the model computed NaN or
+        infinity).
     """
 
     text: str
