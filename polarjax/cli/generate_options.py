@@ -4,10 +4,12 @@ import dataclasses
 from pathlib import Path
 from typing import Any
 
+_STANDARD_OUTPUT = tuple(map(Path, ("/dev/stdout", "/dev/fd/1", "/proc/self/fd/1")))
+
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class GenerateOptions:
-    """The parameters of `generate`, with the same names."""
+    """The parameters of `generate`, with the same names; an output that is named /dev/stdout is `-`."""
 
     folder: Path
     prompt: list[str] | None
@@ -37,6 +39,10 @@ class GenerateOptions:
     mesh: str | None
     attention: str | None
     timed: bool
+
+    def __post_init__(self) -> None:
+        if self.output in _STANDARD_OUTPUT:  # may be a file by now, in which messages would overwrite lines
+            object.__setattr__(self, "output", Path("-"))
 
     @property
     def drawing(self) -> dict[str, Any]:

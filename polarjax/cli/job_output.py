@@ -32,7 +32,6 @@ from polarjax.storage.line_file import (
     open_stream,
     record_path,
     target_of,
-    write_record,
 )
 from polarjax.storage.record import digests, files
 from polarjax.text.byte_lines import STDIN
@@ -106,12 +105,23 @@ def _check_free(path: Path, options: GenerateOptions) -> None:
         raise CheckpointError("a directory is in the way", where=path, hint=hint)
     beside = record_path(path)
     if path.exists() and not options.overwrite and not options.resume:
-        go_on = "go on with --resume, " if is_record(beside) else ""
-        hint = f"{go_on}replace it with --overwrite, or choose another name"
-        raise CheckpointError("the output already exists", where=path, hint=hint)
+        raise _exists(path)
     if os.path.lexists(beside) and not is_record(beside):
         hint = "choose another name for the output, or move this away"
         raise CheckpointError("the record of the output goes here", where=beside, hint=hint)
+    _check_writable(path)
+    if not options.resume:  # which goes on with the record that is there
+        _check_writable(path.parent)
+
+
+def _exists(path: Path) -> CheckpointError:
+    go_on = "go on with --resume, " if is_record(record_path(path)) else ""
+    hint = f"{go_on}replace it with --overwrite, or choose another name"
+    return CheckpointError("the output already exists", where=path, hint=hint)
+
+
+def _check_writable(path: Path) -> None:
+    """Raises `CheckpointError` if a file, or the nearest folder around it that is there, can't be written."""
     place = next(each for each in (path, *path.parents) if each.exists())
     if not os.access(place, os.W_OK) or (place != path and not place.is_dir()):
         hint = "choose a writable folder"
@@ -123,14 +133,16 @@ def opened(path: Path, record: dict[str, Any], options: GenerateOptions) -> Iter
     """The output, empty or as an interrupted run of the same job left it.
 
     Raises:
-      CheckpointError: it was begun by another job, or can't be written.
+      CheckpointError: it was begun by another job, maybe just now, or can't be written.
     """
     with LineFile(path) as file:
-        if options.resume and path.stat().st_size:
+        begun = path.stat().st_size > 0
+        if begun and options.resume:
             check_record(path, record, may_be_unknown=(_PROMPTS, "slots"))
+        elif begun and not options.overwrite:
+            raise _exists(path)
         else:
-            file.clear()
-            write_record(path, record)
+            file.begin(record)
         yield file
 
 

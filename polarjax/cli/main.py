@@ -14,6 +14,7 @@ import importlib
 import inspect
 import json
 import math
+import os
 import signal
 import sys
 import threading
@@ -182,7 +183,7 @@ def _command(verb: Verb) -> Callable[..., None]:
         from polarjax.progress import show_lines
 
         hosts = {name: kwargs.pop(name) for name in flags if name in HOSTS}
-        with unwound_by_sigterm(), _errors_in_one_line(), joined(**hosts) as speaks:
+        with unwound_by_sigterm(), _never_ignored(), _errors_in_one_line(), joined(**hosts) as speaks:
             as_json = as_json and speaks
             with (
                 _errors_in_one_line(),
@@ -275,6 +276,27 @@ def unwound_by_sigterm() -> Iterator[None]:
         yield
     finally:
         signal.signal(signal.SIGTERM, before)
+
+
+@contextlib.contextmanager
+def _never_ignored() -> Iterator[None]:
+    """Sends SIGINT and SIGTERM again if Python ignored their exception, as it does where one comes while the garbage
+    collector calls JAX."""
+
+    def again(ignored: Any) -> None:
+        value = ignored.exc_value
+        interrupted = isinstance(value, KeyboardInterrupt)
+        if not interrupted and not (isinstance(value, SystemExit) and value.code == TERMINATED):
+            before(ignored)
+            return
+        number = signal.SIGINT if interrupted else signal.SIGTERM
+        threading.Timer(0.01, os.kill, (os.getpid(), number)).start()
+
+    before, sys.unraisablehook = sys.unraisablehook, again
+    try:
+        yield
+    finally:
+        sys.unraisablehook = before
 
 
 def _plain(value: Any) -> Any:

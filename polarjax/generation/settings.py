@@ -129,7 +129,7 @@ class GenerationSettings:
             hint = "drop one of them"
             raise InputError("greedy and sampling contradict each other", got=", ".join(given), hint=hint)
         do_sample = bool(given) or (self.do_sample and not greedy)
-        if given.get("top_k") == 0:
+        if _is_zero(top_k):
             given["top_k"] = None
         if repetition_penalty is not None:
             given["repetition_penalty"] = repetition_penalty
@@ -203,7 +203,7 @@ class GenerationSettings:
             stop_strings=tuple(stop_strings) if isinstance(stop_strings, list) else (stop_strings,),
             do_sample=do_sample,
             temperature=given.get("temperature"),
-            top_k=None if top_k == 0 and top_k is not False else top_k,
+            top_k=None if _is_zero(top_k) else top_k,
             top_p=given.get("top_p"),
             repetition_penalty=given.get("repetition_penalty", 1.0),
             max_new_tokens=given.get("max_new_tokens"),
@@ -225,6 +225,11 @@ class GenerationSettings:
 
 
 _HINT = "correct the file or remove it"
+
+
+def _is_zero(top_k: Any) -> bool:
+    """Whether `top_k` keeps all tokens; false and 0.0 are no whole numbers."""
+    return type(plain(top_k)) is int and top_k == 0
 
 
 def _matters(key: str, value: Any) -> bool:

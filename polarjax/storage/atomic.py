@@ -76,7 +76,9 @@ def atomic_file(path: Path, *, overwrite: bool = False) -> Iterator[TextIO]:
     """
     path = absolute(path)
     with system_errors(path):
-        if path.exists() and not (path.is_dir() or path.is_file()):
+        # A link such as /dev/stdout stays, whatever is behind it.
+        stream = path.is_symlink() and os.readlink(path).startswith("/proc/")
+        if stream or (path.exists() and not (path.is_dir() or path.is_file())):
             raise CheckpointError("not a file that can be replaced", where=path, hint="choose another name")
         remove_stale(path)
         check_free(path, overwrite, None)

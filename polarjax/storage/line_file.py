@@ -139,10 +139,13 @@ class LineFile(LineStream):
                 self._size += len(line)
         self._undo()
 
-    def clear(self) -> None:
-        """Removes all lines."""
-        self._size = 0
-        with system_errors(self.path):
+    def begin(self, record: Mapping[str, Any]) -> None:
+        """Removes all lines, and says what new ones come from; raises `CheckpointError`, and removes nothing, if that
+        can't be written."""
+        with atomic_file(record_path(self.path), overwrite=True) as stream:
+            dump_json(stream, {_KIND: _FORMAT, **record})
+            stream.flush()
+            self._size = 0
             os.ftruncate(self._stream.fileno(), 0)
 
     def close(self) -> None:
@@ -186,17 +189,11 @@ def record_path(path: Path) -> Path:
 
 
 def is_record(path: Path) -> bool:
-    """Whether a file was written by `write_record`."""
+    """Whether a file was written by `LineFile.begin`."""
     try:
         return path.stat().st_size < _MOST and _KIND in json.loads(path.read_text("utf-8"))
     except (OSError, ValueError, TypeError, RecursionError):
         return False
-
-
-def write_record(path: Path, record: Mapping[str, Any]) -> None:
-    """Says what the lines of a new file come from."""
-    with atomic_file(record_path(path), overwrite=True) as stream:
-        dump_json(stream, {_KIND: _FORMAT, **record})
 
 
 def check_record(path: Path, record: Mapping[str, Any], *, may_be_unknown: Collection[str]) -> None:

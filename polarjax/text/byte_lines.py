@@ -48,7 +48,7 @@ class ByteLines:
                 return None
             del self._buffer[LONGEST_LINE + 1 :]
             self._searched = len(self._buffer)
-            if not wait and not self._ready():
+            if not wait and not self._ready(wait=False):
                 return None
             self._fill()
 
@@ -58,12 +58,12 @@ class ByteLines:
         self._searched = 0
         return line
 
-    def _ready(self) -> bool:
+    def _ready(self, *, wait: bool) -> bool:
         if self.regular:
             return True
         waiting = select.poll()
         waiting.register(self._stream, select.POLLIN)
-        return bool(waiting.poll(0))
+        return bool(waiting.poll(None if wait else 0))
 
     def _fill(self) -> None:
         try:
@@ -73,7 +73,10 @@ class ByteLines:
             raise InputError("damaged .xz file", where=str(self._path), got=str(error), hint=hint) from error
         except OSError as error:
             raise self._refusal(error.strerror) from error
-        self._buffer += chunk or b""
+        if chunk is None:  # the stream doesn't block, and nothing has come yet
+            self._ready(wait=True)
+            return
+        self._buffer += chunk
         if not chunk:
             self._read_all = True
             self.close()

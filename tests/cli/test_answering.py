@@ -345,6 +345,20 @@ def test_refused_in_one_line_and_nothing_is_touched(run, source, tmp_path, monke
     assert {each: each.read_bytes() for each in tmp_path.iterdir()} == before
 
 
+def test_an_output_that_appears_while_the_model_is_loaded_stays(run, source, tmp_path, monkeypatch):
+    out, load = tmp_path / "out.jsonl", answering.load_with_tokenizer
+
+    def slow(*args, **kwargs):
+        out.write_text("precious")
+        return load(*args, **kwargs)
+
+    monkeypatch.setattr(answering, "load_with_tokenizer", slow)
+    assert "out.jsonl: the output already exists" in refused(
+        run("--prompts", source, "--output", out, *SIZES)
+    )
+    assert out.read_text() == "precious" and not Path(f"{out}.run").exists()
+
+
 def test_closed_standard_output_is_refused(run, source, monkeypatch):
     """Whatever file has its number then."""
     monkeypatch.setattr(sys, "stdout", None)

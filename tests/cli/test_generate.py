@@ -3,6 +3,8 @@
 import dataclasses
 import json
 import shutil
+import subprocess
+import sys
 from pathlib import Path
 
 import jax
@@ -113,6 +115,21 @@ def test_lines_go_to_standard_output(run):
     assert (code, json.loads(out)["completions"][0]["tokens"]) == (0, 12)
     assert "12 tokens in" in err
     assert "--output - and --json both need" in _line(run("--prompt", "def f", "--output", "-", "--json"))
+
+
+def test_standard_output_by_name_holds_lines_alone_if_it_is_a_file(home, tmp_path):
+    (tmp_path / "p.txt").write_text("def f\n")
+    alone = ("--prompt", "def f", "--output", "/dev/stdout")
+    of_a_file = ("--prompts", tmp_path / "p.txt", "--slots", "1", "--capacity", "40", "--output", "/dev/fd/1")
+    program = "from polarjax.cli.main import main; main()"
+    for words in (alone, of_a_file):
+        command = [sys.executable, "-c", program, "generate", home, *words, *SHORT]
+        with open(tmp_path / "out", "w+") as out:
+            subprocess.run([*map(str, command)], check=True, stdout=out)
+            out.seek(0)
+            (line,) = out
+        assert json.loads(line)["completions"][0]["tokens"] == 12
+        assert not (tmp_path / "out.run").exists()
 
 
 def test_several_sequences_of_a_prompt(run):

@@ -4,8 +4,10 @@ import gc
 import importlib
 import io
 import json
+import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -148,6 +150,22 @@ def test_ctrl_c_while_the_verb_is_imported_is_quiet(polarjax, monkeypatch):
 
     monkeypatch.setattr(importlib, "import_module", interrupt)
     assert polarjax("stretch", "a") == (130, "", "")
+
+
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+def test_signals_that_python_ignores_come_again(polarjax, monkeypatch, number, code):
+    def collected(phase: str, info: dict) -> None:
+        gc.callbacks.remove(collected)
+        signal.raise_signal(number)
+
+    def wait() -> dict[str, Any]:
+        gc.callbacks.append(collected)
+        gc.collect()
+        time.sleep(60)
+        return {}
+
+    monkeypatch.setattr(sys.modules[__name__], "stretch", wait)
+    assert polarjax("stretch") == (code, "", "")
 
 
 @pytest.mark.parametrize(

@@ -89,6 +89,7 @@ FAULT_23 = {
     "top_p 0": ({"do_sample": True, "top_p": 0.0}, "top_p.*got 0.0"),
     "negative top_k": ({"do_sample": True, "top_k": -1}, "top_k.*got -1"),
     "half a top_k": ({"do_sample": True, "top_k": 1.5}, "top_k.*got 1.5"),
+    "a top_k of 0.0": ({"do_sample": True, "top_k": 0.0}, "top_k.*got 0.0"),
     "do_sample as text": ({"do_sample": "yes"}, "do_sample.*got 'yes'"),
     "a stop id as text": ({"eos_token_id": "</s>"}, "eos_token_id.*got '</s>'"),
     "a stop id below 0": ({"eos_token_id": [2, -1]}, "eos_token_id.*got -1"),
@@ -139,6 +140,9 @@ def test_flags_go_before_the_file():
         llama.with_flags(greedy=True, temperature=1.0)
     with pytest.raises(pj.InputError, match="temperature"):
         llama.with_flags(temperature=0.0)
+    for wrong in (False, 0.0):
+        with pytest.raises(pj.InputError, match=f"top_k is out of range; got {wrong}"):
+            llama.with_flags(top_k=wrong)
 
 
 @pytest.mark.parametrize(

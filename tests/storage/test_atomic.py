@@ -42,6 +42,12 @@ def test_what_is_no_file_is_never_replaced(tmp_path):
     with refuses(CheckpointError, "pipe: not a file that can be replaced"), atomic_file(pipe, overwrite=True):
         pass
     assert pipe.is_fifo() and names(tmp_path) == ["pipe"]
+    stream = tmp_path / "stream"  # as /dev/stdout is one
+    with open(tmp_path / "file", "w") as file:
+        stream.symlink_to(f"/proc/self/fd/{file.fileno()}")
+        with refuses(CheckpointError, "stream: not a file that"), atomic_file(stream, overwrite=True):
+            pass
+        assert stream.is_symlink()
 
 
 def test_one_alone_may_write_to_a_place_again_and_again(tmp_path):

@@ -12,7 +12,7 @@ import pytest
 
 from polarjax.errors import CheckpointError
 from polarjax.storage import line_file
-from polarjax.storage.line_file import LineFile, LineStream, check_record, record_path, write_record
+from polarjax.storage.line_file import LineFile, LineStream, check_record, record_path
 from tests.one_line import refuses
 
 LINES = ['{"a": "日本"}', "", '{"b": 1}', "x" * 40]
@@ -89,6 +89,19 @@ def test_one_process_writes_at_a_time(tmp_path: Path):
         assert list(file.lines()) == ["a"]
 
 
+def test_lines_stay_if_their_new_record_cannot_be_written(tmp_path: Path, monkeypatch):
+    with LineFile(tmp_path / "out") as file:
+        file.write("a")
+
+        def full(stream, data):
+            raise OSError(errno.ENOSPC, "No space left on device")
+
+        monkeypatch.setattr(line_file, "dump_json", full)
+        with refuses(CheckpointError, "out.run: cannot write here; got No space left"):
+            file.begin({})
+        assert list(file.lines()) == ["a"]
+
+
 @pytest.mark.parametrize("kind", ["folder", "no folder"])
 def test_what_cannot_be_written_is_refused(tmp_path: Path, kind):
     path = tmp_path if kind == "folder" else tmp_path / "file" / "out"
@@ -107,9 +120,14 @@ def test_a_pipe_that_nobody_reads_is_left_to_the_command():
 def test_the_record_names_what_differs(tmp_path: Path):
     path, record = tmp_path / "out", {"file": "abc", "seed": 0, "stop": ["a"], "system": None}
     check = lambda **other: check_record(path, record | other, may_be_unknown=("file",))
+
+    def begin(record) -> None:
+        with LineFile(path) as file:
+            file.begin(record)
+
     with refuses(CheckpointError, "out.run: the record of the output is missing"):
         check()
-    write_record(path, record)
+    begin(record)
     assert line_file.is_record(record_path(path))
     check()
     check(file=None)
@@ -118,12 +136,12 @@ def test_the_record_names_what_differs(tmp_path: Path):
             CheckpointError, f"out: the output was begun with another value of {name}; got .*, expected "
         ):
             check(**{name: other})
-    write_record(path, record | {"old": 1})
+    begin(record | {"old": 1})
     with refuses(CheckpointError, "another value of old; got 1, expected None"):
         check()
     record_path(path).write_text("{")
     with refuses(CheckpointError, "out.run: not readable as JSON"):
         check()
     assert not line_file.is_record(record_path(path))
-    assert {each.name for each in tmp_path.iterdir()} == {"out.run"}
+    assert {each.name for each in tmp_path.iterdir()} == {"out", "out.run"}
     assert line_file.is_stream(Path("/dev/null")) and not line_file.is_stream(path)

@@ -5,6 +5,7 @@ import json
 import lzma
 import os
 import sys
+import threading
 import time
 import tracemalloc
 from pathlib import Path
@@ -88,6 +89,27 @@ def test_lines_that_have_not_come_yet_are_not_waited_for(tmp_path: Path):
     assert lines.take(wait=False).prompt.text == "b"
     assert lines.take(wait=True) is None
     os.close(reader)
+
+
+def test_standard_input_that_does_not_block_is_waited_for(monkeypatch):
+    reader, writer = os.pipe()
+    os.set_blocking(reader, False)
+    before = os.dup(0)
+    os.dup2(reader, 0)
+    try:
+        first, second = (threading.Timer(0.2 * i, os.write, (writer, b"%d\n" % i)) for i in (1, 2))
+        first.start()
+        lines = PromptFile(Path("-"))
+        second.start()
+        assert lines.take().prompt.text == "1"
+        assert lines.take(wait=False) is None and not lines.ended
+        assert lines.take().prompt.text == "2"
+        os.close(writer)
+        assert lines.take() is None
+    finally:
+        os.dup2(before, 0)
+        os.close(before)
+        os.close(reader)
 
 
 def test_a_json_file_holds_an_array_of_prompts(tmp_path: Path):
