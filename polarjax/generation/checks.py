@@ -234,7 +234,8 @@ def check_seed(seed: Any, where: str = "seed") -> int:
 
 def _check_key(key: Any) -> None:
     dtype = getattr(key, "dtype", None)
-    shape = () if dtype is not None and jnp.issubdtype(dtype, jax.dtypes.prng_key) else (2,)
+    typed = dtype is not None and jnp.issubdtype(dtype, jax.dtypes.prng_key)
+    shape = () if typed else jax.eval_shape(lambda: jax.random.PRNGKey(0)).shape
     if dtype is None or (shape and dtype != np.uint32) or key.shape != shape:
         raise InputError(
             "not a random key",

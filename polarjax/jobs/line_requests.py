@@ -8,6 +8,7 @@ from typing import Any
 
 import numpy as np
 
+from polarjax.engine.checks import check_stop_count
 from polarjax.engine.engine import Engine
 from polarjax.engine.in_order import Answer, Task, most_held
 from polarjax.errors import InputError, PolarjaxError, not_finite
@@ -58,6 +59,7 @@ class LineRequests:
             given = line.settings
             settings = self._settings(given)
             check_copies(self.copies, settings.sampler)
+            check_stop_count(len(settings.stop_ids), hint="give the others as stop")
             own = check_seed(given["seed"]) if "seed" in given else None
             ids = line.prompt.ids(self.tokenizer, chat=self.chat, system=self.system)
         except InputError as error:

@@ -38,9 +38,10 @@ ENTRIES = [
     {"prompt": "x = ", "temperature": None, "stop": None},
     {"prompt": "x = ", "temperature": "hot"},
     {"prompt": "y", "stop_ids": [2, STOP], "stop": ["never"]},
+    {"prompt": "y", "stop_ids": [STOP] * 17},
 ]
 LINES = [*map(json.dumps, ENTRIES), "{bad", '{"prompt": "z"}']
-ERRORS = [2, 9, 11]
+ERRORS = [2, 9, 11, 12]
 
 
 @pytest.fixture
@@ -85,12 +86,14 @@ def alone(home: Path, prompt, **options) -> dict:
 def test_lines_are_answered_in_order_with_their_own_settings(home, whole):
     lines = records(whole)
     kept = [{k: v for k, v in line.items() if k not in ("completions", "error")} for line in lines]
-    assert kept == [*ENTRIES, {"line": 23}, {"prompt": "z"}]
+    assert kept == [*ENTRIES, {"line": 25}, {"prompt": "z"}]
     assert [i for i, line in enumerate(lines) if "error" in line] == ERRORS
     assert all(("completions" in line) != ("error" in line) for line in lines)
     assert "line 5: the sequence would exceed" in lines[2]["error"]
     assert "line 19: temperature is not usable; got 'hot'" in lines[9]["error"]
-    assert "line 23: not JSON" in lines[11]["error"]
+    assert lines[11]["error"].startswith("line 23: stop_ids: too many stop ids; got 17, expected at most 16")
+    assert lines[11]["error"].endswith("Hint: give the others as stop")
+    assert "line 25: not JSON" in lines[12]["error"]
     drawn = {"sampler": pj.Categorical(0.8, 9, 0.9), "repetition_penalty": 1.3, "seed": 3}
     for i, prompt, options in (
         (0, "def f", {"max_new_tokens": 30}),
@@ -122,7 +125,7 @@ def test_all_ways_in_and_out_give_the_same(run, whole, source, tmp_path):
     for each in (reader, before):
         os.close(each)
     assert (code, out.encode()) == (3, whole.read_bytes()), err
-    assert "13 prompts" in err and "3 of 13 prompts have no answer, the first because of this: line 5" in err
+    assert "14 prompts" in err and "4 of 14 prompts have no answer, the first because of this: line 5" in err
     code, _, err = run("--prompts", source, "--output", tmp_path / "o", "--batch-size", *SIZES[1:])
     assert (code, (tmp_path / "o").read_bytes()) == (3, whole.read_bytes()), err
 
@@ -167,7 +170,7 @@ def test_what_was_interrupted_is_finished_byte_for_byte(run, whole, source, tmp_
     shutil.copy(f"{whole}.run", f"{out}.run")
     code, _, err = run("--prompts", source, "--output", out, *SIZES, "--resume")
     assert (code, out.read_bytes()) == (3, content), err
-    assert "3 of 13 prompts have no answer" in err
+    assert "4 of 14 prompts have no answer" in err
 
 
 def test_texts_that_cannot_fit_are_not_tokenized(run, home, tmp_path, monkeypatch):

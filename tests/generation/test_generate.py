@@ -134,6 +134,19 @@ def test_sampling_is_reproducible_per_row():
     assert (together[:1] == first).all()
 
 
+@pytest.mark.parametrize("kind", ["threefry2x32", "rbg"])
+def test_a_raw_key_is_one_of_the_kind_that_jax_uses(kind):
+    model, (tokens, lengths) = zoo.model("opt"), zoo.batch()
+    draw = lambda key: (
+        pj.generate(model, tokens, lengths, key, sampler=pj.Categorical(), max_new_tokens=3).tokens
+    )
+    raw = {each: jax.random.PRNGKey(0, impl=each) for each in ("threefry2x32", "rbg")}
+    with jax.default_prng_impl(kind):
+        np.testing.assert_array_equal(draw(raw.pop(kind)), draw(jax.random.key(0)))
+        with refuses(pj.InputError, "key: not a random key; got uint32"):
+            draw(*raw.values())
+
+
 def test_several_sequences_of_each_prompt():
     model, (tokens, lengths) = zoo.model("opt"), zoo.batch()
     sampler = pj.Categorical(1.5, top_k=50, top_p=0.99)
