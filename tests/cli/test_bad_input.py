@@ -230,11 +230,6 @@ CASES = {
         ("sparsify", "plain", "--text", "short.txt", "--activations", "hf"),
         "--activations: the output already exists; got hf. Hint: choose another name, or remove it",
     ),
-    "a bandwidth of no mesh": (
-        None,
-        ("inspect", "plain", "--bandwidth", "3000"),
-        "--bandwidth is for --mesh. Hint: give --mesh too",
-    ),
     "attention of one shard": (
         None,
         ("sparsify", "plain", "--text", "short.txt", "--attention", "sequences"),

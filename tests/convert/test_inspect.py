@@ -67,8 +67,8 @@ def test_checkpoint_and_its_model_directory_inspect_alike(folders, capsys, name)
 
 
 def test_a_mesh(capsys):
-    words = ("inspect", ASSET, "--memory", "0.01", "--cache-length", 10, "--bandwidth", 0.5)
-    alone, found = (told(capsys, *words, *mesh) for mesh in ([], ["--mesh", "data=3,model=2"]))
+    words, mesh = ("inspect", ASSET, "--memory", "0.01", "--cache-length", 10), ("--mesh", "data=3,model=2")
+    alone, found = (told(capsys, *words, *more) for more in ([], [*mesh, "--bandwidth", 0.5]))
     config, shape = pj.ModelConfig.from_json(found["config"]), MeshShape(data=3, model=2)
     assert "mesh" not in alone and found["parameter_bytes"] == alone["parameter_bytes"]
     assert (found["mesh"]["devices"], found["mesh"]["attention"]) == (6, "groups")
@@ -79,12 +79,13 @@ def test_a_mesh(capsys):
     assert found["mesh"]["step_floor"]["10"] == {
         name: 1e3 * seconds for name, seconds in zip(("memory_ms", "exchange_ms"), floor, strict=True)
     }
-    code, out, _ = run(capsys, *words, "--mesh", "data=3,model=2")
+    code, out, _ = run(capsys, *words, *mesh)
     assert code == 0 and "6 devices (data=3, model=2); attention by groups" in out
     for wrong, line in {
         ("--mesh", "model=3"): "8 KV heads (groups) can't be divided",
         ("--mesh", "x=2"): "--mesh: not a mesh",
         ("--attention", "sequences"): "--attention is for --mesh",
+        ("--bandwidth", "0.5"): "--bandwidth is for --mesh",
     }.items():
         code, _, err = run(capsys, *words, *wrong)
         assert (code, err.count("\n")) == (2, 1) and line in err
