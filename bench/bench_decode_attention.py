@@ -120,6 +120,15 @@ def _tiles(spec: str, problem: Problem) -> Tiles:
     return heuristic(problem, _device.current(), block=block, stages=stages)
 
 
+def cases_of(named: Sequence[tuple[str, int, int, tuple[float, ...]]]) -> list[AttentionCase]:
+    """One for each density of (model, batch, cache length, densities)."""
+    return [
+        AttentionCase(MODELS[name], batch, cache, density)
+        for name, batch, cache, densities in named
+        for density in densities
+    ]
+
+
 def problem_of(case: AttentionCase) -> Problem:
     model = case.model
     return Problem(
@@ -134,11 +143,7 @@ def problem_of(case: AttentionCase) -> Problem:
 
 def sweep(peak: float, specs: Sequence[str]) -> list[dict[str, Any]]:
     """Every configuration that fits, on every workload of SWEEP_CASES; compiles in parallel, times one by one."""
-    cases = [
-        AttentionCase(MODELS[name], batch, cache, density)
-        for name, batch, cache, densities in SWEEP_CASES
-        for density in densities
-    ]
+    cases = cases_of(SWEEP_CASES)
     todo: list[tuple[AttentionCase, str, Tiles]] = []
     for case in cases:
         space = set(search_space(problem_of(case), _device.current()))
@@ -165,13 +170,8 @@ def sweep(peak: float, specs: Sequence[str]) -> list[dict[str, Any]]:
 
 def lengths_table(peak: float) -> list[dict[str, Any]]:
     """Lengths drawn log-uniformly from S/32 to S, beside as many of their mean; the same program runs both."""
-    cases = [
-        AttentionCase(MODELS[name], batch, cache, density)
-        for name, batch, cache, densities in LENGTHS_CASES
-        for density in densities
-    ]
     rows: list[dict[str, Any]] = []
-    for case in cases:
+    for case in cases_of(LENGTHS_CASES):
         program, calls = chain(case, kernel_call(case.model.head_dim**-0.5), peak)
         sets, log = operand_sets(case), np.log(case.cache)
         drawn = np.exp(np.random.default_rng(0).uniform(log - np.log(32), log, case.batch)).astype(np.int32)

@@ -61,13 +61,13 @@ def sparse_decode_attention(
     problem.require_supported()
     tiles = tiles or choose(problem, str(q.dtype), device)
     tiles.require_fit(problem, device)
-    ordered = q.shape[0] > 1 and q.shape[0] * selected * tiles.splits > device.num_sms
+    ordered = problem.batch > 1 and problem.batch * selected * tiles.splits > device.num_sms
     factor = scale * math.log2(math.e)
     kernel = _Kernel(
         problem, tiles, factor, window, jnp.dtype(q.dtype), ordered, group_index is None, interpret
     )
     lengths = lengths.astype(jnp.int32)
-    order = (longest_first(lengths, window or k.shape[2]),) if ordered else ()
+    order = (longest_first(lengths, window or problem.capacity),) if ordered else ()
     index = () if group_index is None else (group_index.astype(jnp.int32),)
     return kernel.build()(q, k, v, lengths, *order, *index)[0]
 

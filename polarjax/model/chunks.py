@@ -15,7 +15,7 @@ from polarjax.model.chunk_attention import attend_to_cache
 from polarjax.model.decoder import Decoder, Layer, prompt_start
 from polarjax.model.layers import Rotation
 from polarjax.model.layout import Layout
-from polarjax.model.parallel import inside, of_all_groups, of_all_shards, of_own_groups, own_numbers
+from polarjax.model.parallel import of_all_groups, of_all_shards, of_own_groups, own_layout, own_numbers
 from polarjax.model.spread import spread_pieces, spread_prefill
 from polarjax.types import Array, Bool, Float, Int
 
@@ -76,12 +76,11 @@ def _read(
     x, rotation = prompt_start(model, tokens, counts, start)
     column = jnp.arange(tokens.shape[1], dtype=jnp.int32)[None]
     positions = jnp.where(column < counts[:, None], column + start[:, None], capacity)
+    run = functools.partial(_layer, config=config, all_begin=all_begin, layout=own_layout())
     place, pairs = _Place(rows, mine, positions, start, counts), []
     for i, layer in enumerate(model.layers):
-        pair, window = (cache.k[i], cache.v[i]), config.window(i)
-        static = {"config": config, "window": window, "all_begin": all_begin, "layout": inside()}
         with jax.named_scope(f"layer_{i}"):
-            x, pair = _layer(layer, x, pair, rotation, place, **static)
+            x, pair = run(layer, x, (cache.k[i], cache.v[i]), rotation, place, window=config.window(i))
         # Without it, the keys and values of all layers are kept until the last one, and then written.
         x, pair = jax.lax.optimization_barrier((x, pair))
         pairs.append(pair)

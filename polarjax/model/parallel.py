@@ -54,7 +54,7 @@ def _inside(layout: Layout) -> Iterator[None]:
         _LAYOUT.reset(token)
 
 
-def inside() -> Layout | None:
+def own_layout() -> Layout | None:
     """The layout of the mesh of whose devices this is one's part of the work; None outside of `on_each_device`."""
     return _LAYOUT.get()
 
